@@ -1,0 +1,211 @@
+"""What every script in benchmarks/ shares: arguments, the machine, the held-out text, and one report per run.
+
+A script parses its arguments, measures, hands tables and criteria to a `Report`, and ends by saving it::
+
+    arguments = parse_arguments(__doc__, model={"type": Path, "default": EXAMPLE_MODEL, "help": "what to measure"})
+    report = Report("prediction against measurement")
+    text = held_out_text(report)
+    report.table("KL by bits", ["bits", "predicted", "measured"], rows, key="kl_by_bits")
+    report.criterion("prediction_within_10_percent", worst, "<= 0.10", worst <= 0.10)
+    report.save(arguments.json)
+
+A criterion that does not hold is reported, not raised: the exit status only says whether the script ran to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLE_MODEL = REPOSITORY / "examples" / "ref-llama"
+
+# Modules that every supported interpreter has as one plain file: about 2 MB of source.
+STANDARD_LIBRARY_MODULES = """
+    argparse ast bdb calendar cmd codecs configparser contextlib copy csv dataclasses difflib dis doctest enum filecmp
+    fractions ftplib functools gettext glob gzip heapq imaplib inspect ipaddress mailbox optparse pickle plistlib poplib
+    pprint pstats random sched shelve shlex shutil smtplib socket statistics subprocess tarfile tempfile textwrap timeit
+"""
+
+
+def parse_arguments(description: str | None, **extra: Mapping[str, Any]) -> argparse.Namespace:
+    """Arguments of one script: `--quick`, `--json FILE`, and `--NAME` per keyword (its value: add_argument's keywords).
+
+    Underscores in a keyword become hyphens on the command line, and underscores again in the namespace.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer points and repetitions: minutes become seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, criteria and results to FILE")
+    for name, options in extra.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    return parser.parse_args()
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and versions: what a figure needs to be compared; no host name and no path."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "transformers", "numpy", "waterfill")},
+    }
+
+
+def median_spread(samples: Sequence[float]) -> tuple[float, float]:
+    """Median of the samples and half the distance between their quartiles, in the samples' unit."""
+    low, median, high = np.percentile(np.asarray(samples, dtype=np.float64), [25, 50, 75])
+    return float(median), float(high - low) / 2
+
+
+def held_out_text(report: Report | None = None) -> Path:
+    """File of code that the example model was not trained on; says (in the report, or on the terminal) which one it is.
+
+    It is `data/heldout-code.txt` under the folder named by WATERFILL_TEST_DATA (default: `shared` beside the
+    repository). Without that file the standard library's own source stands in: same kind of text on every machine
+    with the same Python, but not certain to be unseen by the model.
+    """
+    root = Path(os.environ.get("WATERFILL_TEST_DATA", REPOSITORY.parent / "shared"))
+    path = root / "data" / "heldout-code.txt"
+    if path.is_file():
+        said = f"text: {path.name} ({path.stat().st_size:,} bytes)"
+    else:
+        path = _standard_library_text()
+        said = f"text: source of {platform.python_implementation()}'s standard library ({path.stat().st_size:,} bytes)"
+        said += "; set WATERFILL_TEST_DATA to a folder that holds data/heldout-code.txt to use the held-out text"
+    if report is None:
+        _console().print(said, style="dim", highlight=False)
+    else:
+        report.note(said)
+    return path
+
+
+class Report:
+    """Tables, notes and criteria of one run: printed as they come, written as one JSON object at the end."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.results: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.criteria: dict[str, dict[str, Any]] = {}
+        self.console = _console()
+        self.console.rule(escape(title))
+
+    def note(self, text: str) -> None:
+        """Print one remark and keep it for the JSON file."""
+        self.notes.append(text)
+        self.console.print(text, style="dim", highlight=False, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], key: str | None = None) -> None:
+        """Print rows under their columns; with a key, keep them in `results` as a list of {column: value}."""
+        table = Table(*map(escape, columns), title=escape(title), title_justify="left")
+        for row in rows:
+            table.add_row(*(escape(_cell(value)) for value in row))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        self.console.print(table)
+        if key is not None:
+            self.results[key] = [dict(zip(columns, row, strict=True)) for row in rows]
+
+    def criterion(self, name: str, value: Any, goal: Any, holds: bool) -> None:
+        """Record one figure, the goal it is held against, and whether it holds."""
+        if name in self.criteria:
+            raise ValueError(f"criterion {name!r} was reported twice: give each figure its own name")
+        self.criteria[name] = {"value": value, "goal": goal, "holds": bool(holds)}
+
+    def save(self, path: Path | None) -> None:
+        """Print every criterion with ✓ or ✗ and, when a path is given, write the whole report there as JSON."""
+        for name, criterion in self.criteria.items():
+            mark, style = ("✓", "green") if criterion["holds"] else ("✗", "bold red")
+            line = f"{mark} {name}: {_cell(criterion['value'])} (goal {_cell(criterion['goal'])})"
+            self.console.print(line, style=style, highlight=False, markup=False)
+        if path is None:
+            return
+        content = {
+            "title": self.title,
+            "machine": machine(),
+            "criteria": self.criteria,
+            "results": self.results,
+            "notes": self.notes,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def _console() -> Console:
+    # Piped into a file the terminal's width means nothing, and the usual 80 columns would cut the tables.
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def _cell(value: Any) -> str:
+    """A value as a table shows it: four significant digits for floats."""
+    value = _plain(value)
+    return f"{value:.4g}" if isinstance(value, float) else "—" if value is None else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """The same value in JSON's own types: numpy and torch scalars unwrapped, not-a-number and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows has no sysconf
+        return None
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _standard_library_text() -> Path:
+    """Write the listed modules' source, in order, to a cache file named after the interpreter's version."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "waterfill"
+    path = cache / f"standard-library-{platform.python_version()}.txt"
+    if not path.is_file():
+        library = Path(sysconfig.get_path("stdlib"))
+        sources = [(library / f"{name}.py").read_text("utf-8") for name in STANDARD_LIBRARY_MODULES.split()]
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text("\n".join(sources), "utf-8")
+        partial.replace(path)  # a second script started meanwhile sees all of the text or none
+    return path

@@ -1,0 +1,264 @@
+"""The multiple-choice knapsack, solved exactly: one choice per class, least cost, total weight within a limit.
+
+What flows through: flat arrays of choices -> lower convex hull of every class -> Lagrangian solution and bound
+(`relax`) -> exact search around it (`solve`). Pure numpy; costs may have any sign; weights may be bytes or nats.
+
+Method. The multiplier λ of the linear relaxation gives every choice a reduced cost r = (cost + λ·weight) − (the least
+such value in its class) ≥ 0, and a complete solution exceeds the Lagrangian bound by exactly Σ r + λ·(unused weight):
+its *gap*. The optimum's gap is tiny, so only the few choices with a tiny r can take part in it. A search with reach ε
+enumerates every solution of gap ≤ ε: it merges, class by class, the choices with r ≤ ε into a list of (weight, cost)
+states, and drops the states that are dominated (Nemhauser and Ullmann 1969), or have Σ r > ε, or can no longer end
+within ε of the limit. The reach grows until a solution is found inside it (the expanding core of Pisinger 1995, with
+the reach as its measure): that solution is optimal, and a reach without any raises the lower bound by ε.
+
+Discretisation: none. A dynamic program over a byte axis must round 10¹⁰ bytes to buckets, which either wastes budget or
+costs classes × choices × buckets; the state list keeps exact weights, merges equal ones, and its length depends on how
+hard the instance is, not on how large the numbers are. Only rounding remains: weights that are whole numbers below
+2⁵³ add exactly in float64, costs to about 1e-15 of their spread.
+
+The limit of exactness: a search stops merging after EFFORT candidate states (thousands of *identical* classes, say),
+and leaves the classes that remain at their relaxed choice. The result is then the best one seen, `exact` is false,
+and `gap` still bounds its distance to the optimum by the largest reach that was searched to the end. It never exceeds
+the relaxed solution's own gap, which is less than the cost of one step between neighbouring hull points.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.intp]
+Floats = npt.NDArray[np.float64]
+
+EFFORT = 2**24  # candidate states of one search: about a second, and 100 MB of back-pointers
+MERGE_EFFORT = 2**22  # candidate states of one merge: bounds the scratch to about 200 MB
+SEARCHES = 4  # searches' worth of effort in one solve
+FIRST_MOVES = 16  # moves in the first search
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All classes' choices, flat: choice k belongs to class owner[k]. Every class has at least one choice."""
+
+    classes: int
+    owner: Ints  # [choices], ascending
+    weight: Floats  # [choices]
+    cost: Floats  # [choices]
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """The best hull solution within the limit. No solution costs less than this one's cost minus `gap`."""
+
+    picks: Ints  # [classes], indices into the problem's choices
+    multiplier: float  # cost per unit of weight at the margin, ≥ 0; 0 where the limit does not bind
+    gap: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solution that costs at most `gap` more than the optimum; exact: at most the grain that was asked for."""
+
+    picks: Ints  # [classes], indices into the problem's choices
+    gap: float
+    exact: bool
+
+
+def relax(problem: Problem, limit: float) -> Relaxed:
+    """Walk every class's hull from its lightest point, steepest steps first, until the next step exceeds the limit.
+
+    The limit must not be less than the weight of the lightest choices, beyond rounding. The step that no longer fits
+    gives the multiplier; where every step fits the result is optimal and its multiplier and gap are zero.
+    """
+    hull = _hull(problem)
+    owner = problem.owner[hull]
+    at = np.searchsorted(owner, np.arange(problem.classes))
+    slack = limit - math.fsum(problem.weight[hull[at]])
+    steps = np.flatnonzero(owner[1:] == owner[:-1])  # step s leads from hull[s] to hull[s + 1]
+    heavier = problem.weight[hull[steps + 1]] - problem.weight[hull[steps]]
+    slope = (problem.cost[hull[steps]] - problem.cost[hull[steps + 1]]) / heavier
+    order = np.argsort(-slope, kind="stable")  # stable: rounding may tie two steps of one class
+    taken = int(np.searchsorted(np.cumsum(heavier[order]), slack, side="right"))
+    np.maximum.at(at, owner[steps[order[:taken]]], steps[order[:taken]] + 1)
+    picks = hull[at]
+    if taken == len(order):
+        return Relaxed(picks, 0.0, 0.0)
+    multiplier = float(slope[order[taken]])
+    return Relaxed(picks, multiplier, multiplier * max(0.0, limit - math.fsum(problem.weight[picks])))
+
+
+def solve(problem: Problem, limit: float, grain: float) -> Solution:
+    """Least cost within the limit; differences of cost up to `grain` do not count. The limit is as for `relax`."""
+    relaxed = relax(problem, limit)
+    picks, gap, proven = relaxed.picks, relaxed.gap, 0.0  # the best solution, its gap, and the least that one can have
+    neighbourhood = _Neighbourhood.of(problem, relaxed, limit)
+    reach, effort = 0.0, 0
+    while gap - proven > grain and effort < SEARCHES * EFFORT:
+        reach = min(max(neighbourhood.wider(reach), grain), gap)
+        found = _search(neighbourhood, reach)
+        effort += found.effort
+        if found.complete:
+            proven = min(reach, found.gap)
+        elif reach == gap <= found.gap:
+            break  # the widest search was cut short and found nothing better
+        if found.gap < gap:
+            gap, picks = found.gap, relaxed.picks.copy()
+            picks[problem.owner[found.moves]] = found.moves
+    return Solution(picks, gap - proven, exact=gap - proven <= grain)
+
+
+@dataclass(frozen=True)
+class _Neighbourhood:
+    """The moves that a better solution may be made of, away from the relaxed one, by ascending reduced cost."""
+
+    choice: Ints  # [moves], indices into the problem's choices
+    owner: Ints  # [moves]
+    weight: Floats  # [moves], that of the choice less that of its class's relaxed choice
+    cost: Floats  # [moves], likewise
+    reduced: Floats  # [moves] = cost + multiplier·weight ≥ 0
+    multiplier: float
+    slack: float  # limit less the relaxed solution's weight, ≥ 0
+
+    @staticmethod
+    def of(problem: Problem, relaxed: Relaxed, limit: float) -> _Neighbourhood:
+        home = relaxed.picks[problem.owner]
+        weight, cost = problem.weight - problem.weight[home], problem.cost - problem.cost[home]
+        reduced = np.maximum(cost + relaxed.multiplier * weight, 0.0)  # below zero by rounding only
+        moves = np.flatnonzero((reduced <= relaxed.gap) & (np.arange(len(home)) != home))
+        moves = moves[np.argsort(reduced[moves], kind="stable")]
+        columns = (problem.owner[moves], weight[moves], cost[moves], reduced[moves])
+        return _Neighbourhood(moves, *columns, relaxed.multiplier, limit - math.fsum(problem.weight[relaxed.picks]))
+
+    def wider(self, reach: float) -> float:
+        """The reach that takes in twice as many moves."""
+        target = max(2 * int(np.searchsorted(self.reduced, reach, side="right")), FIRST_MOVES)
+        return float(self.reduced[target]) if target < len(self.reduced) else math.inf
+
+    def groups(self, reach: float) -> list[_Group]:
+        """The classes with a move within reach; those that shift most weight come first, the rest can still adjust."""
+        within = int(np.searchsorted(self.reduced, reach, side="right"))
+        moves = np.argsort(self.owner[:within], kind="stable")
+        _, start = np.unique(self.owner[moves], return_index=True)
+        if not len(start):
+            return []
+        up = np.maximum(np.maximum.reduceat(self.weight[moves], start), 0.0)
+        down = np.minimum(np.minimum.reduceat(self.weight[moves], start), 0.0)
+        order = np.argsort(-np.maximum(up, -down), kind="stable")
+        up_after, down_after = (np.append(np.cumsum(span[order][::-1])[::-1], 0.0)[1:] for span in (up, down))
+        members = np.split(moves, start[1:])
+        return [
+            _Group(
+                choice=self.choice[members[k]],
+                weight=np.append(0.0, self.weight[members[k]]),
+                cost=np.append(0.0, self.cost[members[k]]),
+                up_after=float(up_after[position]),
+                down_after=float(down_after[position]),
+            )
+            for position, k in enumerate(order)
+        ]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One class in a search: it stays (entry 0 of weight and cost) or makes one of its moves."""
+
+    choice: Ints  # [moves], indices into the problem's choices
+    weight: Floats  # [1 + moves]
+    cost: Floats  # [1 + moves]
+    up_after: float  # most weight that the groups after this one can add, ≥ 0
+    down_after: float  # most weight that they can shed, ≤ 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search found: the moves away from the relaxed solution, and their gap (infinite: nothing within reach)."""
+
+    moves: Ints  # indices into the problem's choices
+    gap: float
+    complete: bool  # every solution within reach was seen, or one at least as good
+    effort: int  # candidate states
+
+
+@dataclass(frozen=True)
+class _States:
+    """Undominated sums over the groups merged so far: ascending weight, strictly descending cost."""
+
+    weight: Floats  # [states]
+    cost: Floats  # [states]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """How the states of one merge came about: the way back."""
+
+    kept: Ints  # [states after] = entry of the group · states before + index of the state before
+    before: int  # number of states before
+
+
+def _search(near: _Neighbourhood, reach: float) -> _Found:
+    """The best solution whose gap is at most `reach`, by merging the moves within reach group by group."""
+    states = _States(np.zeros(1), np.zeros(1))
+    steps: list[_Step] = []
+    groups = near.groups(reach)
+    effort = 0
+    for group in groups:
+        candidates = len(states.weight) * len(group.weight)
+        if candidates > MERGE_EFFORT or effort + candidates > EFFORT:
+            break
+        effort += candidates
+        states, step = _merge(states, group, near, reach)
+        steps.append(step)
+    complete = len(steps) == len(groups)
+    best = int(np.searchsorted(states.weight, near.slack, side="right")) - 1  # the heaviest that fits costs least
+    if best < 0:
+        return _Found(np.zeros(0, dtype=np.intp), math.inf, complete, effort)
+    gap = max(0.0, float(states.cost[best]) + near.multiplier * near.slack)
+    return _Found(_moves_to(best, steps, groups[: len(steps)]), gap, complete, effort)
+
+
+def _merge(before: _States, group: _Group, near: _Neighbourhood, reach: float) -> tuple[_States, _Step]:
+    """Every state with every entry of the group, less those that are dominated or lead to no gap within reach."""
+    weight = (group.weight[:, None] + before.weight).ravel()
+    cost = (group.cost[:, None] + before.cost).ravel()
+    reduced = cost + near.multiplier * weight
+    unused = near.slack - weight  # the groups that follow can still use up_after of it, or free -down_after
+    alive = reduced + near.multiplier * np.maximum(unused - group.up_after, 0.0) <= reach
+    kept = np.flatnonzero(alive & (unused >= group.down_after))
+    kept = kept[np.lexsort((cost[kept], weight[kept]))]
+    cheaper = np.ones(len(kept), dtype=bool)
+    cheaper[1:] = cost[kept[1:]] < np.minimum.accumulate(cost[kept])[:-1]
+    kept = kept[cheaper]
+    return _States(weight[kept], cost[kept]), _Step(kept, len(before.weight))
+
+
+def _moves_to(state: int, steps: list[_Step], groups: list[_Group]) -> Ints:
+    """The moves that lead to a state after the last step, as indices into the problem's choices."""
+    moves = []
+    for step, group in zip(reversed(steps), reversed(groups), strict=True):
+        entry, state = divmod(int(step.kept[state]), step.before)
+        if entry:
+            moves.append(group.choice[entry - 1])
+    return np.array(moves, dtype=np.intp)
+
+
+def _hull(problem: Problem) -> Ints:
+    """Vertices of every class's lower-left convex hull, class by class, ascending weight, strictly descending cost.
+
+    All classes at once: a point goes when it costs no less than the point before it, or lies on or above the line
+    between its neighbours. Both neighbours are choices, so no vertex ever goes, and what remains is convex.
+    """
+    hull = np.lexsort((problem.cost, problem.weight, problem.owner))
+    while True:
+        owner = problem.owner[hull]
+        heavier, dearer = np.diff(problem.weight[hull]), np.diff(problem.cost[hull])
+        same = owner[1:] == owner[:-1]
+        dropped = np.zeros(len(hull), dtype=bool)
+        dropped[1:] = same & (dearer >= 0)
+        chord = same[1:] & same[:-1] & (dearer[1:] < 0)
+        dropped[1:-1] |= chord & (dearer[:-1] * heavier[1:] >= dearer[1:] * heavier[:-1])
+        if not dropped.any():
+            return hull
+        hull = hull[~dropped]

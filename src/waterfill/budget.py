@@ -1,0 +1,51 @@
+"""Budgets as people write them: bytes of the artifact, bits per weight of the matrices, or a predicted loss."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from waterfill.errors import BudgetError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of three limits."""
+
+    size_bytes: int | None = None  # all weight files of the artifact
+    bits: float | None = None  # stored bits per weight of the matrices: indices, scales, padding
+    max_kl: float | None = None  # predicted KL, nats per token
+
+    def __post_init__(self) -> None:
+        given = {"--size": self.size_bytes, "--bits": self.bits, "--max-kl": self.max_kl}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1:
+            raise BudgetError(f"a plan needs exactly one of --size, --bits and --max-kl, got {', '.join(named) or 'none'}")
+        value = given[named[0]]
+        assert value is not None
+        if not math.isfinite(value) or value < 0 or (value == 0 and named[0] != "--max-kl"):
+            raise BudgetError(f"{named[0]} {value} is not a budget; give a positive number")
+
+
+def parse_size(text: str | int) -> int:
+    """'2.5GB', '800 MiB', '1e9' -> bytes. kB, MB and GB are powers of 1000; KiB, MiB and GiB of 1024."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise BudgetError(f"{text!r} is not a size; write bytes, or a number with kB, MB, GB, KiB, MiB or GiB, as in 2.5GB")
+    return int(float(match[1]) * unit)
+
+
+def format_size(size_bytes: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} {unit}" if unit == "bytes" else f"{size_bytes:.4g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.4g} GB"

@@ -1,0 +1,28 @@
+"""Codecs: matrices to named buffers and back. `get_codec(name)` is the door; `base` is the contract."""
+
+from waterfill.codecs.base import (
+    BufferLayout,
+    Codec,
+    Encoded,
+    MenuPoint,
+    Shape,
+    buffer_bytes,
+    get_codec,
+    register_codec,
+)
+from waterfill.codecs.higgs import Higgs, higgs, scale_exponent
+
+register_codec("higgs", higgs)
+
+__all__ = [
+    "BufferLayout",
+    "Codec",
+    "Encoded",
+    "Higgs",
+    "MenuPoint",
+    "Shape",
+    "buffer_bytes",
+    "get_codec",
+    "register_codec",
+    "scale_exponent",
+]

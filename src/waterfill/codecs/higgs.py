@@ -1,0 +1,152 @@
+"""HIGGS, fixed rate: rotate, scale, nearest point of an MSE-optimal Gaussian grid (arXiv 2411.17525, Algorithm 1).
+
+    weight [rows, in] --rotate--> --/ scale per (row, group)--> vectors of p --> index of the nearest of n points
+    stored: scales F16 [rows, groups], codes U8 [rows * row_bytes]
+
+The scale that is stored is not the one used for finding codes. Codes are found at the group's RMS, where the grid is
+optimal; the stored scale then carries the gain (`waterfill.loss`), computed exactly for each group.
+
+fp16 scales are kept in their best range by one power of two per tensor, `exponent`: |weight| <= 2^(exponent + 12).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+
+from waterfill.codecs.base import BufferLayout, Codec, Encoded, Shape
+from waterfill.codecs.packing import pack, row_bytes, unpack
+from waterfill.errors import WaterfillError
+from waterfill.grids import grid
+from waterfill.hadamard import groups, rotate, unrotate
+
+SEARCH_BYTES = 32 << 20  # scratch for distances between vectors and grid points
+HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any gain
+MAX_SCALE = torch.finfo(torch.float16).max
+MIN_COSINE = 1e-2  # squared cosine under which a group's codes say nothing about it (all zeros): stored as zero
+
+
+def scale_exponent(largest: float) -> int:
+    """The power of two by which scales are divided, from the tensor's largest magnitude."""
+    return math.frexp(largest)[1] - HEADROOM_BITS if largest > 0 else 0
+
+
+class Higgs(Codec):
+    """Codec `higgs-p{p}-n{n}`: vectors of `p` weights, grid of `n` points."""
+
+    def __init__(self, p: int, n: int) -> None:
+        self.p, self.n = p, n
+        self.name = f"higgs-p{p}-n{n}"
+        self.grid = grid(p, n)
+
+    def layout(self, shape: Shape) -> Mapping[str, BufferLayout]:
+        rows, width = shape
+        parts = len(groups(width))
+        row = self.row_bytes(width)
+        total = rows * row
+        return {
+            "scales": BufferLayout("F16", (rows, parts), 2 * parts),
+            "codes": BufferLayout("U8", (total + total % 2,), row),  # even, so that fp16 buffers stay aligned
+        }
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of codes per row of `width` weights."""
+        return row_bytes(-(-width // self.p), self.n)
+
+    def distortion(self, shape: Shape) -> float:
+        return self.grid.t2
+
+    def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
+        rows, width = weight.shape
+        rotated = rotate(weight.to(torch.float32) * 2.0**-exponent)
+        norms = _group_sums(rotated.square())  # [rows, groups]
+        sizes = torch.tensor([g.size for g in groups(width)], dtype=torch.float32)
+        rms = (norms / sizes).sqrt()
+        unit = rotated / _per_weight(rms.clamp_min(torch.finfo(torch.float32).tiny), width)
+        indices = self._nearest(unit)
+        points = self._points(indices, width)
+        scales = _scales(rotated, points, norms, rho)
+        error = rotated - points * _per_weight(scales.to(torch.float32), width)
+        unit_power = 4.0**exponent
+        return Encoded(
+            shape=(rows, width),
+            buffers={"scales": scales, "codes": pack(indices, self.n).flatten()},
+            exponent=exponent,
+            noise_power=float(error.double().square().sum()) * unit_power,
+            power=float(norms.double().sum()) * unit_power,
+        )
+
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        codes, scales = encoded.buffers["codes"], encoded.buffers["scales"]
+        return unrotate(self.decode_rotated(codes, scales, encoded.exponent, encoded.shape[1]))
+
+    def decode_rotated(self, codes: torch.Tensor, scales: torch.Tensor, exponent: int, width: int) -> torch.Tensor:
+        """Rows in the rotated basis, the form that multiplies rotated activations.
+
+        Args:
+            codes: uint8, `rows * row_bytes(width)` bytes, any shape (padding after them is ignored).
+            scales: float16 `[rows, groups]`.
+
+        Returns:
+            float32 `[rows, width]`.
+        """
+        rows = scales.shape[0]
+        packed = codes.flatten()[: rows * self.row_bytes(width)].view(rows, -1)
+        indices = unpack(packed, -(-width // self.p), self.n)
+        return self._points(indices, width) * _per_weight(scales.to(torch.float32) * 2.0**exponent, width)
+
+    def _points(self, indices: torch.Tensor, width: int) -> torch.Tensor:
+        """Grid coordinates of int64 `[rows, vectors]` -> float32 `[rows, width]`."""
+        return self.grid.points[indices].flatten(1)[:, :width]
+
+    def _nearest(self, unit: torch.Tensor) -> torch.Tensor:
+        """Index of the grid point nearest to each p-vector of `unit` `[rows, width]` -> int64 `[rows, vectors]`."""
+        points = self.grid.points
+        if self.p == 1:
+            middles = (points[1:, 0] + points[:-1, 0]) / 2
+            return torch.bucketize(unit, middles)
+        rows, width = unit.shape
+        vectors = torch.nn.functional.pad(unit, (0, -width % self.p)).view(-1, self.p)
+        half_norms = points.square().sum(1) / 2
+        chunk = max(1, SEARCH_BYTES // (4 * self.n))
+        found = [
+            torch.addmm(half_norms, part, points.T, beta=-1).argmax(1)  # argmax <x, c> - |c|^2 / 2
+            for part in vectors.split(chunk)
+        ]
+        return torch.cat(found).view(rows, -1)
+
+
+def _scales(rotated: torch.Tensor, points: torch.Tensor, norms: torch.Tensor, rho: float) -> torch.Tensor:
+    """Stored scale of each group, fp16 `[rows, groups]`: u |w|^2 / <w, q> with u = 1 / (1 + rho tau)."""
+    inner = _group_sums(rotated * points)
+    cosine2 = inner.square() / (norms * _group_sums(points.square())).clamp_min(torch.finfo(torch.float32).tiny)
+    usable = cosine2 > MIN_COSINE
+    tau = torch.where(usable, 1 / cosine2.clamp_min(MIN_COSINE) - 1, 0)
+    exact = norms / torch.where(usable, inner, 1)
+    return torch.where(usable, exact / (1 + rho * tau), 0).clamp_max(MAX_SCALE).to(torch.float16)
+
+
+def _group_sums(values: torch.Tensor) -> torch.Tensor:
+    """`[rows, width]` -> sums per group `[rows, groups]`."""
+    return torch.stack([values[:, g.start : g.stop].sum(1) for g in groups(values.shape[1])], dim=1)
+
+
+def _per_weight(values: torch.Tensor, width: int) -> torch.Tensor:
+    """One value per group `[rows, groups]` -> one per weight `[rows, width]`."""
+    parts = groups(width)
+    if len(parts) == 1:
+        return values.expand(-1, width)
+    return values.repeat_interleave(torch.tensor([g.size for g in parts]), dim=1)
+
+
+@lru_cache(maxsize=1024)
+def higgs(name: str) -> Higgs:
+    """Codec from its name, `higgs-p2-n16`."""
+    match = re.fullmatch(r"higgs-p(\d+)-n(\d+)", name)
+    if match is None:
+        raise WaterfillError(f"codec {name!r} is not a HIGGS codec; expected a name like higgs-p2-n16")
+    return Higgs(int(match[1]), int(match[2]))

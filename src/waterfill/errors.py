@@ -1,0 +1,24 @@
+"""The errors a user can meet. Each message is one sentence: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class WaterfillError(Exception):
+    """Base of every error that waterfill raises on purpose; the command line prints it and exits with code 2."""
+
+
+class CheckpointError(WaterfillError):
+    """A checkpoint cannot be read, or holds something that cannot be packed."""
+
+
+class ArtifactError(WaterfillError):
+    """A packed model is torn, altered, hostile or of an unknown version."""
+
+
+class BudgetError(WaterfillError):
+    """A byte, bit or loss budget that no plan can meet; where known, with the sizes that plans can have."""
+
+    def __init__(self, message: str, smallest_bytes: int | None = None, largest_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
+        self.largest_bytes = largest_bytes

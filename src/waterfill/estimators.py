@@ -1,0 +1,123 @@
+"""One pass of each sensitivity estimator: a model and a few sequences in, raw alpha and beta per tensor out.
+
+`waterfill.sensitivity` explains what is estimated and averages the passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from waterfill.architecture import Matrix
+from waterfill.hadamard import groups
+
+PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
+SCALE_STEP = 0.05  # relative change of scale by which `perturb_pass` measures beta, both ways
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pass: raw estimates per tensor."""
+
+    alpha: dict[str, float]
+    beta: dict[str, float]
+    nll: float
+
+
+def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
+    alpha: dict[str, float] = {}
+    beta: dict[str, float] = {}
+    positions = part.shape[0] * (part.shape[1] - 1)
+    by_parameter: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        by_parameter.setdefault(matrix.parameter, []).append(matrix)
+    parameters = dict(model.named_parameters())
+
+    def consume(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            for matrix in by_parameter[name]:
+                gradient = matrix_view(parameter.grad, matrix).to(torch.float32)
+                weight = matrix_view(parameter.detach(), matrix).to(torch.float32)
+                noise_cost = (group_power(weight) * _group_sums(gradient.square())).double().sum()
+                alpha[matrix.name] = 0.5 * float(noise_cost) / positions
+                beta[matrix.name] = 0.5 * float((gradient * weight).double().sum()) ** 2 / positions
+            parameter.grad = None  # one tensor's gradient at a time
+
+        return hook
+
+    handles = [parameters[name].register_post_accumulate_grad_hook(consume(name)) for name in by_parameter]
+    try:
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1].flatten(0, 1).to(torch.float32)
+        log_p = logits.log_softmax(-1)
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        log_p.gather(1, labels).sum().backward()  # type: ignore[no-untyped-call]
+        nll = -float(log_p.detach().gather(1, part[:, 1:].reshape(-1, 1)).mean())
+    finally:
+        for handle in handles:
+            handle.remove()
+    for matrix in matrices:  # an expert that no token reached costs nothing here
+        alpha.setdefault(matrix.name, 0.0)
+        beta.setdefault(matrix.name, 0.0)
+    return Sample(alpha, beta, nll)
+
+
+@torch.inference_mode()
+def perturb_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
+    parameters = dict(model.named_parameters())
+    reference = _log_probabilities(model, part)
+    alpha: dict[str, float] = {}
+    beta: dict[str, float] = {}
+    for matrix in matrices:
+        weight = matrix_view(parameters[matrix.parameter], matrix)
+        original = weight.clone()
+        sigma = _per_weight(group_power(original.to(torch.float32)).sqrt(), original.shape[1])
+        rises = []
+        for level in PERTURB_LEVELS:
+            noise = torch.randn(original.shape, generator=generator) * sigma * math.sqrt(level)
+            weight.copy_(original + noise)
+            rises.append(_kl(reference, _log_probabilities(model, part)))
+        alpha[matrix.name] = sum(t * r for t, r in zip(PERTURB_LEVELS, rises, strict=True)) / sum(
+            t * t for t in PERTURB_LEVELS
+        )
+        scaled = []
+        for step in (SCALE_STEP, -SCALE_STEP):
+            weight.copy_(original * (1 + step))
+            scaled.append(_kl(reference, _log_probabilities(model, part)))
+        beta[matrix.name] = sum(scaled) / 2 / SCALE_STEP**2
+        weight.copy_(original)
+    nll = -float(reference.gather(1, part[:, 1:].reshape(-1, 1)).mean())
+    return Sample(alpha, beta, nll)
+
+
+def _log_probabilities(model: Any, part: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=part, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return torch.as_tensor(logits.to(torch.float32).log_softmax(-1))
+
+
+def _kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    return float((reference.exp() * (reference - other)).sum(-1).double().mean())
+
+
+def matrix_view(parameter: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """A view `[out, in]` of the matrix inside its module parameter."""
+    part = parameter if matrix.expert is None else parameter[matrix.expert]
+    return part.T if matrix.transposed else part
+
+
+def group_power(weight: torch.Tensor) -> torch.Tensor:
+    """mean(w^2) of each group, `[rows, in]` -> `[rows, groups]`; the rotation leaves it unchanged."""
+    sizes = torch.tensor([g.size for g in groups(weight.shape[1])], dtype=weight.dtype)
+    return _group_sums(weight.square()) / sizes
+
+
+def _group_sums(values: torch.Tensor) -> torch.Tensor:
+    return torch.stack([values[:, g.start : g.stop].sum(1) for g in groups(values.shape[1])], dim=1)
+
+
+def _per_weight(values: torch.Tensor, width: int) -> torch.Tensor:
+    return values.repeat_interleave(torch.tensor([g.size for g in groups(width)]), dim=1)

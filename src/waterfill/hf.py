@@ -1,0 +1,74 @@
+"""The transformers plug-in: after `import waterfill`, `AutoModelForCausalLM.from_pretrained(artifact)` works.
+
+transformers builds the model on the meta device, hands it over to have its modules replaced (`install`), and fills the
+replaced modules' buffers like any others. Each shard says what it holds, so nothing but the files that transformers
+itself resolves is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from waterfill.artifact import FORMAT_VERSION, read_buffer, read_shard_metadata
+from waterfill.errors import ArtifactError
+from waterfill.runtime.install import install
+
+QUANT_METHOD = "waterfill"
+
+
+class WaterfillConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
+    """`quantization_config` of an artifact's config.json. `verified`: the caller has checked the files already."""
+
+    def __init__(self, format_version: int = FORMAT_VERSION, verified: bool = False, **_: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.verified = verified
+
+
+class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads artifacts; packing is `waterfill.pack`, not `from_pretrained`."""
+
+    requires_calibration = True  # of transformers' two kinds: it cannot quantise while loading
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        version = self.quantization_config.format_version
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"the artifact has format version {version}, this waterfill reads {FORMAT_VERSION}; "
+                "install the version that wrote it, or pack again"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ArtifactError("a packed model is loaded from its files; a state dict alone does not describe it")
+        shards = [read_shard_metadata(Path(file)) for file in checkpoint_files]
+        if not self.quantization_config.verified:
+            for shard in shards:
+                for buffer in shard.buffers:
+                    read_buffer(buffer)  # compares the bytes with their digest
+        install(model, [tensor for shard in shards for tensor in shard.tensors])
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        model.config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register() -> None:
+    """Make the plug-in known to transformers; harmless when it is known already."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(WaterfillConfig)
+        register_quantizer(QUANT_METHOD)(WaterfillQuantizer)

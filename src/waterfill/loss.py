@@ -1,0 +1,60 @@
+"""The loss model: two coefficients per tensor, and the gain that they call for.
+
+A quantiser of relative error t2 maps a rotated block w to q with cos^2(w, q) = 1 - t2. Scaled so that the projection of
+the reconstruction on w is u, the error splits into a part along w, (u - 1) w, and a part orthogonal to it of relative
+power u^2 tau, tau = t2 / (1 - t2). With alpha the cost of isotropic noise and beta = 1/2 w'Fw the cost of scaling:
+
+    KL  =  alpha u^2 tau  +  beta (1 - u)^2                 nats per token
+
+    MSE scale         u = 1 - t2      alpha t2 (1 - t2) + beta t2^2   (the beta term bends the linearity theorem)
+    unbiased scale    u = 1           alpha tau
+    chosen            u = 1 / (1 + rho tau), rho = alpha / beta:      alpha tau u, the least of all
+
+rho = 0 is the unbiased scale and rho = 1 is the MSE scale, so `rho` is the one number that a codec needs; the codec
+applies it block by block, with each block's own measured tau. The gain costs no byte: it goes into the stored scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Gain = Literal["auto", "mse", "unbiased"]
+GAINS: tuple[Gain, ...] = ("auto", "mse", "unbiased")
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Cost of disturbing one tensor, KL in nats per token, with standard errors."""
+
+    alpha: float  # per unit of relative isotropic noise power
+    beta: float  # per squared relative change of scale
+    alpha_stderr: float = 0.0
+    beta_stderr: float = 0.0
+
+
+def gain_rho(gain: Gain, coefficients: Coefficients) -> float:
+    """The `rho` that a gain policy means for a tensor. Without a usable beta the MSE scale is the safe choice."""
+    if gain == "unbiased":
+        return 0.0
+    if gain == "mse" or coefficients.beta <= 0:
+        return 1.0
+    return min(max(coefficients.alpha, 0.0) / coefficients.beta, 1.0)
+
+
+def projection(t2: float, rho: float) -> float:
+    """u, the projection of the reconstruction on the original, of a codec with distortion `t2` and gain `rho`."""
+    return (1 - t2) / (1 - t2 + rho * t2)
+
+
+def predicted_kl(coefficients: Coefficients, t2: float, rho: float) -> float:
+    """Both terms, KL in nats per token. A negative estimate of alpha or beta is noise about zero, and counts as zero."""
+    u = projection(t2, rho)
+    tau = t2 / (1 - t2)
+    return max(coefficients.alpha, 0.0) * u * u * tau + max(coefficients.beta, 0.0) * (1 - u) ** 2
+
+
+def relative_error(t2: float, rho: float) -> float:
+    """||W' - W||^2 / ||W||^2 with gain `rho`, for a codec whose MSE-scaled distortion is `t2`."""
+    u = projection(t2, rho)
+    return (1 - u) ** 2 + u * u * t2 / (1 - t2)

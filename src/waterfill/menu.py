@@ -1,0 +1,120 @@
+"""What each matrix may be given: one menu entry per codec, with exact bytes, distortion and predicted loss.
+
+All menus list the same codecs in the same order, so that matrices can be tied to one entry; entries that another one
+dominates are left to the allocator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from waterfill.allocate import Choice
+from waterfill.architecture import Architecture, Matrix
+from waterfill.artifact import RAW
+from waterfill.checkpoint import WEIGHT_DTYPES
+from waterfill.codecs import MenuPoint, get_codec
+from waterfill.errors import WaterfillError
+from waterfill.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
+from waterfill.plan import KeptPlan, TensorPlan
+
+# Every power-of-two grid: rates from 0.75 to 8 bits in steps of a quarter or a third; the larger p, the lower t2.
+CODECS = (
+    *(f"higgs-p1-n{2**k}" for k in range(1, 9)),
+    *(f"higgs-p2-n{2**k}" for k in range(2, 11)),
+    *(f"higgs-p3-n{2**k}" for k in range(3, 13)),
+    *(f"higgs-p4-n{2**k}" for k in range(3, 13)),
+)
+
+
+@dataclass(frozen=True)
+class Menus:
+    """One menu per matrix, in execution order."""
+
+    matrices: tuple[Matrix, ...]
+    stored_shapes: tuple[tuple[int, ...], ...]  # of the parameters that hold them
+    coefficients: tuple[Coefficients, ...]
+    points: tuple[tuple[MenuPoint, ...], ...]
+    choices: tuple[tuple[Choice, ...], ...]
+    gain: Gain
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all matrices."""
+        return sum(math.prod(matrix.shape) for matrix in self.matrices)
+
+    def tensors(self, chosen: Sequence[int]) -> tuple[TensorPlan, ...]:
+        """The plan of every matrix, given the index of its choice."""
+        return tuple(self._tensor(i, choice) for i, choice in enumerate(chosen))
+
+    def _tensor(self, i: int, choice: int) -> TensorPlan:
+        matrix, c, point = self.matrices[i], self.coefficients[i], self.points[i][choice]
+        rho = gain_rho(self.gain, c)
+        return TensorPlan(
+            name=matrix.name,
+            shape=matrix.shape,
+            codec=point.codec,
+            rate_bits=point.rate_bits,
+            size_bytes=point.size_bytes,
+            alpha=c.alpha,
+            beta=c.beta,
+            rho=rho,
+            t2=relative_error(point.t2, rho),
+            kl=self.choices[i][choice].loss,
+            role=matrix.role,
+            dtype=matrix.dtype,
+            parameter=matrix.parameter,
+            stored_shape=self.stored_shapes[i],
+        )
+
+
+def make_menus(
+    architecture: Architecture, coefficients: Mapping[str, Coefficients], gain: Gain, codecs: Sequence[str] | None = None
+) -> Menus:
+    """Menus of all matrices: `codecs`, or every grid and `raw`, the matrix as it is.
+
+    `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed.
+    """
+    matrices = architecture.matrices
+    fused = any(matrix.expert is not None for matrix in matrices)
+    names = tuple(codecs) if codecs else (*CODECS, *(() if fused else (RAW,)))
+    missing = [matrix.name for matrix in matrices if matrix.name not in coefficients]
+    if missing:
+        raise WaterfillError(
+            f"the sensitivities lack {len(missing)} matrices of the model, such as {missing[0]}; "
+            "measure them for this model with the same --keep"
+        )
+    known: dict[tuple[tuple[int, int], str], tuple[MenuPoint, ...]] = {}
+    points, choices = [], []
+    for matrix in matrices:
+        key = (matrix.shape, matrix.dtype)
+        if key not in known:
+            known[key] = tuple(_point(name, matrix) for name in names)
+        c = coefficients[matrix.name]
+        rho = gain_rho(gain, c)
+        points.append(known[key])
+        choices.append(tuple(Choice(p.size_bytes, predicted_kl(c, p.t2, rho)) for p in known[key]))
+    return Menus(
+        matrices=matrices,
+        stored_shapes=tuple((m.shape[1], m.shape[0]) if m.transposed else m.shape for m in matrices),
+        coefficients=tuple(coefficients[matrix.name] for matrix in matrices),
+        points=tuple(points),
+        choices=tuple(choices),
+        gain=gain,
+    )
+
+
+def _point(codec: str, matrix: Matrix) -> MenuPoint:
+    if codec != RAW:
+        return get_codec(codec).menu_point(matrix.shape)
+    item_bytes = WEIGHT_DTYPES[matrix.dtype].itemsize
+    return MenuPoint(RAW, item_bytes * math.prod(matrix.shape), 8.0 * item_bytes, 0.0)
+
+
+def kept_plans(architecture: Architecture) -> tuple[KeptPlan, ...]:
+    """The tensors that stay as they are."""
+    return tuple(
+        KeptPlan(kept.name, kept.shape, kept.dtype, WEIGHT_DTYPES[kept.dtype].itemsize * math.prod(kept.shape))
+        for kept in architecture.kept
+    )

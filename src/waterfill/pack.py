@@ -1,0 +1,124 @@
+"""Carry out a plan: read rows, encode, write, tensor by tensor.
+
+    plan + checkpoint ──rows──► codec ──buffers──► ArtifactWriter ──► OUT
+
+Memory holds one block of rows, not a tensor and never the model. An interrupted run is continued by the next one, and
+ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from waterfill.architecture import Architecture, Kept, Matrix, read_kept, read_rows
+from waterfill.artifact import FORMAT_VERSION, RAW, ArtifactWriter, lay_out
+from waterfill.checkpoint import Checkpoint
+from waterfill.codecs import buffer_bytes, get_codec, scale_exponent
+from waterfill.errors import WaterfillError
+from waterfill.plan import Plan, TensorPlan
+
+BLOCK_WEIGHTS = 1 << 21  # 8 MiB of float32; encoding needs about ten times that
+
+PLAN_FILE = "waterfill-plan.json"
+SENSITIVITY_FILE = "waterfill-sensitivity.json"
+
+Progress = Callable[[str, int, int], None]
+
+
+def pack_plan(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    extra: Mapping[str, bytes] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the artifact of `plan` to `out`.
+
+    Args:
+        extra: further files of the artifact, by name.
+        progress: called with (tensor name, weights done, weights in all).
+
+    Raises:
+        WaterfillError: the plan was made for other weights.
+        CheckpointError: a weight is NaN or infinite, or a file changed.
+        ArtifactError: `out` exists, or cannot be written.
+    """
+    if plan.fingerprint != checkpoint.fingerprint:
+        raise WaterfillError(
+            f"the plan was made for other weights (fingerprint {plan.fingerprint}) than {checkpoint.path} holds "
+            f"({checkpoint.fingerprint}); make a new plan"
+        )
+    layout = lay_out(plan.specs(), shard_bytes=plan.shard_bytes)
+    if layout.size_bytes != plan.size_bytes:
+        raise WaterfillError(
+            f"the plan promises {plan.size_bytes:,} bytes where this version would write {layout.size_bytes:,}; "
+            "make a new plan"
+        )
+    matrices = {matrix.name: matrix for matrix in architecture.matrices}
+    kept = {tensor.name: tensor for tensor in architecture.kept}
+    planned = {tensor.spec().name: tensor for tensor in plan.tensors}
+    weights = {name: tensor.weights for name, tensor in planned.items()}
+    total = sum(weights.values())
+    with ArtifactWriter(out, layout, plan.identity, overwrite=overwrite) as writer:
+        pending = writer.pending()
+        done = total - sum(weights.get(spec.name, 0) for spec in pending)
+        for spec in pending:
+            if progress:
+                progress(spec.name, done, total)
+            if spec.name in planned:
+                _write_matrix(writer, checkpoint, planned[spec.name], matrices[planned[spec.name].name])
+            else:
+                _write_kept(writer, checkpoint, kept[spec.name])
+            done += weights.get(spec.name, 0)
+        if progress:
+            progress("", total, total)
+        return writer.publish({**_model_files(checkpoint), PLAN_FILE: plan.to_json().encode(), **(extra or {})})
+
+
+def _write_matrix(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix) -> None:
+    if tensor.codec == RAW:
+        rows = torch.cat([block for _, block in _blocks(checkpoint, matrix)])
+        writer.write(tensor.parameter, 0, (rows.T if matrix.transposed else rows).contiguous())
+        writer.complete(tensor.parameter)
+        return
+    codec = get_codec(tensor.codec)
+    layout = codec.layout(tensor.shape)
+    largest = max(float(block.abs().max()) for _, block in _blocks(checkpoint, matrix))
+    exponent = scale_exponent(largest)
+    noise = power = 0.0
+    for start, block in _blocks(checkpoint, matrix):
+        encoded = codec.encode(block, exponent=exponent, rho=tensor.rho)
+        noise += encoded.noise_power
+        power += encoded.power
+        for key, data in encoded.buffers.items():
+            writer.write(f"{tensor.name}.{key}", start * layout[key].row_bytes, data)
+    for key, part in layout.items():
+        used = tensor.shape[0] * part.row_bytes
+        writer.write(f"{tensor.name}.{key}", used, bytes(buffer_bytes(part) - used))  # alignment
+    writer.complete(tensor.name, exponent=exponent, t2=noise / power if power else 0.0)
+
+
+def _blocks(checkpoint: Checkpoint, matrix: Matrix) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, `[rows, in]`) in order; the same blocks every time, so that a resumed run computes the same."""
+    step = max(1, BLOCK_WEIGHTS // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        yield start, read_rows(checkpoint, matrix, start, min(start + step, matrix.shape[0]))
+
+
+def _write_kept(writer: ArtifactWriter, checkpoint: Checkpoint, kept: Kept) -> None:
+    writer.write(kept.name, 0, read_kept(checkpoint, kept).contiguous())
+    writer.complete(kept.name)
+
+
+def _model_files(checkpoint: Checkpoint) -> dict[str, bytes | Path]:
+    """config.json with the mark of a packed model, and everything else that makes a directory a model."""
+    mark = {"quant_method": "waterfill", "format_version": FORMAT_VERSION}
+    config = json.dumps({**checkpoint.config, "quantization_config": mark}, indent=2) + "\n"
+    return {"config.json": config.encode(), **{file.name: file for file in checkpoint.extra_files()}}

@@ -1,0 +1,108 @@
+"""Token sequences on which sensitivities are measured.
+
+    self    sampled from the model itself at temperature 1: data-free, and of the kind the model was made for (default)
+    random  uniform tokens, as in the HIGGS paper (arXiv 2411.17525, §5): ranks tensors, over-predicts the loss
+    text    windows spread over a text file of the user's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from waterfill.errors import WaterfillError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What to measure on: `sequences` of `length` tokens each."""
+
+    kind: Literal["self", "random", "text"] = "self"
+    sequences: int = 32
+    length: int = 512
+    seed: int = 0
+    text: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.sequences < 2 or self.length < 2:
+            raise WaterfillError(
+                f"a probe of {self.sequences} sequences of {self.length} tokens cannot give a standard error; "
+                "use at least 2 sequences of 2 tokens"
+            )
+        if (self.kind == "text") != (self.text is not None):
+            raise WaterfillError(f"probe {self.kind!r} and text file {self.text} do not go together; name a text file")
+
+
+def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Progress | None = None) -> torch.Tensor:
+    """int64 `[sequences, length]`, deterministic for a seed. `tokenizer` is needed for text only."""
+    length = min(probe.length, max_positions(model.config))
+    if probe.kind == "text":
+        return _windows(tokenizer, probe, length)
+    generator = torch.Generator().manual_seed(probe.seed)
+    if probe.kind == "random":
+        vocabulary = model.get_input_embeddings().num_embeddings
+        return torch.randint(vocabulary, (probe.sequences, length), generator=generator)
+    return _sample(model, probe.sequences, length, generator, progress)
+
+
+def max_positions(config: Any) -> int:
+    """The model's context length in tokens (unbounded when its configuration states none)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1 << 30
+
+
+@torch.no_grad()  # not inference mode: the tokens are an input of the backward passes that follow
+def _sample(
+    model: Any, sequences: int, length: int, generator: torch.Generator, progress: Progress | None
+) -> torch.Tensor:
+    """Ancestral sampling through the key/value cache. A document that ends is followed by the next one."""
+    tokens = torch.empty(sequences, length, dtype=torch.int64)
+    start = _start_token(model.config)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    tokens[:, 0] = start if start is not None else torch.randint(vocabulary, (sequences,), generator=generator)
+    cache = None
+    for position in range(1, length):
+        output = model(input_ids=tokens[:, position - 1 : position], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        cumulative = output.logits[:, -1].to(torch.float64).softmax(-1).cumsum(-1)
+        draw = torch.rand(sequences, 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
+        tokens[:, position] = torch.searchsorted(cumulative, draw).clamp_max(vocabulary - 1)[:, 0]
+        if progress:
+            progress(position, length - 1)
+    return tokens
+
+
+def _start_token(config: Any) -> int | None:
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, name, None)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _windows(tokenizer: Any, probe: Probe, length: int) -> torch.Tensor:
+    assert probe.text is not None
+    try:
+        text = probe.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WaterfillError(f"cannot read {probe.text} as UTF-8 text ({error}); name a readable text file") from error
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    available = len(ids) // length
+    if available < probe.sequences:
+        raise WaterfillError(
+            f"{probe.text} holds {available} windows of {length} tokens, the probe needs {probe.sequences}; "
+            "give a longer text or ask for fewer or shorter sequences"
+        )
+    chosen = torch.linspace(0, available - 1, probe.sequences).round().long()
+    return ids[: available * length].view(available, length)[chosen]

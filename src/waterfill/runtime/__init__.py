@@ -1,0 +1,1 @@
+"""Running a packed model: modules that multiply from codes, and text generation."""

@@ -1,0 +1,244 @@
+"""Text from a model, piece by piece as it is generated.
+
+    prompt or messages -> token ids -> model.generate in a thread of its own -> queue of text -> `Generation` iterates
+
+The model may be any transformers causal language model, packed or not: all of the sampling is transformers' own.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from waterfill.errors import WaterfillError
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("max_new_tokens", "at least 1", lambda value: value >= 1),
+    ("temperature", "0 (greedy) or more", lambda value: 0 <= value < math.inf),
+    ("top_p", "more than 0 and at most 1", lambda value: 0 < value <= 1),
+    ("top_k", "0 (all tokens) or more", lambda value: value >= 0),
+    ("repetition_penalty", "more than 0 (1 is none)", lambda value: 0 < value < math.inf),
+    ("seed", "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token. None leaves a choice to the model's generation_config.
+
+    Raises WaterfillError for a value outside its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None  # 0 is greedy: always the likeliest token, whatever top_p and top_k say
+    top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; 1 is all
+    top_k: int | None = None  # sample among this many likeliest tokens; 0 is all
+    repetition_penalty: float | None = None  # divides the score of tokens seen before; 1 is none
+    seed: int | None = None  # the same seed gives the same text
+
+    def __post_init__(self) -> None:
+        for name, expected, holds in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise WaterfillError(f"{name} is {value}; choose {expected}")
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of transformers' `generate` that say the same."""
+        if self.temperature == 0:
+            chosen: dict[str, Any] = {"do_sample": False}
+        else:
+            chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            if chosen:  # whoever sets one of them wants to sample, even if the model's own default is greedy
+                chosen["do_sample"] = True
+        if self.repetition_penalty is not None:
+            chosen["repetition_penalty"] = self.repetition_penalty
+        return chosen
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What a generation took, as far as it has come."""
+
+    tokens: int  # generated, the end-of-text token included
+    first_token_s: float  # from the start to the first token: reading the prompt
+    elapsed_s: float  # from the start to the last token
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed after the first token; NaN before there are two."""
+        decoding_s = self.elapsed_s - self.first_token_s
+        return (self.tokens - 1) / decoding_s if decoding_s > 0 else math.nan
+
+
+class Generation(Iterator[str]):
+    """Pieces of text, as they come. Stopping early (`close`, or letting go of the object) stops the model too."""
+
+    def __init__(self, model: Any, streamer: _Streamer, arguments: dict[str, Any], seed: int | None) -> None:
+        self._streamer = streamer
+        # The generator does not know this object: without a cycle, dropping the one closes the other at once.
+        self._pieces = _stream(model, streamer, arguments, seed)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop the model after the token that it is working on, and wait for it."""
+        self._pieces.close()
+
+    @property
+    def stats(self) -> GenerationStats:
+        """Counts and times up to now; complete once the iteration has ended."""
+        return self._streamer.stats()
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence[Message],
+    sampling: Sampling | None = None,
+    **overrides: Any,
+) -> Generation:
+    """Continue a text, or answer a conversation, and stream what the model says.
+
+    A string is continued as it is. Messages go through the tokenizer's chat template; without one they become lines
+    "User: …", "Assistant: …" with a final "Assistant:" for the model to continue. Special tokens are left out of the
+    text. Generation ends at the end-of-text token, after `max_new_tokens`, or when the model's positions are used up.
+
+    `overrides` replace fields of `sampling`: `generate(model, tokenizer, "Once", temperature=0.7, seed=1)`. With a
+    seed, torch's random state is the caller's own again afterwards; without, samples come from the state as it is.
+
+    Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
+    WaterfillError for a sampling value outside its range, malformed messages, or a prompt that leaves no room.
+    """
+    sampling = replace(sampling or Sampling(), **overrides)
+    ids = _prompt_ids(tokenizer, prompt)
+    arguments = {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids, device=model.device),
+        "max_new_tokens": min(sampling.max_new_tokens, _room(model, ids.shape[1])),
+        "num_beams": 1,  # beams have no text to stream before the end
+        **sampling.arguments(),
+    }
+    return Generation(model, _Streamer(tokenizer), arguments, sampling.seed)
+
+
+def _stream(model: Any, streamer: _Streamer, arguments: dict[str, Any], seed: int | None) -> Generator[str, None, None]:
+    """Run `model.generate` in a thread and yield what it streams; end the thread however the iteration ends."""
+    stop = _Stop()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with _seeded(model, seed):
+                model.generate(**arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]))
+        except BaseException as error:
+            errors.append(error)
+            streamer.on_finalized_text("", stream_end=True)  # the consumer is waiting for text that will not come
+
+    thread = threading.Thread(target=work, name="waterfill-generate", daemon=True)
+    streamer.start()
+    thread.start()
+    try:
+        yield from filter(None, streamer)
+    finally:
+        stop.requested.set()
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+class _Streamer(TextIteratorStreamer):  # type: ignore[misc]
+    """Text queue between the two threads that also counts tokens and takes the time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._tokens = 0
+        self._start_s = self._first_s = self._last_s = math.nan
+
+    def start(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self._last_s = time.perf_counter()
+            if self._tokens == 0:
+                self._first_s = self._last_s
+            self._tokens += value.numel()
+        super().put(value)
+
+    def stats(self) -> GenerationStats:
+        return GenerationStats(self._tokens, self._first_s - self._start_s, self._last_s - self._start_s)
+
+
+class _Stop(StoppingCriteria):  # type: ignore[misc]
+    """Ends the generation at the next token once the consumer has gone."""
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.requested.is_set(), device=input_ids.device)
+
+
+@contextmanager
+def _seeded(model: Any, seed: int | None) -> Iterator[None]:
+    """Seed torch's global generators, which are all that `model.generate` samples from, and restore them at the end."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _room(model: Any, prompt_tokens: int) -> int:
+    """How many tokens the model can add to a prompt before its positions are used up."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not positions:
+        return sys.maxsize
+    if prompt_tokens >= positions:
+        raise WaterfillError(
+            f"the prompt has {prompt_tokens} tokens, but the model has room for {positions}; shorten it"
+        )
+    return int(positions) - prompt_tokens
+
+
+def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> Tensor:
+    """Token ids, int64 [1, tokens], of a text or a conversation."""
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif not prompt or not all({"role", "content"} <= message.keys() for message in prompt):
+        raise WaterfillError("a conversation is one or more messages with 'role' and 'content'; give at least one")
+    elif tokenizer.chat_template is None:
+        lines = [f"{message['role'].capitalize()}: {message['content']}" for message in prompt]
+        ids = tokenizer("\n".join([*lines, "Assistant:"]))["input_ids"]
+    else:
+        ids = _templated_ids(tokenizer, prompt)
+    if not ids and tokenizer.bos_token_id is None:
+        raise WaterfillError("the prompt is empty and the tokenizer has no token to begin with; give a prompt")
+    return torch.tensor([ids or [tokenizer.bos_token_id]], dtype=torch.int64)
+
+
+def _templated_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    conversation = [dict(message) for message in messages]
+    try:
+        encoding = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
+    except TemplateError as error:
+        raise WaterfillError(f"the model's chat template refuses the conversation ({error}); change it") from error
+    ids: list[int] = encoding["input_ids"]
+    return ids

@@ -1,0 +1,105 @@
+"""Put packed modules in the place of a model's own: the model's code stays transformers', only its weights change.
+
+    model on the meta device + the artifact's tensors  ──install──►  the same model, ready to be filled with buffers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import nn
+
+from waterfill.artifact import RAW, StoredTensor
+from waterfill.codecs import Higgs, get_codec
+from waterfill.errors import ArtifactError
+from waterfill.runtime.packed import (
+    PackedEmbedding,
+    PackedExperts,
+    PackedMatrix,
+    TiedHead,
+    pack_embedding,
+    pack_linear,
+)
+
+
+def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
+    """Replace, in place, every module of `model` whose weight is packed.
+
+    Raises:
+        ArtifactError: a tensor has no place in the model, or a codec that cannot be run from its codes.
+    """
+    packed = {tensor.name: tensor for tensor in tensors if tensor.codec != RAW}
+    tied = _tied_head(model)
+    experts = False
+    for name, tensor in packed.items():
+        module = _find(model, name)
+        if module is not None:
+            _attach(_convert(module), tensor, module.weight.dtype)
+        else:
+            _attach_expert(model, tensor)
+            experts = True
+    if experts:  # the other implementations want all experts as one dense tensor
+        model.set_experts_implementation("eager")
+    if tied is not None and tied[1] in packed:
+        _tie(model, *tied)
+
+
+def _convert(module: nn.Module) -> PackedMatrix:
+    return pack_embedding(module) if isinstance(module, nn.Embedding) else pack_linear(module)
+
+
+def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any) -> None:
+    codec = get_codec(tensor.codec)
+    if not isinstance(codec, Higgs):
+        raise ArtifactError(f"tensor {tensor.name!r} has codec {tensor.codec!r}, which cannot be run from its codes")
+    out_features, in_features = tensor.shape
+    module.attach(codec, (out_features, in_features), tensor.exponent, dtype)
+
+
+def _attach_expert(model: nn.Module, tensor: StoredTensor) -> None:
+    """`tensor` is one expert, `<module>.<parameter>.<index>`, of a fused 3-D parameter."""
+    path, _, index = tensor.name.rpartition(".")
+    parent_path, _, attribute = path.rpartition(".")
+    parent = _find(model, parent_path)
+    if parent is None or not index.isdecimal() or not hasattr(parent, attribute):
+        raise ArtifactError(f"tensor {tensor.name!r} has no place in {type(model).__name__}; pack the model again")
+    container = getattr(parent, attribute)
+    if not isinstance(container, PackedExperts):
+        parameter = parent._parameters.pop(attribute)
+        assert parameter is not None
+        container = PackedExperts(len(parameter), bool(getattr(parent, "is_transposed", False)), parameter.dtype)
+        setattr(parent, attribute, container)
+    if int(index) >= len(container):
+        raise ArtifactError(f"tensor {tensor.name!r} is one expert too many: {path} has {len(container)}")
+    _attach(container.expert(int(index)), tensor, container.dtype)
+
+
+def _find(model: nn.Module, path: str) -> Any:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _tied_head(model: Any) -> tuple[str, str] | None:
+    """(path of the output head, path of the embedding it shares its weight with), found before anything is replaced."""
+    head = model.get_output_embeddings()
+    if head is None or not model.all_tied_weights_keys:
+        return None
+    paths = {id(module): path for path, module in model.named_modules()}
+    head_path = paths[id(head)]
+    source = model.all_tied_weights_keys.get(f"{head_path}.weight")
+    return (head_path, source.removesuffix(".weight")) if source else None
+
+
+def _tie(model: Any, head_path: str, embedding_path: str) -> None:
+    head = model.get_submodule(head_path)
+    embedding = cast(PackedEmbedding, model.get_submodule(embedding_path))
+    model.set_submodule(head_path, TiedHead(embedding, head._parameters.get("bias")))
+    weight = f"{head_path}.weight"
+    for _, module in model.named_modules():  # nothing is left for transformers to tie
+        for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+            keys = getattr(module, attribute, None)
+            if isinstance(keys, dict) and any(weight.endswith(key) for key in keys):
+                setattr(module, attribute, {k: v for k, v in keys.items() if not weight.endswith(k)})

@@ -1,0 +1,132 @@
+"""What a disturbance of each tensor costs the model: alpha and beta, in nats per token (see `waterfill.loss`).
+
+Both estimators measure the same thing, KL(model || disturbed model) per unit of relative noise power, for noise that is
+isotropic within a group (one row, one Hadamard group) and proportional to that group's power, as rotated quantisation
+noise is.
+
+`fisher` (default). KL(w || w + d) ~ 1/2 d'Fd. With labels sampled from the model's own predictions the score has mean
+zero and is independent across positions, so the squared gradient of a summed log-probability estimates the summed
+diagonal of F without bias, and <g, w>^2 the summed w'Fw. Every backward pass gives all tensors at once:
+
+    alpha = 1/2 sum_groups mean(w_group^2) sum_group g^2 / tokens            beta = 1/2 <g, w>^2 / tokens
+
+`perturb`. The HIGGS paper's (arXiv 2411.17525, §5): disturb one tensor at a time at several noise levels and fit a line
+through the origin. Hundreds of times the work; it exists to check the fast one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from waterfill.architecture import Matrix
+from waterfill.errors import WaterfillError
+from waterfill.estimators import fisher_pass, perturb_pass
+from waterfill.loss import Coefficients
+
+Progress = Callable[[int, int], None]
+Method = Literal["fisher", "perturb"]
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Coefficients per tensor, and all that is needed to know where they came from."""
+
+    fingerprint: str  # of the checkpoint
+    method: Method
+    probe: Mapping[str, Any]  # kind, sequences, length, seed, text
+    nll: float  # of the undisturbed model on the probe's tokens, nats per token
+    tokens: int  # predicted positions
+    tensors: Mapping[str, Coefficients]
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @staticmethod
+    def load(path: Path) -> Sensitivity:
+        """Read a file that `to_json` wrote; WaterfillError if it is not one."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("version") != VERSION:
+                raise ValueError("unknown version")
+            tensors = {name: Coefficients(**values) for name, values in data.pop("tensors").items()}
+            return Sensitivity(**data, tensors=tensors)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WaterfillError(
+                f"{path} is not a sensitivity file of this version ({error}); write one with `waterfill plan --save`"
+            ) from error
+
+
+def measure(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    tokens: torch.Tensor,
+    *,
+    method: Method = "fisher",
+    seed: int = 0,
+    batch: int = 1,
+    fingerprint: str = "",
+    probe: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Estimate alpha and beta of every matrix.
+
+    Args:
+        model: a causal LM from transformers, in the names of `matrices`.
+        tokens: int64 `[sequences, length]`, the probe.
+        batch: sequences per pass; standard errors come from the spread between passes.
+        fingerprint, probe: recorded in the result.
+        progress: called with (passes done, passes in all).
+    """
+    passes = list(tokens.split(batch))
+    if len(passes) < 2:
+        raise WaterfillError(f"{len(tokens)} sequences in batches of {batch} make one pass; a standard error needs two")
+    run = fisher_pass if method == "fisher" else perturb_pass
+    samples = []
+    with _only_trainable(model, {m.parameter for m in matrices} if method == "fisher" else set()):
+        for done, part in enumerate(passes):
+            samples.append(run(model, matrices, part, torch.Generator().manual_seed(seed * 1_000_003 + done)))
+            if progress:
+                progress(done + 1, len(passes))
+    weights = torch.tensor([part.shape[0] for part in passes], dtype=torch.float64)
+    nll, _ = _mean_and_stderr([sample.nll for sample in samples], weights)
+    tensors = {}
+    for name in (matrix.name for matrix in matrices):
+        alpha, alpha_stderr = _mean_and_stderr([sample.alpha[name] for sample in samples], weights)
+        beta, beta_stderr = _mean_and_stderr([sample.beta[name] for sample in samples], weights)
+        tensors[name] = Coefficients(alpha, beta, alpha_stderr, beta_stderr)
+    positions = tokens.shape[0] * (tokens.shape[1] - 1)
+    return Sensitivity(fingerprint, method, dict(probe or {}), nll, positions, tensors)
+
+
+def _mean_and_stderr(values: Sequence[float], weights: torch.Tensor) -> tuple[float, float]:
+    x = torch.tensor(values, dtype=torch.float64)
+    mean = (x * weights).sum() / weights.sum()
+    variance = (weights * (x - mean).square()).sum() / weights.sum() / (len(values) - 1)
+    return float(mean), float(variance.sqrt())
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Gradients for these parameters alone, evaluation mode; everything is put back afterwards."""
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    training = model.training
+    model.eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+            parameter.grad = None
