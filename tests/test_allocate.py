@@ -16,7 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from waterfill import _knapsack
-from waterfill.allocate import Allocation, Choice, allocate, certificate, relax, smallest
+from waterfill.allocate import Allocation, Choice, allocate, certificate, feasible_bytes, relax, smallest
 from waterfill.errors import BudgetError, WaterfillError
 
 Menus = list[list[Choice]]
@@ -34,15 +34,22 @@ PUBLISHED_GRIDS = [
 
 
 def grid_menu_points() -> list[tuple[float, float]]:
-    """40 points (bits per weight, t²): the published grids, and a point between each two of p = 1, 2 and 3, 4."""
+    """43 points (bits per weight, t²): the published grids, and one point between neighbours of equal p ≤ 3."""
     points = []
     for p, group in itertools.groupby(PUBLISHED_GRIDS, key=lambda grid: grid[0]):
-        bits_t2 = [(math.log2(n) / p + 16 / 1024, t2) for _, n, t2 in group]
-        points += bits_t2
-        if p in (1, 2):
-            points += [((a + c) / 2, math.sqrt(b * d)) for (a, b), (c, d) in itertools.pairwise(bits_t2)]
-    points += [(7.5, 0.00009)]
+        published = [(math.log2(n) / p + 16 / 1024, t2) for _, n, t2 in group]
+        points += published
+        if p <= 3:
+            points += [((a + c) / 2, math.sqrt(b * d)) for (a, b), (c, d) in itertools.pairwise(published)]
     return points
+
+
+def grid_menus(alphas: Sequence[float], weights: Sequence[int]) -> Menus:
+    points = grid_menu_points()
+    return [
+        [Choice(math.ceil(bits * count / 8), alpha * t2) for bits, t2 in points]
+        for alpha, count in zip(alphas, weights, strict=True)
+    ]
 
 
 def sizes_and_losses(menus: Menus, choices: Sequence[int]) -> tuple[int, float]:
@@ -171,23 +178,22 @@ def llama(shared_data: Path) -> tuple[Menus, int]:
     tensors = json.loads((shared_data / "llama-3.1-8b-alphas.json").read_text())["tensors"].values()
     weights = [math.prod(tensor["shape"]) for tensor in tensors]
     alphas = [max(0.0, tensor["alpha"]) for tensor in tensors]
-    points = grid_menu_points()
-    return [
-        [Choice(math.ceil(bits * count / 8), alpha * t2) for bits, t2 in points]
-        for alpha, count in zip(alphas, weights, strict=True)
-    ], sum(weights)
+    return grid_menus(alphas, weights), sum(weights)
 
 
 def milp_loss(menus: Menus, budget: int) -> tuple[int, float]:
-    """(bytes, loss) that HiGHS finds, with a gap of 1e-7."""
+    """(bytes, loss) that HiGHS finds, with a relative gap of 1e-7."""
     tensors, length = len(menus), len(menus[0])
     size = np.array([choice.size_bytes for menu in menus for choice in menu], dtype=np.float64)
     loss = np.array([choice.loss for menu in menus for choice in menu])
     one_each = csr_array((np.ones(len(loss)), (np.repeat(np.arange(tensors), length), np.arange(len(loss)))))
-    # In kB the solver's feasibility tolerance of 1e-6 is below a byte, and its numbers stay of moderate size.
+    # The solver's tolerances are 1e-6, absolute: below a byte in kB, and below 1e-7 of the loss in these units.
+    units = 100 / loss.reshape(tensors, length).min(axis=1).sum()
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(size[None] / 1e3, -np.inf, budget / 1e3)]
     options = {"mip_rel_gap": 1e-7, "time_limit": 60}
-    result = milp(loss, constraints=constraints, integrality=np.ones(len(loss)), bounds=Bounds(0, 1), options=options)
+    result = milp(
+        loss * units, constraints=constraints, integrality=np.ones(len(loss)), bounds=Bounds(0, 1), options=options
+    )
     return sizes_and_losses(menus, result.x.reshape(tensors, length).argmax(axis=1).tolist())
 
 
@@ -214,23 +220,19 @@ def test_smallest_inverts_allocate_on_published_sensitivities(llama: tuple[Menus
         assert found.size_bytes == allocated.size_bytes
 
 
-def random_model(seed: int, tensors: int) -> Menus:
-    """Log-normal sensitivities over three decades and a few shapes; every tenth tensor is of no account."""
+def random_model(seed: int, tensors: int) -> tuple[Menus, int]:
+    """Menus and number of weights: log-normal sensitivities over three decades, every tenth zero, and a few shapes."""
     generator = np.random.default_rng(seed)
     alphas = np.exp(generator.normal(scale=1.2, size=tensors)) / tensors
     alphas[::10] = 0.0
-    counts = generator.choice([2**20, 3 * 2**19, 896 * 4864, 1_000_003], size=tensors)
-    points = grid_menu_points()
-    return [
-        [Choice(math.ceil(bits * int(count) / 8), float(alpha) * t2) for bits, t2 in points]
-        for alpha, count in zip(alphas, counts, strict=True)
-    ]
+    weights = generator.choice([2**20, 3 * 2**19, 896 * 4864, 1_000_003], size=tensors).tolist()
+    return grid_menus(alphas.tolist(), weights), sum(weights)
 
 
 @pytest.mark.parametrize("bits", [2.2, 3.1, 4.0, 7.9, 8.1])
 def test_a_larger_model_is_solved_and_leaves_nothing_over(bits: float) -> None:
-    menus = random_model(seed=1, tensors=600)
-    budget = int(sum(menu[-1].size_bytes for menu in menus) * bits / 7.5)
+    menus, weights = random_model(seed=1, tensors=600)
+    budget = int(weights * bits / 8)
     found = allocate(menus, budget)
     assert found.exact
     assert_consistent(menus, [], found)
@@ -243,7 +245,7 @@ def test_a_larger_model_is_solved_and_leaves_nothing_over(bits: float) -> None:
 
 
 def test_losses_fall_over_a_fine_ladder_of_budgets() -> None:
-    menus = random_model(seed=2, tensors=60)
+    menus, _ = random_model(seed=2, tensors=60)
     low, high = (sum(f(choice.size_bytes for choice in menu) for menu in menus) for f in (min, max))
     found = [allocate(menus, budget) for budget in range(low, high, (high - low) // 60)]
     assert all(allocation.exact for allocation in found)
@@ -281,6 +283,7 @@ def test_ties_take_one_index() -> None:
     assert allocate(menus, 90, ties=[(0, 1)]).choices == (1, 1, 2)
     assert allocate(menus, 90, ties=[[1, 0], [2]]).choices == (1, 1, 2)
     assert allocate(menus, 90, ties=[[2, 1, 0], []]).choices == (1, 1, 1)
+    assert feasible_bytes([menus[0], menus[0][::-1]], ties=[(0, 1)]) == (40, 50)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +329,7 @@ def test_infeasible_budgets_say_what_is_feasible() -> None:
         assert "1,234" in str(raised.value)
         assert "3,234" in str(raised.value)
         assert (raised.value.smallest_bytes, raised.value.largest_bytes) == (1234, 3234)
+    assert feasible_bytes(menus) == (1234, 3234)
     assert allocate(menus, 1234).size_bytes == 1234
     with pytest.raises(BudgetError) as raised:
         smallest(menus, 0.29)
@@ -340,14 +344,14 @@ def test_no_tensors_need_no_bytes() -> None:
 
 
 def test_equal_inputs_give_equal_plans() -> None:
-    menus = random_model(seed=3, tensors=100)
-    budget = sum(menu[5].size_bytes for menu in menus)
+    menus, weights = random_model(seed=3, tensors=100)
+    budget = int(weights * 3.3 / 8)
     assert allocate(menus, budget) == allocate(menus, budget)
 
 
 def test_a_search_cut_short_says_so_and_its_bound_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    menus = random_model(seed=4, tensors=80)
-    budget = sum(menu[9].size_bytes for menu in menus)
+    menus, weights = random_model(seed=4, tensors=80)
+    budget = int(weights * 3.3 / 8)
     optimum = allocate(menus, budget)
     assert optimum.exact
     assert "optimal" in certificate(optimum)

@@ -149,6 +149,10 @@ def test_ledger_torn_at_every_byte(tmp_path: Path) -> None:
         (work / "ledger.jsonl").write_bytes(whole[:length])
         with ArtifactWriter(out, layout, "plan") as writer:
             assert len(writer.pending()) == 3 - max(0, whole[:length].count(b"\n") - 1)
+            for tensor in writer.pending():
+                fill(writer, tensor)
+        with ArtifactWriter(out, layout, "plan") as writer:
+            assert not writer.pending()
         assert directory_bytes(build(out, layout)) == expected
         shutil.rmtree(out)
 

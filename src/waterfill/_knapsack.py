@@ -127,7 +127,7 @@ class _Neighbourhood:
         home = relaxed.picks[problem.owner]
         weight, cost = problem.weight - problem.weight[home], problem.cost - problem.cost[home]
         reduced = np.maximum(cost + relaxed.multiplier * weight, 0.0)  # below zero by rounding only
-        moves = np.flatnonzero((reduced <= relaxed.gap) & (np.arange(len(home)) != home))
+        moves = np.flatnonzero((reduced <= relaxed.gap) & ((weight < 0) | (cost < 0)))
         moves = moves[np.argsort(reduced[moves], kind="stable")]
         columns = (problem.owner[moves], weight[moves], cost[moves], reduced[moves])
         return _Neighbourhood(moves, *columns, relaxed.multiplier, limit - math.fsum(problem.weight[relaxed.picks]))
@@ -138,26 +138,15 @@ class _Neighbourhood:
         return float(self.reduced[target]) if target < len(self.reduced) else math.inf
 
     def groups(self, reach: float) -> list[_Group]:
-        """The classes with a move within reach; those that shift most weight come first, the rest can still adjust."""
+        """The classes with a move within reach, those of dear moves first: they combine least and keep lists short."""
         within = int(np.searchsorted(self.reduced, reach, side="right"))
-        moves = np.argsort(self.owner[:within], kind="stable")
-        _, start = np.unique(self.owner[moves], return_index=True)
-        if not len(start):
-            return []
-        up = np.maximum(np.maximum.reduceat(self.weight[moves], start), 0.0)
-        down = np.minimum(np.minimum.reduceat(self.weight[moves], start), 0.0)
-        order = np.argsort(-np.maximum(up, -down), kind="stable")
-        up_after, down_after = (np.append(np.cumsum(span[order][::-1])[::-1], 0.0)[1:] for span in (up, down))
-        members = np.split(moves, start[1:])
+        _, nearest, group = np.unique(self.owner[:within], return_index=True, return_inverse=True)
+        moves = np.argsort(-nearest[group], kind="stable")
+        starts = np.flatnonzero(np.diff(self.owner[moves])) + 1
         return [
-            _Group(
-                choice=self.choice[members[k]],
-                weight=np.append(0.0, self.weight[members[k]]),
-                cost=np.append(0.0, self.cost[members[k]]),
-                up_after=float(up_after[position]),
-                down_after=float(down_after[position]),
-            )
-            for position, k in enumerate(order)
+            _Group(self.choice[m], np.append(0.0, self.weight[m]), np.append(0.0, self.cost[m]))
+            for m in np.split(moves, starts)
+            if len(m)
         ]
 
 
@@ -168,13 +157,11 @@ class _Group:
     choice: Ints  # [moves], indices into the problem's choices
     weight: Floats  # [1 + moves]
     cost: Floats  # [1 + moves]
-    up_after: float  # most weight that the groups after this one can add, ≥ 0
-    down_after: float  # most weight that they can shed, ≤ 0
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What a search found: the moves away from the relaxed solution, and their gap (infinite: nothing within reach)."""
+    """What a search found: the moves away from the relaxed solution, and the gap that they lead to."""
 
     moves: Ints  # indices into the problem's choices
     gap: float
@@ -182,66 +169,69 @@ class _Found:
     effort: int  # candidate states
 
 
+def _search(near: _Neighbourhood, reach: float) -> _Found:
+    """The best solution whose gap is at most `reach`: two lists of states, each of half the groups, then the best pair."""
+    groups = near.groups(reach)
+    one, other = (_States.of(half, near.multiplier, reach) for half in (groups[0::2], groups[1::2]))
+    partner = np.searchsorted(other.weight, near.slack - one.weight, side="right") - 1  # the heaviest costs least
+    cost = np.where(partner >= 0, one.cost + other.cost[partner], math.inf)
+    best = int(cost.argmin())
+    return _Found(
+        moves=np.array(one.moves(best) + other.moves(int(partner[best])), dtype=np.intp),
+        gap=max(0.0, float(cost[best]) + near.multiplier * near.slack),
+        complete=one.complete and other.complete,
+        effort=one.effort + other.effort,
+    )
+
+
 @dataclass(frozen=True)
 class _States:
-    """Undominated sums over the groups merged so far: ascending weight, strictly descending cost."""
+    """Undominated sums of the groups' moves within reach: ascending weight, strictly descending cost."""
 
     weight: Floats  # [states]
     cost: Floats  # [states]
+    groups: list[_Group]
+    steps: list[tuple[Ints, int]]  # per group: [states] = entry of the group · count + index before; count before
+    effort: int  # candidate states
+
+    @staticmethod
+    def of(groups: list[_Group], multiplier: float, reach: float) -> _States:
+        weight, cost = np.zeros(1), np.zeros(1)
+        steps: list[tuple[Ints, int]] = []
+        effort = 0
+        for group in groups:
+            before, candidates = len(weight), len(weight) * len(group.weight)
+            if candidates > MERGE_EFFORT or effort + candidates > EFFORT:
+                break
+            effort += candidates
+            kept, weight, cost = _merge(weight, cost, group, multiplier, reach)
+            steps.append((kept, before))
+        return _States(weight, cost, groups, steps, effort)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.steps) == len(self.groups)
+
+    def moves(self, state: int) -> list[int]:
+        """The moves that lead to a state, as indices into the problem's choices."""
+        moves = []
+        for (kept, before), group in zip(reversed(self.steps), reversed(self.groups[: len(self.steps)]), strict=True):
+            entry, state = divmod(int(kept[state]), before)
+            if entry:
+                moves.append(int(group.choice[entry - 1]))
+        return moves
 
 
-@dataclass(frozen=True)
-class _Step:
-    """How the states of one merge came about: the way back."""
-
-    kept: Ints  # [states after] = entry of the group · states before + index of the state before
-    before: int  # number of states before
-
-
-def _search(near: _Neighbourhood, reach: float) -> _Found:
-    """The best solution whose gap is at most `reach`, by merging the moves within reach group by group."""
-    states = _States(np.zeros(1), np.zeros(1))
-    steps: list[_Step] = []
-    groups = near.groups(reach)
-    effort = 0
-    for group in groups:
-        candidates = len(states.weight) * len(group.weight)
-        if candidates > MERGE_EFFORT or effort + candidates > EFFORT:
-            break
-        effort += candidates
-        states, step = _merge(states, group, near, reach)
-        steps.append(step)
-    complete = len(steps) == len(groups)
-    best = int(np.searchsorted(states.weight, near.slack, side="right")) - 1  # the heaviest that fits costs least
-    if best < 0:
-        return _Found(np.zeros(0, dtype=np.intp), math.inf, complete, effort)
-    gap = max(0.0, float(states.cost[best]) + near.multiplier * near.slack)
-    return _Found(_moves_to(best, steps, groups[: len(steps)]), gap, complete, effort)
-
-
-def _merge(before: _States, group: _Group, near: _Neighbourhood, reach: float) -> tuple[_States, _Step]:
-    """Every state with every entry of the group, less those that are dominated or lead to no gap within reach."""
-    weight = (group.weight[:, None] + before.weight).ravel()
-    cost = (group.cost[:, None] + before.cost).ravel()
-    reduced = cost + near.multiplier * weight
-    unused = near.slack - weight  # the groups that follow can still use up_after of it, or free -down_after
-    alive = reduced + near.multiplier * np.maximum(unused - group.up_after, 0.0) <= reach
-    kept = np.flatnonzero(alive & (unused >= group.down_after))
+def _merge(weight: Floats, cost: Floats, group: _Group, multiplier: float, reach: float) -> tuple[Ints, Floats, Floats]:
+    """Every state with every entry of the group, less what is out of reach or dominated: (flat index, weight, cost)."""
+    weight = (group.weight[:, None] + weight).ravel()
+    cost = (group.cost[:, None] + cost).ravel()
+    kept = np.flatnonzero(cost + multiplier * weight <= reach)
     kept = kept[np.lexsort((cost[kept], weight[kept]))]
     cheaper = np.ones(len(kept), dtype=bool)
     cheaper[1:] = cost[kept[1:]] < np.minimum.accumulate(cost[kept])[:-1]
     kept = kept[cheaper]
-    return _States(weight[kept], cost[kept]), _Step(kept, len(before.weight))
-
-
-def _moves_to(state: int, steps: list[_Step], groups: list[_Group]) -> Ints:
-    """The moves that lead to a state after the last step, as indices into the problem's choices."""
-    moves = []
-    for step, group in zip(reversed(steps), reversed(groups), strict=True):
-        entry, state = divmod(int(step.kept[state]), step.before)
-        if entry:
-            moves.append(group.choice[entry - 1])
-    return np.array(moves, dtype=np.intp)
+    return kept, weight[kept], cost[kept]
 
 
 def _hull(problem: Problem) -> Ints:

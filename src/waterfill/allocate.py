@@ -96,11 +96,17 @@ def smallest(menus: Sequence[Sequence[Choice]], max_loss: float, *, ties: Sequen
     return replace(best, exact=best.exact and found.exact)
 
 
+def feasible_bytes(menus: Sequence[Sequence[Choice]], *, ties: Sequence[Sequence[int]] = ()) -> tuple[int, int]:
+    """Fewest and most bytes that any allocation can take."""
+    task = _Task.of(menus, ties)
+    return task.smallest_bytes, task.largest_bytes
+
+
 def certificate(allocation: Allocation) -> str:
     """How close the allocation is to the best one, in one sentence for people."""
     if allocation.exact:
         return (
-            f"optimal: no other allocation within these bytes is predicted to lose less than {allocation.loss:.6g} nats"
+            f"optimal: nothing within this budget is predicted to lose less than {allocation.loss:.6g} nats per token"
         )
     excess = allocation.loss - allocation.bound
     return f"within {excess:.1e} nats of the optimum, which is not below {allocation.bound:.6g} (Lagrangian bound)"

@@ -1,7 +1,7 @@
 """The verbs: what the command line calls, and what `import waterfill` offers.
 
-    plan ──► pack ──► load ──► generate
-                          └──► evaluate          inspect: what is in an artifact
+plan ──► pack ──► load ──► generate
+                      └──► evaluate          inspect: what is in an artifact
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def _measure(
     checkpoint: Checkpoint, architecture: Architecture, progress: Progress | None, options: ProbeOptions
 ) -> Sensitivity:
     text = options.get("text")
-    chosen = {key: options[key] for key in ("sequences", "length", "seed") if key in options}  # type: ignore[literal-required]
+    chosen = {key: options[key] for key in ("sequences", "length", "seed") if key in options}
     probe = Probe(kind="text" if text else options.get("probe", "self"), text=Path(text) if text else None, **chosen)
 
     def step(what: str) -> Callable[[int, int], None] | None:

@@ -24,7 +24,9 @@ class Budget:
         given = {"--size": self.size_bytes, "--bits": self.bits, "--max-kl": self.max_kl}
         named = [name for name, value in given.items() if value is not None]
         if len(named) != 1:
-            raise BudgetError(f"a plan needs exactly one of --size, --bits and --max-kl, got {', '.join(named) or 'none'}")
+            raise BudgetError(
+                f"a plan needs exactly one of --size, --bits and --max-kl, got {', '.join(named) or 'none'}"
+            )
         value = given[named[0]]
         assert value is not None
         if not math.isfinite(value) or value < 0 or (value == 0 and named[0] != "--max-kl"):
@@ -38,7 +40,9 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise BudgetError(f"{text!r} is not a size; write bytes, or a number with kB, MB, GB, KiB, MiB or GiB, as in 2.5GB")
+        raise BudgetError(
+            f"{text!r} is not a size; write bytes, or a number with kB, MB, GB, KiB, MiB or GiB, as in 2.5GB"
+        )
     return int(float(match[1]) * unit)
 
 

@@ -78,7 +78,8 @@ class Checkpoint:
         try:
             # Opened for each read, so that a file's pages do not stay mapped, and counted, while others are read.
             with safe_open(tensor.file, framework="pt") as shard:
-                return shard.get_slice(name)[index]
+                part: torch.Tensor = shard.get_slice(name)[index]
+                return part
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{tensor.file} can no longer be read for tensor {name!r} ({error}): it changed after it was opened."

@@ -55,7 +55,7 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
         logits = model(input_ids=part, use_cache=False).logits[:, :-1].flatten(0, 1).to(torch.float32)
         log_p = logits.log_softmax(-1)
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        log_p.gather(1, labels).sum().backward()  # type: ignore[no-untyped-call]
+        log_p.gather(1, labels).sum().backward()
         nll = -float(log_p.detach().gather(1, part[:, 1:].reshape(-1, 1)).mean())
     finally:
         for handle in handles:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -51,7 +52,7 @@ def groups(width: int) -> tuple[Group, ...]:
         raise ValueError(f"a row has at least one coordinate, got width {width}")
     count = max(1, (width + MAX_BLOCK // 2) // MAX_BLOCK)
     bounds = [*range(0, count * MAX_BLOCK, MAX_BLOCK), width]
-    return tuple(Group(a, b, _windows(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(Group(a, b, _windows(a, b)) for a, b in pairwise(bounds))
 
 
 def _windows(start: int, stop: int) -> tuple[tuple[int, int], ...]:

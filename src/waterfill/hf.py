@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -49,12 +50,13 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         if not checkpoint_files:
             raise ArtifactError("a packed model is loaded from its files; a state dict alone does not describe it")
-        shards = [read_shard_metadata(Path(file)) for file in checkpoint_files]
-        if not self.quantization_config.verified:
-            for shard in shards:
-                for buffer in shard.buffers:
-                    read_buffer(buffer)  # compares the bytes with their digest
-        install(model, [tensor for shard in shards for tensor in shard.tensors])
+        with torch.device("cpu"):  # transformers calls this with the meta device in force
+            shards = [read_shard_metadata(Path(file)) for file in checkpoint_files]
+            if not self.quantization_config.verified:
+                for shard in shards:
+                    for buffer in shard.buffers:
+                        read_buffer(buffer)  # compares the bytes with their digest
+            install(model, [tensor for shard in shards for tensor in shard.tensors])
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         model.config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}

@@ -48,7 +48,7 @@ def projection(t2: float, rho: float) -> float:
 
 
 def predicted_kl(coefficients: Coefficients, t2: float, rho: float) -> float:
-    """Both terms, KL in nats per token. A negative estimate of alpha or beta is noise about zero, and counts as zero."""
+    """Both terms, KL in nats per token. Negative estimates are noise about zero, and count as zero."""
     u = projection(t2, rho)
     tau = t2 / (1 - t2)
     return max(coefficients.alpha, 0.0) * u * u * tau + max(coefficients.beta, 0.0) * (1 - u) ** 2

@@ -70,7 +70,10 @@ class Menus:
 
 
 def make_menus(
-    architecture: Architecture, coefficients: Mapping[str, Coefficients], gain: Gain, codecs: Sequence[str] | None = None
+    architecture: Architecture,
+    coefficients: Mapping[str, Coefficients],
+    gain: Gain,
+    codecs: Sequence[str] | None = None,
 ) -> Menus:
     """Menus of all matrices: `codecs`, or every grid and `raw`, the matrix as it is.
 

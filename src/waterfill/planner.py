@@ -24,7 +24,7 @@ from waterfill.menu import Menus, kept_plans, make_menus
 from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
 from waterfill.sensitivity import Sensitivity
 
-# Where the second-order model stops holding (docs/results.md): past this predicted loss it under-states the measured one.
+# Past this predicted loss the second-order model under-states the measured one (docs/results.md).
 REGIME_KL = 0.3
 # Systematic error of the prediction by probe (docs/results.md), as factors on the predicted loss.
 MARGINS = {"self": (0.8, 1.2), "text": (0.9, 1.1), "random": (0.3, 1.2)}
@@ -73,7 +73,7 @@ def make_plan(model: str, architecture: Architecture, sensitivity: Sensitivity, 
 
 
 def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Prediction:
-    """Sum of the tensors' losses; the interval joins sampling errors (as if fully correlated) and the probe's margin."""
+    """Sum of the tensors' losses; the interval joins the probe's margin and sampling errors, as if fully correlated."""
     kl = math.fsum(tensor.kl for tensor in tensors)
     stderr = 0.0
     for tensor in tensors:

@@ -1,8 +1,8 @@
 """Token sequences on which sensitivities are measured.
 
-    self    sampled from the model itself at temperature 1: data-free, and of the kind the model was made for (default)
-    random  uniform tokens, as in the HIGGS paper (arXiv 2411.17525, §5): ranks tensors, over-predicts the loss
-    text    windows spread over a text file of the user's
+self    sampled from the model itself at temperature 1: data-free, and of the kind the model was made for (default)
+random  uniform tokens, as in the HIGGS paper (arXiv 2411.17525, §5): ranks tensors, over-predicts the loss
+text    windows spread over a text file of the user's
 """
 
 from __future__ import annotations

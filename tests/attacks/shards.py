@@ -1,4 +1,4 @@
-"""Hostile shards: name → (the file's bytes, what the refusal must say). Each differs from a sound one in one respect."""
+"""Hostile shards: name → (the file's bytes, what the refusal must say). Each is sound but for one thing."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def read_buffer(buffer: StoredBuffer, *, verify: bool = True) -> torch.Tensor:
     data = torch.empty(buffer.size_bytes, dtype=torch.uint8)
     with refusing(buffer.file), buffer.file.open("rb", buffering=0) as file:
         file.seek(buffer.offset_bytes)
-        rest = content = memoryview(data.numpy())
+        rest = content = data.numpy().data
         while rest:
             count = file.readinto(rest)
             if not count:

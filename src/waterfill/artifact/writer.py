@@ -282,7 +282,7 @@ class ArtifactWriter:
 
 def _bytes_of(data: Data) -> memoryview:
     if isinstance(data, torch.Tensor):
-        return memoryview(data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return memoryview(data).cast("B")
 
 

@@ -24,7 +24,8 @@ def row_bytes(count: int, n: int) -> int:
         return (count * _bits(n) + 7) // 8
     per_word, width = radix_word(n)
     whole, rest = divmod(count, per_word)
-    return whole * width + ((n**rest - 1).bit_length() + 7) // 8
+    rest_bits = (int(n**rest) - 1).bit_length()
+    return whole * width + (rest_bits + 7) // 8
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,6 @@
 """Put packed modules in the place of a model's own: the model's code stays transformers', only its weights change.
 
-    model on the meta device + the artifact's tensors  ──install──►  the same model, ready to be filled with buffers
+model on the meta device + the artifact's tensors  ──install──►  the same model, ready to be filled with buffers
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from waterfill.artifact import RAW, StoredTensor
 from waterfill.codecs import Higgs, get_codec
@@ -34,8 +35,9 @@ def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
     experts = False
     for name, tensor in packed.items():
         module = _find(model, name)
-        if module is not None:
-            _attach(_convert(module), tensor, module.weight.dtype)
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            dtype = module.weight.dtype
+            _attach(_convert(module), tensor, dtype)
         else:
             _attach_expert(model, tensor)
             experts = True

@@ -1,20 +1,47 @@
 """Modules that hold packed weights: they replace a model's own, in place, and multiply through the kernels.
 
 A packed module owns the two buffers of its tensor, `scales` and `codes`, under the names that the artifact gives them
-(`<module>.scales`), so that any safetensors loader fills them. It has no `.weight`.
+(`<module>.scales`), so that any safetensors loader fills them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
 
 from waterfill import kernels
 from waterfill.codecs import Higgs
+
+
+class DecodedOnUse:
+    """Stands for a packed weight: knows its dtype, device and shape; decodes the matrix only when computed with."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        self._matrix = matrix
+
+    dtype = property(lambda self: self._matrix.dtype)
+    device = property(lambda self: self._matrix.codes.device)
+    shape = property(lambda self: torch.Size(self._matrix.stored_shape))
+    ndim = 2
+
+    def decode(self) -> torch.Tensor:
+        """float `[out, in]`, or `[in, out]` where the model keeps it so."""
+        weight = kernels.dense(self._matrix.packed).to(self._matrix.dtype)
+        return weight.T if self._matrix.transposed else weight
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decode(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: x.decode() if isinstance(x, cls) else x, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class PackedMatrix(nn.Module):
@@ -22,6 +49,7 @@ class PackedMatrix(nn.Module):
 
     scales: torch.Tensor  # float16 [out, groups]
     codes: torch.Tensor  # uint8 [bytes]
+    transposed = False  # whether the model's own parameter is [in, out]
 
     def attach(self, codec: Higgs, shape: tuple[int, int], exponent: int, dtype: torch.dtype) -> None:
         """Declare the matrix and make room for its buffers, on the meta device until they are loaded."""
@@ -31,6 +59,11 @@ class PackedMatrix(nn.Module):
         self.register_buffer("codes", torch.empty(layout["codes"].shape, dtype=torch.uint8, device="meta"))
 
     @property
+    def weight(self) -> DecodedOnUse:
+        """For model code that looks at a weight from outside, mostly for its dtype or device."""
+        return DecodedOnUse(self)
+
+    @property
     def packed(self) -> kernels.Packed:
         return kernels.Packed(self.codec, self.scales, self.codes, self.exponent, self.shape)
 
@@ -38,11 +71,15 @@ class PackedMatrix(nn.Module):
         """`model.to(dtype)` changes the activations' dtype; stored scales are not activations and keep their bits."""
         self.scales = self.scales.view(torch.int16)
         try:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self.scales = self.scales.view(torch.float16)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
     def extra_repr(self) -> str:
         return f"out_features={self.shape[0]}, in_features={self.shape[1]}, codec={self.codec.name}"
@@ -100,59 +137,47 @@ class PackedExperts(nn.ModuleList):
 
     def __init__(self, count: int, transposed: bool, dtype: torch.dtype) -> None:
         super().__init__([PackedMatrix() for _ in range(count)])
-        self.transposed, self.dtype = transposed, dtype
+        self.dtype = dtype
+        for expert in range(count):
+            self.expert(expert).transposed = transposed
 
     def expert(self, index: int) -> PackedMatrix:
         return cast(PackedMatrix, self._modules[str(index)])
 
     def __getitem__(self, index: Any) -> Any:
         """float `[out, in]`, or `[in, out]` where the model keeps it so."""
-        expert = self.expert(int(index))
-        weight = kernels.dense(expert.packed).to(expert.dtype)
-        return weight.T if self.transposed else weight
+        return self.expert(int(index)).weight.decode()
 
 
 def pack_linear(module: nn.Module) -> PackedLinear:
     """Turn an `nn.Linear` or Conv1D (or a subclass) into a packed one; its bias stays. Call `attach` next."""
-    bias = module._parameters.get("bias")
-    return _replace_weight(module, PackedLinear, bias=bias)
+    transposed = isinstance(module, Conv1D)
+    packed: PackedLinear = _replace_weight(module, PackedLinear)
+    packed.transposed = transposed
+    return packed
 
 
 def pack_embedding(module: nn.Embedding) -> PackedEmbedding:
     """Turn an `nn.Embedding` (or a subclass that scales its result) into a packed one. Call `attach` next."""
-    return _replace_weight(module, PackedEmbedding)
+    packed: PackedEmbedding = _replace_weight(module, PackedEmbedding)
+    return packed
 
 
-def _replace_weight(module: nn.Module, packed_class: type[Any], **parameters: Any) -> Any:
+def _replace_weight(module: nn.Module, packed_class: type[PackedMatrix]) -> Any:
     del module._parameters["weight"]
     for name in ("in_features", "out_features", "num_embeddings", "embedding_dim"):
         module.__dict__.pop(name, None)  # properties of the packed classes
-    module.__class__ = _packed_subclass(type(module), packed_class)
-    for name, value in parameters.items():
-        module.register_parameter(name, value)
+    original: Any = type(module)
+    target: Any = packed_class
+    module.__class__ = _packed_subclass(original, target)
     return module
 
 
-@lru_cache(maxsize=256)
-def _packed_subclass(original: type[nn.Module], packed_class: type[nn.Module]) -> type[nn.Module]:
+@cache
+def _packed_subclass(original: Any, packed_class: Any) -> Any:
     """The packed class; for a subclass with a forward of its own, one whose `super().forward` is the packed one."""
-    plain = next(base for base in original.__mro__ if base in _PLAIN or base is nn.Module)
-    if original is plain or "forward" not in _own_names(original, plain):
+    plain = next(base for base in original.__mro__ if base in (nn.Linear, nn.Embedding, Conv1D))
+    if original.forward is plain.forward:
         return packed_class
     slot = type(f"{packed_class.__name__}Slot", (packed_class, plain), {})
     return type(f"Packed{original.__name__}", (original, slot), {})
-
-
-def _own_names(original: type[nn.Module], plain: type[nn.Module]) -> set[str]:
-    """Names defined between a class and the plain one that it derives from."""
-    between = original.__mro__[: original.__mro__.index(plain)]
-    return {name for cls in between for name in vars(cls)}
-
-
-def _plain_classes() -> tuple[type[nn.Module], ...]:
-    from transformers.pytorch_utils import Conv1D
-
-    return nn.Linear, nn.Embedding, Conv1D
-
-
-_PLAIN = _plain_classes()

@@ -1,0 +1,35 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up its own virtual environment first.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint check clean
+
+help:
+	@echo "make demo   pack the small model in examples/, predict and measure its loss, generate text"
+	@echo "make test   run the test suite"
+	@echo "make lint   formatting, lint and types"
+
+# constraints.txt pins torch, so that every machine computes with the same one
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest --numprocesses auto
+
+lint: $(VENV)/ready
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis
