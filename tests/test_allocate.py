@@ -90,7 +90,7 @@ def instances(draw: st.DrawFn, losses: st.SearchStrategy[float] = EIGHTHS) -> tu
 
 
 @given(instances(), st.integers(0, 180))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_equals_brute_force(instance: tuple[Menus, Ties], budget: int) -> None:
     menus, ties = instance
     feasible = [(loss, -size) for size, loss in every_allocation(menus, ties) if size <= budget]
@@ -106,7 +106,7 @@ def test_equals_brute_force(instance: tuple[Menus, Ties], budget: int) -> None:
 
 
 @given(instances(losses=REALS), st.integers(0, 180))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_equals_brute_force_with_losses_that_round(instance: tuple[Menus, Ties], budget: int) -> None:
     menus, ties = instance
     feasible = [loss for size, loss in every_allocation(menus, ties) if size <= budget]
@@ -118,7 +118,7 @@ def test_equals_brute_force_with_losses_that_round(instance: tuple[Menus, Ties],
 
 
 @given(instances(), st.integers(-60, 200))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_smallest_equals_brute_force(instance: tuple[Menus, Ties], eighths: int) -> None:
     menus, ties = instance
     max_loss = eighths / 8
@@ -134,7 +134,7 @@ def test_smallest_equals_brute_force(instance: tuple[Menus, Ties], eighths: int)
 
 
 @given(instances(losses=REALS), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_smallest_meets_a_limit_that_only_one_allocation_meets(
     instance: tuple[Menus, Ties], data: st.DataObject
 ) -> None:
@@ -149,7 +149,7 @@ def test_smallest_meets_a_limit_that_only_one_allocation_meets(
 
 
 @given(instances(), st.integers(0, 180))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_relaxation_brackets_the_optimum(instance: tuple[Menus, Ties], budget: int) -> None:
     menus, ties = instance
     feasible = [loss for size, loss in every_allocation(menus, ties) if size <= budget]
@@ -182,7 +182,7 @@ def llama(shared_data: Path) -> tuple[Menus, int]:
 
 
 def milp_loss(menus: Menus, budget: int) -> tuple[int, float]:
-    """(bytes, loss) that HiGHS finds, with a relative gap of 1e-7."""
+    """(bytes, loss) that HiGHS finds, with a relative gap of 3e-7."""
     tensors, length = len(menus), len(menus[0])
     size = np.array([choice.size_bytes for menu in menus for choice in menu], dtype=np.float64)
     loss = np.array([choice.loss for menu in menus for choice in menu])
@@ -190,7 +190,7 @@ def milp_loss(menus: Menus, budget: int) -> tuple[int, float]:
     # The solver's tolerances are 1e-6, absolute: below a byte in kB, and below 1e-7 of the loss in these units.
     units = 100 / loss.reshape(tensors, length).min(axis=1).sum()
     constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(size[None] / 1e3, -np.inf, budget / 1e3)]
-    options = {"mip_rel_gap": 1e-7, "time_limit": 60}
+    options = {"mip_rel_gap": 3e-7, "time_limit": 60}
     result = milp(
         loss * units, constraints=constraints, integrality=np.ones(len(loss)), bounds=Bounds(0, 1), options=options
     )

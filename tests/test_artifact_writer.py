@@ -29,6 +29,11 @@ def expected(tmp_path: Path, layout: Layout) -> dict[str, bytes]:
     return directory_bytes(build(tmp_path / "undisturbed", layout))
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -129,7 +134,7 @@ def test_old_artifact_moved_aside_by_a_kill_comes_back(tmp_path: Path) -> None:
             build(out, identity="new", overwrite=True)
     out.rename(tmp_path / "out.partial" / "replaced")
     with pytest.raises(ArtifactError, match="exists already"):
-        build(out, identity="new")
+        ArtifactWriter(out, lay_out(model()), "new")
     assert directory_bytes(out) == before
 
 
@@ -155,6 +160,19 @@ def test_ledger_torn_at_every_byte(tmp_path: Path) -> None:
             assert not writer.pending()
         assert directory_bytes(build(out, layout)) == expected
         shutil.rmtree(out)
+
+
+def test_altered_ledger_line_is_not_believed(tmp_path: Path, layout: Layout, expected: dict[str, bytes]) -> None:
+    out, ledger = tmp_path / "out", tmp_path / "out.partial" / "ledger.jsonl"
+    with ArtifactWriter(out, layout, "plan") as writer:
+        for tensor in writer.pending():
+            fill(writer, tensor)
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    lines[5] = lines[5].replace(b'"exponent":-5', b'"exponent":-4')  # still JSON, and only its digest knows better
+    ledger.write_bytes(b"".join(lines))
+    with ArtifactWriter(out, layout, "plan") as writer:
+        assert len(writer.pending()) == len(model()) - 4
+    assert directory_bytes(build(out, layout)) == expected
 
 
 def test_lost_pages_are_packed_again(tmp_path: Path, layout: Layout, expected: dict[str, bytes]) -> None:
@@ -237,6 +255,27 @@ def test_two_writers(tmp_path: Path, layout: Layout) -> None:
     with ArtifactWriter(out, layout, "plan"), pytest.raises(ArtifactError, match="written by another process"):
         ArtifactWriter(out, layout, "plan", overwrite=True)
     build(out, layout)
+
+
+def test_lock_on_a_ledger_that_was_just_removed(
+    tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our opening and locking it, its holder may finish and remove it: the lock would be on nothing."""
+    fcntl = pytest.importorskip("fcntl")
+    ledger = tmp_path / "out.partial" / "ledger.jsonl"
+    lock = fcntl.flock
+    for what_remains in ("nothing", "another run's"):
+
+        def late_lock(file: Any, how: int, what_remains: str = what_remains) -> None:
+            ledger.unlink()
+            if what_remains != "nothing":
+                ledger.touch()
+            lock(file, how)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", late_lock)
+            with pytest.raises(ArtifactError, match="written by another process"):
+                ArtifactWriter(tmp_path / "out", layout, "plan")
 
 
 def test_disk_too_small(tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:

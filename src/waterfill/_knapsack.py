@@ -6,20 +6,21 @@ What flows through: flat arrays of choices -> lower convex hull of every class -
 Method. The multiplier λ of the linear relaxation gives every choice a reduced cost r = (cost + λ·weight) − (the least
 such value in its class) ≥ 0, and a complete solution exceeds the Lagrangian bound by exactly Σ r + λ·(unused weight):
 its *gap*. The optimum's gap is tiny, so only the few choices with a tiny r can take part in it. A search with reach ε
-enumerates every solution of gap ≤ ε: it merges, class by class, the choices with r ≤ ε into a list of (weight, cost)
-states, and drops the states that are dominated (Nemhauser and Ullmann 1969), or have Σ r > ε, or can no longer end
-within ε of the limit. The reach grows until a solution is found inside it (the expanding core of Pisinger 1995, with
-the reach as its measure): that solution is optimal, and a reach without any raises the lower bound by ε.
+covers every solution of gap ≤ ε. It deals the classes that have other choices with r ≤ ε into two halves, merges each
+half class by class into a list of (weight, cost) states, dropping those that are dominated or have Σ r > ε (Nemhauser
+and Ullmann 1969), and finds the best pair of states that fits (Horowitz and Sahni 1974). The reach doubles its choices
+until the best solution lies inside it (the expanding core of Pisinger 1995): that solution is then optimal, and a reach
+without any solution raises the lower bound by ε.
 
 Discretisation: none. A dynamic program over a byte axis must round 10¹⁰ bytes to buckets, which either wastes budget or
-costs classes × choices × buckets; the state list keeps exact weights, merges equal ones, and its length depends on how
-hard the instance is, not on how large the numbers are. Only rounding remains: weights that are whole numbers below
-2⁵³ add exactly in float64, costs to about 1e-15 of their spread.
+costs classes × choices × buckets; the state lists keep exact weights, merge equal ones, and are as long as the instance
+is hard, not as its numbers are large. Only rounding remains: weights that are whole numbers add exactly in float64 up
+to 2⁵³, costs to about 1e-15 of their spread.
 
-The limit of exactness: a search stops merging after EFFORT candidate states (thousands of *identical* classes, say),
-and leaves the classes that remain at their relaxed choice. The result is then the best one seen, `exact` is false,
-and `gap` still bounds its distance to the optimum by the largest reach that was searched to the end. It never exceeds
-the relaxed solution's own gap, which is less than the cost of one step between neighbouring hull points.
+The limit of exactness: a list stops growing after EFFORT candidate states (thousands of *identical* classes, say), and
+the classes not merged yet keep their relaxed choice. The result is then the best solution seen, `exact` is false, and
+`gap` still bounds its distance to the optimum: at worst the relaxed solution's own gap, which is less than one step
+between neighbouring hull points of one class, less the widest reach that was searched to the end.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.intp]
 Floats = npt.NDArray[np.float64]
 
-EFFORT = 2**24  # candidate states of one search: about a second, and 100 MB of back-pointers
-MERGE_EFFORT = 2**22  # candidate states of one merge: bounds the scratch to about 200 MB
-SEARCHES = 4  # searches' worth of effort in one solve
+EFFORT = 2**23  # candidate states of one list: about a second, and at most 64 MB of back-pointers
+MERGE_EFFORT = 2**22  # candidate states of one merge: at most 200 MB of scratch
+SEARCHES = 4  # lists' worth of effort in one solve, beyond which no search starts
 FIRST_MOVES = 16  # moves in the first search
 
 
@@ -170,7 +171,7 @@ class _Found:
 
 
 def _search(near: _Neighbourhood, reach: float) -> _Found:
-    """The best solution whose gap is at most `reach`: two lists of states, each of half the groups, then the best pair."""
+    """The best of the solutions within reach (and of some beyond): two lists of half the groups each, the best pair."""
     groups = near.groups(reach)
     one, other = (_States.of(half, near.multiplier, reach) for half in (groups[0::2], groups[1::2]))
     partner = np.searchsorted(other.weight, near.slack - one.weight, side="right") - 1  # the heaviest costs least

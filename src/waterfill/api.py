@@ -6,7 +6,6 @@ plan ──► pack ──► load ──► generate
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import transformers
 from waterfill.architecture import Architecture, describe
 from waterfill.artifact import RAW, open_artifact
 from waterfill.budget import Budget, parse_size
-from waterfill.checkpoint import Checkpoint, open_checkpoint
+from waterfill.checkpoint import Checkpoint, first_line, open_checkpoint
 from waterfill.errors import ArtifactError, WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, token_ids
 from waterfill.evaluate import windows as text_windows
@@ -114,10 +113,12 @@ def pack(
     """
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
     measured: Sensitivity | None = None
+    _check_target(Path(out), overwrite)  # before minutes of measuring
     if plan is None:
-        _check_target(Path(out), overwrite)  # before minutes of measuring
         made, measured, architecture = _plan(str(model), checkpoint, progress, options)
     else:
+        if any(value for name, value in options.items() if name != "revision"):
+            raise WaterfillError("a plan has its budget and its choices in it; give either the plan or options for one")
         made = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
         architecture = describe(checkpoint, made.keep)
     extra = {SENSITIVITY_FILE: measured.to_json().encode()} if measured else {}
@@ -192,7 +193,7 @@ def evaluate(
     checkpoint = open_checkpoint(against, revision=revision)
     reference = _load_checkpoint(checkpoint)
     packed = load(path, dtype=reference.dtype, verify=False)
-    ids = token_ids(transformers.AutoTokenizer.from_pretrained(checkpoint.path), Path(text))
+    ids = token_ids(load_tokenizer(checkpoint.path), Path(text))
     context = context or default_context(reference)
     if max_windows is not None:
         ids = text_windows(ids, context)[:max_windows].flatten()
@@ -289,7 +290,7 @@ def _measure(
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     model = _load_checkpoint(checkpoint)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path) if text else None
+    tokenizer = load_tokenizer(checkpoint.path) if text else None
     tokens = probe_tokens(model, tokenizer, probe, step("sampling a probe"))
     return measure(
         model,
@@ -329,6 +330,11 @@ def _free_memory_bytes() -> float:
         return math.inf
 
 
-def plan_record(made: Plan) -> dict[str, Any]:
-    """A plan as `--json` prints it (docs/cli.md)."""
-    return cast(dict[str, Any], json.loads(made.to_json()))
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in the directory of a checkpoint or artifact; WaterfillError if there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise WaterfillError(
+            f"{path} has no tokenizer that transformers can load ({first_line(error)}); put its files there"
+        ) from error

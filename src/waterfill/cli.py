@@ -1,7 +1,7 @@
 """The command line: parse, call the Python function of the same name, print. Nothing else happens here.
 
-With `--json` a command prints one JSON object on standard output (docs/cli.md). Progress and logs go to standard error.
-Errors are one sentence; exit code 2.
+Results go to standard output: a table, or with `--json` one object (docs/cli.md). Progress, logs and errors go to
+standard error. An error is one sentence (with `--json`, an object), and exit code 2.
 """
 
 from __future__ import annotations
@@ -9,372 +9,372 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import click
-import typer
+import huggingface_hub
+import transformers
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import waterfill
+from waterfill import show
+from waterfill.api import load_tokenizer
+from waterfill.checkpoint import first_line
 from waterfill.errors import WaterfillError
 
-app = typer.Typer(
-    help="Fit a large language model into a byte budget, know the loss before you run it, and run it.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
+PIPED_WIDTH = 200  # of tables that no terminal limits
+
+_SECTIONS = {
+    "Budget (exactly one)": ("size", "bits", "max_kl"),
+    "Choices": ("gain", "keep", "tie", "uniform", "codecs"),
+    "Sensitivities": ("probe", "text", "sequences", "length", "seed", "method", "sensitivity"),
+    "Text": ("prompt", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
+}
+
+Decorator = Callable[[Any], Any]
+
+
+class _Command(click.Command):
+    """Lists the options of its help by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        section_of = {name: section for section, names in _SECTIONS.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(section_of.get(parameter.name or "", "Options"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
+def _options(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_NEW = click.Path(path_type=Path)
+_model = click.argument("model")
+_artifact = click.argument("artifact", type=click.Path(path_type=Path))
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_all = click.option("--all", "every", is_flag=True, help="One line per matrix, however many there are.")
+_revision = click.option("--revision", help="Branch, tag or commit of a hub model.")
+
+# What is not given is not passed on: the defaults are those of the Python functions.
+_plan_options = _options(
+    click.option("--size", help="Bytes of all weight files, e.g. 2.5GB or 800MiB."),
+    click.option("--bits", type=float, help="Stored bits per weight of the matrices, scales included."),
+    click.option("--max-kl", type=float, help="The smallest artifact within this predicted loss, in nats per token."),
+    click.option(
+        "--gain",
+        type=click.Choice(["auto", "mse", "unbiased"]),
+        help="Gain of the reconstruction; auto (default) follows from the sensitivities.",
+    ),
+    click.option("--keep", metavar="GLOB", multiple=True, help="Keep matching tensors in full precision. Repeatable."),
+    click.option(
+        "--tie",
+        metavar="GLOBS",
+        multiple=True,
+        help="One codec for the matching matrices of a module, e.g. '*.q_proj,*.k_proj,*.v_proj'. Repeatable.",
+    ),
+    click.option("--uniform", is_flag=True, help="One codec for all matrices, for comparison."),
+    click.option(
+        "--codec",
+        "codecs",
+        metavar="NAME",
+        multiple=True,
+        help="Choose from this codec only, e.g. higgs-p2-n16. Repeatable.",
+    ),
+    click.option(
+        "--probe",
+        type=click.Choice(["self", "random"]),
+        help="Measure on text sampled from the model itself (default), or on random tokens.",
+    ),
+    click.option("--text", type=_FILE, help="Measure on this text instead."),
+    click.option("--sequences", type=click.IntRange(min=2), help="Sequences to measure on (32)."),
+    click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence (512)."),
+    click.option("--seed", type=int, help="The same seed gives the same bytes (0)."),
+    click.option(
+        "--method",
+        type=click.Choice(["fisher", "perturb"]),
+        help="Estimator: fisher (default), or perturb, hundreds of times slower, to check it.",
+    ),
+    click.option("--sensitivity", type=_FILE, help="Reuse what an earlier `plan --save` measured."),
+    _revision,
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
-
-Model = Annotated[str, typer.Argument(help="Local Hugging Face directory or hub id.")]
-Artifact = Annotated[Path, typer.Argument(help="Directory that `waterfill pack` wrote.")]
-Size = Annotated[str | None, typer.Option(help="Budget: bytes of all weight files, e.g. 2.5GB or 800MiB.")]
-Bits = Annotated[float | None, typer.Option(help="Budget: stored bits per weight of the matrices, scales included.")]
-MaxKl = Annotated[float | None, typer.Option(help="Smallest artifact within this predicted loss, nats per token.")]
-GainOption = Annotated[str, typer.Option(help="Reconstruction gain: auto (from alpha and beta), mse or unbiased.")]
-Keep = Annotated[list[str] | None, typer.Option(help="Keep matching tensors in full precision (glob; repeatable).")]
-Tie = Annotated[
-    list[str] | None,
-    typer.Option(help="Same codec for matching matrices of one module, e.g. '*.q_proj,*.k_proj,*.v_proj'."),
-]
-Uniform = Annotated[bool, typer.Option("--uniform", help="The same codec for every matrix, for comparison.")]
-Codec = Annotated[
-    list[str] | None, typer.Option(help="Restrict the menu to this codec, e.g. higgs-p2-n16 (repeatable).")
-]
-ProbeKind = Annotated[
-    str, typer.Option(help="Measure sensitivities on text from the model itself (self) or random tokens.")
-]
-Text = Annotated[Path | None, typer.Option(help="Measure sensitivities on this text file instead.")]
-Sequences = Annotated[int, typer.Option(help="Sequences of the probe.", min=2)]
-Length = Annotated[int, typer.Option(help="Tokens per sequence of the probe.", min=2)]
-Seed = Annotated[int, typer.Option(help="Seed; the same seed gives the same bytes.")]
-MethodOption = Annotated[str, typer.Option(help="Sensitivity estimator: fisher, or perturb (slow, for checking).")]
-SensitivityFile = Annotated[Path | None, typer.Option("--sensitivity", help="Reuse a sensitivity file.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Verbose = Annotated[bool, typer.Option("--all", help="One line per matrix, however many there are.")]
+_sampling_options = _options(
+    click.option("--max-new-tokens", type=int, help="Tokens to generate at most."),
+    click.option("--temperature", type=float, help="0 is greedy; as the model's own settings say when not given."),
+    click.option("--top-p", type=float, help="Sample among the likeliest tokens that hold this probability; 1 is all."),
+    click.option("--top-k", type=int, help="Sample among this many likeliest tokens; 0 is all."),
+    click.option("--repetition-penalty", type=float, help="Divides the score of tokens seen before; 1 is none."),
+    click.option("--seed", type=int, help="The same seed gives the same text."),
+)
 
 
-@app.command()
-def plan(
-    model: Model,
-    size: Size = None,
-    bits: Bits = None,
-    max_kl: MaxKl = None,
-    gain: GainOption = "auto",
-    keep: Keep = None,
-    tie: Tie = None,
-    uniform: Uniform = False,
-    codec: Codec = None,
-    probe: ProbeKind = "self",
-    text: Text = None,
-    sequences: Sequences = 32,
-    length: Length = 512,
-    seed: Seed = 0,
-    method: MethodOption = "fisher",
-    sensitivity: SensitivityFile = None,
-    revision: Revision = None,
-    save: Annotated[Path | None, typer.Option(help="Write the plan here, and the sensitivities beside it.")] = None,
-    every: Verbose = False,
-    as_json: Json = False,
-) -> None:
-    """Dry run: what each tensor would get, what that weighs and what it is predicted to cost. Writes nothing."""
-    import waterfill
-    from waterfill.show import plan_view
+@click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(waterfill.__version__, message="%(prog)s %(version)s")
+@click.pass_context
+def commands(ctx: click.Context) -> None:
+    """Fit a large language model into a byte budget, know the loss before you run it, and run it."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
-    options = _plan_options(locals())
+
+@commands.command()
+@_model
+@_plan_options
+@click.option("--save", type=_NEW, help="Write the plan to this file, and the sensitivities beside it.")
+@_all
+@_json
+def plan(model: str, save: Path | None, every: bool, as_json: bool, **options: Any) -> None:
+    """Dry run: what each tensor of MODEL would get, what that weighs and what it is predicted to cost.
+
+    MODEL is a local Hugging Face directory or a hub id.
+    """
+    start_s = time.perf_counter()
     with _progress() as progress:
-        made = waterfill.plan(model, save=save, progress=progress, **options)
+        made = waterfill.plan(model, save=save, progress=progress, **_given(options))
     if as_json:
-        _print_json(_plan_record(made))
+        _print_json(show.plan_record(made))
     else:
-        out.print(plan_view(made, every=every))
+        _out().print(show.plan_view(made, every=every))
+    _note(f"planned in {show.duration(time.perf_counter() - start_s)}")
+    if save:
+        _note(f"saved as {save}, the sensitivities as {save.with_suffix('.sensitivity.json')}")
 
 
-@app.command()
+@commands.command()
+@_model
+@click.argument("out", type=_NEW)
+@_plan_options
+@click.option("--plan", "plan_file", type=_FILE, help="Carry out this plan, of `plan --save`, instead of a budget.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete.")
+@_all
+@_json
 def pack(
-    model: Model,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write; must not exist.")],
-    size: Size = None,
-    bits: Bits = None,
-    max_kl: MaxKl = None,
-    gain: GainOption = "auto",
-    keep: Keep = None,
-    tie: Tie = None,
-    uniform: Uniform = False,
-    codec: Codec = None,
-    probe: ProbeKind = "self",
-    text: Text = None,
-    sequences: Sequences = 32,
-    length: Length = 512,
-    seed: Seed = 0,
-    method: MethodOption = "fisher",
-    sensitivity: SensitivityFile = None,
-    revision: Revision = None,
-    plan: Annotated[Path | None, typer.Option(help="Carry out this plan (from `plan --save`); no budget then.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.")] = False,
-    every: Verbose = False,
-    as_json: Json = False,
+    model: str, out: Path, plan_file: Path | None, overwrite: bool, every: bool, as_json: bool, **options: Any
 ) -> None:
-    """Pack a model into a budget. An interrupted run is continued by the same command."""
-    import waterfill
-    from waterfill.show import plan_view
+    """Pack MODEL into the directory OUT, within a budget. The same command continues an interrupted run.
 
-    options = _plan_options(locals())
-    if plan is not None and any(limit is not None for limit in (size, bits, max_kl)):
-        raise WaterfillError(f"{plan} has its own budget; give either --plan or one of --size, --bits and --max-kl")
+    MODEL is a local Hugging Face directory or a hub id.
+    """
+    start_s = time.perf_counter()
     with _progress() as progress:
-        made = waterfill.pack(model, output, plan=plan, overwrite=overwrite, progress=progress, **options)
+        made = waterfill.pack(model, out, plan=plan_file, overwrite=overwrite, progress=progress, **_given(options))
     if as_json:
-        _print_json({"path": str(output), **_plan_record(made)})
+        _print_json({"path": str(out), **show.plan_record(made)})
     else:
-        out.print(plan_view(made, every=every))
-        out.print(f"wrote {output}", style="bold")
+        _out().print(show.plan_view(made, every=every))
+    _note(f"packed into {out} in {show.duration(time.perf_counter() - start_s)}")
 
 
-@app.command()
-def inspect(artifact: Artifact, every: Verbose = False, as_json: Json = False) -> None:
-    """What is in an artifact, per tensor; every byte is checked on the way."""
-    import waterfill
-    from waterfill.show import inspection_view
-
+@commands.command()
+@_artifact
+@_all
+@_json
+def inspect(artifact: Path, every: bool, as_json: bool) -> None:
+    """What is in ARTIFACT, per tensor. Every byte is checked on the way."""
     found = waterfill.inspect(artifact)
     if as_json:
-        record = _plan_record(found.plan)
-        for tensor in record["tensors"]:
-            tensor["t2_measured"] = found.measured_t2.get(tensor["name"])
-        _print_json({"path": str(artifact), **record})
+        _print_json(show.inspection_record(found))
     else:
-        out.print(inspection_view(found, every=every))
+        _out().print(show.inspection_view(found, every=every))
 
 
-@app.command(name="eval")
-def evaluate(
-    artifact: Artifact,
-    against: Annotated[str, typer.Option(help="The model it was packed from.")],
-    text: Annotated[Path, typer.Option(help="Text file to measure on.")],
-    context: Annotated[int | None, typer.Option(help="Tokens per window; default 2048, or the model's limit.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Measure on the first windows only.", min=1)] = None,
-    batch: Annotated[int, typer.Option(help="Windows per forward pass.", min=1)] = 1,
-    revision: Revision = None,
-    as_json: Json = False,
-) -> None:
-    """Perplexity, KL divergence and top-1 agreement on a text, beside the prediction."""
-    import waterfill
-    from waterfill.show import evaluation_view
-
+@commands.command(name="eval")
+@_artifact
+@click.option("--against", metavar="MODEL", required=True, help="The model that it was packed from.")
+@click.option("--text", type=_FILE, required=True, help="Text to measure on.")
+@click.option("--context", type=int, help="Tokens per window (2048, or the model's limit).")
+@click.option("--windows", "max_windows", type=click.IntRange(min=1), help="Measure on the first windows only.")
+@click.option("--batch", type=click.IntRange(min=1), help="Windows per forward pass (1).")
+@_revision
+@_json
+def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options: Any) -> None:
+    """Measure ARTIFACT against the original: perplexity, KL divergence and top-1 agreement, beside the prediction."""
     with _progress() as progress:
-        result = waterfill.evaluate(
-            artifact,
-            against,
-            text,
-            context=context,
-            max_windows=windows,
-            batch=batch,
-            revision=revision,
-            progress=progress,
-        )
+        result = waterfill.evaluate(artifact, against, text, progress=progress, **_given(options))
     if as_json:
-        _print_json(asdict(result))
+        _print_json(show.evaluation_record(result))
     else:
-        out.print(evaluation_view(result))
+        _out().print(show.evaluation_view(result))
 
 
-MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the model's own setting.")]
-TopP = Annotated[float | None, typer.Option(help="Nucleus sampling.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens; 0 for all.")]
-Penalty = Annotated[float | None, typer.Option(help="Repetition penalty; 1 is none.")]
-SampleSeed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")]
-
-
-@app.command()
-def generate(
-    artifact: Artifact,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")],
-    max_new_tokens: MaxTokens = 128,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: Penalty = None,
-    seed: SampleSeed = None,
-    as_json: Json = False,
-) -> None:
+@commands.command()
+@_artifact
+@click.option("--prompt", "-p", required=True, help="Text to continue.")
+@_sampling_options
+@_json
+def generate(artifact: Path, prompt: str, as_json: bool, **sampling: Any) -> None:
     """Continue a prompt, streaming the text."""
-    import waterfill
-
-    sampling = _sampling(locals())
     model, tokenizer = _load(artifact)
-    with contextlib.closing(waterfill.generate(model, tokenizer, prompt, sampling)) as stream:
-        if as_json:
-            _print_json({"prompt": prompt, "text": "".join(stream), **_stats(stream)})
-            return
-        out.print(prompt, end="", style="dim", markup=False)
-        _stream(stream)
-
-
-@app.command()
-def chat(
-    artifact: Artifact,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: MaxTokens = 512,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: Penalty = None,
-    seed: SampleSeed = None,
-) -> None:
-    """Talk to a packed model. An empty line or Ctrl-D ends the conversation."""
-    import waterfill
-
-    sampling = _sampling(locals())
-    model, tokenizer = _load(artifact)
-    messages = [{"role": "system", "content": system}] if system else []
-    while True:
-        try:
-            said = out.input("[bold]> [/bold]")
-        except EOFError:
-            said = ""
-        if not said.strip():
-            return
-        messages.append({"role": "user", "content": said})
-        with contextlib.closing(waterfill.generate(model, tokenizer, messages, sampling)) as stream:
-            messages.append({"role": "assistant", "content": _stream(stream)})
-
-
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        import waterfill
-
-        out.print(f"waterfill {waterfill.__version__}")
-        raise typer.Exit
-
-
-def main() -> None:
-    """Entry point: errors become one sentence (or one JSON object) and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=err, show_path=False)])
-    for noisy in ("httpx", "huggingface_hub", "transformers", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        code = app(standalone_mode=False)
-    except WaterfillError as error:
-        code = _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        code = error.exit_code
-        err.print(error.format_message())
-    except click.ClickException as error:
-        code = _fail(f"{error.format_message()} Try --help.")
-    except (KeyboardInterrupt, click.Abort):
-        err.print("interrupted", style="yellow")
-        code = 130
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(sentence: str) -> int:
-    if "--json" in sys.argv:
-        _print_json({"error": sentence})
+    stream = waterfill.generate(model, tokenizer, prompt, **_given(sampling))
+    if as_json:
+        _print_json({"prompt": prompt, "text": "".join(stream), **show.generation_record(stream.stats)})
     else:
-        err.print("error: ", style="bold red", end="")
-        err.print(sentence, markup=False, soft_wrap=True)
-    return 2
+        _stream(stream, after=prompt)
 
 
-def _plan_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The command's arguments as the keywords of `waterfill.plan`."""
-    for name, allowed in (
-        ("gain", ("auto", "mse", "unbiased")),
-        ("probe", ("self", "random")),
-        ("method", ("fisher", "perturb")),
-    ):
-        if arguments[name] not in allowed:
-            raise WaterfillError(f"--{name} {arguments[name]!r} is unknown; choose one of {', '.join(allowed)}")
-    same = ("size", "bits", "max_kl", "gain", "uniform", "probe", "text", "sequences", "length", "seed", "method")
-    options = {name: arguments[name] for name in (*same, "sensitivity", "revision")}
-    return options | {
-        "keep": arguments["keep"] or (),
-        "tie": arguments["tie"] or (),
-        "codecs": arguments["codec"] or (),
-    }
+@commands.command()
+@_artifact
+@click.option("--system", help="System message.")
+@_sampling_options
+@_json
+def chat(artifact: Path, system: str | None, as_json: bool, **sampling: Any) -> None:
+    """Talk to ARTIFACT. An empty line or Ctrl-D ends the conversation, Ctrl-C an answer."""
+    model, tokenizer = _load(artifact)
+    options = {"max_new_tokens": 512, **_given(sampling)}
+    messages = [{"role": "system", "content": system}] if system else []
+    while said := _ask():
+        messages.append({"role": "user", "content": said})
+        stream = waterfill.generate(model, tokenizer, messages, **options)
+        answer: list[str] = []
+        if as_json:
+            answer.extend(stream)
+        else:
+            with contextlib.suppress(KeyboardInterrupt):
+                _stream(stream, answer)
+        messages.append({"role": "assistant", "content": "".join(answer)})
+    if as_json:
+        _print_json({"messages": messages})
 
 
-def _sampling(arguments: dict[str, Any]) -> Any:
-    from waterfill.runtime.generate import Sampling
+# ------------------------------------------------------------------------------------------------------ what is common
 
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    return Sampling(**{name: arguments[name] for name in names})
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line."""
+    return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
 
 
 def _load(artifact: Path) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
-    import waterfill
-
     _quiet_transformers()
-    model = waterfill.load(artifact)
-    return model, AutoTokenizer.from_pretrained(artifact)
+    return waterfill.load(artifact), load_tokenizer(artifact)
 
 
-def _stream(stream: Any) -> str:
-    pieces = []
-    for piece in stream:
-        pieces.append(piece)
-        out.print(piece, end="", markup=False, soft_wrap=True)
-    out.print()
-    stats = stream.stats
-    err.print(
-        f"{stats.tokens} tokens, first after {stats.first_token_s:.2f} s, {stats.tokens_per_second:.1f} tokens/s",
-        style="dim",
-    )
-    return "".join(pieces)
+def _ask() -> str:
+    """The user's next line; empty at the end of the conversation."""
+    try:
+        return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
+    except EOFError:
+        return ""
 
 
-def _stats(stream: Any) -> dict[str, Any]:
-    return {**asdict(stream.stats), "tokens_per_second": stream.stats.tokens_per_second}
+def _stream(stream: Any, pieces: list[str] | None = None, *, after: str = "") -> None:
+    """Print a text as it comes, `after` the one that it continues; `pieces` collects it."""
+    shown = False
+    with contextlib.closing(stream):
+        for piece in stream:
+            if not shown:  # not earlier: what is logged until then would run into it
+                click.echo(click.style(after, dim=True), nl=False)
+            shown = True
+            click.echo(piece, nl=False)
+            if pieces is not None:
+                pieces.append(piece)
+    click.echo()
+    _note(show.generation_line(stream.stats))
 
 
-def _plan_record(plan: Any) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(plan.to_json())
-    return record
+def _out() -> Console:
+    limited = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if limited else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
 
 
-def _print_json(record: dict[str, Any]) -> None:
-    print(json.dumps(record, default=str))
+def _note(sentence: str) -> None:
+    """What is not part of the result."""
+    click.echo(click.style(sentence, dim=True), err=True)
+
+
+def _print_json(record: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(show.finite(record), allow_nan=False))
 
 
 def _quiet_transformers() -> None:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
+    """Its errors come as exceptions; its bars and warnings speak of other things than the user's command."""
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # the line above silences downloads too
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
-    """A progress bar with an ETA per stage, on standard error; yields the callback."""
+    """A bar with an ETA per stage, on standard error if that is a terminal; yields the callback."""
     _quiet_transformers()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bars:
-        tasks: dict[str, Any] = {}
+    console = Console(stderr=True, markup=False)
+    if not console.is_interactive:
+        yield None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    tasks: dict[str, Any] = {}
 
-        def step(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+    def step(what: str, done: int, total: int) -> None:
+        bars.start()  # not earlier: downloads have bars of their own
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done)
 
+    try:
         yield step
+    finally:
+        bars.stop()
+
+
+class _Log(logging.Handler):
+    """Waterfill's own messages, on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        colour = "yellow" if record.levelno >= logging.WARNING else None
+        click.echo(click.style(record.getMessage(), fg=colour, dim=colour is None), err=True)
+
+
+def main() -> None:
+    """Entry point: errors become one sentence, or one JSON object, and exit code 2."""
+    log = logging.getLogger("waterfill")
+    log.handlers = [_Log()]
+    log.setLevel(logging.INFO)
+    try:
+        commands.main(prog_name="waterfill", standalone_mode=False)
+    except WaterfillError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(f"{error.format_message().rstrip('.')}; {_help_hint(error)}")
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {first_line(error)}")
+    except (KeyboardInterrupt, click.Abort):
+        _note("interrupted")
+        sys.exit(130)
+
+
+def _help_hint(error: click.ClickException) -> str:
+    path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "waterfill"
+    return f"try {path} --help"
+
+
+def _fail(sentence: str) -> None:
+    if "--json" in sys.argv:
+        _print_json({"error": sentence})
+    else:
+        click.echo(click.style("error: ", fg="red", bold=True) + sentence, err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -63,13 +63,14 @@ def _windows(start: int, stop: int) -> tuple[tuple[int, int], ...]:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(mode=False)  # a tensor made in inference mode could never take part in a backward pass
 def signs(size: int, boundary: int) -> torch.Tensor:
     """Fixed +-1 float32 `[size]` applied to a group between window `boundary` and the next one.
 
     The top bit of a multiplicative hash of the coordinate: reproducible anywhere in three lines, and unstructured, as
     it must be (the Rudin-Shapiro sequence, itself a quadratic form, leaves heavy-tailed columns unmixed).
     """
-    index = torch.arange(size, dtype=torch.int64) + (boundary + 1) * 7919
+    index = torch.arange(size, dtype=torch.int64, device="cpu") + (boundary + 1) * 7919
     mixed = (index * 0x9E3779B1) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
     return 1.0 - 2.0 * (mixed >> 31).to(torch.float32)

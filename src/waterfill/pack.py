@@ -9,17 +9,20 @@ ends with the same bytes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from waterfill.architecture import Architecture, Kept, Matrix, read_kept, read_rows
-from waterfill.artifact import FORMAT_VERSION, RAW, ArtifactWriter, lay_out
+from waterfill.artifact import FORMAT_VERSION, RAW, ArtifactWriter, is_file_name, lay_out
 from waterfill.checkpoint import Checkpoint
 from waterfill.codecs import buffer_bytes, get_codec, scale_exponent
 from waterfill.errors import WaterfillError
 from waterfill.plan import Plan, TensorPlan
+
+_log = logging.getLogger(__name__)
 
 BLOCK_WEIGHTS = 1 << 21  # 8 MiB of float32; encoding needs about ten times that
 
@@ -121,4 +124,10 @@ def _model_files(checkpoint: Checkpoint) -> dict[str, bytes | Path]:
     """config.json with the mark of a packed model, and everything else that makes a directory a model."""
     mark = {"quant_method": "waterfill", "format_version": FORMAT_VERSION}
     config = json.dumps({**checkpoint.config, "quantization_config": mark}, indent=2) + "\n"
-    return {"config.json": config.encode(), **{file.name: file for file in checkpoint.extra_files()}}
+    files: dict[str, bytes | Path] = {"config.json": config.encode()}
+    for file in checkpoint.extra_files():
+        if is_file_name(file.name):
+            files[file.name] = file
+        else:
+            _log.warning("%s is left out of the artifact: its name is not a plain file name", file)
+    return files

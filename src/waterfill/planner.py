@@ -15,8 +15,7 @@ from fnmatch import fnmatchcase
 
 from waterfill.allocate import Allocation, allocate, certificate, feasible_bytes, smallest
 from waterfill.architecture import Architecture
-from waterfill.artifact import lay_out
-from waterfill.artifact.layout import SHARD_BYTES
+from waterfill.artifact import SHARD_BYTES, lay_out
 from waterfill.budget import Budget
 from waterfill.errors import BudgetError, WaterfillError
 from waterfill.loss import Gain

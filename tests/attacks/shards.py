@@ -161,6 +161,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     ),
     "metadata_not_an_object": (seal(PREFIX + b"0" * 16 + b'\\"}"}, "a": 1}'), "does not have exactly|version None"),
     "metadata_missing": (seal(PREFIX + b"0" * 16 + b'"}}'), "does not parse"),
+    "metadata_digest_too_long": (shard(digest="0" * 17), "digest of more than 16 digits"),
     "version_2": (shard(version=2), "version 2 and this waterfill reads version 1; upgrade"),
     "version_true": (shard(version=True), "version True"),
     "version_1_0": (shard(version=1.0), "version 1.0"),

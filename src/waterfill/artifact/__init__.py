@@ -14,15 +14,16 @@ Reading: `open_artifact(path)` → `Artifact.tensors`, `Artifact.read(buffer)`.
 
 from __future__ import annotations
 
-from waterfill.artifact.format import FORMAT_VERSION, RAW, Buffer, TensorSpec, digest
+from waterfill.artifact.format import FORMAT_VERSION, RAW, Buffer, TensorSpec, digest, is_file_name
 from waterfill.artifact.header import ShardMetadata, StoredBuffer, StoredTensor, read_shard_metadata
-from waterfill.artifact.layout import Layout, ShardLayout, lay_out
+from waterfill.artifact.layout import SHARD_BYTES, Layout, ShardLayout, lay_out
 from waterfill.artifact.reader import Artifact, open_artifact, read_buffer
 from waterfill.artifact.writer import ArtifactWriter
 
 __all__ = [
     "FORMAT_VERSION",
     "RAW",
+    "SHARD_BYTES",
     "Artifact",
     "ArtifactWriter",
     "Buffer",
@@ -33,6 +34,7 @@ __all__ = [
     "StoredTensor",
     "TensorSpec",
     "digest",
+    "is_file_name",
     "lay_out",
     "open_artifact",
     "read_buffer",

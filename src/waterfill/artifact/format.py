@@ -134,18 +134,23 @@ def _check_buffer(buffer: Buffer) -> None:
         raise FormatError(f"buffer {name} has {buffer.size_bytes} bytes, which is odd and would misalign the next one")
 
 
+def is_file_name(name: str) -> bool:
+    """Whether an artifact can hold a file of this name."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
 def check_file_name(name: str) -> None:
     """Refuse a file name that could lead out of the artifact's directory or hide in it.
 
     Raises:
         FormatError: on separators, a leading dot, anything but plain ASCII, or more than 255 characters.
     """
-    if not _FILE_NAME.fullmatch(name):
+    if not is_file_name(name):
         raise FormatError(f"{quote(name)} is not a plain file name")
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
-    """BLAKE2b cut to 8 bytes, as 16 hex digits: finds accidents, not forgers."""
+    """BLAKE2b with 8 bytes of output (RFC 7693), as 16 hex digits: finds accidents, not forgers."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 

@@ -176,16 +176,16 @@ def validate(path: Path, file: BinaryIO, size_bytes: int) -> ShardMetadata:
         raise FormatError("its header is not padded with spaces")
     header = strict_json(text)
     described = _fields(header.pop("__metadata__"), ("format", "waterfill"), "its metadata")["waterfill"]
-    if not isinstance(described, str):
-        raise FormatError("its metadata is not a string")
-    metadata = strict_json(described.encode("utf-8", "surrogatepass"))
+    metadata = strict_json(described.encode("utf-8", "surrogatepass"))  # the prefix has shown that it is a string
     check_version(metadata.get("version"))
     records = _fields(metadata, ("digest", "version", "tensors"), "its metadata")["tensors"]
+    if metadata["digest"] != carried_digest(head):
+        raise FormatError("its metadata has a digest of more than 16 digits")
     tensors = _tensors(path, header, records, len(head))
     end = tensors[-1].buffers[-1] if tensors else None
     if end is None or end.offset_bytes + end.size_bytes != size_bytes:
         raise FormatError(f"its buffers do not end where the file ends, at byte {size_bytes}")
-    return ShardMetadata(path, size_bytes, metadata["digest"], tensors)
+    return ShardMetadata(path, size_bytes, carried_digest(head), tensors)
 
 
 def check_version(version: object) -> None:

@@ -25,14 +25,15 @@ from waterfill.grids import grid
 from waterfill.hadamard import groups, rotate, unrotate
 
 SEARCH_BYTES = 32 << 20  # scratch for distances between vectors and grid points
-HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any gain
+HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
+MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
 MAX_SCALE = torch.finfo(torch.float16).max
 MIN_COSINE = 1e-2  # squared cosine under which a group's codes say nothing about it (all zeros): stored as zero
 
 
 def scale_exponent(largest: float) -> int:
     """The power of two by which scales are divided, from the tensor's largest magnitude."""
-    return math.frexp(largest)[1] - HEADROOM_BITS if largest > 0 else 0
+    return max(math.frexp(largest)[1], MIN_MAGNITUDE_BITS) - HEADROOM_BITS if largest > 0 else 0
 
 
 class Higgs(Codec):
@@ -146,7 +147,7 @@ def _per_weight(values: torch.Tensor, width: int) -> torch.Tensor:
 @lru_cache(maxsize=1024)
 def higgs(name: str) -> Higgs:
     """Codec from its name, `higgs-p2-n16`."""
-    match = re.fullmatch(r"higgs-p(\d+)-n(\d+)", name)
+    match = re.fullmatch(r"higgs-p([1-9][0-9]*)-n([1-9][0-9]*)", name)
     if match is None:
         raise WaterfillError(f"codec {name!r} is not a HIGGS codec; expected a name like higgs-p2-n16")
     return Higgs(int(match[1]), int(match[2]))

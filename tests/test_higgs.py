@@ -1,0 +1,488 @@
+"""The HIGGS codec: what a plan is promised before it sees a weight is what encoding delivers, to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from waterfill.architecture import describe, read_rows
+from waterfill.checkpoint import open_checkpoint
+from waterfill.codecs import (
+    BufferLayout,
+    Codec,
+    Encoded,
+    Higgs,
+    buffer_bytes,
+    get_codec,
+    register_codec,
+    scale_exponent,
+)
+from waterfill.codecs import base as registry
+from waterfill.codecs.packing import unpack
+from waterfill.errors import WaterfillError
+from waterfill.grids import grid
+from waterfill.hadamard import groups, rotate
+from waterfill.loss import projection, relative_error
+
+WIDTHS = [32, 172, 576, 896, 1028]
+OF_EVERY_P = ["higgs-p1-n16", "higgs-p2-n64", "higgs-p3-n64", "higgs-p4-n256"]
+GAINS = [0.0, 0.1, 0.5, 1.0]
+
+
+def higgs(name: str) -> Higgs:
+    codec = get_codec(name)
+    assert isinstance(codec, Higgs)
+    return codec
+
+
+def encode(name: str, weight: torch.Tensor, rho: float = 1.0) -> Encoded:
+    return higgs(name).encode(weight, exponent=scale_exponent(float(weight.abs().max())), rho=rho)
+
+
+def decode(name: str, weight: torch.Tensor, rho: float = 1.0) -> torch.Tensor:
+    return higgs(name).decode(encode(name, weight, rho))
+
+
+def relative_noise(decoded: torch.Tensor, weight: torch.Tensor) -> float:
+    return float((decoded.double() - weight.double()).square().sum() / weight.double().square().sum())
+
+
+def per_group(values: torch.Tensor) -> torch.Tensor:
+    """Sums over every group of every row, float64 `[rows, groups]`."""
+    return torch.stack([values[:, g.start : g.stop].double().sum(1) for g in groups(values.shape[1])], dim=1)
+
+
+# -- distortion -------------------------------------------------------------------------------------------------------
+
+GAUSSIAN = [
+    *("higgs-p1-n2", "higgs-p1-n4", "higgs-p1-n16", "higgs-p1-n256"),
+    *("higgs-p2-n4", "higgs-p2-n16", "higgs-p2-n64", "higgs-p2-n256"),
+    *("higgs-p3-n8", "higgs-p3-n64", "higgs-p3-n512"),
+    *("higgs-p4-n8", "higgs-p4-n256", "higgs-p4-n1024"),
+]
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
+def test_gaussian_weights_lose_what_the_grid_promises(name: str) -> None:
+    weight = 0.02 * torch.randn(64, 1024)
+    encoded = encode(name, weight)
+    promised = get_codec(name).menu_point((64, 1024)).t2
+    assert promised == higgs(name).grid.t2
+    assert encoded.noise_power / encoded.power == pytest.approx(promised, rel=0.05)
+    assert relative_noise(get_codec(name).decode(encoded), weight) == pytest.approx(promised, rel=0.05)
+
+
+@pytest.mark.parametrize("rho", GAINS)
+@pytest.mark.parametrize("name", OF_EVERY_P)
+def test_noise_with_a_gain_is_what_the_loss_model_says(name: str, rho: float) -> None:
+    weight = torch.randn(64, 1024)
+    promised = relative_error(get_codec(name).menu_point((64, 1024)).t2, rho)
+    assert relative_noise(decode(name, weight, rho), weight) == pytest.approx(promised, rel=0.05)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", OF_EVERY_P)
+def test_reported_noise_is_that_of_the_decoded_rows(name: str, width: int) -> None:
+    weight = 3 * torch.randn(7, width)
+    encoded = encode(name, weight, rho=0.3)
+    noise = (get_codec(name).decode(encoded).double() - weight.double()).square().sum()
+    assert encoded.noise_power == pytest.approx(float(noise), rel=1e-4)
+    assert encoded.power == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
+    assert encoded.shape == (7, width)
+
+
+# Matrices whose rows keep some structure through the rotation: their t² is above or below what Gaussian weights would
+# have. The attention outputs' heads are aligned runs of 32 columns with powers of their own.
+NOT_QUITE_GAUSSIAN = {
+    "model.embed_tokens": (0.90, 1.05),
+    "model.layers.1.self_attn.o_proj": (0.95, 1.12),
+    "model.layers.2.self_attn.o_proj": (0.95, 1.12),
+    "model.layers.3.self_attn.o_proj": (0.95, 1.30),
+    "model.layers.5.self_attn.o_proj": (0.95, 1.12),
+}
+
+
+@pytest.mark.parametrize("name", ["higgs-p1-n16", "higgs-p2-n64", "higgs-p4-n256"])
+def test_trained_weights_lose_what_the_grid_promises(name: str, ref_llama: Path) -> None:
+    checkpoint = open_checkpoint(ref_llama)
+    codec = get_codec(name)
+    ratios = {}
+    for matrix in describe(checkpoint).matrices:
+        rows = read_rows(checkpoint, matrix, 0, matrix.shape[0])[:: matrix.shape[0] // 128]
+        encoded = codec.encode(rows, exponent=scale_exponent(float(rows.abs().max())))
+        ratios[matrix.name] = encoded.noise_power / encoded.power / codec.distortion(matrix.shape)
+    assert len(ratios) == 43
+    low, high = 0.95, 1.05
+    outside = {
+        name: ratio
+        for name, ratio in ratios.items()
+        if not (bounds := NOT_QUITE_GAUSSIAN.get(name, (low, high)))[0] <= ratio <= bounds[1]
+    }
+    assert not outside
+
+
+# -- scales -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", OF_EVERY_P)
+def test_mse_scale_is_the_least_squares_one(name: str, width: int) -> None:
+    """<w, w'> = |w'|^2 in every group: no other scale has less error."""
+    weight = torch.randn(9, width) * torch.logspace(-2, 2, 9)[:, None]
+    decoded = decode(name, weight, rho=1.0)
+    torch.testing.assert_close(
+        per_group(weight * decoded) / per_group(decoded.square()),
+        torch.ones(9, len(groups(width)), dtype=torch.float64),
+        rtol=0,
+        atol=6e-4,  # half a step of fp16
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", OF_EVERY_P)
+def test_unbiased_scale_projects_exactly(name: str, width: int) -> None:
+    """<w, w'> = |w|^2 in every group."""
+    weight = torch.randn(9, width) * torch.logspace(-2, 2, 9)[:, None]
+    decoded = decode(name, weight, rho=0.0)
+    ratio = per_group(weight * decoded) / per_group(weight.square())
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=6e-4)
+
+
+@given(
+    name=st.sampled_from(OF_EVERY_P), width=st.sampled_from(WIDTHS), rho=st.floats(0, 1), seed=st.integers(0, 2**31)
+)
+@settings(max_examples=60, deadline=None)
+def test_every_gain_projects_as_the_loss_model_says(name: str, width: int, rho: float, seed: int) -> None:
+    """Per group, with that group's own measured t²; and the direction of the reconstruction does not depend on rho."""
+    weight = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
+    decoded = decode(name, weight, rho)
+    inner, power, square = per_group(weight * decoded), per_group(weight.square()), per_group(decoded.square())
+    t2 = 1 - inner.square() / power / square
+    expected = torch.tensor([[projection(float(value), rho) for value in row] for row in t2], dtype=torch.float64)
+    torch.testing.assert_close(inner / power, expected, rtol=6e-4, atol=0)
+    noise = per_group((decoded - weight).square()) / power
+    formula = torch.tensor([[relative_error(float(value), rho) for value in row] for row in t2], dtype=torch.float64)
+    torch.testing.assert_close(noise, formula, rtol=0.02, atol=1e-6)
+
+
+def test_gain_changes_scales_and_not_codes() -> None:
+    weight = torch.randn(5, 576)
+    mse, unbiased = (encode("higgs-p2-n16", weight, rho).buffers for rho in (1.0, 0.0))
+    assert torch.equal(mse["codes"], unbiased["codes"])
+    assert (mse["scales"] < unbiased["scales"]).all()
+
+
+# -- codes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["higgs-p1-n3", "higgs-p1-n16", "higgs-p1-n256", *OF_EVERY_P[1:], "higgs-p2-n1024", "higgs-p4-n4096"]
+)
+def test_every_code_is_the_nearest_point(name: str) -> None:
+    """Brute force in float64, with the last vector of each row filled up with zeros."""
+    codec = higgs(name)
+    weight = torch.randn(4, 172)
+    vectors = -(-172 // codec.p)
+    codes = unpack(encode(name, weight).buffers["codes"].view(4, -1), vectors, codec.n)
+    unit = rotate(weight.double())
+    unit = unit / unit.square().mean(1, keepdim=True).sqrt()
+    padded = torch.nn.functional.pad(unit, (0, vectors * codec.p - 172)).view(4, vectors, 1, codec.p)
+    distances = (padded - codec.grid.points.double()).square().sum(-1)
+    chosen = distances.gather(-1, codes[..., None])[..., 0]
+    torch.testing.assert_close(chosen, distances.min(-1).values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 1, 5, 2100])
+@pytest.mark.parametrize("name", [*OF_EVERY_P, "higgs-p1-n3", "higgs-p3-n8"])
+def test_bytes_are_those_of_the_layout(name: str, width: int) -> None:
+    codec = get_codec(name)
+    for rows in (1, 2, 5):
+        layout = codec.layout((rows, width))
+        encoded = encode(name, torch.randn(rows, width))
+        assert list(layout) == list(encoded.buffers) == ["scales", "codes"]
+        assert encoded.buffers["scales"].dtype == torch.float16
+        assert encoded.buffers["codes"].dtype == torch.uint8
+        assert tuple(encoded.buffers["scales"].shape) == layout["scales"].shape == (rows, len(groups(width)))
+        used = rows * layout["codes"].row_bytes
+        assert encoded.buffers["codes"].shape == (used,)
+        assert layout["codes"].shape == (used + used % 2,)
+        assert rows * layout["scales"].row_bytes == encoded.buffers["scales"].nbytes
+        point = codec.menu_point((rows, width))
+        assert point.size_bytes == sum(map(buffer_bytes, layout.values())) == used + used % 2 + 2 * rows * len(groups(width))
+        assert point.rate_bits == 8 * point.size_bytes / (rows * width)
+        assert point.codec == name
+
+
+@pytest.mark.parametrize(
+    ("name", "rate_bits"),
+    [("higgs-p1-n4", 2), ("higgs-p1-n3", 1.6), ("higgs-p2-n16", 2), ("higgs-p4-n256", 2), ("higgs-p2-n64", 3)],
+)
+def test_rate_is_that_of_the_grid_and_a_scale_per_1024(name: str, rate_bits: float) -> None:
+    assert get_codec(name).menu_point((4096, 4096)).rate_bits == pytest.approx(rate_bits + 16 / 1024, rel=3e-4)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 2100])
+@pytest.mark.parametrize("name", [*OF_EVERY_P, "higgs-p1-n3"])
+def test_blocks_of_rows_are_encoded_as_the_whole(name: str, width: int) -> None:
+    weight = torch.randn(23, width)
+    exponent = scale_exponent(float(weight.abs().max()))
+    codec = get_codec(name)
+    whole = codec.encode(weight, exponent=exponent, rho=0.2)
+    for step in (1, 7):
+        blocks = [codec.encode(block, exponent=exponent, rho=0.2) for block in weight.split(step)]
+        for key, data in whole.buffers.items():
+            assert torch.equal(torch.cat([block.buffers[key] for block in blocks]), data)
+        assert math.fsum(block.noise_power for block in blocks) == pytest.approx(whole.noise_power, rel=1e-6)
+        assert math.fsum(block.power for block in blocks) == pytest.approx(whole.power, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OF_EVERY_P)
+def test_decoding_in_the_rotated_basis_row_by_row(name: str) -> None:
+    codec = higgs(name)
+    encoded = encode(name, torch.randn(6, 1100))
+    codes, scales = encoded.buffers["codes"], encoded.buffers["scales"]
+    rotated = codec.decode_rotated(codes, scales, encoded.exponent, 1100)
+    decoded = codec.decode(encoded)
+    assert rotated.dtype == decoded.dtype == torch.float32
+    torch.testing.assert_close(rotate(decoded), rotated, rtol=0, atol=1e-5)
+    padded = torch.nn.functional.pad(codes, (0, 2), value=255)
+    assert torch.equal(codec.decode_rotated(padded, scales, encoded.exponent, 1100), rotated)
+    for row in (0, 5):
+        codes_of_row = codes.view(6, -1)[row : row + 1]
+        alone = codec.decode_rotated(codes_of_row, scales[row : row + 1], encoded.exponent, 1100)
+        assert torch.equal(alone, rotated[row : row + 1])
+
+
+# -- rows and matrices out of the ordinary ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_input_dtypes(dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 172).to(dtype)
+    encoded, expected = encode("higgs-p2-n16", weight), encode("higgs-p2-n16", weight.float())
+    assert all(torch.equal(encoded.buffers[key], expected.buffers[key]) for key in expected.buffers)
+    assert weight.dtype == dtype
+
+
+@pytest.mark.parametrize("name", [*OF_EVERY_P, "higgs-p1-n2", "higgs-p1-n3"])
+@pytest.mark.parametrize("rho", [0.0, 1.0])
+def test_zero_rows_stay_zero(name: str, rho: float) -> None:
+    weight = torch.randn(5, 1100)
+    weight[[0, 3]] = 0
+    weight[4, :] = -0.0
+    decoded = decode(name, weight, rho)
+    assert decoded[[0, 3, 4]].eq(0).all()
+    assert decoded.isfinite().all()
+    assert decode(name, torch.zeros(2, 172), rho).eq(0).all()
+    assert encode(name, torch.zeros(2, 172)).noise_power == 0
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", OF_EVERY_P)
+def test_a_single_weight(name: str, width: int) -> None:
+    """Its image has entries of like magnitude, which every grid hits about as well as Gaussian ones."""
+    weight = torch.zeros(3, width)
+    weight[0, 0], weight[1, width - 1], weight[2, width // 2] = 1, -5, 1e-3
+    assert relative_noise(decode(name, weight), weight) < 2 * higgs(name).grid.t2
+    assert decode(name, weight, rho=0.0).isfinite().all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", [*OF_EVERY_P, "higgs-p1-n2"])
+@pytest.mark.parametrize("rho", [0.0, 1.0])
+def test_constant_rows(name: str, width: int, rho: float) -> None:
+    """The worst that a power-of-two width can meet, one coordinate after rotation: coarse grids lose it, MSE scales do
+    no harm."""
+    weight = torch.tensor([[1.0], [-3.0], [1e-4]]).expand(3, width).contiguous()
+    decoded = decode(name, weight, rho)
+    assert decoded.isfinite().all()
+    if rho == 1:
+        assert relative_noise(decoded, weight) <= 1
+    assert relative_noise(decode("higgs-p1-n256", weight), weight) < 1e-2
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-7, 1.0, 65504.0, 1e30])
+@pytest.mark.parametrize("name", ["higgs-p1-n16", "higgs-p2-n64"])
+def test_any_magnitude(name: str, magnitude: float) -> None:
+    """A power of two changes nothing but the exponent; any other factor changes roundings alone."""
+    weight = torch.randn(4, 576)
+    power_of_two = 2.0 ** round(math.log2(magnitude))
+    encoded, shifted = encode(name, weight), encode(name, weight * power_of_two)
+    assert shifted.exponent - encoded.exponent == round(math.log2(magnitude))
+    assert all(torch.equal(shifted.buffers[key], encoded.buffers[key]) for key in encoded.buffers)
+    assert torch.equal(higgs(name).decode(shifted), higgs(name).decode(encoded) * power_of_two)
+    scaled = weight * magnitude
+    assert relative_noise(decode(name, scaled) / magnitude, scaled / magnitude) == pytest.approx(
+        relative_noise(decode(name, weight), weight), rel=0.01
+    )
+
+
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-36])
+def test_vanishing_matrices_are_stored_as_well_as_fp16_can(magnitude: float) -> None:
+    weight = torch.randn(4, 576).clamp(-3, 3) / 3 * magnitude
+    weight[0, 0] = magnitude
+    encoded = encode("higgs-p1-n16", weight)
+    assert math.isfinite(encoded.noise_power)
+    assert encoded.noise_power <= 1.001 * encoded.power
+    decoded = higgs("higgs-p1-n16").decode(encoded)
+    assert decoded.isfinite().all()
+    assert float(decoded.abs().max()) <= 10 * magnitude
+
+
+@given(st.floats(2.0**-100, 1e38))
+def test_exponent_gives_the_scales_twelve_bits_of_headroom(largest: float) -> None:
+    exponent = scale_exponent(largest)
+    assert 2.0**11 <= largest / 2.0**exponent < 2.0**12
+    assert scale_exponent(largest * 2) == exponent + 1
+
+
+def test_exponent_of_nothing() -> None:
+    assert scale_exponent(0.0) == 0
+    assert scale_exponent(1e-45) == scale_exponent(2.0**-101)
+
+
+def test_rows_of_very_different_power() -> None:
+    """Rows a millionth as large as the largest keep their precision: scales have a range, not just digits."""
+    weight = torch.randn(5, 576) * torch.tensor([1e-6, 1e-4, 1e-2, 1, 100.0])[:, None]
+    decoded = decode("higgs-p1-n16", weight)
+    noise = per_group((decoded - weight).square()) / per_group(weight.square())
+    torch.testing.assert_close(noise[:, 0], torch.full((5,), grid(1, 16).t2, dtype=torch.float64), rtol=0.35, atol=0)
+
+
+# -- names, the registry ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-4", "", "-", "HIGGS-p1-n4", "higgsx-p1-n4", "raw"])
+def test_unknown_families_are_refused(name: str) -> None:
+    with pytest.raises(WaterfillError, match=f"codec '{name}' is unknown; known families are .*higgs"):
+        get_codec(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["higgs", "higgs-", "higgs-p2", "higgs-n16-p2", "higgs-p2-n16-x", "higgs-p2-n16\n", "higgs-p2-n016", "higgs-p٢-n16"]
+)
+def test_other_names_of_the_family_are_refused(name: str) -> None:
+    with pytest.raises(WaterfillError, match="is not a HIGGS codec; expected a name like higgs-p2-n16"):
+        get_codec(name)
+
+
+@pytest.mark.parametrize("name", ["higgs-p1-n257", "higgs-p1-n1", "higgs-p9-n16", "higgs-p4-n4097"])
+def test_grids_that_do_not_exist_are_refused(name: str) -> None:
+    with pytest.raises(WaterfillError, match="there is no grid of"):
+        get_codec(name)
+
+
+def test_codecs_are_shared_and_named_after_their_grid() -> None:
+    codec = higgs("higgs-p2-n16")
+    assert get_codec("higgs-p2-n16") is codec
+    assert (codec.name, codec.p, codec.n) == ("higgs-p2-n16", 2, 16)
+
+
+class SignsOnly(Codec):
+    """A third party's codec: the sign of every weight, one byte each, and one scale."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def layout(self, shape: tuple[int, int]) -> Mapping[str, BufferLayout]:
+        return {"signs": BufferLayout("U8", shape, shape[1]), "scale": BufferLayout("F32", (shape[0], 1), 4)}
+
+    def distortion(self, shape: tuple[int, int]) -> float:
+        return 1 - 2 / math.pi
+
+    def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
+        scale = weight.abs().mean(1, keepdim=True)
+        buffers = {"signs": (weight >= 0).to(torch.uint8), "scale": scale}
+        noise = (weight.sign() * scale - weight).square().sum()
+        return Encoded(tuple(weight.shape), buffers, exponent, float(noise), float(weight.square().sum()))
+
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        return (2.0 * encoded.buffers["signs"] - 1) * encoded.buffers["scale"]
+
+
+@pytest.fixture
+def signs_family() -> Iterator[None]:
+    register_codec("signs", SignsOnly)
+    yield
+    del registry._FAMILIES["signs"]
+    get_codec.cache_clear()
+
+
+@pytest.mark.usefixtures("signs_family")
+def test_a_third_party_can_register_a_codec() -> None:
+    codec = get_codec("signs-v2")
+    assert codec.name == "signs-v2"
+    assert get_codec("signs").name == "signs"
+    point = codec.menu_point((3, 8))
+    assert (point.size_bytes, point.rate_bits) == (3 * 8 + 3 * 4, 12.0)
+    weight = torch.randn(200, 300)
+    encoded = codec.encode(weight)
+    assert encoded.noise_power / encoded.power == pytest.approx(point.t2, rel=0.05)
+    assert relative_noise(codec.decode(encoded), weight) == pytest.approx(point.t2, rel=0.05)
+    with pytest.raises(ValueError, match="codec family 'signs' is registered already"):
+        register_codec("signs", SignsOnly)
+    with pytest.raises(WaterfillError, match="known families are higgs, signs"):
+        get_codec("sign")
+
+
+def test_a_familys_name_cannot_be_taken_twice() -> None:
+    with pytest.raises(ValueError, match="codec family 'higgs' is registered already"):
+        register_codec("higgs", SignsOnly)
+    assert isinstance(get_codec("higgs-p1-n2"), Higgs)
+
+
+# -- the format does not drift --------------------------------------------------------------------------------------------
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.blake2b(tensor.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def fixed_matrix() -> torch.Tensor:
+    """Whole numbers from -2048 to 2047, `[5, 172]`."""
+    position = torch.arange(5 * 172, dtype=torch.int64)
+    return ((position * 2654435761 % 2**32 >> 20) - 2048).view(5, 172).to(torch.float32)
+
+
+ENCODED = {  # name: (scales, codes), with rho = 1/4
+    "higgs-p1-n3": ("", ""),
+    "higgs-p1-n16": ("", ""),
+    "higgs-p2-n64": ("", ""),
+    "higgs-p3-n64": ("", ""),
+    "higgs-p4-n256": ("", ""),
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_golden_encoding(name: str) -> None:
+    buffers = encode(name, fixed_matrix(), rho=0.25).buffers
+    assert (digest(buffers["scales"]), digest(buffers["codes"])) == ENCODED[name]
+
+
+DECODED = {
+    "higgs-p1-n3": "",
+    "higgs-p1-n16": "",
+    "higgs-p2-n64": "",
+    "higgs-p3-n64": "",
+    "higgs-p4-n256": "",
+}
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_golden_decoding(name: str) -> None:
+    """Exact bits of float32, on every machine: bytes of a fixed sequence, decoded at a width with windows and signs."""
+    codec = higgs(name)
+    row_bytes = codec.row_bytes(1028)
+    codes = torch.arange(3 * row_bytes, dtype=torch.int64).mul(2654435761).bitwise_and(0xFFFFFFFF) >> 24
+    if codec.n == 3:
+        codes %= 243  # five ternary digits
+    scales = torch.tensor([[0.3], [1000.0], [7e-6]], dtype=torch.float16)
+    decoded = codec.decode(Encoded((3, 1028), {"scales": scales, "codes": codes.to(torch.uint8)}, -7, 0.0, 0.0))
+    assert digest(decoded) == DECODED[name]
