@@ -40,8 +40,7 @@ from waterfill.sensitivity import Sensitivity, measure
 HELD_OUT_CHARACTERS = 260_000  # measured on; the probe `text` comes from what follows
 BLOCK_WEIGHTS = 1 << 20  # encoded at a time: the search for the nearest point needs some ten times that in scratch
 
-# The grid of least distortion at each rate of its indices, bits per weight. At 3.25 it is a grid of 776 points: five
-# indices make a word of six bytes, 3.2 bits per weight.
+# The grid of least distortion at each rate of its indices, bits per weight. At 3.25 five indices share six bytes.
 UNIFORM_CODECS = {
     1.0: "higgs-p4-n16",
     1.25: "higgs-p4-n32",
@@ -49,7 +48,7 @@ UNIFORM_CODECS = {
     1.75: "higgs-p4-n128",
     2.0: "higgs-p4-n256",
     3.0: "higgs-p4-n4096",
-    3.25: "higgs-p3-n776",
+    3.25: "higgs-p3-n724",
     4.0: "higgs-p3-n4096",
     5.0: "higgs-p2-n1024",
     6.0: "higgs-p1-n64",

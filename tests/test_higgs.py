@@ -28,7 +28,7 @@ from waterfill.codecs import base as registry
 from waterfill.codecs.packing import unpack
 from waterfill.errors import WaterfillError
 from waterfill.grids import grid
-from waterfill.hadamard import groups, rotate
+from waterfill.hadamard import groups, rotate, unrotate
 from waterfill.loss import projection, relative_error
 
 WIDTHS = [32, 172, 576, 896, 1028]
@@ -115,17 +115,12 @@ def test_trained_weights_lose_what_the_grid_promises(name: str, ref_llama: Path)
     codec = get_codec(name)
     ratios = {}
     for matrix in describe(checkpoint).matrices:
-        rows = read_rows(checkpoint, matrix, 0, matrix.shape[0])[:: matrix.shape[0] // 128]
+        rows = read_rows(checkpoint, matrix, 0, matrix.shape[0])[:: 8 if matrix.role == "embedding" else 1]
         encoded = codec.encode(rows, exponent=scale_exponent(float(rows.abs().max())))
         ratios[matrix.name] = encoded.noise_power / encoded.power / codec.distortion(matrix.shape)
     assert len(ratios) == 43
-    low, high = 0.95, 1.05
-    outside = {
-        name: ratio
-        for name, ratio in ratios.items()
-        if not (bounds := NOT_QUITE_GAUSSIAN.get(name, (low, high)))[0] <= ratio <= bounds[1]
-    }
-    assert not outside
+    bounds = dict.fromkeys(ratios, (0.95, 1.05)) | NOT_QUITE_GAUSSIAN
+    assert not {name: ratio for name, ratio in ratios.items() if not bounds[name][0] <= ratio <= bounds[name][1]}
 
 
 # -- scales -----------------------------------------------------------------------------------------------------------
@@ -155,9 +150,7 @@ def test_unbiased_scale_projects_exactly(name: str, width: int) -> None:
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=6e-4)
 
 
-@given(
-    name=st.sampled_from(OF_EVERY_P), width=st.sampled_from(WIDTHS), rho=st.floats(0, 1), seed=st.integers(0, 2**31)
-)
+@given(name=st.sampled_from(OF_EVERY_P), width=st.sampled_from(WIDTHS), rho=st.floats(0, 1), seed=st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_every_gain_projects_as_the_loss_model_says(name: str, width: int, rho: float, seed: int) -> None:
     """Per group, with that group's own measured t²; and the direction of the reconstruction does not depend on rho."""
@@ -189,6 +182,7 @@ def test_every_code_is_the_nearest_point(name: str) -> None:
     """Brute force in float64, with the last vector of each row filled up with zeros."""
     codec = higgs(name)
     weight = torch.randn(4, 172)
+    weight[3] = unrotate(torch.nn.functional.one_hot(torch.tensor(7), 172).float())  # one coordinate of 13, all else 0
     vectors = -(-172 // codec.p)
     codes = unpack(encode(name, weight).buffers["codes"].view(4, -1), vectors, codec.n)
     unit = rotate(weight.double())
@@ -215,14 +209,18 @@ def test_bytes_are_those_of_the_layout(name: str, width: int) -> None:
         assert layout["codes"].shape == (used + used % 2,)
         assert rows * layout["scales"].row_bytes == encoded.buffers["scales"].nbytes
         point = codec.menu_point((rows, width))
-        assert point.size_bytes == sum(map(buffer_bytes, layout.values())) == used + used % 2 + 2 * rows * len(groups(width))
+        assert (
+            point.size_bytes
+            == sum(map(buffer_bytes, layout.values()))
+            == used + used % 2 + 2 * rows * len(groups(width))
+        )
         assert point.rate_bits == 8 * point.size_bytes / (rows * width)
         assert point.codec == name
 
 
 @pytest.mark.parametrize(
     ("name", "rate_bits"),
-    [("higgs-p1-n4", 2), ("higgs-p1-n3", 1.6), ("higgs-p2-n16", 2), ("higgs-p4-n256", 2), ("higgs-p2-n64", 3)],
+    [("higgs-p1-n4", 2), ("higgs-p1-n3", 1.6016), ("higgs-p2-n16", 2), ("higgs-p4-n256", 2), ("higgs-p2-n64", 3)],
 )
 def test_rate_is_that_of_the_grid_and_a_scale_per_1024(name: str, rate_bits: float) -> None:
     assert get_codec(name).menu_point((4096, 4096)).rate_bits == pytest.approx(rate_bits + 16 / 1024, rel=3e-4)
@@ -260,7 +258,7 @@ def test_decoding_in_the_rotated_basis_row_by_row(name: str) -> None:
         assert torch.equal(alone, rotated[row : row + 1])
 
 
-# -- rows and matrices out of the ordinary ------------------------------------------------------------------------------
+# -- rows and matrices out of the ordinary ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -336,7 +334,7 @@ def test_vanishing_matrices_are_stored_as_well_as_fp16_can(magnitude: float) -> 
     assert float(decoded.abs().max()) <= 10 * magnitude
 
 
-@given(st.floats(2.0**-100, 1e38))
+@given(st.floats(2.0**-100, 1e38, exclude_min=True))
 def test_exponent_gives_the_scales_twelve_bits_of_headroom(largest: float) -> None:
     exponent = scale_exponent(largest)
     assert 2.0**11 <= largest / 2.0**exponent < 2.0**12
@@ -356,7 +354,7 @@ def test_rows_of_very_different_power() -> None:
     torch.testing.assert_close(noise[:, 0], torch.full((5,), grid(1, 16).t2, dtype=torch.float64), rtol=0.35, atol=0)
 
 
-# -- names, the registry ------------------------------------------------------------------------------------------------
+# -- names, the registry ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq-4", "", "-", "HIGGS-p1-n4", "higgsx-p1-n4", "raw"])
@@ -366,7 +364,17 @@ def test_unknown_families_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["higgs", "higgs-", "higgs-p2", "higgs-n16-p2", "higgs-p2-n16-x", "higgs-p2-n16\n", "higgs-p2-n016", "higgs-p٢-n16"]
+    "name",
+    [
+        "higgs",
+        "higgs-",
+        "higgs-p2",
+        "higgs-n16-p2",
+        "higgs-p2-n16-x",
+        "higgs-p2-n16\n",
+        "higgs-p2-n016",
+        "higgs-p٢-n16",
+    ],
 )
 def test_other_names_of_the_family_are_refused(name: str) -> None:
     with pytest.raises(WaterfillError, match="is not a HIGGS codec; expected a name like higgs-p2-n16"):
@@ -438,7 +446,7 @@ def test_a_familys_name_cannot_be_taken_twice() -> None:
     assert isinstance(get_codec("higgs-p1-n2"), Higgs)
 
 
-# -- the format does not drift --------------------------------------------------------------------------------------------
+# -- the format does not drift ----------------------------------------------------------------------------------------
 
 
 def digest(tensor: torch.Tensor) -> str:

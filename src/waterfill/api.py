@@ -111,14 +111,14 @@ def pack(
     Raises:
         WaterfillError: as for `plan`; `out` exists; a weight is NaN or infinite.
     """
+    _check_target(Path(out), overwrite)  # before minutes of downloading and measuring
+    if plan is not None and any(value is not None for name, value in options.items() if name != "revision"):
+        raise WaterfillError("a plan has its budget and its choices in it; give either a plan or the options for one")
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
     measured: Sensitivity | None = None
-    _check_target(Path(out), overwrite)  # before minutes of measuring
     if plan is None:
         made, measured, architecture = _plan(str(model), checkpoint, progress, options)
     else:
-        if any(value for name, value in options.items() if name != "revision"):
-            raise WaterfillError("a plan has its budget and its choices in it; give either the plan or options for one")
         made = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
         architecture = describe(checkpoint, made.keep)
     extra = {SENSITIVITY_FILE: measured.to_json().encode()} if measured else {}
@@ -151,6 +151,16 @@ def load(artifact: str | Path, *, dtype: torch.dtype | None = None, verify: bool
     return transformers.AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype="auto" if dtype is None else dtype
     ).eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in the directory of a checkpoint or artifact; WaterfillError if there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise WaterfillError(
+            f"{path} has no tokenizer that transformers can load ({first_line(error)}); put its files there"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -328,13 +338,3 @@ def _free_memory_bytes() -> float:
         return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
     except (OSError, StopIteration):
         return math.inf
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in the directory of a checkpoint or artifact; WaterfillError if there is none."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise WaterfillError(
-            f"{path} has no tokenizer that transformers can load ({first_line(error)}); put its files there"
-        ) from error

@@ -39,17 +39,18 @@ def parse_size(text: str | int) -> int:
         return text
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None:
+    size_bytes = float(match[1]) * unit if match and unit else math.inf
+    if not math.isfinite(size_bytes):
         raise BudgetError(
             f"{text!r} is not a size; write bytes, or a number with kB, MB, GB, KiB, MiB or GiB, as in 2.5GB"
         )
-    return int(float(match[1]) * unit)
+    return round(size_bytes)
 
 
 def format_size(size_bytes: float) -> str:
     """Bytes for people, in powers of 1000."""
     for unit in ("bytes", "kB", "MB"):
-        if size_bytes < 1000:
+        if size_bytes < 999.95:  # else four digits would show it as 1000
             return f"{size_bytes:.0f} {unit}" if unit == "bytes" else f"{size_bytes:.4g} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.4g} GB"

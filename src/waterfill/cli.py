@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import huggingface_hub
 import transformers
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -45,17 +45,24 @@ class _Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         section_of = {name: section for section, names in _SECTIONS.items() for name in names}
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[tuple[str, str]]] = {section: [] for section in (*_SECTIONS, "Options")}
         for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
-                sections.setdefault(section_of.get(parameter.name or "", "Options"), []).append(record)
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections[section_of.get(parameter.name or "", "Options")].append(record)
         for section, records in sections.items():
-            with formatter.section(section):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(section):
+                    formatter.write_dl(records)
 
 
 class _Group(click.Group):
+    """Lists its commands in the order of their use."""
+
     command_class = _Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
 
 def _options(*options: Decorator) -> Decorator:
@@ -80,8 +87,10 @@ _revision = click.option("--revision", help="Branch, tag or commit of a hub mode
 # What is not given is not passed on: the defaults are those of the Python functions.
 _plan_options = _options(
     click.option("--size", help="Bytes of all weight files, e.g. 2.5GB or 800MiB."),
-    click.option("--bits", type=float, help="Stored bits per weight of the matrices, scales included."),
-    click.option("--max-kl", type=float, help="The smallest artifact within this predicted loss, in nats per token."),
+    click.option("--bits", type=float, metavar="X", help="Stored bits per weight of the matrices, scales included."),
+    click.option(
+        "--max-kl", type=float, metavar="X", help="The smallest artifact within this predicted loss, in nats per token."
+    ),
     click.option(
         "--gain",
         type=click.Choice(["auto", "mse", "unbiased"]),
@@ -108,9 +117,9 @@ _plan_options = _options(
         help="Measure on text sampled from the model itself (default), or on random tokens.",
     ),
     click.option("--text", type=_FILE, help="Measure on this text instead."),
-    click.option("--sequences", type=click.IntRange(min=2), help="Sequences to measure on (32)."),
-    click.option("--length", type=click.IntRange(min=2), help="Tokens per sequence (512)."),
-    click.option("--seed", type=int, help="The same seed gives the same bytes (0)."),
+    click.option("--sequences", type=int, metavar="N", help="Sequences to measure on (32)."),
+    click.option("--length", type=int, metavar="N", help="Tokens per sequence (512)."),
+    click.option("--seed", type=int, metavar="N", help="The same seed gives the same bytes (0)."),
     click.option(
         "--method",
         type=click.Choice(["fisher", "perturb"]),
@@ -120,12 +129,21 @@ _plan_options = _options(
     _revision,
 )
 _sampling_options = _options(
-    click.option("--max-new-tokens", type=int, help="Tokens to generate at most."),
-    click.option("--temperature", type=float, help="0 is greedy; as the model's own settings say when not given."),
-    click.option("--top-p", type=float, help="Sample among the likeliest tokens that hold this probability; 1 is all."),
-    click.option("--top-k", type=int, help="Sample among this many likeliest tokens; 0 is all."),
-    click.option("--repetition-penalty", type=float, help="Divides the score of tokens seen before; 1 is none."),
-    click.option("--seed", type=int, help="The same seed gives the same text."),
+    click.option("--max-new-tokens", type=int, metavar="N", help="Tokens to generate at most."),
+    click.option(
+        "--temperature", type=float, metavar="X", help="0 is greedy; as the model's own settings say when not given."
+    ),
+    click.option(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="Sample among the likeliest tokens that hold this probability; 1 is all.",
+    ),
+    click.option("--top-k", type=int, metavar="N", help="Sample among this many likeliest tokens; 0 is all."),
+    click.option(
+        "--repetition-penalty", type=float, metavar="X", help="Divides the score of tokens seen before; 1 is none."
+    ),
+    click.option("--seed", type=int, metavar="N", help="The same seed gives the same text."),
 )
 
 
@@ -145,7 +163,7 @@ def commands(ctx: click.Context) -> None:
 @_all
 @_json
 def plan(model: str, save: Path | None, every: bool, as_json: bool, **options: Any) -> None:
-    """Dry run: what each tensor of MODEL would get, what that weighs and what it is predicted to cost.
+    """Dry run: what each tensor would get, weigh and cost.
 
     MODEL is a local Hugging Face directory or a hub id.
     """
@@ -191,7 +209,7 @@ def pack(
 @_all
 @_json
 def inspect(artifact: Path, every: bool, as_json: bool) -> None:
-    """What is in ARTIFACT, per tensor. Every byte is checked on the way."""
+    """Show what is in ARTIFACT, per tensor. Every byte is checked."""
     found = waterfill.inspect(artifact)
     if as_json:
         _print_json(show.inspection_record(found))
@@ -203,13 +221,18 @@ def inspect(artifact: Path, every: bool, as_json: bool) -> None:
 @_artifact
 @click.option("--against", metavar="MODEL", required=True, help="The model that it was packed from.")
 @click.option("--text", type=_FILE, required=True, help="Text to measure on.")
-@click.option("--context", type=int, help="Tokens per window (2048, or the model's limit).")
-@click.option("--windows", "max_windows", type=click.IntRange(min=1), help="Measure on the first windows only.")
-@click.option("--batch", type=click.IntRange(min=1), help="Windows per forward pass (1).")
+@click.option("--context", type=int, metavar="N", help="Tokens per window (2048, or the model's limit).")
+@click.option(
+    "--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="Measure on the first windows only."
+)
+@click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
 @_revision
 @_json
 def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options: Any) -> None:
-    """Measure ARTIFACT against the original: perplexity, KL divergence and top-1 agreement, beside the prediction."""
+    """Measure ARTIFACT against the model it was packed from.
+
+    Perplexity, KL divergence and top-1 agreement on a text, beside the prediction.
+    """
     with _progress() as progress:
         result = waterfill.evaluate(artifact, against, text, progress=progress, **_given(options))
     if as_json:
@@ -280,16 +303,16 @@ def _ask() -> str:
 
 def _stream(stream: Any, pieces: list[str] | None = None, *, after: str = "") -> None:
     """Print a text as it comes, `after` the one that it continues; `pieces` collects it."""
-    shown = False
     with contextlib.closing(stream):
-        for piece in stream:
-            if not shown:  # not earlier: what is logged until then would run into it
-                click.echo(click.style(after, dim=True), nl=False)
-            shown = True
-            click.echo(piece, nl=False)
-            if pieces is not None:
-                pieces.append(piece)
-    click.echo()
+        try:
+            for number, piece in enumerate(stream):
+                if after and number == 0:  # not earlier: what is logged until then would run into it
+                    click.echo(click.style(after, dim=True), nl=False)
+                click.echo(piece, nl=False)
+                if pieces is not None:
+                    pieces.append(piece)
+        finally:
+            click.echo()
     _note(show.generation_line(stream.stats))
 
 
@@ -311,7 +334,7 @@ def _quiet_transformers() -> None:
     """Its errors come as exceptions; its bars and warnings speak of other things than the user's command."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()  # the line above silences downloads too
+    enable_progress_bars()  # the line above silences downloads too
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ class Sample:
 
 
 def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
+    """Gradients of one sampled labelling of `part`, int64 `[sequences, length]`; their parameters must require them."""
     alpha: dict[str, float] = {}
     beta: dict[str, float] = {}
     positions = part.shape[0] * (part.shape[1] - 1)
@@ -68,30 +69,39 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
 
 @torch.inference_mode()
 def perturb_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
+    """KL on `part`, int64 `[sequences, length]`, as one matrix after the other is disturbed."""
     parameters = dict(model.named_parameters())
     reference = _log_probabilities(model, part)
     alpha: dict[str, float] = {}
     beta: dict[str, float] = {}
     for matrix in matrices:
         weight = matrix_view(parameters[matrix.parameter], matrix)
-        original = weight.clone()
-        sigma = _per_weight(group_power(original.to(torch.float32)).sqrt(), original.shape[1])
-        rises = []
-        for level in PERTURB_LEVELS:
-            noise = torch.randn(original.shape, generator=generator) * sigma * math.sqrt(level)
-            weight.copy_(original + noise)
-            rises.append(_kl(reference, _log_probabilities(model, part)))
-        alpha[matrix.name] = sum(t * r for t, r in zip(PERTURB_LEVELS, rises, strict=True)) / sum(
-            t * t for t in PERTURB_LEVELS
-        )
-        scaled = []
-        for step in (SCALE_STEP, -SCALE_STEP):
-            weight.copy_(original * (1 + step))
-            scaled.append(_kl(reference, _log_probabilities(model, part)))
-        beta[matrix.name] = sum(scaled) / 2 / SCALE_STEP**2
-        weight.copy_(original)
+        alpha[matrix.name], beta[matrix.name] = _perturb(model, part, reference, weight, generator)
     nll = -float(reference.gather(1, part[:, 1:].reshape(-1, 1)).mean())
     return Sample(alpha, beta, nll)
+
+
+def _perturb(
+    model: Any, part: torch.Tensor, reference: torch.Tensor, weight: torch.Tensor, generator: torch.Generator
+) -> tuple[float, float]:
+    """alpha and beta of one matrix; `weight`, a view into the model, is disturbed in place and put back."""
+    original = weight.clone()
+    sigma = _per_weight(group_power(original.to(torch.float32)).sqrt(), original.shape[1])
+
+    def rise(disturbed: torch.Tensor) -> float:
+        weight.copy_(disturbed)
+        return _kl(reference, _log_probabilities(model, part))
+
+    def noise(level: float) -> torch.Tensor:
+        return torch.randn(original.shape, generator=generator) * sigma * math.sqrt(level)
+
+    try:
+        noisy = [rise(original + noise(level)) for level in PERTURB_LEVELS]
+        scaled = [rise(original * (1 + step)) for step in (SCALE_STEP, -SCALE_STEP)]
+    finally:
+        weight.copy_(original)
+    slope = sum(t * r for t, r in zip(PERTURB_LEVELS, noisy, strict=True)) / sum(t * t for t in PERTURB_LEVELS)
+    return slope, sum(scaled) / 2 / SCALE_STEP**2
 
 
 def _log_probabilities(model: Any, part: torch.Tensor) -> torch.Tensor:

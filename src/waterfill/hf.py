@@ -7,6 +7,7 @@ itself resolves is needed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from waterfill.errors import ArtifactError
 from waterfill.runtime.install import install
 
 QUANT_METHOD = "waterfill"
+
+_log = logging.getLogger(__name__)
 
 
 class WaterfillConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
@@ -62,6 +65,7 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
 
     def is_serializable(self) -> bool:
+        _log.warning("save_pretrained cannot write packed weights; copy the directory that they were loaded from")
         return False
 
     @property

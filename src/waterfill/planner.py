@@ -15,10 +15,11 @@ from fnmatch import fnmatchcase
 
 from waterfill.allocate import Allocation, allocate, certificate, feasible_bytes, smallest
 from waterfill.architecture import Architecture
-from waterfill.artifact import SHARD_BYTES, lay_out
+from waterfill.artifact import RAW, SHARD_BYTES, lay_out
 from waterfill.budget import Budget
+from waterfill.codecs import get_codec
 from waterfill.errors import BudgetError, WaterfillError
-from waterfill.loss import Gain
+from waterfill.loss import Coefficients, Gain, predicted_kl
 from waterfill.menu import Menus, kept_plans, make_menus
 from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
 from waterfill.sensitivity import Sensitivity
@@ -48,7 +49,7 @@ def make_plan(model: str, architecture: Architecture, sensitivity: Sensitivity, 
 
     Raises:
         BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
-        WaterfillError: the sensitivities lack a matrix, or a tie matches no two matrices.
+        WaterfillError: no matrix is left to pack, the sensitivities lack one, or a tie cannot be.
     """
     menus = make_menus(architecture, sensitivity.tensors, request.gain, request.codecs)
     solver = _Solver(menus, kept_plans(architecture), _ties(menus, request), request)
@@ -74,11 +75,8 @@ def make_plan(model: str, architecture: Architecture, sensitivity: Sensitivity, 
 def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Prediction:
     """Sum of the tensors' losses; the interval joins the probe's margin and sampling errors, as if fully correlated."""
     kl = math.fsum(tensor.kl for tensor in tensors)
-    stderr = 0.0
-    for tensor in tensors:
-        if tensor.alpha > 0:  # the alpha term dominates, and the loss is proportional to it
-            stderr += tensor.kl * sensitivity.tensors[tensor.name].alpha_stderr / tensor.alpha
-    low, high = MARGINS[str(sensitivity.probe.get("kind", "random"))]
+    stderr = math.fsum(_stderr(tensor, sensitivity.tensors[tensor.name]) for tensor in tensors)
+    low, high = MARGINS.get(sensitivity.probe.get("kind", ""), MARGINS["random"])
     in_regime = kl <= REGIME_KL
     return Prediction(
         kl=kl,
@@ -88,6 +86,12 @@ def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Predicti
         ppl_reference=math.exp(sensitivity.nll),
         in_regime=in_regime,
     )
+
+
+def _stderr(tensor: TensorPlan, c: Coefficients) -> float:
+    """Of the tensor's loss, which for a given gain is linear in alpha and beta."""
+    t2 = 0.0 if tensor.codec == RAW else get_codec(tensor.codec).distortion(tensor.shape)
+    return predicted_kl(Coefficients(c.alpha_stderr, c.beta_stderr), t2, tensor.rho)
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,13 @@ def _ties(menus: Menus, request: Request) -> tuple[tuple[int, ...], ...]:
     if request.uniform:
         return (tuple(range(len(names))),)
     groups: dict[tuple[str, str], list[int]] = {}
-    for tie in request.ties:
+    tied: dict[int, str] = {}
+    for tie in dict.fromkeys(request.ties):
         patterns = tie.split(",")
         for i, name in enumerate(names):
             if any(fnmatchcase(name, pattern.strip()) for pattern in patterns):
+                if tied.setdefault(i, tie) != tie:
+                    raise WaterfillError(f"--tie {tied[i]!r} and --tie {tie!r} both match {name}; join them into one")
                 groups.setdefault((tie, name.rpartition(".")[0]), []).append(i)
         if not any(key[0] == tie and len(group) > 1 for key, group in groups.items()):
             raise WaterfillError(

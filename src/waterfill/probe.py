@@ -17,26 +17,31 @@ import torch
 from waterfill.errors import WaterfillError
 
 Progress = Callable[[int, int], None]
+Kind = Literal["self", "random", "text"]
+KINDS: tuple[Kind, ...] = ("self", "random", "text")
 
 
 @dataclass(frozen=True)
 class Probe:
     """What to measure on: `sequences` of `length` tokens each."""
 
-    kind: Literal["self", "random", "text"] = "self"
+    kind: Kind = "self"
     sequences: int = 32
     length: int = 512
     seed: int = 0
     text: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise WaterfillError(f"the probe {self.kind!r} is unknown; use {', '.join(KINDS)}")
         if self.sequences < 2 or self.length < 2:
             raise WaterfillError(
                 f"a probe of {self.sequences} sequences of {self.length} tokens cannot give a standard error; "
                 "use at least 2 sequences of 2 tokens"
             )
         if (self.kind == "text") != (self.text is not None):
-            raise WaterfillError(f"probe {self.kind!r} and text file {self.text} do not go together; name a text file")
+            given = "no text file" if self.text is None else f"the text file {self.text}"
+            raise WaterfillError(f"probe {self.kind!r} and {given} do not go together; a text file makes a text probe")
 
 
 def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Progress | None = None) -> torch.Tensor:

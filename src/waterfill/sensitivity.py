@@ -17,10 +17,12 @@ through the origin. Hundreds of times the work; it exists to check the fast one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -28,13 +30,14 @@ from torch import nn
 
 from waterfill.architecture import Matrix
 from waterfill.errors import WaterfillError
-from waterfill.estimators import fisher_pass, perturb_pass
+from waterfill.estimators import Sample, fisher_pass, perturb_pass
 from waterfill.loss import Coefficients
 
 Progress = Callable[[int, int], None]
 Method = Literal["fisher", "perturb"]
 
 VERSION = 1
+PASSES: Mapping[Method, Callable[..., Sample]] = MappingProxyType({"fisher": fisher_pass, "perturb": perturb_pass})
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,11 @@ class Sensitivity:
             if data.pop("version") != VERSION:
                 raise ValueError("unknown version")
             tensors = {name: Coefficients(**values) for name, values in data.pop("tensors").items()}
+            numbers = [data["nll"], *(value for some in tensors.values() for value in astuple(some))]
+            if not all(math.isfinite(number) for number in numbers):
+                raise ValueError("a number is not finite")
             return Sensitivity(**data, tensors=tensors)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WaterfillError(
                 f"{path} is not a sensitivity file of this version ({error}); write one with `waterfill plan --save`"
             ) from error
@@ -86,15 +92,23 @@ def measure(
         batch: sequences per pass; standard errors come from the spread between passes.
         fingerprint, probe: recorded in the result.
         progress: called with (passes done, passes in all).
+
+    Raises:
+        WaterfillError: no matrix, too few sequences for a standard error, or an unknown method.
     """
+    if method not in PASSES:
+        raise WaterfillError(f"the sensitivity method {method!r} is unknown; use {' or '.join(PASSES)}")
+    if not matrices:
+        raise WaterfillError("no matrix of the model is left to be measured; keep fewer tensors")
     passes = list(tokens.split(batch))
     if len(passes) < 2:
         raise WaterfillError(f"{len(tokens)} sequences in batches of {batch} make one pass; a standard error needs two")
-    run = fisher_pass if method == "fisher" else perturb_pass
     samples = []
     with _only_trainable(model, {m.parameter for m in matrices} if method == "fisher" else set()):
         for done, part in enumerate(passes):
-            samples.append(run(model, matrices, part, torch.Generator().manual_seed(seed * 1_000_003 + done)))
+            samples.append(
+                PASSES[method](model, matrices, part, torch.Generator().manual_seed(seed * 1_000_003 + done))
+            )
             if progress:
                 progress(done + 1, len(passes))
     weights = torch.tensor([part.shape[0] for part in passes], dtype=torch.float64)
@@ -117,16 +131,18 @@ def _mean_and_stderr(values: Sequence[float], weights: torch.Tensor) -> tuple[fl
 
 @contextmanager
 def _only_trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
-    """Gradients for these parameters alone, evaluation mode; everything is put back afterwards."""
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
-    training = model.training
+    """Gradients for these parameters alone, evaluation mode; flags are put back afterwards, gradients are dropped."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    training = {module: module.training for module in model.modules()}
     model.eval()
+    model.zero_grad()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     try:
         yield
     finally:
-        model.train(training)
+        for module, flag in training.items():
+            module.training = flag
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name])
-            parameter.grad = None
+            parameter.requires_grad_(required[name])
+        model.zero_grad()

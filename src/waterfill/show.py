@@ -1,64 +1,163 @@
-"""Tables for people: plans, artifacts and evaluations. Programs use `--json`."""
+"""What the command line prints: tables for people, objects for programs (docs/cli.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from rich.console import Group, RenderableType
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from waterfill.api import Evaluation, Inspection
 from waterfill.budget import format_size
+from waterfill.checkpoint import WEIGHT_DTYPES
 from waterfill.plan import Plan, Prediction, TensorPlan
+from waterfill.runtime.generate import GenerationStats
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
+
+_PROBES = {"self": "text from the model itself", "random": "random tokens"}
+
+
+# ---------------------------------------------------------------------------------------------------------- for people
 
 
 def plan_view(plan: Plan, *, every: bool = False, measured_t2: Mapping[str, float] | None = None) -> RenderableType:
     """The plan's matrices and totals; `every` forces one line per matrix."""
     detailed = every or len(plan.tensors) <= MAX_ROWS
     table = _matrix_table(plan.tensors, measured_t2) if detailed else _kind_table(plan.tensors)
-    kept_bytes = sum(kept.size_bytes for kept in plan.kept)
-    lines = [
-        Text(f"{len(plan.tensors)} matrices at {plan.bits:.4g} bits per weight, scales included; "
-             f"{len(plan.kept)} other tensors kept ({format_size(kept_bytes)})"),
-        Text(f"weight files: {plan.size_bytes:,} bytes ({format_size(plan.size_bytes)})", style="bold"),
-        prediction_text(plan.predicted, plan.probe),
-        Text(f"allocation: {plan.optimal}", style="dim"),
-    ]  # fmt: skip
-    return Group(table, *lines)
+    return Group(table, "", _summary(plan))
 
 
-def prediction_text(predicted: Prediction, probe: Mapping[str, object]) -> Text:
-    """The promise in one line, or why there is none."""
-    if not predicted.in_regime:
+def inspection_view(inspection: Inspection, *, every: bool = False) -> RenderableType:
+    """What is in an artifact: the plan it was packed by, beside what was measured while packing."""
+    return plan_view(inspection.plan, every=every, measured_t2=inspection.measured_t2)
+
+
+def evaluation_view(result: Evaluation) -> RenderableType:
+    """Prediction beside measurement."""
+    if result.predicted_kl is None:
+        predicted = "-"
+    elif result.predicted_low is None or result.predicted_high is None:
+        predicted = "out of range"
+    else:
+        predicted = f"{result.predicted_kl:.4g} ({result.predicted_low:.3g} to {result.predicted_high:.3g})"
+    table = _table(("", "left"), ("packed", "right"), ("predicted", "right"), ("original", "right"))
+    table.add_row("KL, nats per token", f"{result.kl:.4g} ± {result.kl_stderr:.2g}", predicted, "")
+    table.add_row("perplexity", f"{result.ppl:.3f}", "", f"{result.ppl_reference:.3f}")
+    table.add_row("top-1 agreement", f"{100 * result.top1_agreement:.2f} %", "", "")
+    table.add_row("weight files", format_size(result.size_bytes), "", "")
+    measured_on = f"{result.tokens:,} tokens in windows of {result.context} (GPTQ convention)"
+    return Group(table, Text(measured_on, style="dim"))
+
+
+def generation_line(stats: GenerationStats) -> str:
+    """What a generation took."""
+    count = f"{stats.tokens} token{'' if stats.tokens == 1 else 's'}"
+    if stats.tokens < 2:
+        return count
+    return f"{count}, first after {stats.first_token_s:.2f} s, then {stats.tokens_per_second:.1f} per second"
+
+
+def duration(elapsed_s: float) -> str:
+    """Seconds as people say them: 8.3 s, 2 min 5 s, 1 h 7 min."""
+    if elapsed_s < 60:
+        return f"{elapsed_s:.1f} s"
+    minutes, seconds = divmod(round(elapsed_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _summary(plan: Plan) -> Table:
+    """The totals, and what they are predicted to cost."""
+    original_bytes = sum(t.weights * WEIGHT_DTYPES[t.dtype].itemsize for t in plan.tensors)
+    original_bytes += sum(kept.size_bytes for kept in plan.kept)
+    budget = ", ".join(f"--{name.removesuffix('_bytes').replace('_', '-')} {v:,}" for name, v in plan.budget.items())
+    lines: dict[str, str | Text] = {
+        "model": f"{plan.model}, {format_size(original_bytes)}",
+        "budget": f"{budget}, gain {plan.gain}",
+        "matrices": f"{len(plan.tensors)} at {plan.bits:.4g} bits per weight, scales included; "
+        f"{len(plan.kept)} other tensors are kept as they are",
+        "weight files": f"{plan.size_bytes:,} bytes ({format_size(plan.size_bytes)}), "
+        f"{original_bytes / plan.size_bytes:.1f} times smaller",
+        "predicted": _prediction(plan.predicted, plan.probe),
+        "allocation": plan.optimal,
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, line in lines.items():
+        grid.add_row(Text(name, style="bold"), line)
+    return grid
+
+
+def _prediction(predicted: Prediction, probe: Mapping[str, Any]) -> Text:
+    """The promise, or why there is none."""
+    if predicted.kl_high is None:
         return Text(
-            f"predicted loss: beyond the range where predictions hold (the model says at least {predicted.kl_low:.2g} "
-            "nats per token); pack it and measure with `waterfill eval`, or allow more bytes",
-            style="bold yellow",
+            f"beyond the range where predictions hold (the model says at least {predicted.kl_low:.2g} nats per token): "
+            "measure with `waterfill eval`, or allow more bytes",
+            style="yellow",
         )
+    measured_on = probe.get("text") or _PROBES.get(str(probe.get("kind")), "an unknown probe")
+    rise, low, high = (100 * math.expm1(kl) for kl in (predicted.kl, predicted.kl_low, predicted.kl_high))
     return Text(
-        f"predicted loss: KL {predicted.kl:.4g} nats per token ({predicted.kl_low:.3g} to {predicted.kl_high:.3g}), "
-        f"perplexity +{100 * (predicted.ppl / predicted.ppl_reference - 1):.2f} % "
-        f"({predicted.ppl_reference:.2f} to {predicted.ppl:.2f} on the probe, {probe.get('kind')})",
-        style="bold green",
+        f"KL {predicted.kl:.4g} nats per token ({predicted.kl_low:.3g} to {predicted.kl_high:.3g}), "
+        f"perplexity +{rise:.2f} % (+{low:.2f} to +{high:.2f}), measured on {measured_on}",
+        style="green",
     )
 
 
-def _matrix_table(tensors: Iterable[TensorPlan], measured_t2: Mapping[str, float] | None) -> Table:
-    table = Table("matrix", "shape", "codec", "bits", "bytes", "alpha", "t²", "KL share", header_style="bold")
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cell: Callable[[TensorPlan], str]
+    justify: Any = "right"
+    rank: int = 0  # columns with the highest rank go first where the terminal is too narrow
+
+
+@dataclass(frozen=True)
+class _FittedTable:
+    """Shows as many columns as fit, and none of them cut."""
+
+    columns: Sequence[_Column]
+    tensors: Sequence[TensorPlan]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
+        columns = list(self.columns)
+        while (
+            console.measure(self._table(columns), options=options.update(max_width=1 << 20)).maximum > options.max_width
+        ):
+            least = max(columns, key=lambda column: column.rank)
+            if least.rank == 0:
+                break
+            columns.remove(least)
+        yield self._table(columns)
+
+    def _table(self, columns: Sequence[_Column]) -> Table:
+        table = _table(*((column.title, column.justify) for column in columns))
+        for tensor in self.tensors:
+            table.add_row(*(column.cell(tensor) for column in columns))
+        return table
+
+
+def _matrix_table(tensors: Sequence[TensorPlan], measured_t2: Mapping[str, float] | None) -> RenderableType:
+    columns = [
+        _Column("matrix", lambda t: t.name, "left"),
+        _Column("shape", lambda t: f"{t.shape[0]}x{t.shape[1]}", "left", rank=4),
+        _Column("codec", lambda t: t.codec, "left", rank=1),
+        _Column("bits", lambda t: f"{t.rate_bits:.3f}"),
+        _Column("bytes", lambda t: f"{t.size_bytes:,}", rank=3),
+        _Column("alpha", lambda t: f"{t.alpha:.2g}", rank=5),
+        _Column("t²", lambda t: f"{t.t2:.2g}", rank=2),
+        _Column("KL", lambda t: f"{t.kl:.2g}"),
+    ]
     if measured_t2 is not None:
-        table.add_column("t² measured")
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for t in tensors:
-        row = [t.name, f"{t.shape[0]}x{t.shape[1]}", t.codec, f"{t.rate_bits:.3f}", f"{t.size_bytes:,}",
-               f"{t.alpha:.3g}", f"{t.t2:.3g}", f"{t.kl:.3g}"]  # fmt: skip
-        if measured_t2 is not None:
-            row.append(f"{measured_t2[t.name]:.3g}" if t.name in measured_t2 else "")
-        table.add_row(*row)
-    return table
+        columns.insert(-1, _Column("t² measured", lambda t: f"{measured_t2.get(t.name, 0.0):.2g}", rank=2))
+    return _FittedTable(columns, tensors)
 
 
 def _kind_table(tensors: Iterable[TensorPlan]) -> Table:
@@ -67,9 +166,8 @@ def _kind_table(tensors: Iterable[TensorPlan]) -> Table:
     for tensor in tensors:
         kind = ".".join("*" if part.isdecimal() else part for part in tensor.name.split("."))
         kinds.setdefault(kind, []).append(tensor)
-    table = Table("matrices", "count", "bits: mean", "least", "most", "bytes", "alpha", "KL share", header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    titles = ("count", "bits", "least", "most", "bytes", "KL")
+    table = _table(("matrices", "left"), *((title, "right") for title in titles))
     for kind, members in kinds.items():
         size_bytes = sum(t.size_bytes for t in members)
         rates = [t.rate_bits for t in members]
@@ -79,35 +177,50 @@ def _kind_table(tensors: Iterable[TensorPlan]) -> Table:
             f"{8 * size_bytes / sum(t.weights for t in members):.3f}",
             f"{min(rates):.3f}",
             f"{max(rates):.3f}",
-            f"{size_bytes:,}",
-            f"{sum(t.alpha for t in members):.3g}",
-            f"{sum(t.kl for t in members):.3g}",
+            format_size(size_bytes),
+            f"{sum(t.kl for t in members):.2g}",
         )
     return table
 
 
-def inspection_view(inspection: Inspection, *, every: bool = False) -> RenderableType:
-    """What is in an artifact."""
-    plan = inspection.plan
-    title = Text(f"{inspection.path}: {plan.model}, packed for {dict(plan.budget)}, gain {plan.gain}", style="bold")
-    return Group(title, plan_view(plan, every=every, measured_t2=inspection.measured_t2))
+def _table(*columns: tuple[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for title, justify in columns:
+        table.add_column(title, justify=justify, no_wrap=True)
+    return table
 
 
-def evaluation_view(result: Evaluation) -> RenderableType:
-    """Prediction beside measurement."""
-    table = Table("", "measured", "predicted", "reference", header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    if result.predicted_kl is None:
-        predicted = "-"
-    elif result.predicted_high is None:
-        predicted = "out of range"
-    else:
-        predicted = f"{result.predicted_kl:.5f} ({result.predicted_low:.4f} to {result.predicted_high:.4f})"
-    table.add_row("KL, nats per token", f"{result.kl:.5f} ± {result.kl_stderr:.5f}", predicted, "0")
-    table.add_row(f"perplexity (context {result.context})", f"{result.ppl:.3f}", "", f"{result.ppl_reference:.3f}")
-    table.add_row("top-1 agreement", f"{100 * result.top1_agreement:.2f} %", "", "100 %")
-    table.add_row("weight files", f"{result.size_bytes:,} bytes", "", "")
-    return Group(
-        table, Text(f"{result.tokens:,} tokens scored, non-overlapping windows (GPTQ convention)", style="dim")
-    )
+# -------------------------------------------------------------------------------------------------------- for programs
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """A plan as one JSON object."""
+    record: dict[str, Any] = json.loads(plan.to_json())
+    return record
+
+
+def inspection_record(inspection: Inspection) -> dict[str, Any]:
+    """The plan of an artifact, its true size, and `t2_measured` of every packed matrix (0 for a raw one)."""
+    record = plan_record(inspection.plan)
+    for tensor in record["tensors"]:
+        tensor["t2_measured"] = inspection.measured_t2.get(tensor["name"], 0.0)
+    return {"path": str(inspection.path), **record, "size_bytes": inspection.size_bytes}
+
+
+def evaluation_record(result: Evaluation) -> dict[str, Any]:
+    """An evaluation as one JSON object."""
+    return asdict(result)
+
+
+def generation_record(stats: GenerationStats) -> dict[str, Any]:
+    """Counts and times of a generation."""
+    return {**asdict(stats), "tokens_per_second": stats.tokens_per_second}
+
+
+def finite(value: Any) -> Any:
+    """`value` with null in the place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -19,12 +19,12 @@ from functools import lru_cache
 import torch
 
 from waterfill.codecs.base import BufferLayout, Codec, Encoded, Shape
+from waterfill.codecs.nearest import NearestSearch
 from waterfill.codecs.packing import pack, row_bytes, unpack
 from waterfill.errors import WaterfillError
 from waterfill.grids import grid
 from waterfill.hadamard import groups, rotate, unrotate
 
-SEARCH_BYTES = 32 << 20  # scratch for distances between vectors and grid points
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
 MAX_SCALE = torch.finfo(torch.float16).max
@@ -106,19 +106,16 @@ class Higgs(Codec):
 
     def _nearest(self, unit: torch.Tensor) -> torch.Tensor:
         """Index of the grid point nearest to each p-vector of `unit` `[rows, width]` -> int64 `[rows, vectors]`."""
-        points = self.grid.points
         if self.p == 1:
-            middles = (points[1:, 0] + points[:-1, 0]) / 2
-            return torch.bucketize(unit, middles)
-        rows, width = unit.shape
-        vectors = torch.nn.functional.pad(unit, (0, -width % self.p)).view(-1, self.p)
-        half_norms = points.square().sum(1) / 2
-        chunk = max(1, SEARCH_BYTES // (4 * self.n))
-        found = [
-            torch.addmm(half_norms, part, points.T, beta=-1).argmax(1)  # argmax <x, c> - |c|^2 / 2
-            for part in vectors.split(chunk)
-        ]
-        return torch.cat(found).view(rows, -1)
+            points = self.grid.points[:, 0]
+            return torch.bucketize(unit, (points[1:] + points[:-1]) / 2)
+        vectors = torch.nn.functional.pad(unit, (0, -unit.shape[1] % self.p)).view(-1, self.p)
+        return _search(self.p, self.n).search(vectors).view(len(unit), -1)
+
+
+@lru_cache(maxsize=64)  # of a megabyte at most
+def _search(p: int, n: int) -> NearestSearch:
+    return NearestSearch(grid(p, n).points)
 
 
 def _scales(rotated: torch.Tensor, points: torch.Tensor, norms: torch.Tensor, rho: float) -> torch.Tensor:

@@ -5,10 +5,10 @@
 
 A point c is left out of a box where some rival r is nearer everywhere. |x - c|² - |x - r|² is linear in x, so in a box
 of centre m and half-widths h it is at least |m - c|² - |m - r|² - 2 Σ h_a |c_a - r_a|: where that is positive, c cannot
-be nearest. With 4096 points in four dimensions 50 remain on average.
+be nearest. Of 4096 points in four dimensions 60 remain, on average.
 
-Distances are computed in float64, so that the index found does not depend on the machine or on how its BLAS adds.
-numpy rather than torch, whose argmax takes ten times as long.
+Distances are float64: what is nearest then does not depend on how a machine's BLAS adds, short of exact ties. They are
+numpy's because torch's argmax takes ten times as long.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ class NearestSearch:
     """Finds the nearest of `points`, float `[n, p]`; the first of them on a tie."""
 
     def __init__(self, points: torch.Tensor) -> None:
-        self._points = points.numpy().astype(np.float64)
-        n, p = points.shape
-        self._bins = round(BOXES ** (1 / p))
-        edges = _edges(self._points, self._bins)
+        c = points.numpy().astype(np.float64)
+        n, p = c.shape
+        edges = _edges(c, bins=round(BOXES ** (1 / p)))
+        lists = [*_candidates(c, edges), np.arange(n)]  # the last one is for everything outside
         self._intervals = _interval_table(edges)
-        lists = [*_candidates(self._points, edges), np.arange(n)]  # the last one is for everything outside
-        self._lists = np.concatenate(lists)
+        self._lists = np.concatenate(lists).astype(np.int32)
         self._ends = np.cumsum([len(some) for some in lists]).tolist()
         # nearest = argmax <x, c> - |c|^2 / 2 = argmax <(x, 1), (c, -|c|^2 / 2)>
-        self._table = np.column_stack([self._points, -np.square(self._points).sum(1) / 2])
+        self._table = np.column_stack([c, -np.square(c).sum(axis=1) / 2])
 
     def search(self, vectors: torch.Tensor) -> torch.Tensor:
         """float32 `[N, p]` -> index of the nearest point, int64 `[N]`."""
@@ -66,16 +65,20 @@ class NearestSearch:
     def _box_of(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
         half = int(REACH * STEPS)
         steps = np.clip(np.floor(x * np.float32(STEPS)), -half - 1, half).astype(np.int32) + (half + 1)
-        box = sum(self._intervals[axis][steps[:, axis]] for axis in range(x.shape[1]))
-        return np.minimum(box, len(self._ends) - 1).astype(np.uint16)
+        box = np.zeros(len(x), dtype=np.int64)
+        for axis, table in enumerate(self._intervals):
+            box += table[steps[:, axis]]
+        outside = len(self._ends) - 1
+        return np.minimum(box, outside).astype(np.uint16)
 
 
 def _argmax_product(x: Floats, table: Floats) -> Integers:
     """Index of the row of `table` that has the largest product with each row of `x`, a few rows at a time."""
     step = max(1, SCRATCH // len(table))
-    if len(x) <= step:
-        return np.argmax(x @ table.T, axis=1)
-    return np.concatenate([np.argmax(x[i : i + step] @ table.T, axis=1) for i in range(0, len(x), step)])
+    largest = np.empty(len(x), dtype=np.int64)
+    for start in range(0, len(x), step):
+        np.argmax(x[start : start + step] @ table.T, axis=1, out=largest[start : start + step])
+    return largest
 
 
 def _edges(points: Floats, bins: int) -> Floats:
@@ -106,19 +109,24 @@ def _candidates(points: Floats, edges: Floats) -> list[Integers]:
     middle, half = (np.stack(np.meshgrid(*axes.T, indexing="ij"), -1).reshape(-1, p) for axes in (centres, halves))
     lists: list[Integers] = []
     for m, h in zip(np.array_split(middle, 64), np.array_split(half, 64), strict=True):
-        distances = np.stack([np.square(m[:, a, None] - points[:, a]) for a in range(p)]).sum(0)
-        box, point = _not_ruled_out(points, h, distances)
+        box, point = _not_ruled_out(points, m, h)
         lists += np.split(point, np.searchsorted(box, np.arange(1, len(m))))
     return lists
 
 
-def _not_ruled_out(points: Floats, half: Floats, distances: Floats) -> tuple[Integers, Integers]:
-    """(box, point) pairs that remain, sorted; `distances` `[boxes, n]` are squared and count from the boxes' centres."""
-    rivals = torch.from_numpy(distances).topk(min(RIVALS, len(points)), largest=False).indices.numpy()
-    box, point = (pairs.ravel() for pairs in np.indices(distances.shape))
-    for rival in rivals.T:
-        least = distances[box, point] - distances[box, rival[box]]
-        least -= 2 * (half[box] * np.abs(points[point] - points[rival[box]])).sum(1)
-        kept = least <= SLACK
-        box, point = box[kept], point[kept]
+def _not_ruled_out(points: Floats, middle: Floats, half: Floats) -> tuple[Integers, Integers]:
+    """The (box, point) pairs that no rival rules out, sorted, of boxes with centres and half-widths `[boxes, p]`."""
+    distance = np.zeros((len(middle), len(points)))
+    for m, c in zip(middle.T, points.T, strict=True):
+        distance += np.square(m[:, None] - c)
+    rivals = torch.from_numpy(distance).topk(min(RIVALS, len(points)), largest=False).indices.numpy()
+    first, *others = rivals.T
+    least = distance - distance[np.arange(len(middle)), first][:, None]
+    for h, c in zip(half.T, points.T, strict=True):
+        least -= 2 * h[:, None] * np.abs(c - c[first][:, None])
+    box, point = np.nonzero(least <= SLACK)
+    for rival in others:  # the same again, with the few pairs that are left
+        least = distance[box, point] - distance[box, rival[box]]
+        least -= 2 * (half[box] * np.abs(points[point] - points[rival[box]])).sum(axis=1)
+        box, point = box[least <= SLACK], point[least <= SLACK]
     return box, point

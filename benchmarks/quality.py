@@ -1,0 +1,222 @@
+"""Quality at equal stored bits: HIGGS against INT3 and INT4 rounded to nearest, NF4 and HQQ, all on groups of 64.
+
+Every method quantises the same matrices (with the embedding, which is also the head) and is charged for all that it has
+to store: indices, scales, zeros. HIGGS gets the stored bits of the method it is compared with, never more: once with
+one grid for all matrices, once with bits allotted by the sensitivities of a probe that the model samples itself.
+
+    INT        round to nearest, fp16 scale; symmetric, with an integer zero point, or with an fp16 minimum
+    NF4        bitsandbytes; fp32 absmax, or 8-bit absmax ("double quantisation")
+    HQQ        hqq's own defaults, groups along the input (axis 1) or the output (axis 0); fp16 scale and zero
+
+NF4 and HQQ are left out where their packages are not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from models import Subject, decoded_copy, measure_sensitivity, open_subject, split_windows
+from waterfill.budget import Budget
+from waterfill.estimators import matrix_view
+from waterfill.evaluate import Divergence, divergence
+from waterfill.grids import available
+from waterfill.plan import Plan
+from waterfill.planner import Request, make_plan
+from waterfill.sensitivity import Sensitivity
+
+CONTEXT = 512
+GROUP = 64
+ALLOTTED_BITS = 3.25
+ALLOTTED_GOAL = 0.6  # KL of the allotted model over that of the uniform one
+SCALAR_GRIDS = tuple(f"higgs-p1-n{n}" for p, n in available() if p == 1)
+
+PEER_COLUMNS = ["method", "bits", "KL", "stderr", "ppl", "uniform grid", "uniform bits", "uniform KL", "uniform ppl"]
+PEER_COLUMNS += ["allotted bits", "allotted KL", "allotted ppl"]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix as a method gives it back, and what the method stores for it."""
+
+    weight: Tensor  # float32 [out, in]
+    size_bits: float
+
+
+Quantiser = Callable[[Tensor], Rounded]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What everything is measured on."""
+
+    subject: Subject
+    sensitivity: Sensitivity
+    ids: Tensor  # int64 [tokens], whole windows
+
+    def plan(self, bits: float, *, uniform: bool, codecs: tuple[str, ...] = ()) -> Plan:
+        request = Request(Budget(bits=bits), uniform=uniform, codecs=codecs)
+        return make_plan(self.subject.name, self.subject.architecture, self.sensitivity, request)
+
+    def measure(self, plan: Plan) -> Divergence:
+        return self.score(decoded_copy(self.subject, plan.tensors))
+
+    def score(self, model: torch.nn.Module) -> Divergence:
+        return divergence(self.subject.model, model, self.ids, context=CONTEXT)
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    windows, sequences = (6, 6) if arguments.quick else (60, 32)
+    report = Report("quality at equal stored bits")
+    subject = open_subject(EXAMPLE_MODEL)
+    held_out, _ = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
+    sensitivity = measure_sensitivity(subject, "self", sequences, CONTEXT)
+    bench = Bench(subject, sensitivity, held_out[:windows].flatten())
+    report.note(
+        f"{windows} windows of {CONTEXT} tokens; plans from a probe of {sequences} such, sampled from the model"
+    )
+    compare_peers(report, bench)
+    compare_allotment(report, bench)
+    report.save(arguments.json)
+
+
+def compare_peers(report: Report, bench: Bench) -> None:
+    """Every peer beside the uniform and the allotted plan of at most its stored bits."""
+    rows = []
+    ours: dict[float, list[tuple[Plan, Divergence]]] = {}
+    for name, quantiser in PEERS.items():
+        try:
+            model, bits = rounded_copy(bench.subject, quantiser)
+        except ImportError as error:
+            rows.append([f"{name}: not measured ({error})", *[None] * (len(PEER_COLUMNS) - 1)])
+            continue
+        if bits not in ours:
+            plans = [bench.plan(bits, uniform=uniform) for uniform in (True, False)]
+            ours[bits] = [(plan, bench.measure(plan)) for plan in plans]
+        (uniform, uniform_loss), (allotted, allotted_loss) = ours[bits]
+        loss = bench.score(model)
+        row = [name, bits, loss.kl, loss.kl_stderr, loss.ppl]
+        row += [uniform.tensors[0].codec, uniform.bits, uniform_loss.kl, uniform_loss.ppl]
+        row += [allotted.bits, allotted_loss.kl, allotted_loss.ppl]
+        rows.append(row)
+        for kind, ratio in (("uniform", uniform_loss.kl / loss.kl), ("allotted", allotted_loss.kl / loss.kl)):
+            report.criterion(f"{kind}_kl_over_{name.lower().replace(' ', '_')}", ratio, "< 1", ratio < 1)
+        report.results["ppl_reference"] = loss.ppl_reference
+    report.table("KL in nats per token, and perplexity", PEER_COLUMNS, rows, key="peers")
+    report.note(f"perplexity of the model itself: {report.results['ppl_reference']:.2f}")
+
+
+def compare_allotment(report: Report, bench: Bench) -> None:
+    """What allotting gains over one grid for all, with the whole menu and with scalar grids only."""
+    rows = []
+    for menu, codecs in (("all grids", ()), ("scalar grids", SCALAR_GRIDS)):
+        uniform = bench.plan(ALLOTTED_BITS, uniform=True, codecs=codecs)
+        uniform_loss = bench.measure(uniform)
+        # At the uniform plan's own bits too: the best single grid may leave some of the budget unused.
+        for bits in (ALLOTTED_BITS, uniform.bits):
+            allotted = bench.plan(bits, uniform=False, codecs=codecs)
+            loss = bench.measure(allotted)
+            ratio = loss.kl / uniform_loss.kl
+            rows.append(
+                [menu, bits, uniform.tensors[0].codec, uniform.bits, uniform_loss.kl, allotted.bits, loss.kl, ratio]
+            )
+            if bits == ALLOTTED_BITS:
+                name = f"allotted_kl_over_uniform_{bits}_bits_{menu.replace(' ', '_')}"
+                report.criterion(name, ratio, f"<= {ALLOTTED_GOAL}", ratio <= ALLOTTED_GOAL)
+    columns = ["menu", "budget bits", "uniform grid", "uniform bits", "uniform KL", "allotted bits", "allotted KL"]
+    report.table(f"allotted against uniform at {ALLOTTED_BITS} bits", [*columns, "ratio"], rows, key="allotment")
+
+
+@torch.no_grad()
+def rounded_copy(subject: Subject, quantiser: Quantiser) -> tuple[torch.nn.Module, float]:
+    """A copy of the subject's model with every matrix quantised, and the stored bits per weight of these matrices."""
+    result = copy.deepcopy(subject.model)
+    parameters = dict(result.named_parameters())
+    bits = weights = 0.0
+    for matrix in subject.architecture.matrices:
+        weight = matrix_view(parameters[matrix.parameter], matrix)
+        rounded = quantiser(weight)
+        bits += rounded.size_bits
+        weights += weight.numel()
+        weight.copy_(rounded.weight)
+    return result, bits / weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The peers
+
+
+def round_to_nearest(weight: Tensor, bits: int, zero: Literal["none", "integer", "minimum"]) -> Rounded:
+    """Uniform levels per group. Scales and integer zero points as in GPTQ's and AWQ's baselines, a minimum as in GGUF's
+    Q4_1; scales and minima in fp16."""
+    groups = weight.reshape(-1, GROUP)
+    top = 2**bits - 1
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    if zero == "none":
+        high = torch.maximum(high, -low)
+        low = -high
+    elif zero == "integer":  # an integer can stand for zero only if zero lies within
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = half((high - low) / top).clamp_min(torch.finfo(torch.float16).tiny)
+    if zero == "minimum":
+        low = half(low)
+        rounded = ((groups - low) / scale).round().clamp(0, top) * scale + low
+    else:
+        offset = torch.full_like(low, (top + 1) // 2) if zero == "none" else (-low / scale).round().clamp(0, top)
+        rounded = ((groups / scale + offset).round().clamp(0, top) - offset) * scale
+    zero_bits = {"none": 0, "integer": bits, "minimum": 16}[zero]
+    return Rounded(rounded.view_as(weight), bits * weight.numel() + (16 + zero_bits) * len(groups))
+
+
+def nf4(weight: Tensor, *, double: bool) -> Rounded:
+    """bitsandbytes' NF4; with `double`, absmax in 8 bits, and a scale for every 256 of them."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(weight, blocksize=GROUP, compress_statistics=double, quant_type="nf4")
+    stored = [codes, state.absmax, *([state.state2.absmax, state.offset] if double else [])]
+    size_bits = 8 * sum(part.numel() * part.element_size() for part in stored)
+    return Rounded(dequantize_4bit(codes, state).float(), size_bits)
+
+
+def hqq(weight: Tensor, bits: int, axis: int) -> Rounded:
+    """Half-quadratic quantisation as in hqq's `hqq_base_quant_config`: the zero is rounded at 4 bits only.
+
+    Its 3-bit indices are charged at 3 bits, though hqq packs ten of them into 32.
+    """
+    from hqq.core.quantize import Quantizer
+
+    codes, meta = Quantizer.quantize(
+        weight, nbits=bits, group_size=GROUP, axis=axis, round_zero=bits == 4, device="cpu"
+    )
+    meta |= {"scale": half(meta["scale"]), "zero": half(meta["zero"]), "compute_dtype": torch.float32}
+    size_bits = bits * weight.numel() + 16 * (meta["scale"].numel() + meta["zero"].numel())
+    return Rounded(Quantizer.dequantize(codes, meta), size_bits)
+
+
+def half(values: Tensor) -> Tensor:
+    """As fp16 holds them."""
+    return values.half().float()
+
+
+PEERS: dict[str, Quantiser] = {
+    **{
+        f"INT{bits} {label}": partial(round_to_nearest, bits=bits, zero=zero)
+        for bits in (3, 4)
+        for label, zero in (("symmetric", "none"), ("zero point", "integer"), ("minimum", "minimum"))
+    },
+    **{f"HQQ{bits} axis {axis}": partial(hqq, bits=bits, axis=axis) for bits in (3, 4) for axis in (1, 0)},
+    "NF4": partial(nf4, double=False),
+    "NF4 double": partial(nf4, double=True),
+}
+
+
+if __name__ == "__main__":
+    main()
