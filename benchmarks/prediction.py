@@ -91,7 +91,7 @@ def main() -> None:
     report = Report("prediction against measurement")
     subject = open_subject(EXAMPLE_MODEL)
     held_out, probe = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
-    held_out = held_out[: setup.windows]
+    held_out = spread(held_out[: FULL.windows], setup.windows)
     sensitivities = {
         kind: measure_sensitivity(subject, kind, setup.probe_sequences, CONTEXT, probe)
         for kind in ("text", "self", "random")

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
@@ -116,6 +116,7 @@ def test_unrotate_is_the_inverse(width: int) -> None:
 
 
 @given(st.integers(1, 2100), st.integers(0, 2**32))
+@settings(deadline=None)
 def test_keeps_the_norm_of_every_group(width: int, seed: int) -> None:
     x = torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     rotated = rotate(x)

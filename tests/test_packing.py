@@ -93,6 +93,7 @@ def test_documented_rates(n: int, bits: float) -> None:
 
 
 @given(st.integers(2, 4096), st.integers(0, 20_000))
+@settings(deadline=None)
 def test_a_row_takes_its_rate_rounded_up_to_a_byte(n: int, count: int) -> None:
     per_word, width = slow_word(n) if n & (n - 1) else (8, n.bit_length() - 1)
     assert count * math.log2(n) / 8 - 1e-6 <= row_bytes(count, n) <= math.ceil(count * width / per_word)

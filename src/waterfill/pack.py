@@ -24,7 +24,7 @@ from waterfill.plan import Plan, TensorPlan
 
 _log = logging.getLogger(__name__)
 
-BLOCK_WEIGHTS = 1 << 21  # 8 MiB of float32; encoding needs about ten times that
+BLOCK_WEIGHTS = 1 << 20  # 4 MiB of float32; encoding takes about 25 times that
 
 PLAN_FILE = "waterfill-plan.json"
 SENSITIVITY_FILE = "waterfill-sensitivity.json"
@@ -46,7 +46,7 @@ def pack_plan(
 
     Args:
         extra: further files of the artifact, by name.
-        progress: called with (tensor name, weights done, weights in all).
+        progress: called after every block of rows with (tensor name, weights done, weights in all).
 
     Raises:
         WaterfillError: the plan was made for other weights.
@@ -73,23 +73,22 @@ def pack_plan(
         pending = writer.pending()
         done = total - sum(weights.get(spec.name, 0) for spec in pending)
         for spec in pending:
-            if progress:
-                progress(spec.name, done, total)
-            if spec.name in planned:
-                _write_matrix(writer, checkpoint, planned[spec.name], matrices[planned[spec.name].name])
-            else:
+            if spec.name not in planned:
                 _write_kept(writer, checkpoint, kept[spec.name])
-            done += weights.get(spec.name, 0)
-        if progress:
-            progress("", total, total)
+                continue
+            for block in _write_matrix(writer, checkpoint, planned[spec.name], matrices[planned[spec.name].name]):
+                done += block.numel()
+                if progress:
+                    progress(spec.name, done, total)
         return writer.publish({**_model_files(checkpoint), PLAN_FILE: plan.to_json().encode(), **(extra or {})})
 
 
-def _write_matrix(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix) -> None:
+def _write_matrix(
+    writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix
+) -> Iterator[torch.Tensor]:
+    """Yields each block of rows when it has been written."""
     if tensor.codec == RAW:
-        rows = torch.cat([block for _, block in _blocks(checkpoint, matrix)])
-        writer.write(tensor.parameter, 0, (rows.T if matrix.transposed else rows).contiguous())
-        writer.complete(tensor.parameter)
+        yield from _write_raw(writer, checkpoint, tensor, matrix)
         return
     codec = get_codec(tensor.codec)
     layout = codec.layout(tensor.shape)
@@ -102,10 +101,25 @@ def _write_matrix(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: Tensor
         power += encoded.power
         for key, data in encoded.buffers.items():
             writer.write(f"{tensor.name}.{key}", start * layout[key].row_bytes, data)
+        yield block
     for key, part in layout.items():
         used = tensor.shape[0] * part.row_bytes
         writer.write(f"{tensor.name}.{key}", used, bytes(buffer_bytes(part) - used))  # alignment
     writer.complete(tensor.name, exponent=exponent, t2=noise / power if power else 0.0)
+
+
+def _write_raw(
+    writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix
+) -> Iterator[torch.Tensor]:
+    if matrix.transposed:  # rows are columns of what is stored: all at once
+        rows = torch.cat([block for _, block in _blocks(checkpoint, matrix)])
+        writer.write(tensor.parameter, 0, rows.T)
+        yield rows
+    else:
+        for start, block in _blocks(checkpoint, matrix):
+            writer.write(tensor.parameter, start * block[0].nbytes, block)
+            yield block
+    writer.complete(tensor.parameter)
 
 
 def _blocks(checkpoint: Checkpoint, matrix: Matrix) -> Iterator[tuple[int, torch.Tensor]]:

@@ -125,7 +125,7 @@ class Plan:
             if data.pop("version") != VERSION:
                 raise ValueError("unknown version")
             return _from_json(data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WaterfillError(
                 f"{path} is not a plan of this version ({error}); write one with `waterfill plan --save`"
             ) from error

@@ -133,15 +133,18 @@ class _Solver:
             allocate(self.menus.choices, payload, ties=self.ties)
             for payload in feasible_bytes(self.menus.choices, ties=self.ties)
         )
-        if limit < self.artifact_bytes(least.choices):
-            bounds = self.artifact_bytes(least.choices), self.artifact_bytes(most.choices)
+        smallest_bytes, largest_bytes = (self.artifact_bytes(found.choices) for found in (least, most))
+        if limit < smallest_bytes:
             raise BudgetError(
                 f"--size {limit:,} bytes is less than this model needs: the smallest feasible artifact has "
-                f"{bounds[0]:,} bytes and the largest {bounds[1]:,}; ask for more, or keep fewer tensors",
-                *bounds,
+                f"{smallest_bytes:,} bytes and the largest {largest_bytes:,}; ask for more, or keep fewer tensors",
+                smallest_bytes,
+                largest_bytes,
             )
+        if limit >= largest_bytes:
+            return most
         best = least
-        around = self.artifact_bytes(least.choices) - least.size_bytes
+        around = smallest_bytes - least.size_bytes
         for _ in range(ROUNDS):
             found = allocate(self.menus.choices, max(limit - around, least.size_bytes), ties=self.ties)
             settled = self.artifact_bytes(found.choices) - found.size_bytes

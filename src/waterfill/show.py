@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +30,7 @@ from waterfill.plan import Plan, Prediction, TensorPlan
 from waterfill.runtime.generate import GenerationStats
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
+NOTABLE_SHARE = 0.01  # of the artifact, that a kept tensor must have to be named
 
 _PROBES = {"self": "text from the model itself", "random": "random tokens"}
 
@@ -50,7 +61,8 @@ def evaluation_view(result: Evaluation) -> RenderableType:
     table = _table(("", "left"), ("packed", "right"), ("predicted", "right"), ("original", "right"))
     table.add_row("KL, nats per token", f"{result.kl:.4g} ± {result.kl_stderr:.2g}", predicted, "")
     table.add_row("perplexity", f"{result.ppl:.3f}", "", f"{result.ppl_reference:.3f}")
-    table.add_row("top-1 agreement", f"{100 * result.top1_agreement:.2f} %", "", "")
+    top1_stderr = 100 * result.divergence.top1_stderr
+    table.add_row("top-1 agreement, %", f"{100 * result.top1_agreement:.2f} ± {top1_stderr:.2g}", "", "")
     table.add_row("weight files", format_size(result.size_bytes), "", "")
     measured_on = f"{result.tokens:,} tokens in windows of {result.context} (GPTQ convention)"
     return Group(table, Text(measured_on, style="dim"))
@@ -64,6 +76,29 @@ def generation_line(stats: GenerationStats) -> str:
     return f"{count}, first after {stats.first_token_s:.2f} s, then {stats.tokens_per_second:.1f} per second"
 
 
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar with an ETA per stage, on standard error if that is a terminal; yields the callback."""
+    console = Console(stderr=True, markup=False)
+    if not console.is_interactive:
+        yield None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    tasks: dict[str, TaskID] = {}
+
+    def step(what: str, done: int, total: int) -> None:
+        bars.start()  # not earlier: downloads have bars of their own
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done)
+
+    try:
+        yield step
+    finally:
+        bars.stop()
+
+
 def duration(elapsed_s: float) -> str:
     """Seconds as people say them: 8.3 s, 2 min 5 s, 1 h 7 min."""
     if elapsed_s < 60:
@@ -75,14 +110,14 @@ def duration(elapsed_s: float) -> str:
 
 def _summary(plan: Plan) -> Table:
     """The totals, and what they are predicted to cost."""
-    original_bytes = sum(t.weights * WEIGHT_DTYPES[t.dtype].itemsize for t in plan.tensors)
-    original_bytes += sum(kept.size_bytes for kept in plan.kept)
+    kept_bytes = sum(kept.size_bytes for kept in plan.kept)
+    original_bytes = kept_bytes + sum(t.weights * WEIGHT_DTYPES[t.dtype].itemsize for t in plan.tensors)
     budget = ", ".join(f"--{name.removesuffix('_bytes').replace('_', '-')} {v:,}" for name, v in plan.budget.items())
     lines: dict[str, str | Text] = {
         "model": f"{plan.model}, {format_size(original_bytes)}",
         "budget": f"{budget}, gain {plan.gain}",
-        "matrices": f"{len(plan.tensors)} at {plan.bits:.4g} bits per weight, scales included; "
-        f"{len(plan.kept)} other tensors are kept as they are",
+        "matrices": f"{len(plan.tensors)} at {plan.bits:.4g} bits per weight, scales included",
+        "kept": f"{len(plan.kept)} other tensors, {format_size(kept_bytes)}{_largest_kept(plan)}",
         "weight files": f"{plan.size_bytes:,} bytes ({format_size(plan.size_bytes)}), "
         f"{original_bytes / plan.size_bytes:.1f} times smaller",
         "predicted": _prediction(plan.predicted, plan.probe),
@@ -92,6 +127,14 @@ def _summary(plan: Plan) -> Table:
     for name, line in lines.items():
         grid.add_row(Text(name, style="bold"), line)
     return grid
+
+
+def _largest_kept(plan: Plan) -> str:
+    """Names what costs much because it cannot be packed, or because the user keeps it."""
+    largest = max(plan.kept, key=lambda kept: kept.size_bytes, default=None)
+    if largest is None or largest.size_bytes < NOTABLE_SHARE * plan.size_bytes:
+        return ""
+    return f", of which {largest.name} has {format_size(largest.size_bytes)}"
 
 
 def _prediction(predicted: Prediction, probe: Mapping[str, Any]) -> Text:
@@ -208,8 +251,9 @@ def inspection_record(inspection: Inspection) -> dict[str, Any]:
 
 
 def evaluation_record(result: Evaluation) -> dict[str, Any]:
-    """An evaluation as one JSON object."""
-    return asdict(result)
+    """An evaluation as one JSON object: everything measured, and what was predicted."""
+    predicted = {name: getattr(result, name) for name in ("predicted_kl", "predicted_low", "predicted_high")}
+    return {**asdict(result.divergence), **predicted, "size_bytes": result.size_bytes}
 
 
 def generation_record(stats: GenerationStats) -> dict[str, Any]:

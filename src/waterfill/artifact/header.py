@@ -204,7 +204,10 @@ def _read_head(file: BinaryIO, size_bytes: int) -> bytes:
     if length % 8 or not _DIGEST_END - LENGTH_BYTES <= length <= min(MAX_HEADER_BYTES, size_bytes - LENGTH_BYTES):
         raise FormatError(f"its header claims {length} bytes of a file of {size_bytes}")
     if not start[LENGTH_BYTES:].startswith(_PREFIX):
-        raise FormatError("it does not begin as a waterfill shard does")
+        raise FormatError(
+            "it does not begin as a waterfill shard does",
+            "give a directory that `waterfill pack` wrote, or fetch it again",
+        )
     head = start + file.read(LENGTH_BYTES + length - len(start))
     if len(head) != LENGTH_BYTES + length or _header_digest(head) != carried_digest(head):
         raise FormatError("its header does not match the header's digest")

@@ -96,7 +96,8 @@ class Higgs(Codec):
             float32 `[rows, width]`.
         """
         rows = scales.shape[0]
-        packed = codes.flatten()[: rows * self.row_bytes(width)].view(rows, -1)
+        per_row = self.row_bytes(width)
+        packed = codes.flatten()[: rows * per_row].view(rows, per_row)
         indices = unpack(packed, -(-width // self.p), self.n)
         return self._points(indices, width) * _per_weight(scales.to(torch.float32) * 2.0**exponent, width)
 

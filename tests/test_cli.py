@@ -1,0 +1,436 @@
+"""The commands as a user meets them: results, JSON as docs/cli.md promises it, errors, and a quiet standard error.
+
+Most run in this process, through `cli.main`; signals and the entry point are tried in one of their own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import models
+import waterfill
+from waterfill import cli
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+COMMANDS = ["plan", "pack", "inspect", "eval", "generate", "chat"]
+SCALAR = [part for n in (4, 8, 16, 64) for part in ("--codec", f"higgs-p1-n{n}")]
+PROBE = ["--sequences", "4", "--length", "64"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def record(self) -> Any:
+        assert self.out.count("\n") == 1, "one object on one line"
+        return json.loads(self.out)
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command in this process: `command("plan", model, "--size", "3MB")`."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["waterfill", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, ref_llama: Path) -> Path:
+    """A directory with `plan.json`, `plan.sensitivity.json` and the artifact `packed`, of the example model."""
+    root = tmp_path_factory.mktemp("cli")
+    codecs = SCALAR[1::2]
+    plan = waterfill.plan(ref_llama, size="3MB", codecs=codecs, sequences=4, length=64, save=root / "plan.json")
+    waterfill.pack(ref_llama, root / "packed", plan=plan)
+    (root / "text.py").write_text(Path(argparse_source()).read_text("utf-8")[:20_000])
+    return root
+
+
+def argparse_source() -> str:
+    """Python source, as the example model was trained on."""
+    import argparse
+
+    return argparse.__file__
+
+
+@pytest.fixture
+def damaged(work: Path, tmp_path: Path) -> Path:
+    """A copy of the artifact, to be spoiled."""
+    return Path(shutil.copytree(work / "packed", tmp_path / "damaged"))
+
+
+# ------------------------------------------------------------------------------------------------------ documentation
+
+
+def sections() -> dict[str, str]:
+    """docs/cli.md by command."""
+    parts = re.split(r"^## (.+)$", DOCS.read_text("utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def documented(name: str) -> Any:
+    """The JSON object that docs/cli.md shows for a command."""
+    blocks = re.findall(r"```json\n(.*?)```", sections()[name], flags=re.DOTALL)
+    assert len(blocks) == 1
+    return json.loads(blocks[0])
+
+
+def shape(value: Any) -> Any:
+    """Keys and types of a JSON value, in order; of a list, those of its first item."""
+    if isinstance(value, dict):
+        return {key: shape(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shape(item) for item in value[:1]]
+    return "number" if type(value) in (int, float) else type(value).__name__
+
+
+def documented_plan() -> dict[str, Any]:
+    return dict(documented("plan"))
+
+
+def test_help_of_every_command_names_what_the_documentation_does(command: Command) -> None:
+    overview = command()
+    assert (overview.code, overview.err) == (0, "")
+    assert command("--help").out == overview.out
+    assert re.findall(r"^  (\w+)  +\S", overview.out, flags=re.MULTILINE)[-6:] == COMMANDS
+    options = {}
+    for name in COMMANDS:
+        found = command(name, "--help")
+        assert (found.code, found.err) == (0, "")
+        assert max(map(len, found.out.splitlines())) <= 80
+        options[name] = set(re.findall(r"--[a-z][a-z0-9-]+", found.out)) - {"--save", "--help", "--json"}
+        if name in ("plan", "inspect", "eval", "generate"):
+            assert options[name] == set(re.findall(r"--[a-z][a-z0-9-]+", sections()[name])) - {"--save", "--json"}
+    assert options["pack"] - options["plan"] == {"--plan", "--overwrite"}
+    assert options["chat"] ^ options["generate"] == {"--system", "--prompt"}
+
+
+def test_version(command: Command) -> None:
+    assert command("--version") == (0, f"waterfill {waterfill.__version__}\n", "")
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def test_plan_writes_nothing_and_says_everything(
+    command: Command, ref_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = command("plan", ref_llama, "--size", "2.5MB", *SCALAR, *PROBE, "--json")
+    assert result.code == 0
+    assert re.fullmatch(r"planned in [\d.]+ s\n", result.err)
+    record = result.record
+    assert shape(record) == shape(documented_plan())
+    assert record["size_bytes"] <= 2_500_000
+    assert record["budget"] == {"size_bytes": 2_500_000}
+    assert record["probe"] == {
+        "method": "fisher", "kind": "self", "sequences": 4, "length": 64, "seed": 0, "text": None
+    }  # fmt: skip
+    predicted = record["predicted"]
+    assert 0 < predicted["kl_low"] < predicted["kl"] < predicted["kl_high"]
+    assert sum(tensor["kl"] for tensor in record["tensors"]) == pytest.approx(predicted["kl"])
+    assert len(record["tensors"]) == 43
+    assert list(tmp_path.iterdir()) == []
+    again = command("plan", ref_llama, "--size", "2.5MB", *SCALAR, *PROBE, "--json")
+    assert again.out == result.out, "a seed makes a run repeatable to the byte"
+
+
+@pytest.mark.parametrize("columns", [80, 120, None])
+def test_the_table_fits_and_cuts_nothing(
+    columns: int | None, command: Command, ref_llama: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    text = command("plan", ref_llama, "--bits", "3.5", *SCALAR, "--sensitivity", work / "plan.sensitivity.json").out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= (columns or cli.PIPED_WIDTH)
+    titles = lines[0].split()
+    assert titles[0] == "matrix"
+    assert titles[-1] == "KL"
+    assert 5 <= len(titles) < 8 if columns == 80 else len(titles) == 8
+    assert "model.layers.5.mlp.down_proj " in text
+    assert "…" not in text
+    assert "\x1b" not in text
+    for fact in ("ref-llama, 13.64 MB", "--bits 3.5", "43 at 3.49", "times smaller", "nats per token"):
+        assert fact in " ".join(text.split())
+
+
+def test_many_matrices_are_summed_up_by_kind(command: Command, tmp_path: Path) -> None:
+    checkpoint = models.tiny_mixtral(tmp_path / "model", experts=8, layers=3)
+    arguments = ["plan", checkpoint, "--bits", "4", *SCALAR, "--sequences", "2", "--length", "8"]
+    short, full = command(*arguments), command(*arguments, "--all")
+    assert re.search(r"model\.layers\.\*\.mlp\.experts\.gate_up_proj\.\*  +24  +\d\.\d{3}  ", short.out)
+    assert len(short.out.splitlines()) < 20 < 60 < len(full.out.splitlines())
+    assert "model.layers.2.mlp.experts.down_proj.7 " in full.out
+
+
+def test_out_of_regime_there_is_no_promise(command: Command, ref_llama: Path, work: Path) -> None:
+    arguments = ["plan", ref_llama, "--size", "1.2MB", "--sensitivity", work / "plan.sensitivity.json"]
+    arguments += ["--codec", "higgs-p1-n2", "--codec", "higgs-p1-n3"]
+    assert "beyond the range where predictions hold" in command(*arguments).out
+    predicted = command(*arguments, "--json").record["predicted"]
+    assert predicted["kl_high"] is None
+    assert not predicted["in_regime"]
+
+
+def test_plan_save_pack_inspect(command: Command, ref_llama: Path, work: Path, tmp_path: Path) -> None:
+    reuse = ["--sensitivity", work / "plan.sensitivity.json"]
+    saved = command("plan", ref_llama, "--size", "3MB", *SCALAR, *reuse, "--save", tmp_path / "p.json", "--json")
+    assert json.loads((tmp_path / "p.json").read_text()) == saved.record
+    assert f"saved as {tmp_path / 'p.json'}, the sensitivities as {tmp_path / 'p.sensitivity.json'}" in saved.err
+    assert (tmp_path / "p.sensitivity.json").read_bytes() == (work / "plan.sensitivity.json").read_bytes()
+
+    out = tmp_path / "out"
+    packed = command("pack", ref_llama, out, "--plan", tmp_path / "p.json", "--json")
+    assert packed.record == {"path": str(out), **saved.record}
+    assert shape(packed.record) == shape(documented("pack") | documented_plan())
+    assert re.fullmatch(rf"packed into {out} in [\d.]+ s\n", packed.err)
+    assert (out / "model.safetensors").stat().st_size == packed.record["size_bytes"]
+    assert (out / "model.safetensors").read_bytes() == (work / "packed" / "model.safetensors").read_bytes()
+
+    inspected = command("inspect", out, "--json")
+    expected = documented("pack") | documented_plan()
+    expected["tensors"][0] |= documented("inspect")
+    assert shape(inspected.record) == shape(expected)
+    for before, after in zip(saved.record["tensors"], inspected.record["tensors"], strict=True):
+        assert after == {**before, "t2_measured": after["t2_measured"]}
+        assert after["t2_measured"] == pytest.approx(after["t2"], rel=0.3)
+    assert inspected.err == ""
+    table = command("inspect", out)
+    assert "t² measured" in table.out
+    assert "--size 3,000,000" in table.out
+
+
+def test_pack_shows_the_plan_it_made(command: Command, ref_llama: Path, work: Path, tmp_path: Path) -> None:
+    reuse = ["--sensitivity", work / "plan.sensitivity.json"]
+    arguments = ["pack", ref_llama, tmp_path / "out", *reuse, "--codec", "higgs-p1-n16", "--bits", "5"]
+    result = command(*arguments, "--keep", "model.embed_tokens")
+    assert result.code == 0
+    assert "42 at 4.0" in result.out
+    assert "14 other tensors, 4.201 MB, of which model.embed_tokens.weight has 4.194 MB" in result.out
+    assert command(*arguments).code == 2, "it is there already"
+    assert command(*arguments, "--overwrite").code == 0
+    assert command("inspect", tmp_path / "out", "--json").record["keep"] == []
+
+
+def test_eval(command: Command, ref_llama: Path, work: Path) -> None:
+    arguments = ["eval", work / "packed", "--against", ref_llama, "--text", work / "text.py"]
+    arguments += ["--context", "64", "--windows", "8", "--batch", "4"]
+    result = command(*arguments, "--json")
+    record = result.record
+    assert shape(record) == shape(documented("eval"))
+    assert record["tokens"] == 8 * 63
+    assert 0.2 * record["predicted_kl"] < record["kl"] < 5 * record["predicted_kl"]
+    assert record["predicted_kl"] == json.loads((work / "plan.json").read_text())["predicted"]["kl"]
+    assert record["size_bytes"] == (work / "packed" / "model.safetensors").stat().st_size
+    table = command(*arguments)
+    assert f"{record['kl']:.4g} ± {record['kl_stderr']:.2g}" in table.out
+    assert "504 tokens in windows of 64 (GPTQ convention)" in table.out
+
+
+def test_generate(command: Command, work: Path) -> None:
+    arguments = ["generate", work / "packed", "-p", "def read_file(path):", "--max-new-tokens", "8", "--seed", "1"]
+    record = command(*arguments, "--json").record
+    assert shape(record) == shape(documented("generate"))
+    assert record["tokens"] == 8
+    streamed = command(*arguments)
+    assert streamed.out == record["prompt"] + record["text"] + "\n"
+    assert re.search(r"^8 tokens, first after [\d.]+ s, then [\d.]+ per second$", streamed.err, flags=re.MULTILINE)
+    greedy = command(*arguments, "--temperature", "0", "--json").record["text"]
+    assert command(*arguments, "--top-k", "1", "--seed", "2", "--json").record["text"] == greedy
+    single = command(*arguments, "--max-new-tokens", "1", "--json").record
+    assert single["tokens_per_second"] is None, "one token has no speed, and JSON no NaN"
+
+
+def test_chat(command: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["chat", work / "packed", "--system", "Be brief.", "--max-new-tokens", "6", "--seed", "1"]
+    for ending in ("", "\nnever asked\n"):  # the end of the input, or an empty line
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nclass A:\n" + ending))
+        record = command(*arguments, "--json").record
+        assert shape(record) == shape(documented("chat"))
+        messages = record["messages"]
+        assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+        assert [message["content"] for message in messages[:4:3]] == ["Be brief.", "class A:"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nclass A:\n"))
+    assert command(*arguments).out == "".join(messages[i]["content"] + "\n" for i in (2, 4))
+
+
+def test_logs_and_warnings_of_others_stay_out_of_the_way(command: Command, work: Path) -> None:
+    result = command("generate", work / "packed", "--prompt", "x " * 2000)
+    assert result.code == 2
+    assert result.out == ""
+    assert re.fullmatch(r"error: the prompt has \d+ tokens, but the model has room for 1024; shorten it\n", result.err)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+BAD_OPTIONS: list[tuple[list[str], str]] = [
+    (["plan"], r"Missing argument 'MODEL'; try waterfill plan --help"),
+    (["nonsense"], r"No such command 'nonsense'; try waterfill --help"),
+    (["plan", "MODEL", "--sise", "3MB"], r"No such option '?--sise'?.*; try waterfill plan --help"),
+    (["plan", "MODEL"], r"exactly one of --size, --bits and --max-kl, got none"),
+    (["plan", "MODEL", "--size", "3MB", "--bits", "3"], r"exactly one of .* got --size, --bits"),
+    (["plan", "MODEL", "--size", "3XB"], r"'3XB' is not a size; write bytes, or a number with kB, MB, GB"),
+    (["plan", "MODEL", "--size", "-3MB"], r"'-3MB' is not a size"),
+    (["plan", "MODEL", "--size", "0"], r"--size 0 is not a budget; give a positive number"),
+    (["plan", "MODEL", "--bits", "many"], r"'--bits': 'many' is not a valid float; try waterfill plan --help"),
+    (["plan", "MODEL", "--bits", "nan"], r"--bits nan is not a budget"),
+    (["plan", "MODEL", "--max-kl", "-1"], r"--max-kl -1.0 is not a budget"),
+    (["plan", "MODEL", "--bits", "3", "--gain", "best"], r"'best' is not one of 'auto', 'mse', 'unbiased'"),
+    (["plan", "MODEL", "--bits", "3", "--probe", "text"], r"'text' is not one of 'self', 'random'"),
+    (["plan", "MODEL", "--bits", "3", "--text", "missing.txt"], r"File 'missing.txt' does not exist"),
+    (["plan", "MODEL", "--bits", "3", "--sequences", "1"], r"use at least 2 sequences of 2 tokens"),
+    (["plan", "MODEL", "--bits", "3", "--revision", "main"], r"is a directory, which has no revision 'main'"),
+    (["plan", "MODEL", "--bits", "3", "--keep", "nothing.*"], r"'nothing\.\*' matches no tensor .* a glob on names"),
+    (["plan", "MODEL", "--bits", "3", "--tie", "q,k", "REUSE"], r"--tie 'q,k' matches no two matrices"),
+    (["plan", "MODEL", "--bits", "3", "--codec", "int4", "REUSE"], r"codec 'int4' is unknown; known families are"),
+    (["plan", "MODEL", "--bits", "3", "--codec", "higgs-4", "REUSE"], r"expected a name like higgs-p2-n16"),
+    (["plan", "MODEL", "--bits", "3", "--codec", "higgs-p9-n9", "REUSE"], r"no grid .*n=9"),
+    (["plan", "MODEL", "--bits", "1.5", "CODECS", "REUSE"], r"--bits 1\.5 .* smallest .* is 2\.\d+ .* largest 6\.\d+"),
+    (["plan", "MODEL", "--size", "1MB", "CODECS", "REUSE"], r"--size 1,000,000 bytes .* smallest feasible .* largest"),
+    (["plan", "MODEL", "--bits", "3", "--sensitivity", "WORK/plan.json"], r"plan\.json is not a sensitivity file"),
+    (["plan", "MODEL", "--bits", "3", "CODECS", "REUSE", "--save", "/dev/null/p"], r"cannot use /dev/null: "),
+    (["plan", "missing/of/some/kind", "--bits", "3"], r"missing/of/some/kind does not exist: expected a directory"),
+    (["plan", "org/missing", "--bits", "3"], r"org/missing is not a directory here and cannot be downloaded"),
+    (["plan", "WORK", "--bits", "3"], r"has no config\.json"),
+    (["plan", "WORK/text.py", "--bits", "3"], r"text\.py is a file: give the directory that holds it"),
+    (["plan", "WORK/packed", "--bits", "3"], r"already packed by waterfill: give the checkpoint that"),
+    (["pack", "MODEL", "WORK/packed", "--bits", "3"], r"packed exists; choose another name, or give --overwrite"),
+    (["pack", "MODEL", "WORK/new", "--plan", "WORK/plan.json", "--bits", "3"], r"either a plan or the options for one"),
+    (["pack", "MODEL", "WORK/new", "--plan", "WORK/plan.sensitivity.json"], r"is not a plan of this version"),
+    (["pack", "MODEL", "WORK/new", "--plan", "missing.json"], r"File 'missing\.json' does not exist"),
+    (["pack", "OTHER", "WORK/new", "--plan", "WORK/plan.json"], r"made for other weights .*; make a new plan"),
+    (["inspect", "missing"], r"missing is not a directory; give the directory that `waterfill pack` wrote"),
+    (["inspect", "MODEL"], r"does not begin as a waterfill shard does; give a directory"),
+    (["inspect", "WORK"], r"model\.safetensors cannot be read .*No such file"),
+    (["eval", "WORK/packed", "--against", "MODEL"], r"Missing option '--text'"),
+    (["eval", "WORK/packed", "--against", "MODEL", "--text", "missing.txt"], r"File 'missing\.txt' does not exist"),
+    (["eval", "WORK/packed", "--against", "OTHER", "--text", "WORK/text.py"], r"has no tokenizer"),
+    (["eval", "WORK/packed", "--against", "MODEL", "--text", "WORK/text.py", "--context", "4096"], r"4096"),
+    (["eval", "WORK/packed", "--against", "MODEL", "--text", "WORK/text.py", "--windows", "0"], r"0 is not in"),
+    (["generate", "WORK/packed"], r"Missing option '--prompt' / '-p'; try waterfill generate --help"),
+    (["generate", "WORK/packed", "-p", "x", "--temperature", "-1"], r"temperature is -1\.0; choose 0 \(greedy\)"),
+    (["generate", "WORK/packed", "-p", "x", "--max-new-tokens", "0"], r"max_new_tokens is 0; choose at least 1"),
+    (["generate", "MODEL", "-p", "x"], r"does not begin as a waterfill shard does"),
+    (["chat", "missing"], r"missing is not a directory"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model, without a tokenizer."""
+    return models.tiny_llama(tmp_path_factory.mktemp("other") / "model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), BAD_OPTIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_an_error_is_one_sentence(
+    arguments: list[str], sentence: str, command: Command, ref_llama: Path, work: Path, other: Path
+) -> None:
+    names = {"MODEL": [str(ref_llama)], "OTHER": [str(other)], "CODECS": SCALAR}
+    names["REUSE"] = ["--sensitivity", f"{work}/plan.sensitivity.json"]
+    given = [part.replace("WORK", str(work)) for argument in arguments for part in names.get(argument, [argument])]
+    before = sorted(work.iterdir())
+    result = command(*given)
+    assert (result.code, result.out) == (2, "")
+    assert re.search(sentence, result.err)
+    assert re.fullmatch(r"error: [^\n]+\n", result.err)
+    as_json = command(*given, "--json")
+    assert (as_json.code, as_json.err) == (2, "")
+    assert as_json.record == {"error": result.err.removeprefix("error: ").removesuffix("\n")}
+    assert sorted(work.iterdir()) == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize("name", ["inspect", "generate"])
+def test_damage_is_named(name: str, command: Command, damaged: Path) -> None:
+    more = ["-p", "x"] if name == "generate" else []
+    shard = damaged / "model.safetensors"
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 4
+    shard.write_bytes(flipped)
+    assert "buffer 'model.layers.5.mlp.down_proj.codes' does not match its digest" in command(name, damaged, *more).err
+    shard.write_bytes(whole[:-1])
+    result = command(name, damaged, *more)
+    assert result.code == 2
+    assert re.fullmatch(r"error: \S+model\.safetensors is refused: [^\n]+\n", result.err)
+    shard.write_bytes(whole)
+    (damaged / "config.json").write_text("{}")
+    assert re.search(r"config\.json is refused: [^\n]+\n", command(name, damaged, *more).err)
+    (damaged / "waterfill.json").unlink()
+    assert re.search(r"waterfill\.json is refused: it is missing; [^\n]+\n", command(name, damaged, *more).err)
+
+
+# --------------------------------------------------------------------------------------------------- as a real process
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `python -m waterfill.cli …` in an empty directory."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str | Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "waterfill.cli", *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_pipe_gets_the_text_and_nothing_else(start: Callable[..., subprocess.Popen[str]], work: Path) -> None:
+    process = start("inspect", work / "packed", "--json")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert json.loads(out)["size_bytes"] == (work / "packed" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_quietly(start: Callable[..., subprocess.Popen[str]], work: Path) -> None:
+    process = start("generate", work / "packed", "-p", "def f(", "--max-new-tokens", "900", "--temperature", "1")
+    assert process.stdout is not None
+    assert process.stdout.read(len("def f(")) == "def f("
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
