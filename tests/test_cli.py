@@ -328,6 +328,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["pack", "MODEL", "WORK/new", "--plan", "WORK/plan.sensitivity.json"], r"is not a plan of this version"),
     (["pack", "MODEL", "WORK/new", "--plan", "missing.json"], r"File 'missing\.json' does not exist"),
     (["pack", "OTHER", "WORK/new", "--plan", "WORK/plan.json"], r"made for other weights .*; make a new plan"),
+    (["plan", "MOE", "--bits", "9", "--codec", "raw", "--sequences", "2", "--length", "8"], r"experts cannot be raw; keep"),
     (["inspect", "missing"], r"missing is not a directory; give the directory that `waterfill pack` wrote"),
     (["inspect", "MODEL"], r"does not begin as a waterfill shard does; give a directory"),
     (["inspect", "WORK"], r"model\.safetensors cannot be read .*No such file"),
@@ -350,13 +351,18 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.tiny_llama(tmp_path_factory.mktemp("other") / "model")
 
 
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.tiny_mixtral(tmp_path_factory.mktemp("moe") / "model", experts=2, layers=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"), BAD_OPTIONS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
 def test_an_error_is_one_sentence(
-    arguments: list[str], sentence: str, command: Command, ref_llama: Path, work: Path, other: Path
+    arguments: list[str], sentence: str, command: Command, ref_llama: Path, work: Path, other: Path, moe: Path
 ) -> None:
-    names = {"MODEL": [str(ref_llama)], "OTHER": [str(other)], "CODECS": SCALAR}
+    names = {"MODEL": [str(ref_llama)], "OTHER": [str(other)], "MOE": [str(moe)], "CODECS": SCALAR}
     names["REUSE"] = ["--sensitivity", f"{work}/plan.sensitivity.json"]
     given = [part.replace("WORK", str(work)) for argument in arguments for part in names.get(argument, [argument])]
     before = sorted(work.iterdir())

@@ -267,6 +267,14 @@ def test_gradients_live_one_at_a_time(llama: Path, monkeypatch: pytest.MonkeyPat
     assert alive == [1] * (2 * 2 * len(matrices))  # gradient and weight, in two passes
 
 
+def test_dropout_is_off(tmp_path: Path) -> None:
+    model, matrices = load(tiny_gpt2(tmp_path, dtype=torch.float32))
+    tokens = random_tokens(256, 2, 6)
+    expected = measure(model, matrices, tokens)
+    assert model.config.resid_pdrop > 0
+    assert measure(model.train(), matrices, tokens) == expected
+
+
 def test_gradients_of_before_do_not_count(llama: Path) -> None:
     model, matrices = load(llama)
     tokens = random_tokens(256, 2, 6)

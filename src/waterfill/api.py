@@ -19,7 +19,7 @@ import transformers
 from waterfill.architecture import Architecture, describe
 from waterfill.artifact import RAW, open_artifact
 from waterfill.budget import Budget, parse_size
-from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, first_line, open_checkpoint
+from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, open_checkpoint
 from waterfill.errors import ArtifactError, WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, token_ids
 from waterfill.evaluate import windows as text_windows
@@ -160,7 +160,7 @@ def load_tokenizer(path: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise WaterfillError(
-            f"{path} has no tokenizer that transformers can load ({first_line(error)}); put its files there"
+            f"{path} has no tokenizer that transformers can load; put the files of the model's tokenizer there"
         ) from error
 
 

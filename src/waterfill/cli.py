@@ -26,6 +26,7 @@ from waterfill import show
 from waterfill.api import load_tokenizer
 from waterfill.checkpoint import first_line
 from waterfill.errors import WaterfillError
+from waterfill.runtime.generate import Sampling
 
 PIPED_WIDTH = 200  # of tables that no terminal limits
 
@@ -247,8 +248,9 @@ def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options:
 @_json
 def generate(artifact: Path, prompt: str, as_json: bool, **sampling: Any) -> None:
     """Continue a prompt, streaming the text."""
+    chosen = Sampling(**_given(sampling))
     model, tokenizer = _load(artifact)
-    stream = waterfill.generate(model, tokenizer, prompt, **_given(sampling))
+    stream = waterfill.generate(model, tokenizer, prompt, chosen)
     if as_json:
         _print_json({"prompt": prompt, "text": "".join(stream), **show.generation_record(stream.stats)})
     else:
@@ -262,12 +264,12 @@ def generate(artifact: Path, prompt: str, as_json: bool, **sampling: Any) -> Non
 @_json
 def chat(artifact: Path, system: str | None, as_json: bool, **sampling: Any) -> None:
     """Talk to ARTIFACT. An empty line or Ctrl-D ends the conversation, Ctrl-C an answer."""
+    chosen = Sampling(**{"max_new_tokens": 512, **_given(sampling)})
     model, tokenizer = _load(artifact)
-    options = {"max_new_tokens": 512, **_given(sampling)}
     messages = [{"role": "system", "content": system}] if system else []
     while said := _ask():
         messages.append({"role": "user", "content": said})
-        stream = waterfill.generate(model, tokenizer, messages, **options)
+        stream = waterfill.generate(model, tokenizer, messages, chosen)
         answer: list[str] = []
         if as_json:
             answer.extend(stream)

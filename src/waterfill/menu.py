@@ -82,6 +82,8 @@ def make_menus(
     matrices = architecture.matrices
     fused = any(matrix.expert is not None for matrix in matrices)
     names = tuple(codecs) if codecs else (*CODECS, *(() if fused else (RAW,)))
+    if fused and RAW in names:
+        raise WaterfillError("a fused parameter cannot be packed in part, so experts cannot be raw; keep them instead")
     if not matrices:
         raise WaterfillError("no matrix of the model is left to be packed; keep fewer tensors")
     missing = [matrix.name for matrix in matrices if matrix.name not in coefficients]
