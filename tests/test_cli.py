@@ -328,7 +328,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["pack", "MODEL", "WORK/new", "--plan", "WORK/plan.sensitivity.json"], r"is not a plan of this version"),
     (["pack", "MODEL", "WORK/new", "--plan", "missing.json"], r"File 'missing\.json' does not exist"),
     (["pack", "OTHER", "WORK/new", "--plan", "WORK/plan.json"], r"made for other weights .*; make a new plan"),
-    (["plan", "MOE", "--bits", "9", "--codec", "raw", "--sequences", "2", "--length", "8"], r"experts cannot be raw; keep"),
+    (["plan", "MOE", "--bits", "9", "--codec", "raw", "--sequences", "2", "--length", "8"], r"experts cannot be raw"),
     (["inspect", "missing"], r"missing is not a directory; give the directory that `waterfill pack` wrote"),
     (["inspect", "MODEL"], r"does not begin as a waterfill shard does; give a directory"),
     (["inspect", "WORK"], r"model\.safetensors cannot be read .*No such file"),

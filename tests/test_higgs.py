@@ -460,11 +460,11 @@ def fixed_matrix() -> torch.Tensor:
 
 
 ENCODED = {  # name: (scales, codes), with rho = 1/4
-    "higgs-p1-n3": ("", ""),
-    "higgs-p1-n16": ("", ""),
-    "higgs-p2-n64": ("", ""),
-    "higgs-p3-n64": ("", ""),
-    "higgs-p4-n256": ("", ""),
+    "higgs-p1-n3": ("e69f2abc121a6edc", "b234b9406ef9a050"),
+    "higgs-p1-n16": ("71953ef02d28f250", "54985755ba30d70c"),
+    "higgs-p2-n64": ("a192d4e39e4049e4", "ae9a5831c0790fa7"),
+    "higgs-p3-n64": ("bf1c8b4bd673dd3e", "4ec76be9b80ae8b0"),
+    "higgs-p4-n256": ("c522cbe98a3ea050", "30c753d06e04bd24"),
 }
 
 
@@ -475,11 +475,11 @@ def test_golden_encoding(name: str) -> None:
 
 
 DECODED = {
-    "higgs-p1-n3": "",
-    "higgs-p1-n16": "",
-    "higgs-p2-n64": "",
-    "higgs-p3-n64": "",
-    "higgs-p4-n256": "",
+    "higgs-p1-n3": "289063d3fa340c63",
+    "higgs-p1-n16": "4e6a397e7c351f97",
+    "higgs-p2-n64": "6504d8302578e4ff",
+    "higgs-p3-n64": "410b0a2ca31ba523",
+    "higgs-p4-n256": "57649cc9cb5425af",
 }
 
 

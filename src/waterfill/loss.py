@@ -10,8 +10,8 @@ power u^2 tau, tau = t2 / (1 - t2). With alpha the cost of isotropic noise and b
     unbiased scale    u = 1           alpha tau
     between them      u = 1 / (1 + rho tau)
 
-rho = 0 is the unbiased scale and rho = 1 the MSE scale, so `rho` is the one number that a codec needs; the codec applies
-it block by block, with each block's own measured tau. The gain costs no byte: it goes into the stored scale.
+rho = 0 is the unbiased scale and rho = 1 the MSE scale, so `rho` is the one number that a codec needs; the codec
+applies it block by block, with each block's own measured tau. The gain costs no byte: it goes into the stored scale.
 
 The formula alone is least at rho = alpha / beta. What that would gain where alpha is the smaller is not there when
 measured: shrinking a weight saves noise only if nothing downstream normalises, and transformers normalise everywhere

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from waterfill.errors import WaterfillError
 
 DATA_FILE = Path(__file__).with_name("grids.safetensors")
-DATA_SHA256 = "691cf3e8adc6e411490f4bbcd09b6b75525b13dfe4f0b9dd0477889c4b0209a0"  # of DATA_FILE; `python -m waterfill.grids.generate` prints it
+DATA_SHA256 = "691cf3e8adc6e411490f4bbcd09b6b75525b13dfe4f0b9dd0477889c4b0209a0"  # printed by generate.py
 
 
 class GridError(WaterfillError, ValueError):
@@ -34,7 +34,7 @@ class Grid:
     """n reconstruction points in R^p, each the centroid of its Voronoi cell under N(0, I_p).
 
     points: float32 [n, p], in lexicographic order (ascending when p = 1); shared by all callers, so never write to it.
-    t2: mean squared error per coordinate on N(0, I_p); the relative noise power of a rotated matrix rounded to the grid.
+    t2: mean squared error per coordinate on N(0, I_p); the relative noise power of a rotated matrix on the grid.
     digest: 16 hex digits that identify the points to the bit; an artifact stores it.
     """
 
@@ -46,7 +46,7 @@ class Grid:
 
 
 def grid(p: int, n: int) -> Grid:
-    """The shipped grid of n points in p dimensions; the same object on every call. Raises GridError if there is none."""
+    """The shipped grid of n points in p dimensions, the same object on every call; GridError if there is none."""
     shipped = _shipped()
     if (p, n) not in shipped:
         sizes = [str(m) for q, m in shipped if q == p]

@@ -1,18 +1,17 @@
 """Compute the shipped grids: `python -m waterfill.grids.generate` (needs scipy: `pip install "waterfill[grids]"`).
 
     scalar_grid(n)       p = 1: Newton's method on the Lloyd-Max conditions; exact
-    vector_grid(p, n)    p > 1: anneal (Lloyd on small, growing, fresh samples) ──► best of a few ──► polish (Lloyd on one
-                         large sample)
+    vector_grid(p, n)    p > 1: anneal (Lloyd on small, growing, fresh samples) ──► polish (Lloyd on one large sample)
     measure(points)      t2 on an independent sample
     main                 every size ──► grids.safetensors, rewritten after each grid; prints its SHA-256
 
-A Lloyd step moves every point to the centroid of its Voronoi cell. From a random start it freezes into a polycrystal, up
-to 1 % above the best grid. Centroids estimated from few samples are noisy, and that noise is a temperature: starting with
-`ANNEAL_FROM` samples per cell and ending with `ANNEAL_TO` cools the crystal slowly, at no cost but the samples.
+A Lloyd step moves every point to the centroid of its Voronoi cell. From a random start it freezes into a polycrystal,
+up to 1 % above the best grid. Centroids estimated from few samples are noisy, and that noise is a temperature: going
+from `ANNEAL_FROM` samples per cell to `ANNEAL_TO` cools the crystal slowly, at no cost but the samples.
 
 Samples are drawn from N(0, (p+2)/p I) and weighted back to N(0, I). This is the density of the optimal points (Zador;
-Graf & Luschgy, Foundations of Quantization, section 7): every cell gets equally many samples and, as an optimal grid spreads
-its error evenly over its cells, the measured error has little variance.
+Graf & Luschgy, Foundations of Quantization, section 7): every cell gets equally many samples and, as an optimal grid
+spreads its error evenly over its cells, the measured error has little variance.
 """
 
 from __future__ import annotations
@@ -59,8 +58,8 @@ def sizes() -> list[tuple[int, int]]:
 
 def generate(p: int, n: int) -> tuple[npt.NDArray[np.float32], float]:
     """Points float32 [n, p] in lexicographic order, and their t2. Deterministic."""
-    points = scalar_grid(n) if p == 1 else vector_grid(p, n)
-    points = points[np.lexsort(points.T[::-1])].astype(np.float32)
+    found = scalar_grid(n) if p == 1 else vector_grid(p, n)
+    points = found[np.lexsort(found.T[::-1])].astype(np.float32)
     rounded = points.astype(np.float64)
     return points, scalar_t2(rounded[:, 0]) if p == 1 else measure(rounded, np.random.default_rng((p, n, 1)))
 
@@ -74,7 +73,7 @@ def scalar_grid(n: int) -> Array:
     As the normal density is log-concave, a centroid follows its borders by less than they move. So the Jacobian
     of x - centroids(x) is an M-matrix at every x, and Newton cannot fail.
     """
-    x = np.sqrt(3) * ndtri((np.arange(n) + 0.5) / n)  # the asymptotically optimal density
+    x: Array = np.sqrt(3) * ndtri((np.arange(n) + 0.5) / n)  # the asymptotically optimal density
     for _ in range(NEWTON_STEPS):
         mass, moment, density = _scalar_cells(x)
         centroid = moment / mass
@@ -127,19 +126,19 @@ def draw(p: int, count: int, rng: np.random.Generator) -> Sample:
 def symmetry(p: int, n: int) -> Array:
     """The rotations [order, p, p] that are to leave the grid of n points unchanged; they fix no point but the origin.
 
-    D4, the densest lattice in four dimensions, has this three-fold symmetry, which turns two planes at once. Asking for it
-    spares annealing two thirds of the samples and finds better grids: at n = 256, t2 is 0.4 % less. It needs n = 3k
+    D4, the densest lattice in four dimensions, has this three-fold symmetry, which turns two planes at once. Asking for
+    it spares annealing two thirds of the samples and finds better grids: at n = 256, t2 is 0.4 % less. It needs n = 3k
     or, with a point at the origin, 3k + 1. In the plane, annealing finds the best grids without help.
     """
     if p != 4 or n < 64 or n % 3 == 2:
         return np.eye(p)[None]
     turn = np.array([[-1.0, -np.sqrt(3)], [np.sqrt(3), -1.0]]) / 2
-    rotation: Array = np.kron(np.eye(2), turn)
+    rotation = np.kron(np.eye(2), turn)
     return np.stack([np.eye(4), rotation, rotation @ rotation])
 
 
 def orbits(representatives: Array, group: Array, n: int) -> Array:
-    """All n points [n, p]: the images of the representatives [k, p] one rotation after the other, then the origin if n > order k."""
+    """All n points [n, p]: the images of the representatives [k, p], then the origin if one point is left."""
     images = np.einsum("gij,kj->gki", group, representatives).reshape(-1, group.shape[1])
     return np.pad(images, ((0, n - len(images)), (0, 0)))
 
@@ -160,7 +159,7 @@ def lloyd_step(points: Array, sample: Sample, group: Array, relaxation: float = 
 def squared_error(points: Array, sample: Sample) -> float:
     """Weighted mean squared distance per coordinate to the nearest point."""
     distance, _ = cKDTree(points).query(sample.points)
-    return float(np.mean(sample.weights * np.square(distance))) / points.shape[1]
+    return float(np.mean(sample.weights * np.square(distance)) / points.shape[1])
 
 
 def vector_grid(p: int, n: int) -> Array:
@@ -182,7 +181,7 @@ def anneal(p: int, n: int, group: Array, rng: np.random.Generator) -> Array:
 
 
 def polish(points: Array, group: Array, rng: np.random.Generator) -> Array:
-    """Lloyd until the points are the centroids of their cells: on a sample, then briefly on one eight times as large."""
+    """Lloyd until the points are the centroids of their cells: on a sample, then briefly on a far larger one."""
     n, p = points.shape
     count = int(np.clip(POLISH_SAMPLES_PER_CELL * n // len(group), *POLISH_SAMPLES))
     for size, steps in ((count // 8, 20), (count, 4)):
