@@ -1,6 +1,6 @@
 """Three gains, two families: MSE scales, block-exact unbiased ones, and those chosen from α and β.
 
-Uniform plans from 2 to 6 bits, and plans allotted within the same stored bits, with each gain; predicted and measured
+Uniform plans from 2 to 6 bits, and plans allotted within the same bits, with each gain; predicted and measured
 on held-out text. The chosen gain must never cost more than 3 % over the better of the other two: on the example Llama,
 and on a small GPT-2 that this script trains (minutes, once; it is kept in the cache folder).
 """
@@ -21,6 +21,7 @@ from models import (
     measure_sensitivity,
     open_subject,
     split_windows,
+    stored_bits,
     uniform_plan,
 )
 from small_gpt2 import QUICK, Training, small_gpt2
@@ -53,14 +54,14 @@ def measure_family(report: Report, family: str, path: Path, text: Path, *, conte
     rows, excesses = [], []
     for bits in QUICK_RATES if quick else RATES:
         uniform = {gain: uniform_plan(subject, sensitivity, UNIFORM_CODECS[bits], gain) for gain in GAINS}
-        stored = uniform["auto"].bits
+        stored = stored_bits(subject, bits)
         allotted = {gain: allotted_plan(subject, sensitivity, stored, gain) for gain in GAINS}
         for shape, plans in (("uniform", uniform), ("allotted", allotted)):
             copies = [decoded_copy(subject, plan.tensors) for plan in plans.values()]
             measured = dict(zip(plans, divergences(subject.model, copies, held_out), strict=True))
             better = min(measured[gain].kl for gain in ("mse", "unbiased"))
             excesses.append(measured["auto"].kl / better - 1)
-            rows.append([bits, shape, stored, *figures(plans, measured), excesses[-1]])
+            rows.append([bits, shape, plans["auto"].bits, *figures(plans, measured), excesses[-1]])
     columns = ["bits", "plan", "stored bits", *GAINS, *(f"{gain} ratio" for gain in GAINS), "auto over better"]
     title = f"{family}: measured KL, and predicted / measured (probe self), {len(held_out)} windows of {context}"
     report.table(title, columns, rows, key=family)

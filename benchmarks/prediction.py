@@ -4,8 +4,8 @@ Uniform and allotted plans from 1 to 6 bits, made and predicted from two probes:
 that the model samples itself. `random` predicts the plans of `self`. Below 2 bits the table shows where the
 second-order model ends, and whether `planner.REGIME_KL` is placed right. The last table disturbs one matrix at a time.
 
-Bits are of the grid's indices, nominally; stored bits count scales and padding, and an allotted plan gets the stored
-bits of the uniform one.
+Bits are nominal, of the grid's indices; stored bits count scales and padding too. An allotted plan gets the nominal
+bits and those of the scales.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from models import (
     open_subject,
     split_windows,
     spread,
+    stored_bits,
     uniform_plan,
 )
 from waterfill.architecture import Matrix
@@ -114,8 +115,8 @@ def measure_points(
     for bits in (*setup.regime_rates, *setup.rates):
         for probe in PROMISED:
             uniform = uniform_plan(subject, sensitivities[probe], UNIFORM_CODECS[bits])
-            plans.append((probe, "uniform", bits, uniform))
-            plans.append((probe, "allotted", bits, allotted_plan(subject, sensitivities[probe], uniform.bits)))
+            allotted = allotted_plan(subject, sensitivities[probe], stored_bits(subject, bits))
+            plans += [(probe, "uniform", bits, uniform), (probe, "allotted", bits, allotted)]
     points = []
     for some in chunks(plans, COPIES):
         copies = [decoded_copy(subject, plan.tensors) for *_, plan in some]

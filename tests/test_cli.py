@@ -432,7 +432,9 @@ def test_a_pipe_gets_the_text_and_nothing_else(start: Callable[..., subprocess.P
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_ends_quietly(start: Callable[..., subprocess.Popen[str]], work: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits SIG_IGN
     process = start("generate", work / "packed", "-p", "def f(", "--max-new-tokens", "900", "--temperature", "1")
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stdout.read(len("def f(")) == "def f("
     process.send_signal(signal.SIGINT)

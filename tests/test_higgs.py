@@ -292,13 +292,13 @@ def test_a_single_weight(name: str, width: int) -> None:
     assert decode(name, weight, rho=0.0).isfinite().all()
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", [*OF_EVERY_P, "higgs-p1-n2"])
+@pytest.mark.parametrize("width", [*WIDTHS, 1024])
+@pytest.mark.parametrize("name", [*OF_EVERY_P, "higgs-p1-n2", "higgs-p1-n4"])
 @pytest.mark.parametrize("rho", [0.0, 1.0])
 def test_constant_rows(name: str, width: int, rho: float) -> None:
     """The worst that a power-of-two width can meet, one coordinate after rotation: coarse grids lose it, MSE scales do
     no harm."""
-    weight = torch.tensor([[1.0], [-3.0], [1e-4]]).expand(3, width).contiguous()
+    weight = torch.tensor([[1.0], [-3.99], [1e-4]]).expand(3, width).contiguous()
     decoded = decode(name, weight, rho)
     assert decoded.isfinite().all()
     if rho == 1:
