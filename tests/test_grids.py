@@ -97,7 +97,7 @@ def test_the_one_grid_that_is_worse_than_the_published_one_is_so_by_less_than_a_
     assert 0.006903 * 1.003 < grid(3, 4096).t2 < 0.006903 * 1.01
 
 
-@pytest.mark.parametrize(("p", "n"), [(2, 4), (2, 16), (2, 64), (2, 88), *LARGE, (3, 8), (4, 8), (4, 64)])
+@pytest.mark.parametrize(("p", "n"), [(2, 4), (2, 16), (2, 64), (2, 88), *LARGE, (3, 8), (4, 64)])
 def test_the_golden_error_and_the_centroid_condition_hold_on_fresh_samples(p: int, n: int) -> None:
     g = grid(p, n)
     error, correlation, power = measured(g)
