@@ -90,7 +90,7 @@ def instances(draw: st.DrawFn, losses: st.SearchStrategy[float] = EIGHTHS) -> tu
 
 
 @given(instances(), st.integers(0, 180))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_equals_brute_force(instance: tuple[Menus, Ties], budget: int) -> None:
     menus, ties = instance
     feasible = [(loss, -size) for size, loss in every_allocation(menus, ties) if size <= budget]
@@ -106,7 +106,7 @@ def test_equals_brute_force(instance: tuple[Menus, Ties], budget: int) -> None:
 
 
 @given(instances(losses=REALS), st.integers(0, 180))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_equals_brute_force_with_losses_that_round(instance: tuple[Menus, Ties], budget: int) -> None:
     menus, ties = instance
     feasible = [loss for size, loss in every_allocation(menus, ties) if size <= budget]
@@ -118,7 +118,7 @@ def test_equals_brute_force_with_losses_that_round(instance: tuple[Menus, Ties],
 
 
 @given(instances(), st.integers(-60, 200))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_smallest_equals_brute_force(instance: tuple[Menus, Ties], eighths: int) -> None:
     menus, ties = instance
     max_loss = eighths / 8
@@ -134,7 +134,7 @@ def test_smallest_equals_brute_force(instance: tuple[Menus, Ties], eighths: int)
 
 
 @given(instances(losses=REALS), st.data())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_smallest_meets_a_limit_that_only_one_allocation_meets(
     instance: tuple[Menus, Ties], data: st.DataObject
 ) -> None:
@@ -149,7 +149,7 @@ def test_smallest_meets_a_limit_that_only_one_allocation_meets(
 
 
 @given(instances(), st.integers(0, 180))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_relaxation_brackets_the_optimum(instance: tuple[Menus, Ties], budget: int) -> None:
     menus, ties = instance
     feasible = [loss for size, loss in every_allocation(menus, ties) if size <= budget]
@@ -164,7 +164,7 @@ def test_relaxation_brackets_the_optimum(instance: tuple[Menus, Ties], budget: i
 
 
 @given(instances(), st.lists(st.integers(0, 180), min_size=2, max_size=6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_more_bytes_never_lose_more(instance: tuple[Menus, Ties], budgets: list[int]) -> None:
     menus, ties = instance
     least = min(size for size, _ in every_allocation(menus, ties))

@@ -178,7 +178,7 @@ _packed = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     specs=st.lists(_raw | _packed, min_size=1, max_size=8, unique_by=lambda t: t.name),
     shard_bytes=st.integers(1, 6000),

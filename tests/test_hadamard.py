@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
@@ -16,8 +16,8 @@ from waterfill import hadamard as module
 from waterfill.grids import grid
 from waterfill.hadamard import MAX_BLOCK, Group, fwht_, groups, rotate, signs, unrotate
 
-AWKWARD = [172, 576, 768, 896, 1028]
-ALL_KINDS = [1, 2, 3, 7, 64, 127, *AWKWARD, 1024, 1535, 1536, 2048, 4100, 11008, 14336]
+AWKWARD = [172, 576, 768, 896, 1024, 1028]
+ALL_KINDS = [1, 2, 3, 7, 64, 127, *AWKWARD, 1535, 1536, 2048, 4100, 11008, 14336]
 
 
 def integers(rows: int, width: int) -> torch.Tensor:
@@ -72,14 +72,14 @@ def test_a_row_without_coordinates_is_refused(width: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 64, 512, 1024])
-def test_powers_of_two_are_sylvesters_hadamard_matrix(size: int) -> None:
+def test_powers_of_two_are_sylvesters_hadamard_matrix_after_signs(size: int) -> None:
     expected = torch.from_numpy(hadamard(size) / math.sqrt(size))
-    torch.testing.assert_close(rotate(torch.eye(size, dtype=torch.float64)), expected)
     torch.testing.assert_close(fwht_(torch.eye(size, dtype=torch.float64)), expected)
+    torch.testing.assert_close(rotate(torch.diag(signs(size, 0).double())), expected)
 
 
-def sign_by_definition(coordinate: int, boundary: int) -> int:
-    mixed = ((coordinate + (boundary + 1) * 7919) * 0x9E3779B1) % 2**32
+def sign_by_definition(coordinate: int, window: int) -> int:
+    mixed = ((coordinate + (window + 1) * 7919) * 0x9E3779B1) % 2**32
     mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) % 2**32
     return -1 if mixed >> 31 else 1
 
@@ -88,15 +88,14 @@ def rotation_by_definition(width: int) -> np.ndarray:
     """`[width, width]`, to be multiplied with columns: the product of windows and signs, written out."""
     product = np.eye(width)
     for part in groups(width):
-        for boundary, (start, stop) in enumerate(part.windows):
-            if boundary:
-                flips = [sign_by_definition(i, boundary - 1) for i in range(part.size)]
-                product[part.start : part.stop] *= np.array(flips)[:, None]
+        for window, (start, stop) in enumerate(part.windows):
+            flips = [sign_by_definition(i, window) for i in range(part.size)]
+            product[part.start : part.stop] *= np.array(flips)[:, None]
             product[start:stop] = hadamard(stop - start) @ product[start:stop] / math.sqrt(stop - start)
     return product
 
 
-@pytest.mark.parametrize("width", [3, 7, 100, 172, 1028, 1600])
+@pytest.mark.parametrize("width", [3, 7, 64, 100, 172, 1028, 1600])
 def test_equals_the_product_of_windows_and_signs(width: int) -> None:
     rotated = rotate(torch.eye(width, dtype=torch.float64))
     torch.testing.assert_close(rotated, torch.from_numpy(rotation_by_definition(width).T))
@@ -116,7 +115,6 @@ def test_unrotate_is_the_inverse(width: int) -> None:
 
 
 @given(st.integers(1, 2100), st.integers(0, 2**32))
-@settings(deadline=None)
 def test_keeps_the_norm_of_every_group(width: int, seed: int) -> None:
     x = torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     rotated = rotate(x)
@@ -126,12 +124,12 @@ def test_keeps_the_norm_of_every_group(width: int, seed: int) -> None:
 
 
 GOLDEN = {
-    64: "178c1f6c2ce4c5a5",
-    172: "c8cad7a3ca538265",
-    576: "2c02caee2919fdb5",
-    896: "da9a202aa8036286",
-    1028: "28be63f3996edbde",
-    11008: "484a1a66e43815cb",
+    64: "6690ad9d0d6d2cfb",
+    172: "ef6f2970affcac6f",
+    576: "b2f536db445d465e",
+    896: "50c38dcc22574936",
+    1028: "7162bed6a1731e95",
+    11008: "c522256f43a3f9a8",
 }
 
 
@@ -244,6 +242,8 @@ HEAVY_TAILS = {
     "log-normal": lambda normal: normal * torch.randn_like(normal).exp(),
     "log-normal columns": lambda normal: normal * torch.randn(normal.shape[1]).exp(),
     "1 % outliers": lambda normal: torch.where(torch.rand_like(normal) < 0.01, 20 * normal, normal),
+    "constant rows": lambda normal: torch.ones_like(normal) + 0.01 * normal,
+    "alternating blocks": lambda normal: normal + 3 * (-1.0) ** (torch.arange(normal.shape[1]) // 32),
     "Student t": lambda normal: torch.distributions.StudentT(3.0).sample(normal.shape),
 }
 
@@ -257,19 +257,19 @@ def test_heavy_tailed_rows_become_gaussian(kind: str, width: int) -> None:
 
 @pytest.mark.parametrize("width", AWKWARD)
 def test_without_signs_they_would_not(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two overlapping windows alone undo one another; here is what the signs between them prevent."""
-    monkeypatch.setattr(module, "signs", lambda size, boundary: torch.ones(size))
+    """Overlapping windows alone undo one another; here is what the signs between them prevent."""
+    monkeypatch.setattr(module, "signs", lambda size, window: torch.ones(size))
     assert max(t2_over_grids(make(torch.randn(256, width))) for make in HEAVY_TAILS.values()) > 4
 
 
-@pytest.mark.parametrize("width", [33, 96, *AWKWARD, 1535])
+@pytest.mark.parametrize("width", [96, *AWKWARD, 1535])
 def test_no_single_weight_stays_concentrated(width: int) -> None:
     """The image of every unit vector looks Gaussian (kurtosis 3), where an unmixed one would have kurtosis `width`."""
     images = rotate(torch.eye(width, dtype=torch.float64))
     assert float((images**4).mean(1).max()) * width**2 < 5
 
 
-def test_signs_are_balanced_and_differ_between_boundaries() -> None:
+def test_signs_are_balanced_and_differ_between_windows() -> None:
     first, second = signs(1024, 0), signs(1024, 1)
     assert set(first.tolist()) == {-1.0, 1.0}
     assert abs(float(first.sum())) < 4 * math.sqrt(1024)

@@ -98,17 +98,6 @@ def test_reported_noise_is_that_of_the_decoded_rows(name: str, width: int) -> No
     assert encoded.shape == (7, width)
 
 
-# Matrices whose rows keep some structure through the rotation: their t² is above or below what Gaussian weights would
-# have. The attention outputs' heads are aligned runs of 32 columns with powers of their own.
-NOT_QUITE_GAUSSIAN = {
-    "model.embed_tokens": (0.90, 1.05),
-    "model.layers.1.self_attn.o_proj": (0.95, 1.12),
-    "model.layers.2.self_attn.o_proj": (0.95, 1.12),
-    "model.layers.3.self_attn.o_proj": (0.95, 1.30),
-    "model.layers.5.self_attn.o_proj": (0.95, 1.12),
-}
-
-
 @pytest.mark.parametrize("name", ["higgs-p1-n16", "higgs-p2-n64", "higgs-p4-n256"])
 def test_trained_weights_lose_what_the_grid_promises(name: str, ref_llama: Path) -> None:
     checkpoint = open_checkpoint(ref_llama)
@@ -119,8 +108,8 @@ def test_trained_weights_lose_what_the_grid_promises(name: str, ref_llama: Path)
         encoded = codec.encode(rows, exponent=scale_exponent(float(rows.abs().max())))
         ratios[matrix.name] = encoded.noise_power / encoded.power / codec.distortion(matrix.shape)
     assert len(ratios) == 43
-    bounds = dict.fromkeys(ratios, (0.95, 1.05)) | NOT_QUITE_GAUSSIAN
-    assert not {name: ratio for name, ratio in ratios.items() if not bounds[name][0] <= ratio <= bounds[name][1]}
+    assert max(ratios.values()) < 1.05
+    assert min(ratios.values()) > 0.94  # less noise than promised: scales follow rows of 256, the grid does not
 
 
 # -- scales -----------------------------------------------------------------------------------------------------------
@@ -151,7 +140,7 @@ def test_unbiased_scale_projects_exactly(name: str, width: int) -> None:
 
 
 @given(name=st.sampled_from(OF_EVERY_P), width=st.sampled_from(WIDTHS), rho=st.floats(0, 1), seed=st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_gain_projects_as_the_loss_model_says(name: str, width: int, rho: float, seed: int) -> None:
     """Per group, with that group's own measured t²; and the direction of the reconstruction does not depend on rho."""
     weight = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
@@ -296,14 +285,11 @@ def test_a_single_weight(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", [*OF_EVERY_P, "higgs-p1-n2", "higgs-p1-n4"])
 @pytest.mark.parametrize("rho", [0.0, 1.0])
 def test_constant_rows(name: str, width: int, rho: float) -> None:
-    """The worst that a power-of-two width can meet, one coordinate after rotation: coarse grids lose it, MSE scales do
-    no harm."""
+    """Without signs before the first window, all of such a row would be in one coordinate."""
     weight = torch.tensor([[1.0], [-3.99], [1e-4]]).expand(3, width).contiguous()
     decoded = decode(name, weight, rho)
-    assert decoded.isfinite().all()
-    if rho == 1:
-        assert relative_noise(decoded, weight) <= 1
-    assert relative_noise(decode("higgs-p1-n256", weight), weight) < 1e-2
+    expected = relative_error(higgs(name).grid.t2, rho)
+    assert relative_noise(decoded, weight) < 2 * expected
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-7, 1.0, 65504.0, 1e30])
@@ -460,11 +446,11 @@ def fixed_matrix() -> torch.Tensor:
 
 
 ENCODED = {  # name: (scales, codes), with rho = 1/4
-    "higgs-p1-n3": ("e69f2abc121a6edc", "b234b9406ef9a050"),
-    "higgs-p1-n16": ("71953ef02d28f250", "54985755ba30d70c"),
-    "higgs-p2-n64": ("a192d4e39e4049e4", "ae9a5831c0790fa7"),
-    "higgs-p3-n64": ("bf1c8b4bd673dd3e", "4ec76be9b80ae8b0"),
-    "higgs-p4-n256": ("c522cbe98a3ea050", "30c753d06e04bd24"),
+    "higgs-p1-n3": ("45d74c43fdbffd09", "36d5f9d3558d9558"),
+    "higgs-p1-n16": ("d6b705a6427015f7", "b6b5806d5285cb78"),
+    "higgs-p2-n64": ("2bae9c99a508d6c3", "29b98da51639269e"),
+    "higgs-p3-n64": ("2ee081af8d8d13f1", "44d294d1165027be"),
+    "higgs-p4-n256": ("f0afb235387fa4f4", "9cd719b042531972"),
 }
 
 
@@ -475,11 +461,11 @@ def test_golden_encoding(name: str) -> None:
 
 
 DECODED = {
-    "higgs-p1-n3": "289063d3fa340c63",
-    "higgs-p1-n16": "4e6a397e7c351f97",
-    "higgs-p2-n64": "6504d8302578e4ff",
-    "higgs-p3-n64": "410b0a2ca31ba523",
-    "higgs-p4-n256": "57649cc9cb5425af",
+    "higgs-p1-n3": "8171a4e57370e228",
+    "higgs-p1-n16": "46aa1f4918428d39",
+    "higgs-p2-n64": "673e6bfc203c9843",
+    "higgs-p3-n64": "ff30964a9fda3818",
+    "higgs-p4-n256": "b0b57605cadd8206",
 }
 
 

@@ -79,7 +79,7 @@ def test_points_find_themselves(shipped: Shipped) -> None:
     assert torch.equal(search.search(points), torch.arange(len(points)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data(), p=st.integers(2, 4), n=st.integers(1, 20))
 def test_any_points(data: st.DataObject, p: int, n: int) -> None:
     """Also points that coincide, lie on a line or outside all boxes: few distinct values make all of these likely."""

@@ -299,7 +299,7 @@ def test_sizes_that_are_too_small(llama: Architecture) -> None:
 # -- the other budgets -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(bits=st.floats(1.05, 17))
 @example(bits=7.5)
 def test_bits_count_what_is_stored_of_the_matrices(bits: float, llama: Architecture) -> None:
@@ -323,7 +323,7 @@ def test_bits_that_are_too_few(llama: Architecture) -> None:
     assert set(codecs_of(plan).values()) == {"higgs-p4-n8"}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(max_kl=st.floats(1e-4, 0.3))
 def test_max_kl_is_met_with_the_fewest_bytes(max_kl: float, llama: Architecture) -> None:
     plan = planned(llama, max_kl=max_kl)

@@ -3,9 +3,10 @@
 After the transform a row of weights looks Gaussian, which is what lets one grid serve every matrix (HIGGS, arXiv
 2411.17525, §3). A row is cut into *groups*, each with one scale. A group of 2^k <= 1024 coordinates is transformed by
 one Hadamard matrix. Any other group of m coordinates is covered by three overlapping *windows* of the largest power of
-two below m: first, last, first again, with fixed pseudo-random signs in between (without them the second transform
-would largely undo the first). A product of orthonormal maps is orthonormal, so nothing is padded, no block is small,
-and noise that is isotropic in a rotated group is isotropic in its weights.
+two below m: first, last, first again. Fixed pseudo-random signs come before every window: without them a row with the
+structure of a Walsh function, such as a constant one, would stay structured, and the second window would largely undo
+the first. A product of orthonormal maps is orthonormal, so nothing is padded, no block is small, and noise that is
+isotropic in a rotated group is isotropic in its weights.
 
     width 4096   4 groups of 1024
     width 11008  10 groups of 1024 and one of 768 (windows 0:512, 256:768, 0:512)
@@ -64,13 +65,13 @@ def _windows(start: int, stop: int) -> tuple[tuple[int, int], ...]:
 
 @lru_cache(maxsize=1024)
 @torch.inference_mode(mode=False)  # a tensor made in inference mode could never take part in a backward pass
-def signs(size: int, boundary: int) -> torch.Tensor:
-    """Fixed +-1 float32 `[size]` applied to a group between window `boundary` and the next one.
+def signs(size: int, window: int) -> torch.Tensor:
+    """Fixed +-1 float32 `[size]` that a group is multiplied with before window number `window`.
 
     The top bit of a multiplicative hash of the coordinate: reproducible anywhere in three lines, and unstructured, as
     it must be (the Rudin-Shapiro sequence, itself a quadratic form, leaves heavy-tailed columns unmixed).
     """
-    index = torch.arange(size, dtype=torch.int64, device="cpu") + (boundary + 1) * 7919
+    index = torch.arange(size, dtype=torch.int64, device="cpu") + (window + 1) * 7919
     mixed = (index * 0x9E3779B1) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
     return 1.0 - 2.0 * (mixed >> 31).to(torch.float32)
@@ -102,7 +103,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def unrotate(x: torch.Tensor) -> torch.Tensor:
-    """Inverse of `rotate`: the same windows in reverse order, since each is its own inverse."""
+    """Inverse of `rotate`: the same windows and signs in reverse order, since each is its own inverse."""
     return _transform(x, inverse=True)
 
 
@@ -110,13 +111,19 @@ def _transform(x: torch.Tensor, *, inverse: bool) -> torch.Tensor:
     result = x.clone(memory_format=torch.contiguous_format)
     last = groups(x.shape[-1])[-1]
     if last.start:  # every group but the last is a whole 1024-block: one batched transform
-        fwht_(result[..., : last.start].unflatten(-1, (-1, MAX_BLOCK)))
+        _step(result[..., : last.start].unflatten(-1, (-1, MAX_BLOCK)), 0, slice(None), inverse)
     tail = result[..., last.start :]
     steps = list(enumerate(last.windows))
-    for at, (a, b) in reversed(steps) if inverse else steps:
-        if inverse and at + 1 < len(steps):
-            tail.mul_(signs(last.size, at).to(tail))
-        fwht_(result[..., a:b])
-        if not inverse and at + 1 < len(steps):
-            tail.mul_(signs(last.size, at).to(tail))
+    for at, (start, stop) in reversed(steps) if inverse else steps:
+        _step(tail, at, slice(start - last.start, stop - last.start), inverse)
     return result
+
+
+def _step(group: torch.Tensor, at: int, window: slice, inverse: bool) -> None:
+    """Flip the signs of `group` `[..., size]` and transform its window number `at`, in place; or undo both."""
+    flips = signs(group.shape[-1], at).to(group)
+    if not inverse:
+        group.mul_(flips)
+    fwht_(group[..., window])
+    if inverse:
+        group.mul_(flips)
