@@ -60,7 +60,7 @@ class Setup:
     tensor_windows: int
 
 
-FULL = Setup(60, 32, RATES, REGIME_RATES, TENSOR_RATES, 30)
+FULL = Setup(60, 64, RATES, REGIME_RATES, TENSOR_RATES, 30)
 QUICK = Setup(6, 6, (2.0, 3.25), (1.0,), (2.0,), 4)
 
 

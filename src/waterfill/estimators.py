@@ -44,8 +44,7 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
             for matrix in by_parameter[name]:
                 gradient = matrix_view(parameter.grad, matrix).to(torch.float32)
                 weight = matrix_view(parameter.detach(), matrix).to(torch.float32)
-                noise_cost = (group_power(weight) * _group_sums(gradient.square())).double().sum()
-                alpha[matrix.name] = 0.5 * float(noise_cost) / positions
+                alpha[matrix.name] = 0.5 * float(_noise_cost(weight, gradient)) / positions
                 beta[matrix.name] = 0.5 * float((gradient * weight).double().sum()) ** 2 / positions
             parameter.grad = None  # one tensor's gradient at a time
 
@@ -93,7 +92,8 @@ def _perturb(
         return _kl(reference, _log_probabilities(model, part))
 
     def noise(level: float) -> torch.Tensor:
-        return torch.randn(original.shape, generator=generator) * sigma * math.sqrt(level)
+        drawn = torch.randn(original.shape, generator=generator)
+        return _orthogonal(drawn, original.to(torch.float32)) * sigma * math.sqrt(level)
 
     try:
         noisy = [rise(original + noise(level)) for level in PERTURB_LEVELS]
@@ -119,10 +119,28 @@ def matrix_view(parameter: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     return part.T if matrix.transposed else part
 
 
+def _noise_cost(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """E (gradient . noise)^2 for noise as `_orthogonal` makes it, of each group's own power; summed over the groups."""
+    power, slope = _group_sums(weight.square()), _group_sums(gradient * weight)
+    across = power * _group_sums(gradient.square()) - slope.square()
+    return (across.clamp_min(0) / (_group_sizes(weight) - 1).clamp_min(1)).double().sum()
+
+
+def _orthogonal(noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Take from unit noise, group by group, its part along the weights, and give the rest the power of the whole."""
+    along = _group_sums(noise * weight) / _group_sums(weight.square()).clamp_min(torch.finfo(weight.dtype).tiny)
+    sizes = _group_sizes(weight)
+    rest = noise - _per_weight(along, weight.shape[1]) * weight
+    return rest * _per_weight((sizes / (sizes - 1).clamp_min(1)).sqrt().expand_as(along), weight.shape[1])
+
+
 def group_power(weight: torch.Tensor) -> torch.Tensor:
     """mean(w^2) of each group, `[rows, in]` -> `[rows, groups]`; the rotation leaves it unchanged."""
-    sizes = torch.tensor([g.size for g in groups(weight.shape[1])], dtype=weight.dtype)
-    return _group_sums(weight.square()) / sizes
+    return _group_sums(weight.square()) / _group_sizes(weight)
+
+
+def _group_sizes(weight: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([g.size for g in groups(weight.shape[1])], dtype=weight.dtype)
 
 
 def _group_sums(values: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A quantiser of relative error t2 maps a rotated block w to q with cos^2(w, q) = 1 - t2. Scaled so that the projection of
 the reconstruction on w is u, the error splits into a part along w, (u - 1) w, and a part orthogonal to it of relative
-power u^2 tau, tau = t2 / (1 - t2). With alpha the cost of isotropic noise and beta = 1/2 w'Fw the cost of scaling:
+power u^2 tau, tau = t2 / (1 - t2). With alpha the cost of noise orthogonal to w and beta = 1/2 w'Fw that of scaling:
 
     KL  =  alpha u^2 tau  +  beta (1 - u)^2                 nats per token
 
@@ -32,7 +32,7 @@ GAINS: tuple[Gain, ...] = ("auto", "mse", "unbiased")
 class Coefficients:
     """Cost of disturbing one tensor, KL in nats per token, with standard errors."""
 
-    alpha: float  # per unit of relative isotropic noise power
+    alpha: float  # per unit of relative power of noise orthogonal to the weights
     beta: float  # per squared relative change of scale
     alpha_stderr: float = 0.0
     beta_stderr: float = 0.0

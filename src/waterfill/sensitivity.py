@@ -1,14 +1,16 @@
 """What a disturbance of each tensor costs the model: alpha and beta, in nats per token (see `waterfill.loss`).
 
-Both estimators measure the same thing, KL(model || disturbed model) per unit of relative noise power, for noise that is
-isotropic within a group (one row, one Hadamard group) and proportional to that group's power, as rotated quantisation
-noise is.
+Both estimators measure the same thing, KL(model || disturbed model) per unit of relative noise power, for noise as
+rotated quantisation makes it: in each group (one row, one Hadamard group) proportional to the group's power, orthogonal
+to its weights (what lies along them is the gain's, beta's), and isotropic otherwise.
 
 `fisher` (default). KL(w || w + d) ~ 1/2 d'Fd. With labels sampled from the model's own predictions the score has mean
 zero and is independent across positions, so the squared gradient of a summed log-probability estimates the summed
 diagonal of F without bias, and <g, w>^2 the summed w'Fw. Every backward pass gives all tensors at once:
 
-    alpha = 1/2 sum_groups mean(w_group^2) sum_group g^2 / tokens            beta = 1/2 <g, w>^2 / tokens
+    alpha = 1/2 sum_groups (|w|^2 |g|^2 - <w, g>^2) / (d - 1) / tokens       beta = 1/2 <g, w>^2 / tokens
+
+with w, g the weights and gradients of a group of d, but of the whole tensor in beta.
 
 `perturb`. The HIGGS paper's (arXiv 2411.17525, §5): disturb one tensor at a time at several noise levels and fit a line
 through the origin. Hundreds of times the work; it exists to check the fast one.
