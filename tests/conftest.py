@@ -1,13 +1,22 @@
-"""Shared fixtures: the example model, and optional reference data that lives outside the repository."""
+"""Shared fixtures: models, the command line, and optional reference data that lives outside the repository."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+import waterfill
+from commands import SCALAR, Command, Result
+from models import tiny_llama
+from waterfill import cli
+from waterfill.architecture import Architecture, describe
+from waterfill.checkpoint import open_checkpoint
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -28,6 +37,50 @@ def shared_data() -> Path:
     if not (root / "data").is_dir():
         pytest.skip(f"no reference data at {root} (set WATERFILL_TEST_DATA to a folder that holds data/)")
     return root / "data"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A tiny random Llama, for the test to spoil if it likes."""
+    return tiny_llama(tmp_path / "llama")
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    """Architecture of a tiny Llama, which is all of a model that planning needs."""
+    return describe(open_checkpoint(tiny_llama(tmp_path_factory.mktemp("dense"))))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command in this process: `command("plan", model, "--size", "3MB")`."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["waterfill", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory, ref_llama: Path) -> Path:
+    """A directory with `plan.json`, `plan.sensitivity.json` and the artifact `packed`, of the example model; `text.py`,
+    Python source as it was trained on; and `latin.txt`, which is not UTF-8."""
+    root = tmp_path_factory.mktemp("cli")
+    codecs = SCALAR[1::2]
+    plan = waterfill.plan(ref_llama, size="3MB", codecs=codecs, sequences=4, length=64, save=root / "plan.json")
+    waterfill.pack(ref_llama, root / "packed", plan=plan)
+    (root / "text.py").write_text(Path(argparse.__file__).read_text("utf-8")[:20_000])
+    (root / "latin.txt").write_bytes(b"caf\xe9 " * 99)
+    return root
 
 
 @pytest.fixture(autouse=True)

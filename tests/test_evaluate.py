@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import models
+import waterfill
+from waterfill import api
 from waterfill.errors import WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, perplexity, scoring, token_ids, windows
 
@@ -226,6 +232,35 @@ def test_token_ids_are_those_of_the_whole_text(ref_llama: Path, tmp_path: Path) 
         token_ids(tokenizer, path)
     with pytest.raises(WaterfillError, match=r"absent\.txt"):
         token_ids(tokenizer, tmp_path / "absent.txt")
+
+
+def test_tokenizers_are_looked_at_before_models_are_loaded(
+    work: Path, ref_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(api, "_load_checkpoint")
+    other = Path(shutil.copytree(ref_llama, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(WaterfillError, match=r"have tokenizers that cut \S+text\.py into different tokens"):
+        waterfill.evaluate(work / "packed", other, work / "text.py")
+    for content in (b"{}", b"\xff", None):
+        (other / "tokenizer.json").unlink()
+        if content is not None:
+            (other / "tokenizer.json").write_bytes(content)
+        with pytest.raises(WaterfillError, match="other has no tokenizer that transformers can load"):
+            waterfill.evaluate(work / "packed", other, work / "text.py")
+
+
+@pytest.mark.parametrize("family", [models.tiny_llama, models.tiny_gpt2, models.tiny_gemma])
+def test_models_without_a_tokenizer(family: Callable[[Path], Path], tmp_path: Path, ref_llama: Path) -> None:
+    """Some classes make one that knows nothing but special tokens. An artifact does not need one to be measured."""
+    path = family(tmp_path / "model")
+    with pytest.raises(WaterfillError, match="model has no tokenizer that transformers can load"):
+        api.load_tokenizer(path)
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x): return x")
+    assert torch.equal(api._common_ids(ref_llama, path, text), token_ids(api.load_tokenizer(ref_llama), text))
 
 
 def held_out_perplexity(model_path: Path, data: Path, tmp_path: Path, count: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,16 @@ def test_arguments_that_transformers_receives() -> None:
         "top_k": 0,
         "repetition_penalty": 1.1,
     }
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_prompts_that_are_not_utf8_are_refused(template: str | None, model: Any, tokenizer: Any) -> None:
+    """A byte that is not UTF-8 reaches a program as a surrogate."""
+    tokenizer.chat_template = template
+    text = os.fsdecode(b"caf\xe9")
+    for prompt in (text, [{"role": "user", "content": "coffee?"}, {"role": "user", "content": text}]):
+        with pytest.raises(WaterfillError, match=r"not valid UTF-8: its character 4 is '\\udce9'; write it in UTF-8"):
+            generate(model, tokenizer, prompt)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Packing from end to end: exact sizes, repeatable bytes, interruptions, refusals, bounded memory."""
+"""Packing from end to end: exact sizes, repeatable bytes, interruptions, bounded memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -15,50 +14,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import models
 import waterfill
+from artifact_samples import directory_bytes
+from plans import QUICK, SCALAR, plan_for, weight_bytes
 from waterfill.architecture import describe
 from waterfill.artifact import RAW, open_artifact
 from waterfill.budget import Budget
 from waterfill.checkpoint import open_checkpoint
 from waterfill.codecs import Encoded, get_codec
-from waterfill.errors import ArtifactError, CheckpointError, WaterfillError
-from waterfill.loss import Coefficients
+from waterfill.errors import ArtifactError
 from waterfill.pack import pack_plan
 from waterfill.plan import Plan
-from waterfill.planner import Request, make_plan
-from waterfill.sensitivity import Sensitivity
 
 pack_module = import_module("waterfill.pack")  # `waterfill.pack` is the verb
-SCALAR = tuple(f"higgs-p1-n{n}" for n in (2, 4, 8, 16, 32, 64, 128, 256))
-QUICK: dict[str, Any] = {"codecs": SCALAR, "sequences": 2, "length": 16}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
-
-
-def weight_bytes(artifact: Path) -> int:
-    """What a byte budget counts, found on the disk."""
-    return sum(file.stat().st_size for file in artifact.iterdir() if ".safetensors" in file.name)
-
-
-def plan_for(checkpoint: Path, codecs: Sequence[str] = SCALAR, **request: Any) -> Plan:
-    """A plan from made-up sensitivities, which costs no pass of the model."""
-    opened = open_checkpoint(checkpoint)
-    architecture = describe(opened, request.get("keep", ()))
-    names = [matrix.name for matrix in architecture.matrices]
-    coefficients = {name: Coefficients(0.01 + 0.001 * i, 0.1, 0.001, 0.01) for i, name in enumerate(names)}
-    measured = Sensitivity(opened.fingerprint, "fisher", {"kind": "self"}, 3.0, 100, coefficients)
-    return make_plan("model", architecture, measured, Request(codecs=tuple(codecs), **request))
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return models.tiny_llama(tmp_path / "llama", tokenizer=False)
 
 
 # ---------------------------------------------------------------------------------------------------- sizes and bytes
@@ -85,8 +57,8 @@ def test_written_bytes_are_the_predicted_ones(builder: Any, budget: dict[str, An
 def test_the_same_command_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
     for out in ("one", "two"):
         waterfill.pack(llama, tmp_path / out, size="90kB", seed=3, **QUICK)
-    one = contents(tmp_path / "one")
-    assert one == contents(tmp_path / "two")
+    one = directory_bytes(tmp_path / "one")
+    assert one == directory_bytes(tmp_path / "two")
     assert {"config.json", "model.safetensors", "waterfill.json", "waterfill-plan.json"} < set(one)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -96,8 +68,8 @@ def test_a_saved_plan_gives_the_bytes_of_packing_at_once(llama: Path, tmp_path: 
     waterfill.plan(llama, bits=4, save=tmp_path / "plan.json", **QUICK)
     carried_out = waterfill.pack(llama, tmp_path / "by-plan", plan=tmp_path / "plan.json")
     assert carried_out == at_once == Plan.load(tmp_path / "by-plan" / "waterfill-plan.json")
-    expected = contents(tmp_path / "at-once")
-    found = contents(tmp_path / "by-plan")
+    expected = directory_bytes(tmp_path / "at-once")
+    found = directory_bytes(tmp_path / "by-plan")
     assert found["model.safetensors"] == expected["model.safetensors"]
     saved = (tmp_path / "plan.sensitivity.json").read_bytes()
     assert expected["waterfill-sensitivity.json"] == saved
@@ -112,9 +84,9 @@ def test_blocks_of_any_size_give_the_same_bytes(codec: str, tmp_path: Path, monk
     for block_weights in (300, 5000, 1 << 21):
         monkeypatch.setattr(pack_module, "BLOCK_WEIGHTS", block_weights)
         waterfill.pack(checkpoint, tmp_path / str(block_weights), plan=plan)
-    whole = contents(tmp_path / str(1 << 21))
-    assert contents(tmp_path / "300") == whole
-    assert contents(tmp_path / "5000") == whole
+    whole = directory_bytes(tmp_path / str(1 << 21))
+    assert directory_bytes(tmp_path / "300") == whole
+    assert directory_bytes(tmp_path / "5000") == whole
 
 
 def test_stored_matrices_decode_to_the_noise_that_is_noted(llama: Path, tmp_path: Path) -> None:
@@ -211,7 +183,7 @@ def test_whatever_makes_a_directory_a_model_comes_along(tmp_path: Path) -> None:
     (checkpoint / "LICENSE").write_text("Apache-2.0")
     (checkpoint / "optimizer.pt").write_bytes(b"not this")
     waterfill.pack(checkpoint, tmp_path / "out", plan=plan_for(checkpoint, budget=Budget(bits=5)))
-    before, after = contents(checkpoint), contents(tmp_path / "out")
+    before, after = directory_bytes(checkpoint), directory_bytes(tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE"):
         assert after[name] == before[name]
     assert "optimizer.pt" not in after
@@ -266,7 +238,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(llama: Path, tmp_path: Path
     waterfill.pack(llama, out, plan=plan_file, progress=lambda what, done, total: seen.append(done))
     assert seen[0] > sum(tensor.weights for tensor in plan.tensors) // 4, "it did not begin again"
     waterfill.pack(llama, tmp_path / "undisturbed", plan=plan_file)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert directory_bytes(out) == directory_bytes(tmp_path / "undisturbed")
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -292,7 +264,7 @@ def test_a_run_may_be_interrupted_at_every_matrix(llama: Path, tmp_path: Path) -
         with suppress(KeyboardInterrupt):
             waterfill.pack(llama, out, plan=plan, progress=InterruptAt(2))
     assert runs == len(plan.tensors)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert directory_bytes(out) == directory_bytes(tmp_path / "undisturbed")
 
 
 def test_an_unfinished_run_of_another_plan_is_not_continued(llama: Path, tmp_path: Path) -> None:
@@ -303,67 +275,7 @@ def test_an_unfinished_run_of_another_plan_is_not_continued(llama: Path, tmp_pat
         waterfill.pack(llama, tmp_path / "out", plan=other)
     waterfill.pack(llama, tmp_path / "out", plan=other, overwrite=True)
     waterfill.pack(llama, tmp_path / "undisturbed", plan=other)
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
-
-
-def test_an_artifact_is_replaced_only_when_asked(llama: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    waterfill.pack(llama, out, plan=plan_for(llama, budget=Budget(bits=5)))
-    before = contents(out)
-    smaller = plan_for(llama, budget=Budget(bits=3))
-    with pytest.raises(ArtifactError, match="out exists; choose another name, or give --overwrite"):
-        waterfill.pack(llama, out, plan=smaller)
-    assert contents(out) == before
-    waterfill.pack(llama, out, plan=smaller, overwrite=True)
-    assert weight_bytes(out) == smaller.size_bytes < len(before["model.safetensors"])
-
-
-# --------------------------------------------------------------------------------------------------------- refusals
-
-
-def poison(checkpoint: Path, name: str, value: float) -> None:
-    """Change one weight where the fingerprint takes no sample."""
-    weights = load_file(checkpoint / "model.safetensors")
-    weights[name].view(-1)[3000] = value
-    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("planned", [True, False])
-def test_a_weight_that_is_no_number_is_refused_by_name(
-    value: float, planned: bool, llama: Path, tmp_path: Path
-) -> None:
-    name = "model.layers.1.mlp.down_proj.weight"
-    plan = plan_for(llama, budget=Budget(bits=5))
-    poison(llama, name, value)
-    options: Any = {"plan": plan} if planned else {"bits": 5, **QUICK}
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor '{name}' holds 1 NaN or Inf"):
-        waterfill.pack(llama, tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_plan_is_for_its_own_weights_only(llama: Path, tmp_path: Path) -> None:
-    plan = plan_for(llama, budget=Budget(bits=5))
-    other = models.tiny_llama(tmp_path / "other", seed=1)
-    with pytest.raises(WaterfillError, match=r"made for other weights .* make a new plan"):
-        waterfill.pack(other, tmp_path / "out", plan=plan)
-    (tmp_path / "sensitivity.json").write_text(waterfill.sensitivity(other, sequences=2, length=8).to_json())
-    with pytest.raises(WaterfillError, match="sensitivities are of other weights"):
-        waterfill.plan(llama, bits=5, sensitivity=tmp_path / "sensitivity.json")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_plan_goes_with_no_options_of_its_own(llama: Path, tmp_path: Path) -> None:
-    plan = plan_for(llama, budget=Budget(bits=5))
-    for options in ({"size": "1MB"}, {"bits": 0.0}, {"keep": ["*"]}, {"seed": 0}):
-        with pytest.raises(WaterfillError, match="either a plan or the options for one"):
-            waterfill.pack(llama, tmp_path / "out", plan=plan, **options)
-
-
-def test_a_packed_model_is_not_packed_again(llama: Path, tmp_path: Path) -> None:
-    waterfill.pack(llama, tmp_path / "out", plan=plan_for(llama, budget=Budget(bits=5)))
-    with pytest.raises(CheckpointError, match="already packed by waterfill"):
-        waterfill.pack(tmp_path / "out", tmp_path / "again", bits=3)
+    assert directory_bytes(tmp_path / "out") == directory_bytes(tmp_path / "undisturbed")
 
 
 # ----------------------------------------------------------------------------------------------------------- memory

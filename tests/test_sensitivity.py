@@ -1,8 +1,7 @@
-"""Probes, and the two estimators against the exact Fisher information of models small enough to have it."""
+"""The two estimators against the exact Fisher information of models small enough to have it."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from models import tiny_gpt2, tiny_llama, tiny_mixtral
 from waterfill import estimators
@@ -20,8 +19,8 @@ from waterfill.errors import WaterfillError
 from waterfill.estimators import PERTURB_LEVELS, fisher_pass, group_power, matrix_view, perturb_pass
 from waterfill.hadamard import groups
 from waterfill.loss import Coefficients
-from waterfill.probe import Probe, max_positions, probe_tokens
-from waterfill.sensitivity import Sensitivity, measure
+from waterfill.probe import Probe, probe_tokens
+from waterfill.sensitivity import measure
 
 SMALL = {"hidden": 32, "layers": 1, "heads": 4, "vocab": 32, "dtype": torch.float32}
 FAMILIES: dict[str, Callable[[Path], Path]] = {
@@ -326,179 +325,22 @@ def test_progress_and_arguments(llama: Path) -> None:
         measure(model, matrices, tokens, method="gradient")  # type: ignore[arg-type]
 
 
-# -- the file ---------------------------------------------------------------------------------------------------------
+# -- what cannot be measured ------------------------------------------------------------------------------------------
 
 
-def example() -> Sensitivity:
-    tensors = {"a.b": Coefficients(0.1, 2.0, 1e-3, 0.25), "a.c.3": Coefficients(-1e-30, 0.0, 0.0, 0.0)}
-    probe = {"kind": "text", "sequences": 4, "length": 8, "seed": 0, "text": "héld-out.txt"}
-    return Sensitivity("0123", "fisher", probe, 3.7, 28, tensors)
-
-
-def test_json_round_trip(tmp_path: Path) -> None:
-    file = tmp_path / "sensitivity.json"
-    file.write_text(example().to_json(), "utf-8")
-    assert Sensitivity.load(file) == example()
-    assert Sensitivity.load(file).to_json() == example().to_json()
-    assert json.loads(example().to_json())["version"] == 1
-
-
-def changed(**values: Any) -> str:
-    return json.dumps(json.loads(example().to_json()) | values)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("", "Expecting value"),
-        ("[]", ""),
-        ("3", ""),
-        ("null", ""),
-        ("{}", "version"),
-        ("[" * 100_000, "recursion"),
-        ("\udcff", "utf-8"),
-        (changed(version=2), "unknown version"),
-        (changed(version="1"), "unknown version"),
-        (changed(more=1), "more"),
-        (changed(tensors=3), ""),
-        (changed(tensors={"a": 3}), ""),
-        (changed(tensors={"a": {"alpha": 1}}), "beta"),
-        (changed(tensors={"a": {"alpha": 1, "beta": 1, "gamma": 1}}), "gamma"),
-        (changed(tensors={"a": {"alpha": "1", "beta": 1}}), "real number"),
-        (changed(tensors={"a": {"alpha": None, "beta": 1}}), "real number"),
-        (changed(tensors={"a": {"alpha": math.nan, "beta": 1}}), "not finite"),
-        (changed(nll=math.inf), "not finite"),
-        (changed(nll="3"), "real number"),
-    ],
-)
-def test_bad_files_are_refused(content: str, reason: str, tmp_path: Path) -> None:
-    file = tmp_path / "sensitivity.json"
-    file.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(WaterfillError, match=f"sensitivity.json is not a sensitivity file of this version.*{reason}"):
-        Sensitivity.load(file)
-
-
-def test_absent_files_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(WaterfillError, match="write one with `waterfill plan --save`"):
-            Sensitivity.load(path)
-
-
-# -- probes -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"sequences": 1}, "1 sequences of 512 tokens cannot give a standard error"),
-        ({"length": 1}, "32 sequences of 1 tokens cannot give a standard error"),
-        ({"sequences": -3}, "use at least 2 sequences of 2 tokens"),
-        ({"kind": "text"}, "probe 'text' and no text file do not go together"),
-        ({"kind": "self", "text": Path("a.txt")}, "probe 'self' and the text file a.txt do not go together"),
-        ({"kind": "wikitext"}, "probe 'wikitext' is unknown; use self, random, text"),
-    ],
-)
-def test_impossible_probes(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(WaterfillError, match=message):
-        Probe(**options)
-
-
-def test_self_probe_is_ancestral_sampling_from_the_first_token(llama: Path) -> None:
-    """Token by token without a cache, the same draws give the same text."""
-    model, _ = load(llama)
-    probe = Probe(sequences=3, length=12, seed=5)
-    seen: list[tuple[int, int]] = []
-    tokens = probe_tokens(model, None, probe, lambda done, total: seen.append((done, total)))
-    assert seen == [(position, 11) for position in range(1, 12)]
-    assert tokens.dtype == torch.int64
-    generator = torch.Generator().manual_seed(5)
-    expected = torch.full((3, 1), model.config.bos_token_id)
+def test_logits_that_are_not_finite_are_refused(llama: Path) -> None:
+    model, matrices = load(llama)
     with torch.no_grad():
-        for _ in range(11):
-            probabilities = model(input_ids=expected).logits[:, -1].double().softmax(-1)
-            draws = torch.rand(3, 1, generator=generator, dtype=torch.float64)
-            token = (probabilities.cumsum(-1) < draws).sum(-1, keepdim=True)
-            expected = torch.cat([expected, token], dim=1)
-    assert torch.equal(tokens, expected)
+        model.model.norm.weight[0] = torch.inf
+    with pytest.raises(WaterfillError, match="the model gives NaN or infinite logits on the probe"):
+        measure(model, matrices, random_tokens(256, 2, 6))
+    with pytest.raises(WaterfillError, match="the model's loss on the probe comes out as nan"):
+        measure(model, matrices[:1], random_tokens(256, 2, 6), method="perturb")
 
 
-def test_self_probe_has_the_models_distribution(llama: Path) -> None:
-    model, _ = load(llama)
-    count = 20_000
-    tokens = probe_tokens(model, None, Probe(sequences=count, length=2))
-    with torch.no_grad():
-        expected = model(input_ids=tokens[:1, :1]).logits[0, -1].softmax(-1) * count
-    observed = torch.bincount(tokens[:, 1], minlength=len(expected))
-    common = expected > 5
-    chi2 = ((observed - expected).square() / expected)[common].sum()
-    freedom = int(common.sum())
-    assert freedom > 50
-    assert abs(float(chi2) - freedom) < 5 * math.sqrt(2 * freedom)
-
-
-def test_self_probe_of_a_trained_model(ref_llama: Path) -> None:
-    model, _ = load(ref_llama)
-    tokens = probe_tokens(model, None, Probe(sequences=4, length=32))
-    assert tokens.shape == (4, 32)
-    assert tokens[:, 0].eq(model.config.bos_token_id).all()
-    assert 0 <= int(tokens.min()) <= int(tokens.max()) < 8192
-    assert torch.equal(probe_tokens(model, None, Probe(sequences=4, length=32)), tokens)
-    assert not torch.equal(probe_tokens(model, None, Probe(sequences=4, length=32, seed=1)), tokens)
-    model.requires_grad_(True)
-    with torch.no_grad():
-        nll = float(model(input_ids=tokens, labels=tokens).loss)
-    assert 1 < nll < 7  # nats: text that the model finds likely; uniform tokens cost more than 9
-
-
-def test_self_probe_without_a_first_token(llama: Path) -> None:
-    model, _ = load(llama)
-    model.config.bos_token_id, model.config.eos_token_id = None, [7, 9]
-    assert probe_tokens(model, None, Probe(sequences=3, length=3))[:, 0].eq(7).all()
-    model.config.eos_token_id = None
-    first = probe_tokens(model, None, Probe(sequences=50, length=2))[:, 0]
-    assert len(first.unique()) > 10
-    assert torch.equal(probe_tokens(model, None, Probe(sequences=50, length=2))[:, 0], first)
-
-
-@pytest.mark.parametrize("kind", ["self", "random"])
-def test_probes_end_where_the_models_positions_do(kind: Any, llama: Path) -> None:
-    model, _ = load(llama)
-    assert max_positions(model.config) == 128
-    assert probe_tokens(model, None, Probe(kind=kind, sequences=2, length=400)).shape == (2, 128)
-
-
-def test_random_probe(llama: Path) -> None:
-    model, _ = load(llama)
-    probe = Probe(kind="random", sequences=40, length=100, seed=2)
-    tokens = probe_tokens(model, None, probe)
-    assert tokens.shape == (40, 100)
-    counts = torch.bincount(tokens.flatten(), minlength=256).double()
-    assert len(counts) == 256
-    chi2 = float((counts - 4000 / 256).square().sum() / (4000 / 256))
-    assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255)
-    assert torch.equal(probe_tokens(model, None, probe), tokens)
-    assert not torch.equal(probe_tokens(model, None, Probe(kind="random", sequences=40, length=100)), tokens)
-
-
-def test_text_probe_is_spread_over_the_text(ref_llama: Path, tmp_path: Path) -> None:
-    model, tokenizer = load(ref_llama)[0], AutoTokenizer.from_pretrained(ref_llama)
-    text = "\n".join(f"def function_{i}(x): return x + {i * i}  # é" for i in range(400))
-    file = tmp_path / "some.txt"
-    file.write_text(text, "utf-8")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    available = len(ids) // 50
-    tokens = probe_tokens(model, tokenizer, Probe(kind="text", text=file, sequences=5, length=50))
-    places = [round(i * (available - 1) / 4) for i in range(5)]
-    assert torch.equal(tokens, torch.stack([ids[50 * place : 50 * place + 50] for place in places]))
-    everything = probe_tokens(model, tokenizer, Probe(kind="text", text=file, sequences=available, length=50))
-    assert torch.equal(everything.flatten(), ids[: 50 * available])
-    with pytest.raises(WaterfillError, match=rf"some.txt holds {available} windows of 50 tokens, the probe needs 9999"):
-        probe_tokens(model, tokenizer, Probe(kind="text", text=file, sequences=9999, length=50))
-
-
-def test_text_that_cannot_be_read(ref_llama: Path, tmp_path: Path) -> None:
-    model = load(ref_llama)[0]
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for name in ("latin.txt", "absent.txt"):
-        with pytest.raises(WaterfillError, match=f"cannot read .*{name} as UTF-8 text"):
-            probe_tokens(model, None, Probe(kind="text", text=tmp_path / name))
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_gradients_that_are_not_finite_are_refused_by_name(factor: float, llama: Path) -> None:
+    model, matrices = load(llama)
+    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda gradient: gradient * factor)
+    with pytest.raises(WaterfillError, match=r"alpha of model\.layers\.1\.mlp\.up_proj comes out as (nan|inf)"):
+        measure(model, matrices, random_tokens(256, 2, 6))

@@ -8,25 +8,30 @@ The main path, in call order:
     waterfill.generate(model, tokenizer, "Once upon")     # runtime/generate.py
     waterfill.evaluate("out", "org/model", "text.txt")    # evaluate/: prediction beside measurement
 
-Importing waterfill also teaches transformers to load artifacts with `AutoModelForCausalLM.from_pretrained("out")`.
+Importing waterfill also teaches transformers to load artifacts with `AutoModelForCausalLM.from_pretrained("out")`. It
+imports neither torch nor transformers: the verbs do when they are used, and the plug-in joins transformers when that is
+imported, before or after.
 """
 
-from waterfill import hf
-from waterfill.api import (
-    Evaluation,
-    Inspection,
-    evaluate,
-    inspect,
-    load,
-    pack,
-    plan,
-    sensitivity,
-)
-from waterfill.errors import ArtifactError, BudgetError, CheckpointError, WaterfillError
-from waterfill.plan import Plan
-from waterfill.runtime.generate import generate
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-hf.register()
+from waterfill._lazy import after_import, export_lazily
+from waterfill.errors import ArtifactError, BudgetError, CheckpointError, WaterfillError
+
+if TYPE_CHECKING:
+    from waterfill.api import (
+        Evaluation,
+        Inspection,
+        evaluate,
+        inspect,
+        load,
+        pack,
+        plan,
+        sensitivity,
+    )
+    from waterfill.plan import Plan
+    from waterfill.runtime.generate import generate
 
 __version__ = "0.1.0"
 
@@ -47,3 +52,11 @@ __all__ = [
     "plan",
     "sensitivity",
 ]
+
+_API = ("Evaluation", "Inspection", "evaluate", "inspect", "load", "pack", "plan", "sensitivity")
+
+export_lazily(
+    __name__,
+    {**dict.fromkeys(_API, "waterfill.api"), "Plan": "waterfill.plan", "generate": "waterfill.runtime.generate"},
+)
+after_import("transformers.quantizers", lambda: import_module("waterfill.hf"))

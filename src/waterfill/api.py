@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from waterfill.architecture import Architecture, describe
-from waterfill.artifact import RAW, open_artifact
+from waterfill.artifact import RAW, check_target, open_artifact
 from waterfill.budget import Budget, parse_size
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, open_checkpoint
 from waterfill.errors import ArtifactError, WaterfillError
@@ -110,9 +110,9 @@ def pack(
     An interrupted run is continued by calling again. Returns the plan that was carried out.
 
     Raises:
-        WaterfillError: as for `plan`; `out` exists; a weight is NaN or infinite.
+        WaterfillError: as for `plan`; `out` is not empty, or with `overwrite` no artifact; a weight is NaN or infinite.
     """
-    _check_target(Path(out), overwrite)  # before minutes of downloading and measuring
+    check_target(Path(out), overwrite)  # before minutes of downloading and measuring
     if plan is not None and any(value is not None for name, value in options.items() if name != "revision"):
         raise WaterfillError("a plan has its budget and its choices in it; give either a plan or the options for one")
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
@@ -156,12 +156,16 @@ def load(artifact: str | Path, *, dtype: torch.dtype | None = None, verify: bool
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer in the directory of a checkpoint or artifact; WaterfillError if there is none."""
+    absent = WaterfillError(
+        f"{path} has no tokenizer that transformers can load; put the files of the model's tokenizer there"
+    )
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise WaterfillError(
-            f"{path} has no tokenizer that transformers can load; put the files of the model's tokenizer there"
-        ) from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # each tokenizer class fails in its own way on files that are absent or damaged
+        raise absent from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise absent  # without files some classes make a tokenizer that knows no text
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -202,9 +206,9 @@ def evaluate(
     path = Path(artifact)
     stored = open_artifact(path, verify=True)
     checkpoint = open_checkpoint(against, revision=revision)
+    ids = _common_ids(checkpoint.path, path, Path(text))  # before minutes of loading
     reference = _load_checkpoint(checkpoint)
     packed = load(path, dtype=reference.dtype, verify=False)
-    ids = token_ids(load_tokenizer(checkpoint.path), Path(text))
     context = context or default_context(reference)
     if max_windows is not None:
         ids = text_windows(ids, context)[:max_windows].flatten()
@@ -233,6 +237,21 @@ def evaluate(
     )
 
 
+def _common_ids(checkpoint: Path, artifact: Path, text: Path) -> torch.Tensor:
+    """Token ids of a text, on which the tokenizers of a model and of its artifact have to agree."""
+    ids = token_ids(load_tokenizer(checkpoint), text)
+    try:
+        tokenizer = load_tokenizer(artifact)
+    except WaterfillError:
+        return ids  # the model may have got its tokenizer after it was packed
+    if not torch.equal(ids, token_ids(tokenizer, text)):
+        raise WaterfillError(
+            f"{artifact} and {checkpoint} have tokenizers that cut {text} into different tokens; "
+            "give the model that the artifact was packed from"
+        )
+    return ids
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What is in an artifact: the plan it was packed by, and what was measured while packing."""
@@ -256,11 +275,6 @@ def read_plan(artifact: Path) -> Plan:
     if not (artifact / PLAN_FILE).exists():
         raise ArtifactError(f"{artifact} has no {PLAN_FILE}; give a directory that `waterfill pack` wrote")
     return Plan.load(artifact / PLAN_FILE)
-
-
-def _check_target(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise ArtifactError(f"{out} exists; choose another name, or give --overwrite to replace it")
 
 
 def _plan(
@@ -300,8 +314,8 @@ def _measure(
     def step(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
+    tokenizer = load_tokenizer(checkpoint.path) if text else None  # before minutes of loading
     model = _load_checkpoint(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.path) if text else None
     tokens = probe_tokens(model, tokenizer, probe, step("sampling a probe"))
     return measure(
         model,

@@ -25,10 +25,19 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from waterfill.errors import CheckpointError
+from waterfill.errors import CheckpointError, first_line
 
 WEIGHT_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that a weight may have, by their safetensors names."""
+
+KEPT_DTYPES: Mapping[str, torch.dtype] = {
+    **WEIGHT_DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Those that a buffer may have: tables, counters and flags among them. All can be stored in an artifact."""
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -159,11 +168,6 @@ def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
             f"{file}: tensor {name!r} holds {count} NaN or Inf among the {tensor.numel()} weights read: expected "
             "finite weights; the checkpoint is damaged or diverged in training."
         )
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says, short enough to be quoted in a sentence."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 Results go to standard output: a table, or with `--json` one object (docs/cli.md). Progress, logs and errors go to
 standard error. An error is one sentence (with `--json`, an object), and exit code 2.
+
+Help and usage errors are quick: what imports torch or transformers, which take seconds, is imported by the commands.
 """
 
 from __future__ import annotations
@@ -14,19 +16,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import transformers
-from huggingface_hub.utils.tqdm import enable_progress_bars
 from rich.console import Console
 
 import waterfill
 from waterfill import show
-from waterfill.api import load_tokenizer
-from waterfill.checkpoint import first_line
-from waterfill.errors import WaterfillError
-from waterfill.runtime.generate import Sampling
+from waterfill.errors import WaterfillError, first_line
+
+if TYPE_CHECKING:
+    from waterfill.runtime.generate import Sampling
 
 PIPED_WIDTH = 200  # of tables that no terminal limits
 
@@ -42,6 +42,10 @@ Decorator = Callable[[Any], Any]
 
 class _Command(click.Command):
     """Lists the options of its help by section."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _quiet_transformers()  # not earlier: this imports it
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         section_of = {name: section for section, names in _SECTIONS.items() for name in names}
@@ -248,7 +252,7 @@ def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options:
 @_json
 def generate(artifact: Path, prompt: str, as_json: bool, **sampling: Any) -> None:
     """Continue a prompt, streaming the text."""
-    chosen = Sampling(**_given(sampling))
+    chosen = _sampling(sampling)
     model, tokenizer = _load(artifact)
     stream = waterfill.generate(model, tokenizer, prompt, chosen)
     if as_json:
@@ -264,7 +268,7 @@ def generate(artifact: Path, prompt: str, as_json: bool, **sampling: Any) -> Non
 @_json
 def chat(artifact: Path, system: str | None, as_json: bool, **sampling: Any) -> None:
     """Talk to ARTIFACT. An empty line or Ctrl-D ends the conversation, Ctrl-C an answer."""
-    chosen = Sampling(**{"max_new_tokens": 512, **_given(sampling)})
+    chosen = _sampling({"max_new_tokens": 512, **_given(sampling)})
     model, tokenizer = _load(artifact)
     messages = [{"role": "system", "content": system}] if system else []
     while said := _ask():
@@ -289,7 +293,15 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
 
 
+def _sampling(options: dict[str, Any]) -> Sampling:
+    from waterfill.runtime.generate import Sampling
+
+    return Sampling(**_given(options))
+
+
 def _load(artifact: Path) -> tuple[Any, Any]:
+    from waterfill.api import load_tokenizer
+
     return waterfill.load(artifact), load_tokenizer(artifact)
 
 
@@ -299,6 +311,8 @@ def _ask() -> str:
         return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise WaterfillError(f"standard input is not UTF-8 text ({error}); write it in UTF-8") from error
 
 
 def _stream(stream: Any, pieces: list[str] | None = None, *, after: str = "") -> None:
@@ -332,6 +346,9 @@ def _print_json(record: Mapping[str, Any]) -> None:
 
 def _quiet_transformers() -> None:
     """Its errors come as exceptions; its bars and warnings speak of other things than the user's command."""
+    import transformers
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     enable_progress_bars()  # the line above silences downloads too
@@ -350,7 +367,6 @@ def main() -> None:
     log = logging.getLogger("waterfill")
     log.handlers = [_Log()]
     log.setLevel(logging.INFO)
-    _quiet_transformers()
     try:
         commands.main(prog_name="waterfill", standalone_mode=False)
     except WaterfillError as error:

@@ -22,3 +22,8 @@ class BudgetError(WaterfillError):
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
         self.largest_bytes = largest_bytes
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough to be quoted in a sentence."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

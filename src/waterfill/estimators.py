@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from waterfill.architecture import Matrix
+from waterfill.errors import WaterfillError
 from waterfill.hadamard import groups
 
 PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
@@ -54,6 +55,7 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
     try:
         logits = model(input_ids=part, use_cache=False).logits[:, :-1].flatten(0, 1).to(torch.float32)
         log_p = logits.log_softmax(-1)
+        check_probabilities(log_p.detach())
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, labels).sum().backward()
         nll = -float(log_p.detach().gather(1, part[:, 1:].reshape(-1, 1)).mean())
@@ -64,6 +66,15 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
         alpha.setdefault(matrix.name, 0.0)
         beta.setdefault(matrix.name, 0.0)
     return Sample(alpha, beta, nll)
+
+
+def check_probabilities(p: torch.Tensor) -> None:
+    """Raise WaterfillError when probabilities, or their logarithms, are NaN, as NaN or infinite logits make them."""
+    if bool(p.sum().isnan()):  # the sum needs no temporary
+        raise WaterfillError(
+            "the model gives NaN or infinite logits on the probe, which say nothing about its sensitivities; "
+            "check its weights, and measure it in float32 or bfloat16 rather than float16"
+        )
 
 
 @torch.inference_mode()

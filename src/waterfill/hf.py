@@ -3,6 +3,9 @@
 transformers builds the model on the meta device, hands it over to have its modules replaced (`install`), and fills the
 replaced modules' buffers like any others. Each shard says what it holds, so nothing but the files that transformers
 itself resolves is needed.
+
+Importing this module registers the plug-in. `import waterfill` has that done at the end of the import of
+`transformers.quantizers`, so nothing here may need more of transformers than is there by then.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from waterfill.artifact import FORMAT_VERSION, read_buffer, read_shard_metadata
 from waterfill.errors import ArtifactError
-from waterfill.runtime.install import install
 
 QUANT_METHOD = "waterfill"
 
@@ -51,6 +53,8 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
+        from waterfill.runtime.install import install  # needs more of transformers
+
         if not checkpoint_files:
             raise ArtifactError("a packed model is loaded from its files; a state dict alone does not describe it")
         with torch.device("cpu"):  # transformers calls this with the meta device in force
@@ -62,6 +66,9 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
             install(model, [tensor for shard in shards for tensor in shard.tensors])
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        from waterfill.runtime.install import arrange
+
+        arrange(model)
         model.config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
 
     def is_serializable(self) -> bool:
@@ -78,3 +85,6 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(WaterfillConfig)
         register_quantizer(QUANT_METHOD)(WaterfillQuantizer)
+
+
+register()

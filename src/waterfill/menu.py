@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from waterfill.allocate import Choice
 from waterfill.architecture import Architecture, Matrix
 from waterfill.artifact import RAW
-from waterfill.checkpoint import WEIGHT_DTYPES
+from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.codecs import MenuPoint, get_codec
 from waterfill.errors import WaterfillError
 from waterfill.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
@@ -122,6 +122,6 @@ def _point(codec: str, matrix: Matrix) -> MenuPoint:
 def kept_plans(architecture: Architecture) -> tuple[KeptPlan, ...]:
     """The tensors that stay as they are."""
     return tuple(
-        KeptPlan(kept.name, kept.shape, kept.dtype, WEIGHT_DTYPES[kept.dtype].itemsize * math.prod(kept.shape))
+        KeptPlan(kept.name, kept.shape, kept.dtype, KEPT_DTYPES[kept.dtype].itemsize * math.prod(kept.shape))
         for kept in architecture.kept
     )

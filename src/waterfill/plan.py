@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from waterfill.artifact import RAW, Buffer, TensorSpec
+from waterfill.checkpoint import WEIGHT_DTYPES
 from waterfill.codecs import get_codec
 from waterfill.errors import WaterfillError
 
@@ -103,6 +104,12 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     kept: tuple[KeptPlan, ...]
     optimal: str  # how good the allocation is, in one sentence
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes of the same tensors in the checkpoint."""
+        matrices = sum(tensor.weights * WEIGHT_DTYPES[tensor.dtype].itemsize for tensor in self.tensors)
+        return matrices + sum(kept.size_bytes for kept in self.kept)
 
     def specs(self) -> list[TensorSpec]:
         """Every stored tensor, in execution order."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from waterfill.errors import WaterfillError
+from waterfill.estimators import check_probabilities
 
 Progress = Callable[[int, int], None]
 Kind = Literal["self", "random", "text"]
@@ -80,6 +81,7 @@ def _sample(
         output = model(input_ids=tokens[:, position - 1 : position], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         cumulative = output.logits[:, -1].to(torch.float64).softmax(-1).cumsum(-1)
+        check_probabilities(cumulative[:, -1])
         draw = torch.rand(sequences, 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
         tokens[:, position] = torch.searchsorted(cumulative, draw).clamp_max(vocabulary - 1)[:, 0]
         if progress:

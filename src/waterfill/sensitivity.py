@@ -96,7 +96,8 @@ def measure(
         progress: called with (passes done, passes in all).
 
     Raises:
-        WaterfillError: no matrix, too few sequences for a standard error, or an unknown method.
+        WaterfillError: no matrix, too few sequences for a standard error, an unknown method, or a model whose logits
+            or gradients are not finite.
     """
     if method not in PASSES:
         raise WaterfillError(f"the sensitivity method {method!r} is unknown; use {' or '.join(PASSES)}")
@@ -111,6 +112,7 @@ def measure(
             samples.append(
                 PASSES[method](model, matrices, part, torch.Generator().manual_seed(seed * 1_000_003 + done))
             )
+            _check_finite(samples[-1])
             if progress:
                 progress(done + 1, len(passes))
     weights = torch.tensor([part.shape[0] for part in passes], dtype=torch.float64)
@@ -122,6 +124,18 @@ def measure(
         tensors[name] = Coefficients(alpha, beta, alpha_stderr, beta_stderr)
     positions = tokens.shape[0] * (tokens.shape[1] - 1)
     return Sensitivity(fingerprint, method, dict(probe or {}), nll, positions, tensors)
+
+
+def _check_finite(sample: Sample) -> None:
+    figures = {"the model's loss on the probe": sample.nll}
+    for key, values in (("alpha", sample.alpha), ("beta", sample.beta)):
+        figures |= {f"{key} of {name}": value for name, value in values.items()}
+    for what, value in figures.items():
+        if not math.isfinite(value):
+            raise WaterfillError(
+                f"{what} comes out as {value}, not as a finite number; "
+                "check the model's weights, and measure it in float32 or bfloat16 rather than float16"
+            )
 
 
 def _mean_and_stderr(values: Sequence[float], weights: torch.Tensor) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -23,11 +23,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from waterfill.api import Evaluation, Inspection
 from waterfill.budget import format_size
-from waterfill.checkpoint import WEIGHT_DTYPES
-from waterfill.plan import Plan, Prediction, TensorPlan
-from waterfill.runtime.generate import GenerationStats
+
+if TYPE_CHECKING:  # they import torch, which the command line does without until a command runs
+    from waterfill.api import Evaluation, Inspection
+    from waterfill.plan import Plan, Prediction, TensorPlan
+    from waterfill.runtime.generate import GenerationStats
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
 NOTABLE_SHARE = 0.01  # of the artifact, that a kept tensor must have to be named
@@ -111,15 +112,14 @@ def duration(elapsed_s: float) -> str:
 def _summary(plan: Plan) -> Table:
     """The totals, and what they are predicted to cost."""
     kept_bytes = sum(kept.size_bytes for kept in plan.kept)
-    original_bytes = kept_bytes + sum(t.weights * WEIGHT_DTYPES[t.dtype].itemsize for t in plan.tensors)
     budget = ", ".join(f"--{name.removesuffix('_bytes').replace('_', '-')} {v:,}" for name, v in plan.budget.items())
     lines: dict[str, str | Text] = {
-        "model": f"{plan.model}, {format_size(original_bytes)}",
+        "model": f"{plan.model}, {format_size(plan.original_bytes)}",
         "budget": f"{budget}, gain {plan.gain}",
         "matrices": f"{len(plan.tensors)} at {plan.bits:.4g} bits per weight, scales included",
         "kept": f"{len(plan.kept)} other tensors, {format_size(kept_bytes)}{_largest_kept(plan)}",
         "weight files": f"{plan.size_bytes:,} bytes ({format_size(plan.size_bytes)}), "
-        f"{original_bytes / plan.size_bytes:.1f} times smaller",
+        f"{plan.original_bytes / plan.size_bytes:.1f} times smaller",
         "predicted": _prediction(plan.predicted, plan.probe),
         "allocation": plan.optimal,
     }

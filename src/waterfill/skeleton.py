@@ -27,8 +27,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from waterfill.checkpoint import CONFIG, WEIGHT_DTYPES, Checkpoint, TensorInfo, first_line
-from waterfill.errors import CheckpointError
+from waterfill.checkpoint import CONFIG, KEPT_DTYPES, WEIGHT_DTYPES, Checkpoint, TensorInfo
+from waterfill.errors import CheckpointError, first_line
 
 Groups = tuple[tuple[str, ...], ...]
 """Checkpoint tensors that make up one parameter: those of a group follow each other along the first axis; several
@@ -190,14 +190,15 @@ def _blocks(tensor: TensorInfo) -> Iterator[slice]:
 
 
 def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, groups: Groups) -> Stored:
-    """`groups` as the place of `tensor`, if they have its shape and one dtype, for a parameter one of WEIGHT_DTYPES."""
+    """`groups` as the place of `tensor`, if they have its shape and one dtype that a parameter, or buffer, may have."""
+    permitted = WEIGHT_DTYPES if isinstance(tensor, nn.Parameter) else KEPT_DTYPES
     infos = [[checkpoint.tensors[source] for source in group] for group in groups]
     first = infos[0][0]
     for info in chain.from_iterable(infos):
-        if isinstance(tensor, nn.Parameter) and info.dtype not in WEIGHT_DTYPES:
+        if info.dtype not in permitted:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name!r} has dtype {info.dtype}: expected one of "
-                f"{', '.join(WEIGHT_DTYPES)}; convert the checkpoint first."
+                f"{', '.join(permitted)}; convert the checkpoint first."
             )
         if info.dtype != first.dtype:
             raise CheckpointError(

@@ -18,7 +18,7 @@ from waterfill.artifact.format import FORMAT_VERSION, RAW, Buffer, TensorSpec, d
 from waterfill.artifact.header import ShardMetadata, StoredBuffer, StoredTensor, read_shard_metadata
 from waterfill.artifact.layout import SHARD_BYTES, Layout, ShardLayout, lay_out
 from waterfill.artifact.reader import Artifact, open_artifact, read_buffer
-from waterfill.artifact.writer import ArtifactWriter
+from waterfill.artifact.writer import ArtifactWriter, check_target
 
 __all__ = [
     "FORMAT_VERSION",
@@ -33,6 +33,7 @@ __all__ = [
     "StoredBuffer",
     "StoredTensor",
     "TensorSpec",
+    "check_target",
     "digest",
     "is_file_name",
     "lay_out",

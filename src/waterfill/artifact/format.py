@@ -22,7 +22,9 @@ from waterfill.errors import ArtifactError
 FORMAT_VERSION = 1
 RAW = "raw"  # the codec of a tensor that is kept as it was
 
-ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"F32": 4, "F16": 2, "BF16": 2, "U8": 1})
+ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
+    {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+)
 MAX_DIMENSIONS = 8
 MAX_INTEGER = 2**63 - 1
 MAX_NUMBER_CHARACTERS = 32
@@ -45,7 +47,7 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Buffer:
-    """One safetensors entry: `dtype` is F32, F16, BF16 or U8, `shape` counts elements."""
+    """One safetensors entry: `dtype` is one of ELEMENT_BYTES, `shape` counts elements."""
 
     name: str
     dtype: str
@@ -118,6 +120,11 @@ def check_tensor(tensor: TensorSpec) -> None:
             raise FormatError(
                 f"buffer {quote(buffer.name)} of a packed tensor ends in {quote(key)}, which is not permitted"
             )
+        if tensor.codec != RAW and buffer.size_bytes % 2:
+            raise FormatError(
+                f"buffer {quote(buffer.name)} has {buffer.size_bytes} bytes, which is odd and would misalign the next "
+                "one"
+            )
     if tensor.codec == RAW:
         only = tensor.buffers[0]
         if len(tensor.buffers) != 1 or (only.name, only.dtype, only.shape) != (tensor.name, tensor.dtype, tensor.shape):
@@ -130,8 +137,6 @@ def _check_buffer(buffer: Buffer) -> None:
         raise FormatError(f"buffer {name} has dtype {quote(buffer.dtype)}, not one of {', '.join(ELEMENT_BYTES)}")
     if len(buffer.shape) > MAX_DIMENSIONS or min(buffer.shape, default=0) < 0:
         raise FormatError(f"buffer {name} has a shape with negative or more than {MAX_DIMENSIONS} dimensions")
-    if buffer.size_bytes % 2:
-        raise FormatError(f"buffer {name} has {buffer.size_bytes} bytes, which is odd and would misalign the next one")
 
 
 def is_file_name(name: str) -> bool:

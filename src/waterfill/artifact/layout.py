@@ -53,16 +53,15 @@ class Layout:
 def lay_out(tensors: Sequence[TensorSpec], *, shard_bytes: int = SHARD_BYTES) -> Layout:
     """Place tensors given in execution order; pure, and exact to the byte.
 
-    Raw tensors come first, wide elements before narrow ones; `shard_bytes` limits the buffers of one shard.
+    Raw tensors come first, wide elements before narrow ones; those of an odd number of bytes come last, where they
+    misalign nothing. `shard_bytes` limits the buffers of one shard.
 
     Raises:
         ArtifactError: if a spec breaks a rule of the format; the sentence names the tensor or buffer.
     """
-    raw = sorted((t for t in tensors if t.codec == RAW), key=lambda t: -ELEMENT_BYTES.get(t.dtype, 0))
-    packed = [t for t in tensors if t.codec != RAW]
     try:
         _check_all(tensors)
-        groups = _cut([*raw, *packed], shard_bytes)
+        groups = _cut(sorted(tensors, key=_place), shard_bytes)
         shards = tuple(
             ShardLayout(file, tuple(group), reserved_bytes(group))
             for file, group in zip(shard_names(len(groups)), groups, strict=True)
@@ -93,6 +92,13 @@ def _check_all(tensors: Sequence[TensorSpec]) -> None:
             seen.add(name)
     if not tensors:
         raise FormatError("there are none", "give at least one")
+
+
+def _place(tensor: TensorSpec) -> tuple[int, int]:
+    """What decides where in the order a tensor comes; tensors that agree in it keep the order they are given in."""
+    if tensor.codec != RAW:
+        return 1, 0
+    return (2, 0) if tensor.size_bytes % 2 else (0, -ELEMENT_BYTES[tensor.dtype])
 
 
 def _cut(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:

@@ -40,6 +40,22 @@ _log = logging.getLogger(__name__)
 Data: TypeAlias = bytes | bytearray | memoryview | torch.Tensor
 
 
+def check_target(out: Path, overwrite: bool) -> None:
+    """Refuse to put an artifact where it would cover something that is not to be overwritten.
+
+    Raises:
+        ArtifactError: `out` is neither absent nor an empty directory nor, with `overwrite`, an artifact.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise ArtifactError(f"{out} exists already; give another output, or allow overwriting (--overwrite)")
+    if not (out / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{out} is not a packed model ({MANIFEST} is missing) and is not overwritten; give another output"
+        )
+
+
 class ArtifactWriter:
     """Fills the artifact `out` buffer by buffer; use it in a `with` statement, from one thread.
 
@@ -68,7 +84,7 @@ class ArtifactWriter:
         self._replaced = self._work / "replaced"
         with refusing(self._work):
             if not self._replaced.exists():
-                self._check_target()
+                check_target(self._out, overwrite)
             self._work.mkdir(parents=True, exist_ok=True)
             self._ledger = Ledger(self._work / "ledger.jsonl")
             try:
@@ -91,24 +107,13 @@ class ArtifactWriter:
 
     # ------------------------------------------------------------------------------------------- starting, resuming
 
-    def _check_target(self) -> None:
-        """Refuse to put the artifact where it would cover something that is not to be overwritten."""
-        if not self._out.exists() or (self._out.is_dir() and not any(self._out.iterdir())):
-            return
-        if not self._overwrite:
-            raise ArtifactError(f"{self._out} exists already; give another output, or allow overwriting")
-        if not (self._out / MANIFEST).is_file():
-            raise ArtifactError(
-                f"{self._out} is not a packed model ({MANIFEST} is missing) and is not overwritten; give another output"
-            )
-
     def _prepare(self, identity: str) -> None:
         if self._replaced.exists():  # a run ended inside _swap: before its second rename, or after
             if self._out.exists():
                 shutil.rmtree(self._replaced)
             else:
                 self._replaced.rename(self._out)
-        self._check_target()
+        check_target(self._out, self._overwrite)
         self._claim({"identity": identity, "layout": digest(repr(self._layout).encode())})
         for shard in self._layout.shards:
             with (self._new / shard.file).open("ab") as file:
@@ -269,7 +274,7 @@ class ArtifactWriter:
 
     def _swap(self) -> None:
         """Two renames at most; whatever ends the process between them is undone by the next `_prepare`."""
-        self._check_target()
+        check_target(self._out, self._overwrite)
         if self._out.exists():
             self._out.rename(self._replaced)
         self._new.rename(self._out)

@@ -10,9 +10,10 @@ from waterfill.codecs.base import (
     get_codec,
     register_codec,
 )
-from waterfill.codecs.higgs import Higgs, higgs, scale_exponent
+from waterfill.codecs.higgs import Higgs, scale_exponent
+from waterfill.codecs.higgs import higgs as _higgs  # `codecs.higgs` stays the module
 
-register_codec("higgs", higgs)
+register_codec("higgs", _higgs)
 
 __all__ = [
     "BufferLayout",

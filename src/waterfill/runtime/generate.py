@@ -123,7 +123,8 @@ def generate(
     seed, torch's random state is the caller's own again afterwards; without, samples come from the state as it is.
 
     Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
-    WaterfillError for a sampling value outside its range, malformed messages, or a prompt that leaves no room.
+    WaterfillError for a sampling value outside its range, malformed messages, or a prompt that is not valid
+    UTF-8 or leaves no room.
     """
     sampling = replace(sampling or Sampling(), **overrides)
     ids = _prompt_ids(tokenizer, prompt)
@@ -221,17 +222,36 @@ def _room(model: Any, prompt_tokens: int) -> int:
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> Tensor:
     """Token ids, int64 [1, tokens], of a text or a conversation."""
     if isinstance(prompt, str):
+        _check_text(prompt)
         ids = tokenizer(prompt)["input_ids"]
-    elif not prompt or not all({"role", "content"} <= message.keys() for message in prompt):
-        raise WaterfillError("a conversation is one or more messages with 'role' and 'content'; give at least one")
-    elif tokenizer.chat_template is None:
-        lines = [f"{message['role'].capitalize()}: {message['content']}" for message in prompt]
-        ids = tokenizer("\n".join([*lines, "Assistant:"]))["input_ids"]
     else:
-        ids = _templated_ids(tokenizer, prompt)
+        ids = _conversation_ids(tokenizer, prompt)
     if not ids and tokenizer.bos_token_id is None:
         raise WaterfillError("the prompt is empty and the tokenizer has no token to begin with; give a prompt")
     return torch.tensor([ids or [tokenizer.bos_token_id]], dtype=torch.int64)
+
+
+def _check_text(text: str) -> None:
+    """Refuse surrogates, which Python makes of bytes in a terminal or pipe that are not UTF-8: tokenizers know none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise WaterfillError(
+            f"the prompt is not valid UTF-8: its character {error.start + 1} is {text[error.start]!r}; "
+            "write it in UTF-8"
+        ) from error
+
+
+def _conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    if not messages or not all({"role", "content"} <= message.keys() for message in messages):
+        raise WaterfillError("a conversation is one or more messages with 'role' and 'content'; give at least one")
+    for message in messages:
+        _check_text(str(message["content"]))
+    if tokenizer.chat_template is not None:
+        return _templated_ids(tokenizer, messages)
+    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+    ids: list[int] = tokenizer("\n".join([*lines, "Assistant:"]))["input_ids"]
+    return ids
 
 
 def _templated_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:

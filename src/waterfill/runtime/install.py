@@ -47,6 +47,13 @@ def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
         _tie(model, *tied)
 
 
+def arrange(model: Any) -> None:
+    """Bring the buffers of every packed module, loaded by now, into the layout that the kernels multiply from."""
+    for module in model.modules():
+        if isinstance(module, PackedMatrix):
+            module.arrange()
+
+
 def _convert(module: nn.Module) -> PackedMatrix:
     return pack_embedding(module) if isinstance(module, nn.Embedding) else pack_linear(module)
 

@@ -49,6 +49,7 @@ class PackedMatrix(nn.Module):
 
     scales: torch.Tensor  # float16 [out, groups]
     codes: torch.Tensor  # uint8 [bytes]
+    layout = kernels.STORED  # of the two buffers
     transposed = False  # whether the model's own parameter is [in, out]
 
     def attach(self, codec: Higgs, shape: tuple[int, int], exponent: int, dtype: torch.dtype) -> None:
@@ -65,7 +66,12 @@ class PackedMatrix(nn.Module):
 
     @property
     def packed(self) -> kernels.Packed:
-        return kernels.Packed(self.codec, self.scales, self.codes, self.exponent, self.shape)
+        return kernels.Packed(self.codec, self.scales, self.codes, self.exponent, self.shape, self.layout)
+
+    def arrange(self) -> None:
+        """Exchange the buffers, once they are loaded, for the ones that the kernels multiply from."""
+        arranged = kernels.arrange(self.packed)
+        self.scales, self.codes, self.layout = arranged.scales, arranged.codes, arranged.layout
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """`model.to(dtype)` changes the activations' dtype; stored scales are not activations and keep their bits."""

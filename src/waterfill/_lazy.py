@@ -1,0 +1,90 @@
+"""What keeps `import waterfill` light: torch and transformers take seconds, and are imported when something needs them.
+
+export_lazily   public names of a package, each imported from its own module when it is first used
+after_import    something to do as soon as another package has been imported
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+
+def export_lazily(package: str, homes: Mapping[str, str]) -> None:
+    """Give an imported package the names in `homes`, whose values are the modules that define them."""
+
+    class Package(ModuleType):
+        def __dir__(self) -> list[str]:
+            return sorted({*super().__dir__(), *homes})
+
+    for name, home in homes.items():
+        setattr(Package, name, _Export(name, home))
+    sys.modules[package].__class__ = Package
+
+
+class _Export:
+    """One name. A data descriptor wins over the attributes of the package, where PEP 562's `__getattr__` would lose:
+    importing the module `waterfill.plan` makes it the attribute `plan`, and the verb has to stay."""
+
+    def __init__(self, name: str, home: str) -> None:
+        self._name, self._home = name, home
+
+    def __get__(self, package: ModuleType | None, owner: type[ModuleType]) -> Any:
+        if package is None:
+            return self
+        values = vars(package)
+        if self._name not in values:
+            values[self._name] = getattr(import_module(self._home), self._name)
+        return values[self._name]
+
+    def __set__(self, package: ModuleType, value: Any) -> None:
+        if not isinstance(value, ModuleType):  # the import system, binding the module of the same name
+            vars(package)[self._name] = value
+
+    def __delete__(self, package: ModuleType) -> None:
+        vars(package).pop(self._name, None)
+
+
+def after_import(package: str, action: Callable[[], object]) -> None:
+    """Call `action` at the end of each import of `package`; at once if it is imported already."""
+    if package in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _Watcher(package, action))
+
+
+class _Watcher(MetaPathFinder):
+    """Finds one package where Python itself finds it, and has `action` called once it has been executed."""
+
+    def __init__(self, package: str, action: Callable[[], object]) -> None:
+        self._package, self._action = package, action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._package:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _WatchedLoader(spec.loader, self._action)
+        return spec
+
+
+class _WatchedLoader(Loader):
+    def __init__(self, loader: Loader, action: Callable[[], object]) -> None:
+        self._loader, self._action = loader, action
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader  # whoever asks the module later meets its own loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._action()
