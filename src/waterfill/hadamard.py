@@ -26,6 +26,8 @@ from itertools import pairwise
 
 import torch
 
+from waterfill import native
+
 MAX_BLOCK = 1024
 
 
@@ -108,6 +110,11 @@ def unrotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def _transform(x: torch.Tensor, *, inverse: bool) -> torch.Tensor:
+    fast = native.rotate(x, inverse=inverse)
+    return _transform_in_torch(x, inverse=inverse) if fast is None else fast
+
+
+def _transform_in_torch(x: torch.Tensor, *, inverse: bool) -> torch.Tensor:
     result = x.clone(memory_format=torch.contiguous_format)
     last = groups(x.shape[-1])[-1]
     if last.start:  # every group but the last is a whole 1024-block: one batched transform

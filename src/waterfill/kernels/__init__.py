@@ -1,43 +1,58 @@
 """The one door to arithmetic on packed matrices: whoever multiplies goes through here.
 
-Which implementation runs is decided once per process and logged once. The reference (vectorised torch) is always there.
+    artifact ──Packed("stored")──► arrange ──Packed(instruction set)──► matmul, matmul_many, rows, dense
+
+Which implementation runs is decided once per process and logged once: the native library with the best instruction
+set, or the torch reference, which is always there.
 """
 
 from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from types import ModuleType
 
 import torch
 
-from waterfill.kernels import reference
-from waterfill.kernels.reference import Packed
+from waterfill import native as library
+from waterfill.hadamard import unrotate
+from waterfill.kernels import native, tables
+from waterfill.kernels.ops import matmul, matmul_many, rotated_tiles, rows
+from waterfill.kernels.reference import STORED, Packed
 
-__all__ = ["Packed", "dense", "matmul", "rows"]
+__all__ = ["STORED", "Packed", "arrange", "dense", "implementation", "matmul", "matmul_many", "rows"]
 
 _log = logging.getLogger("waterfill.kernels")
 
 
 @lru_cache(maxsize=1)
-def _implementation() -> ModuleType:
-    _log.info("packed matrices are multiplied by the torch reference; no native kernels are part of this version")
-    return reference
+def implementation() -> str:
+    """Who multiplies: an instruction set of the native library, or "stored", the torch reference."""
+    isa = library.isa()
+    if isa is None:
+        _log.warning("packed matrices are multiplied by the torch reference, which is slow; see `waterfill doctor`")
+        return STORED
+    _log.info("packed matrices are multiplied by the native kernels, %s", isa)
+    return isa
 
 
-def matmul(x: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """x W^T: activations `[..., in]` of any float dtype -> `[..., out]` of the same dtype."""
-    product: torch.Tensor = _implementation().matmul(x, packed)
-    return product
+def arrange(packed: Packed) -> Packed:
+    """A matrix as stored -> in the layout that `implementation` multiplies from."""
+    layout = implementation()
+    if layout == STORED or packed.layout != STORED or packed.codes.device.type != "cpu":
+        return packed
+    if not tables.register_table(packed.codec):
+        _log_slow(packed.codec.name)
+    return native.arrange(packed, layout)
 
 
-def rows(packed: Packed, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of W by index (embedding look-up): int64 `[...]` -> float32 `[..., in]`."""
-    found: torch.Tensor = _implementation().rows(packed, ids)
-    return found
+@lru_cache(maxsize=256)
+def _log_slow(codec: str) -> None:
+    _log.info("%s has a table too large for registers: it is multiplied at a fraction of memory speed", codec)
 
 
 def dense(packed: Packed) -> torch.Tensor:
     """W itself, float32 `[out, in]`."""
-    weight: torch.Tensor = _implementation().dense(packed)
+    weight = torch.empty(packed.shape, dtype=torch.float32)
+    for start, stop, tile in rotated_tiles(packed):
+        weight[start:stop] = unrotate(tile)
     return weight

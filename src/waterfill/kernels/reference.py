@@ -12,9 +12,14 @@ from typing import NamedTuple
 import torch
 
 from waterfill.codecs import Higgs
-from waterfill.hadamard import rotate, unrotate
+from waterfill.codecs.packing import unpack
+from waterfill.hadamard import groups, rotate, unrotate
+from waterfill.kernels.tables import EXACT_WORDS, LIMITS, integer_grid
 
 TILE_WEIGHTS = 1 << 20  # 4 MiB of float32, and 8 MiB of indices while they are unpacked
+
+
+STORED = "stored"
 
 
 class Packed(NamedTuple):
@@ -25,13 +30,14 @@ class Packed(NamedTuple):
     codes: torch.Tensor  # uint8 [out * row_bytes (+ padding)]
     exponent: int
     shape: tuple[int, int]  # (out, in)
+    layout: str = STORED  # of scales and codes: as in the artifact, or an instruction set's
 
 
 def matmul(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """x W^T: `[..., in]` -> `[..., out]`, computed in float32."""
     out_features, width = packed.shape
     rotated = rotate(x.reshape(-1, width).to(torch.float32))
-    product = torch.cat([rotated @ tile.T for _, _, tile in _tiles(packed)], dim=1)
+    product = torch.cat([rotated @ tile.T for _, _, tile in tiles(packed)], dim=1)
     return product.to(x.dtype).reshape(*x.shape[:-1], out_features)
 
 
@@ -46,15 +52,7 @@ def rows(packed: Packed, ids: torch.Tensor) -> torch.Tensor:
     return decoded[place].reshape(*ids.shape, width)
 
 
-def dense(packed: Packed) -> torch.Tensor:
-    """W in its own basis, float32 `[out, in]`."""
-    weight = torch.empty(packed.shape, dtype=torch.float32)
-    for start, stop, tile in _tiles(packed):
-        weight[start:stop] = unrotate(tile)
-    return weight
-
-
-def _tiles(packed: Packed) -> Iterator[tuple[int, int, torch.Tensor]]:
+def tiles(packed: Packed) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Decoded blocks of rows in the rotated basis: (first row, last row + 1, float32 `[rows, in]`)."""
     out_features, width = packed.shape
     row_bytes = packed.codec.row_bytes(width)
@@ -63,3 +61,37 @@ def _tiles(packed: Packed) -> Iterator[tuple[int, int, torch.Tensor]]:
         stop = min(start + step, out_features)
         codes = packed.codes[start * row_bytes : stop * row_bytes]
         yield start, stop, packed.codec.decode_rotated(codes, packed.scales[start:stop], packed.exponent, width)
+
+
+def matmul_integer(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """What the native kernels compute, to the bit: activations and grid as integers, sums within a group exact.
+
+    Activations get one scale per token and group, their largest magnitude over the limit of `tables.LIMITS`. A group
+    of 12-bit integers is summed in parts of 512, which are added as float32.
+    """
+    grid = integer_grid(packed.codec)
+    limit = torch.tensor(LIMITS[grid.precision], dtype=torch.float32)
+    out_features, width = packed.shape
+    rotated = rotate(x.reshape(-1, width).to(torch.float32))
+    indices = unpack(
+        packed.codes[: out_features * packed.codec.row_bytes(width)].view(out_features, -1),
+        -(-width // packed.codec.p),
+        packed.codec.n,
+    )
+    units = grid.units[indices].flatten(1)[:, :width].to(torch.float64)  # whole numbers: float64 adds them exactly
+    step = torch.tensor(grid.step * 2.0**packed.exponent, dtype=torch.float32)
+    total = torch.zeros(len(rotated), out_features)
+    for at, group in enumerate(groups(width)):
+        part = rotated[:, group.start : group.stop]
+        largest = part.abs().amax(1, keepdim=True)
+        usable = largest > 1e-30
+        scale = torch.where(usable, largest / limit, 0)
+        whole = torch.where(usable, (part * (limit / largest)).round(), 0).to(torch.float64)
+        span = EXACT_WORDS if grid.precision == 16 else group.size
+        sums = torch.zeros(len(rotated), out_features)
+        for start in range(0, group.size, span):
+            stop = min(start + span, group.size)
+            exact = whole[:, start:stop] @ units[:, group.start + start : group.start + stop].T
+            sums += exact.to(torch.float32)
+        total += sums * ((packed.scales[:, at].to(torch.float32) * step) * scale)
+    return total.to(x.dtype).reshape(*x.shape[:-1], out_features)

@@ -1,0 +1,71 @@
+/* The C interface of waterfill's native library. waterfill/native.py is its only caller.
+ *
+ * Functions return 0, or a negative number for arguments that cannot be: callers check theirs first, in words. */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define WF_EXPORT __declspec(dllexport)
+#else
+#define WF_EXPORT __attribute__((visibility("default")))
+#endif
+
+#define WF_VERSION 1
+
+typedef struct wf_table wf_table;
+
+typedef struct {
+    int64_t rows, width;
+    float step;             /* value of one unit of the table, times 2^exponent */
+    float unit;             /* 2^exponent */
+    const wf_table* table;
+    const uint8_t* codes;   /* in the kernels' layout: wf_arrange */
+    const uint16_t* scales; /* fp16, in the kernels' layout */
+} wf_matrix;
+
+enum { WF_FLOAT32 = 0, WF_BFLOAT16 = 1, WF_FLOAT16 = 2 };
+
+WF_EXPORT int wf_version(void);
+
+/* Instruction sets, best first: name of number i, or NULL when there are no more. They include what this build lacks
+ * and what this machine cannot run; wf_usable says which can be used. */
+WF_EXPORT const char* wf_isa(int isa);
+WF_EXPORT int wf_usable(int isa);
+
+/* Threads that later calls share work among; 1 runs everything in the calling thread. */
+WF_EXPORT int wf_set_threads(int count);
+
+/* In place: the block Hadamard transform of waterfill/hadamard.py, or its inverse, of each of `rows` rows. */
+WF_EXPORT int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inverse);
+
+/* A grid [n][p]: `units` as integers (8 or 16 bits of `precision`), `points` exact. NULL when out of memory. */
+WF_EXPORT wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* units, const float* points);
+WF_EXPORT void wf_table_free(wf_table* table);
+
+/* Sizes in the kernels' layout. */
+WF_EXPORT int64_t wf_codes_bytes(int p, int n, int64_t rows, int64_t width);
+WF_EXPORT int64_t wf_scales_count(int64_t rows, int64_t width);
+
+/* From the layout of the artifact to that of the kernels. `word_indices` > 0: radix words of so many indices in
+ * `word_bytes`; 0: bit fields. matrix->codes and ->scales point to the stored buffers. */
+WF_EXPORT int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_bytes, int64_t row_bytes,
+                         uint8_t* codes, uint16_t* scales);
+
+/* y[i] = x W_i^T for `count` matrices of one width: x [tokens][width] of `dtype`, y[i] [tokens][rows_i] fp32. */
+WF_EXPORT int wf_matmul(int isa, const wf_matrix* const* matrices, int count, const void* x, int dtype, int64_t tokens,
+                        float* const* y);
+
+/* The same from exact grid points and float activations. */
+WF_EXPORT int wf_matmul_float(int isa, const wf_matrix* matrix, const void* x, int dtype, int64_t tokens, float* y);
+
+/* Rows of W in its own basis, or rotated: out [count][width]. */
+WF_EXPORT int wf_rows(int isa, const wf_matrix* matrix, const int64_t* ids, int64_t count, int rotated, float* out);
+
+#ifdef __cplusplus
+}
+#endif

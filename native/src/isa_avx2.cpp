@@ -1,0 +1,150 @@
+// AVX2. Products of bytes go through maddubs, which saturates: signs move from the table to the activations, so that
+// no sum of two exceeds 2 * 127 * 127.
+#include "matrix.hpp"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+
+#include "kernels.hpp"
+
+namespace waterfill {
+namespace {
+
+struct Avx2 {
+    static constexpr int bias = 0, lanes = 8;
+    static constexpr bool interleaved(int, int) { return false; }
+    static constexpr int64_t gemm_tokens = INT64_MAX;
+
+    struct Bytes {
+        __m256i low, high;
+    };
+    using Acc = __m256i;
+
+    static __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static Bytes load(const void* p) { return {load256(p), load256(static_cast<const uint8_t*>(p) + 32)}; }
+    static void store(void* p, Bytes b) {
+        _mm256_storeu_si256(static_cast<__m256i*>(p), b.low);
+        _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, b.high);
+    }
+    static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+    static __m256i masked(__m256i v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(char(mask))); }
+
+    // 32 bits -> 32 bytes that hold `value` or 0.
+    static __m256i spread(const uint8_t* p, int value) {
+        int32_t bits;
+        std::memcpy(&bits, p, 4);
+        const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+        const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+        const __m256i byte = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), which), bit);
+        return masked(_mm256_cmpeq_epi8(byte, bit), value);
+    }
+
+    template <int BITS>
+    static void codes(const uint8_t* chunk, Bytes (&index)[2]) {
+        constexpr Planes at = planes_of(BITS);
+        const __m256i zero = _mm256_setzero_si256();
+        __m256i part[4] = {zero, zero, zero, zero};
+        if constexpr (at.at8 >= 0)
+            for (int k = 0; k < 4; ++k) part[k] = load256(chunk + at.at8 + 32 * k);
+        if constexpr (at.at4 >= 0)
+            for (int k = 0; k < 2; ++k) {
+                const __m256i both = load256(chunk + at.at4 + 32 * k);
+                part[k] = masked(both, 15);
+                part[k + 2] = masked(_mm256_srli_epi16(both, 4), 15);
+            }
+        if constexpr (at.at2 >= 0) {
+            const __m256i all = load256(chunk + at.at2);
+            constexpr int up = at.at4 >= 0 ? 4 : 0;
+            const __m256i two[4] = {masked(all, 3), masked(_mm256_srli_epi16(all, 2), 3),
+                                    masked(_mm256_srli_epi16(all, 4), 3), masked(_mm256_srli_epi16(all, 6), 3)};
+            for (int k = 0; k < 4; ++k) part[k] = _mm256_or_si256(part[k], _mm256_slli_epi16(two[k], up));
+        }
+        if constexpr (at.at1 >= 0)
+            for (int k = 0; k < 4; ++k)
+                part[k] = _mm256_or_si256(part[k], spread(chunk + at.at1 + 4 * k, 1 << (BITS - 1)));
+        index[0] = {part[0], part[1]};
+        index[1] = {part[2], part[3]};
+    }
+
+    // Tables of 16 entries each; the one whose number is in the code's upper bits answers, the others give 0.
+    template <int BITS, int P>
+    struct Table {
+        static constexpr int slices = BITS > 4 ? 1 << (BITS - 4) : 1;
+        __m256i slice[P][slices];
+        explicit Table(const waterfill::Table& t) {
+            for (int k = 0; k < P; ++k)
+                for (int s = 0; s < slices; ++s)
+                    slice[k][s] = _mm256_broadcastsi128_si256(
+                        _mm_loadu_si128(reinterpret_cast<const __m128i*>(t.bytes[k] + 16 * s)));
+        }
+        void one(__m256i code, __m256i (&value)[P]) const {
+            if constexpr (slices == 1) {
+                for (int k = 0; k < P; ++k) value[k] = _mm256_shuffle_epi8(slice[k][0], code);
+            } else {
+                for (int k = 0; k < P; ++k) value[k] = _mm256_setzero_si256();
+                for (int s = 0; s < slices; ++s) {
+                    const __m256i other = _mm256_xor_si256(code, _mm256_set1_epi8(char(16 * s)));
+                    const __m256i from = _mm256_adds_epu8(other, _mm256_set1_epi8(0x70));  // bit 7 set: not this slice
+                    for (int k = 0; k < P; ++k)
+                        value[k] = _mm256_or_si256(value[k], _mm256_shuffle_epi8(slice[k][s], from));
+                }
+            }
+        }
+        void look_up(const Bytes (&index)[2], Bytes (&value)[2 * P]) const {
+            for (int half = 0; half < 2; ++half) {
+                __m256i low[P], high[P];
+                one(index[half].low, low);
+                one(index[half].high, high);
+                for (int k = 0; k < P; ++k) value[half * P + k] = {low[k], high[k]};
+            }
+        }
+    };
+
+    template <int BITS>
+    struct WordTable {
+        const int16_t* words;
+        explicit WordTable(const waterfill::Table& t) : words(t.words) {}
+        void look_up(const Bytes (&index)[2], int16_t* out) const {
+            alignas(32) uint8_t code[kChunk];
+            store(code, index[0]);
+            store(code + 64, index[1]);
+            for (int i = 0; i < kChunk; ++i) out[i] = words[code[i]];
+        }
+    };
+
+    static Acc start(int32_t correction) { return _mm256_setr_epi32(correction, 0, 0, 0, 0, 0, 0, 0); }
+    static __m256i products(__m256i w, __m256i x) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+        return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+    static Acc dot(Acc acc, Bytes w, const int8_t* x) {
+        return _mm256_add_epi32(acc,
+                                _mm256_add_epi32(products(w.low, load256(x)), products(w.high, load256(x + 32))));
+    }
+    static Acc dot_words(Acc acc, Bytes w, const int16_t* x) {
+        return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(w.low, load256(x)),
+                                                      _mm256_madd_epi16(w.high, load256(x + 16))));
+    }
+    static void reduce(const Acc (&acc)[kTile], int32_t (&sum)[kTile]) {
+        const __m256i pairs =
+            _mm256_hadd_epi32(_mm256_hadd_epi32(acc[0], acc[1]), _mm256_hadd_epi32(acc[2], acc[3]));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(sum),
+                         _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+    }
+
+    static int64_t gemm_scratch_bytes(int64_t, int64_t) { return 0; }
+    template <class K>
+    static void gemm(const Matrix&, const Prepared&, int64_t, int64_t, float*, uint8_t*) {}
+};
+
+}  // namespace
+
+const Functions* avx2_functions() { return Kernels<Avx2>::functions("avx2"); }
+
+}  // namespace waterfill
+#else
+namespace waterfill {
+const Functions* avx2_functions() { return nullptr; }
+}  // namespace waterfill
+#endif

@@ -1,0 +1,74 @@
+// Portable C++: the definition that the vector code must equal, and the path of machines without it.
+#include "kernels.hpp"
+
+namespace waterfill {
+namespace {
+
+struct Scalar {
+    static constexpr int bias = 0, lanes = 4;
+    static constexpr bool interleaved(int, int) { return false; }
+    static constexpr int64_t gemm_tokens = INT64_MAX;
+
+    struct Bytes {
+        uint8_t at[64];
+    };
+    using Acc = int32_t;
+
+    static Bytes load(const void* p) {
+        Bytes b;
+        std::memcpy(b.at, p, 64);
+        return b;
+    }
+    static void store(void* p, Bytes b) { std::memcpy(p, b.at, 64); }
+    static void prefetch(const void*) {}
+
+    template <int BITS>
+    static void codes(const uint8_t* chunk, Bytes (&index)[2]) {
+        uint16_t code[kChunk];
+        chunk_codes(chunk, planes_of(BITS), code);
+        for (int i = 0; i < kChunk; ++i) index[i / 64].at[i % 64] = uint8_t(code[i]);
+    }
+
+    template <int BITS, int P>
+    struct Table {
+        const waterfill::Table& t;
+        explicit Table(const waterfill::Table& table) : t(table) {}
+        void look_up(const Bytes (&index)[2], Bytes (&value)[2 * P]) const {
+            for (int half = 0; half < 2; ++half)
+                for (int k = 0; k < P; ++k)
+                    for (int i = 0; i < 64; ++i) value[half * P + k].at[i] = t.bytes[k][index[half].at[i]];
+        }
+    };
+
+    template <int BITS>
+    struct WordTable {
+        const waterfill::Table& t;
+        explicit WordTable(const waterfill::Table& table) : t(table) {}
+        void look_up(const Bytes (&index)[2], int16_t* out) const {
+            for (int i = 0; i < kChunk; ++i) out[i] = t.words[index[i / 64].at[i % 64]];
+        }
+    };
+
+    static Acc start(int32_t correction) { return correction; }
+    static Acc dot(Acc acc, Bytes w, const int8_t* x) {
+        for (int i = 0; i < 64; ++i) acc += int32_t(int8_t(w.at[i])) * x[i];
+        return acc;
+    }
+    static Acc dot_words(Acc acc, Bytes w, const int16_t* x) {
+        int16_t words[32];
+        std::memcpy(words, w.at, 64);
+        for (int i = 0; i < 32; ++i) acc += int32_t(words[i]) * x[i];
+        return acc;
+    }
+    static void reduce(const Acc (&acc)[kTile], int32_t (&sum)[kTile]) { std::memcpy(sum, acc, sizeof acc); }
+
+    static int64_t gemm_scratch_bytes(int64_t, int64_t) { return 0; }
+    template <class K>
+    static void gemm(const Matrix&, const Prepared&, int64_t, int64_t, float*, uint8_t*) {}
+};
+
+}  // namespace
+
+const Functions* scalar_functions() { return Kernels<Scalar>::functions("scalar"); }
+
+}  // namespace waterfill

@@ -1,0 +1,61 @@
+// What the kernels are given, as plain views: a grid as integer tables, a matrix in its layout, prepared activations.
+//
+// No member functions: these types cross translation units that are compiled for different instruction sets, and an
+// inline function shared between them could end up compiled for one that the machine lacks. For the same reason
+// everything else in these headers lies in unnamed namespaces.
+#pragma once
+
+#include <cstdint>
+
+namespace waterfill {
+
+// A grid of n points in p dimensions, in units of a step. Unsigned tables have `bias` added to their bytes.
+struct Table {
+    int p, n, bits, precision, bias;
+    int entry;                // bytes of one entry: p numbers, rounded up to a power of two
+    const uint8_t* entries;   // [n][entry], and 8 bytes more
+    const uint8_t* bytes[2];  // precision 8, p <= 2, n <= 256: one coordinate each, repeated to 256; or null
+    const int16_t* words;     // precision 16, p = 1, n <= 256: repeated to 256; or null
+    const float* points;      // [n][p], the grid itself
+};
+
+struct Matrix {
+    int64_t rows, width;
+    float step;               // value of a table unit times the tensor's power of two
+    float unit;               // the tensor's power of two
+    const Table* table;
+    const uint8_t* codes;     // layout.hpp
+    const uint16_t* scales;   // fp16
+};
+
+// Rotated activations as integers of 8 or 16 bits, with a scale and a correction for each token and group.
+struct Prepared {
+    int64_t tokens, groups, padded;
+    const uint8_t* data;         // [tokens][padded], 64-byte aligned
+    const float* scales;         // [tokens][groups]
+    const int32_t* corrections;  // [tokens][groups]: -bias times the sum of the group
+};
+
+struct Functions {
+    const char* name;
+    int bias;
+    bool (*planar)(const Table&);
+    void (*rotate)(float* row, int64_t width, bool inverse);
+    // One row of `width` floats -> `padded` integers; scales and corrections [groups].
+    void (*quantise)(const float* row, int64_t width, bool planar, int precision, int bias, void* out, float* scales,
+                     int32_t* corrections);
+    int64_t (*scratch_bytes)(const Matrix&, const Prepared&);
+    void (*multiply)(const Matrix&, const Prepared&, int64_t first_tile, int64_t last_tile, float* y, uint8_t* scratch);
+    // One row in the rotated basis, exact; `width` floats.
+    void (*decode_row)(const Matrix&, int64_t row, float* out);
+    float (*dot)(const float* a, const float* b, int64_t n);
+};
+
+// Tables of functions, null where the library was built without the instruction set.
+const Functions* scalar_functions();
+const Functions* avx2_functions();
+const Functions* avx512_functions();
+const Functions* avx512vbmi_functions();
+const Functions* neon_functions();
+
+}  // namespace waterfill

@@ -1,0 +1,119 @@
+// Every instruction set of this machine against the scalar code, to the bit: products, rows and rotations of random
+// matrices in shapes chosen to hit every remainder. Run under the sanitizers and, for NEON, under qemu.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../include/waterfill_native.h"
+
+namespace {
+
+std::mt19937 rng(1);
+int failures = 0;
+
+void expect(bool holds, const std::string& what) {
+    if (holds) return;
+    std::fprintf(stderr, "differs: %s\n", what.c_str());
+    ++failures;
+}
+
+int bits_of(int n) {
+    int bits = 0;
+    while ((1 << bits) < n) ++bits;
+    return bits;
+}
+
+struct Grid {
+    int p, n, precision;
+};
+
+struct Arranged {
+    wf_table* table;
+    std::vector<uint8_t> codes;
+    std::vector<uint16_t> scales;
+    wf_matrix matrix;
+
+    Arranged(int isa, const Grid& g, int64_t rows, int64_t width, const std::vector<int16_t>& units,
+             const std::vector<float>& points, const std::vector<uint8_t>& stored, const std::vector<uint16_t>& factors,
+             int64_t row_bytes)
+        : table(wf_table_new(isa, g.p, g.n, g.precision, units.data(), points.data())),
+          codes(size_t(wf_codes_bytes(g.p, g.n, rows, width))),
+          scales(size_t(wf_scales_count(rows, width))),
+          matrix{rows, width, 0.01f, 1.0f, table, stored.data(), factors.data()} {
+        if (wf_arrange(isa, &matrix, 0, 0, row_bytes, codes.data(), scales.data())) std::abort();
+        matrix.codes = codes.data();
+        matrix.scales = scales.data();
+    }
+    ~Arranged() { wf_table_free(table); }
+    Arranged(const Arranged&) = delete;
+};
+
+int64_t groups_of(int64_t width) { return width < 1536 ? 1 : (width + 512) / 1024; }
+
+void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
+    const int limit = g.precision == 8 ? 127 : 2047;
+    std::vector<int16_t> units(size_t(g.n * g.p));
+    std::vector<float> points(units.size());
+    for (size_t i = 0; i < units.size(); ++i) {
+        units[i] = int16_t(int(rng() % uint32_t(2 * limit + 1)) - limit);
+        points[i] = 0.01f * float(units[i]);
+    }
+    const int64_t row_bytes = ((width + g.p - 1) / g.p * bits_of(g.n) + 7) / 8;
+    std::vector<uint8_t> stored(size_t(rows * row_bytes));
+    for (auto& byte : stored) byte = uint8_t(rng());
+    std::vector<uint16_t> factors(size_t(rows * groups_of(width)));
+    for (auto& factor : factors) factor = uint16_t(0x3000 + rng() % 0x1000);  // 0.125 to 2
+
+    const Arranged a(isa, g, rows, width, units, points, stored, factors, row_bytes);
+    const Arranged b(scalar, g, rows, width, units, points, stored, factors, row_bytes);
+    const std::string name = std::string(wf_isa(isa)) + " p" + std::to_string(g.p) + " n" + std::to_string(g.n) + " " +
+                             std::to_string(rows) + "x" + std::to_string(width);
+    for (int64_t tokens : {1, 2, 3, 17}) {
+        std::vector<float> x(size_t(tokens * width)), y(size_t(tokens * rows)), z(y.size());
+        for (auto& v : x) v = float(int32_t(rng())) * 1e-9f;
+        float *py = y.data(), *pz = z.data();
+        const wf_matrix *pa = &a.matrix, *pb = &b.matrix;
+        if (wf_matmul(isa, &pa, 1, x.data(), WF_FLOAT32, tokens, &py)) std::abort();
+        if (wf_matmul(scalar, &pb, 1, x.data(), WF_FLOAT32, tokens, &pz)) std::abort();
+        expect(!std::memcmp(y.data(), z.data(), y.size() * sizeof(float)), name + " tokens " + std::to_string(tokens));
+    }
+    std::vector<int64_t> ids = {rows - 1, 0, rows / 2};
+    std::vector<float> u(size_t(3 * width)), v(u.size());
+    if (wf_rows(isa, &a.matrix, ids.data(), 3, 0, u.data())) std::abort();
+    if (wf_rows(scalar, &b.matrix, ids.data(), 3, 0, v.data())) std::abort();
+    expect(!std::memcmp(u.data(), v.data(), u.size() * sizeof(float)), name + " rows");
+}
+
+}  // namespace
+
+int main() {
+    const Grid grids[] = {{1, 2, 8},   {1, 4, 8},    {1, 7, 8},    {1, 16, 8},   {1, 32, 16}, {1, 88, 16},
+                          {1, 256, 16}, {2, 4, 8},    {2, 8, 8},    {2, 16, 8},   {2, 32, 8},  {2, 64, 8},
+                          {2, 100, 8},  {2, 256, 8},  {2, 1024, 16}, {3, 512, 8}, {3, 4096, 16}, {4, 256, 8},
+                          {4, 4096, 8}};
+    int scalar = 0;
+    while (std::strcmp(wf_isa(scalar), "scalar")) ++scalar;
+    wf_set_threads(2);
+    int compared = 0;
+    for (int isa = 0; isa < scalar; ++isa) {
+        if (!wf_usable(isa)) continue;
+        for (const Grid& grid : grids)
+            for (auto [rows, width] : {std::pair<int64_t, int64_t>{1, 1}, {1, 172}, {7, 896}, {33, 1030}, {37, 2561}})
+                compare(isa, scalar, grid, rows, width);
+        for (int64_t width : {1, 3, 64, 172, 1028, 1536, 4100}) {
+            std::vector<float> x(size_t(2 * width));
+            for (auto& v : x) v = float(int32_t(rng())) * 1e-9f;
+            std::vector<float> y = x;
+            wf_rotate(isa, x.data(), 2, width, 0);
+            wf_rotate(scalar, y.data(), 2, width, 0);
+            expect(!std::memcmp(x.data(), y.data(), x.size() * sizeof(float)), "rotation " + std::to_string(width));
+        }
+        std::printf("%s equals scalar: %s\n", wf_isa(isa), failures ? "no" : "yes");
+        ++compared;
+    }
+    if (!compared) std::printf("only scalar code here\n");
+    return failures != 0;
+}

@@ -1,0 +1,115 @@
+"""Packed matrices through the native library: arranged once for the instruction set, then multiplied from.
+
+    Packed, as stored ──arrange──► Packed, `layout` = the instruction set ──matmul, rows──► float32
+
+Activations become integers too (`native/src/kernels.hpp` says exactly what is computed; `reference.matmul_integer` is
+the same in torch). `WATERFILL_ACTIVATIONS=float` keeps them, for exactness, at a tenth of the speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from waterfill.codecs import Higgs, get_codec
+from waterfill.codecs.packing import radix_word
+from waterfill.kernels.reference import Packed
+from waterfill.kernels.tables import integer_grid
+from waterfill.native import DTYPES, MatrixView, Native, library
+
+FLOAT_ACTIVATIONS = "WATERFILL_ACTIVATIONS"
+
+
+def arrange(packed: Packed, isa: str) -> Packed:
+    """A matrix as stored -> in the layout of an instruction set, in new memory of about the same size."""
+    native, (out_features, width) = _native(), packed.shape
+    codec = packed.codec
+    codes = torch.empty(native.codes_bytes(codec.p, codec.n, out_features, width), dtype=torch.uint8)
+    scales = torch.empty(native.scales_count(out_features, width), dtype=torch.float16)
+    stored = _view(packed.scales.contiguous(), packed.codes.contiguous(), codec, packed.exponent, packed.shape, isa)
+    count, width_bytes = radix_word(codec.n) or (0, 0)
+    native.call(
+        "arrange",
+        native.isas[isa],
+        stored,
+        count,
+        width_bytes,
+        codec.row_bytes(width),
+        codes.data_ptr(),
+        scales.data_ptr(),
+    )
+    return Packed(codec, scales, codes, packed.exponent, packed.shape, isa)
+
+
+def matmul_many(x: torch.Tensor, matrices: Sequence[Packed]) -> list[torch.Tensor]:
+    """x `[tokens, in]` with each matrix `[out_i, in]`, all of one layout -> float32 `[tokens, out_i]`.
+
+    The rotation of x is shared, and its integers among matrices of the same precision.
+    """
+    native, isa = _native(), _native().isas[matrices[0].layout]
+    x = x.detach().contiguous()
+    if x.dtype not in DTYPES:
+        x = x.to(torch.float32)
+    outputs = [torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32) for packed in matrices]
+    views = [_view_of(packed) for packed in matrices]
+    if os.environ.get(FLOAT_ACTIVATIONS) == "float":
+        for view, y in zip(views, outputs, strict=True):
+            native.call("matmul_float", isa, view, x.data_ptr(), DTYPES[x.dtype], x.shape[0], y.data_ptr())
+        return outputs
+    count = len(matrices)
+    pointers = (ctypes.POINTER(MatrixView) * count)(*(ctypes.pointer(view) for view in views))
+    results = (ctypes.c_void_p * count)(*(y.data_ptr() for y in outputs))
+    native.call("matmul", isa, pointers, count, x.data_ptr(), DTYPES[x.dtype], x.shape[0], results)
+    return outputs
+
+
+def rows(packed: Packed, ids: torch.Tensor, *, rotated: bool = False) -> torch.Tensor:
+    """Rows by index: int64 `[count]` -> float32 `[count, in]`, in W's own basis or as they are stored."""
+    native = _native()
+    out_features, width = packed.shape
+    ids = ids.detach().to(torch.int64).contiguous()
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= out_features):
+        raise IndexError(f"row {int(ids.min())} or {int(ids.max())} is outside a matrix of {out_features} rows")
+    out = torch.empty(len(ids), width, dtype=torch.float32)
+    isa = native.isas[packed.layout]
+    native.call("rows", isa, _view_of(packed), ids.data_ptr(), len(ids), int(rotated), out.data_ptr())
+    return out
+
+
+def _native() -> Native:
+    native = library()
+    assert native is not None  # a layout exists only where the library does
+    return native
+
+
+def _view_of(packed: Packed) -> MatrixView:
+    return _view(packed.scales, packed.codes, packed.codec, packed.exponent, packed.shape, packed.layout)
+
+
+def _view(
+    scales: torch.Tensor, codes: torch.Tensor, codec: Higgs, exponent: int, shape: tuple[int, int], isa: str
+) -> MatrixView:
+    return _cached_view(scales.data_ptr(), codes.data_ptr(), codec.name, exponent, shape, isa)
+
+
+@lru_cache(maxsize=1 << 15)  # a view holds pointers only: equal arguments, equal view
+def _cached_view(scales: int, codes: int, codec: str, exponent: int, shape: tuple[int, int], isa: str) -> MatrixView:
+    step, table = _table(codec, isa)
+    return MatrixView(shape[0], shape[1], step * 2.0**exponent, 2.0**exponent, table, codes, scales)
+
+
+@lru_cache(maxsize=4096)
+def _table(codec_name: str, isa: str) -> tuple[float, int]:
+    """(step, address) of a codec's integer table; kept for the life of the process."""
+    native, codec = _native(), get_codec(codec_name)
+    assert isinstance(codec, Higgs)
+    grid = integer_grid(codec)
+    units, points = grid.units.contiguous(), codec.grid.points.contiguous()
+    table = native.table_new(native.isas[isa], codec.p, codec.n, grid.precision, units.data_ptr(), points.data_ptr())
+    if not table:
+        raise MemoryError(f"no memory for the table of {codec_name}")
+    return grid.step, int(table)

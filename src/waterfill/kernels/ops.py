@@ -1,0 +1,136 @@
+"""The door as torch operators, `torch.ops.waterfill.*`: torch.compile and export see one node with a known shape.
+
+A packed matrix travels as two tensors (scales, codes) and four constants (codec name, exponent, out_features, layout).
+`layout` decides who computes: "stored" is the torch reference, an instruction set's name the native library. Gradients
+flow to the activations, not to the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from waterfill.codecs import Higgs, get_codec
+from waterfill.hadamard import unrotate
+from waterfill.kernels import native, reference
+from waterfill.kernels.reference import STORED, Packed
+
+_MATRIX = "Tensor scales, Tensor codes, str codec, int exponent, int out_features"
+_library = torch.library.Library("waterfill", "DEF")
+_library.define(f"matmul(Tensor x, {_MATRIX}, str layout) -> Tensor")
+_library.define(
+    "matmul_many(Tensor x, Tensor[] scales, Tensor[] codes, str[] codecs, int[] exponents, int[] out_features, "
+    "str layout) -> Tensor[]"
+)
+_library.define(f"rows(Tensor ids, {_MATRIX}, int in_features, str layout) -> Tensor")
+
+
+def matmul(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """x W^T: `[..., in]` of any float dtype -> `[..., out]` of the same dtype."""
+    product: torch.Tensor = torch.ops.waterfill.matmul.default(x, *_constants(packed), packed.layout)
+    return product
+
+
+def matmul_many(x: torch.Tensor, matrices: list[Packed]) -> list[torch.Tensor]:
+    """`matmul` with each of several matrices of one layout, sharing the rotation of x."""
+    scales, codes, codecs, exponents, rows = (list(column) for column in zip(*map(_constants, matrices), strict=True))
+    products: list[torch.Tensor] = torch.ops.waterfill.matmul_many.default(
+        x, scales, codes, codecs, exponents, rows, matrices[0].layout
+    )
+    return products
+
+
+def rows(packed: Packed, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of W by index: int64 `[...]` -> float32 `[..., in]`."""
+    found: torch.Tensor = torch.ops.waterfill.rows.default(ids, *_constants(packed), packed.shape[1], packed.layout)
+    return found
+
+
+def _constants(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, str, int, int]:
+    return packed.scales, packed.codes, packed.codec.name, packed.exponent, packed.shape[0]
+
+
+def _packed(
+    width: int, scales: torch.Tensor, codes: torch.Tensor, codec: str, exponent: int, out_features: int, layout: str
+) -> Packed:
+    found = get_codec(codec)
+    assert isinstance(found, Higgs)
+    return Packed(found, scales, codes, exponent, (out_features, width), layout)
+
+
+def _matmul(x: torch.Tensor, *constants: Any) -> torch.Tensor:
+    packed = _packed(x.shape[-1], *constants)
+    if packed.layout == STORED:
+        return reference.matmul(x, packed)
+    return _shaped(native.matmul_many(_flat(x), [packed])[0], x)
+
+
+def _matmul_many(x: torch.Tensor, *constants: Any) -> list[torch.Tensor]:
+    columns, layout = constants[:-1], constants[-1]
+    matrices = [_packed(x.shape[-1], *(*matrix, layout)) for matrix in zip(*columns, strict=True)]
+    if layout == STORED:
+        return [reference.matmul(x, packed) for packed in matrices]
+    return [_shaped(y, x) for y in native.matmul_many(_flat(x), matrices)]
+
+
+def _rows(ids: torch.Tensor, *constants: Any) -> torch.Tensor:
+    *matrix, in_features, layout = constants
+    packed = _packed(in_features, *(*matrix, layout))
+    if packed.layout == STORED:
+        return reference.rows(packed, ids)
+    return native.rows(packed, ids.reshape(-1)).reshape(*ids.shape, in_features)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _matmul_fake(x: torch.Tensor, *constants: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], constants[-2])
+
+
+def _matmul_many_fake(x: torch.Tensor, *constants: Any) -> list[torch.Tensor]:
+    return [x.new_empty(*x.shape[:-1], rows) for rows in constants[-2]]
+
+
+def _rows_fake(ids: torch.Tensor, *constants: Any) -> torch.Tensor:
+    return ids.new_empty(*ids.shape, constants[-2], dtype=torch.float32)
+
+
+def _keep_matrix(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.width, ctx.constants = inputs[0].shape[-1], inputs[1:]
+
+
+def _gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    packed = _packed(ctx.width, *ctx.constants)
+    flat = gradient.reshape(-1, packed.shape[0]).to(torch.float32)
+    total = flat.new_zeros(len(flat), ctx.width)
+    for start, stop, tile in rotated_tiles(packed):
+        total += flat[:, start:stop] @ tile
+    of_x = unrotate(total).to(gradient.dtype).reshape(*gradient.shape[:-1], ctx.width)
+    return (of_x, *(None for _ in ctx.constants))
+
+
+def rotated_tiles(packed: Packed) -> Any:
+    """(first row, last row + 1, float32 `[rows, in]`) of blocks of rows, decoded in the rotated basis."""
+    if packed.layout == STORED:
+        yield from reference.tiles(packed)
+        return
+    step = max(1, reference.TILE_WEIGHTS // packed.shape[1])
+    for start in range(0, packed.shape[0], step):
+        stop = min(start + step, packed.shape[0])
+        yield start, stop, native.rows(packed, torch.arange(start, stop), rotated=True)
+
+
+_library.impl("matmul", _matmul, "CPU")
+_library.impl("matmul_many", _matmul_many, "CPU")
+_library.impl("rows", _rows, "CPU")
+torch.library.register_fake("waterfill::matmul", _matmul_fake, lib=_library)
+torch.library.register_fake("waterfill::matmul_many", _matmul_many_fake, lib=_library)
+torch.library.register_fake("waterfill::rows", _rows_fake, lib=_library)
+torch.library.register_autograd("waterfill::matmul", _gradient, setup_context=_keep_matrix, lib=_library)

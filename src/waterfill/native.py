@@ -1,0 +1,159 @@
+"""The native library: found, its instruction set chosen, and called with raw pointers.
+
+    libwaterfill_native (native/, C++) ──ctypes──► Native ──► hadamard.rotate, kernels/native.py
+
+Everything works without it, slower. `WATERFILL_ISA` names an instruction set (`waterfill doctor` lists them), or is
+`none` for the torch reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+
+from waterfill.errors import WaterfillError
+
+ISA_VARIABLE = "WATERFILL_ISA"
+VERSION = 1  # WF_VERSION in native/include/waterfill_native.h
+_NAME = {"darwin": "libwaterfill_native.dylib", "win32": "libwaterfill_native.dll"}.get(
+    sys.platform, "libwaterfill_native.so"
+)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_log = logging.getLogger("waterfill.kernels")
+
+
+class MatrixView(ctypes.Structure):
+    """wf_matrix."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("step", c_float),
+        ("unit", c_float),
+        ("table", c_void_p),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+    )
+
+
+_MATRIX = POINTER(MatrixView)
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "wf_version": (c_int, []),
+    "wf_isa": (c_char_p, [c_int]),
+    "wf_usable": (c_int, [c_int]),
+    "wf_set_threads": (c_int, [c_int]),
+    "wf_rotate": (c_int, [c_int, c_void_p, c_int64, c_int64, c_int]),
+    "wf_table_new": (c_void_p, [c_int, c_int, c_int, c_int, c_void_p, c_void_p]),
+    "wf_table_free": (None, [c_void_p]),
+    "wf_codes_bytes": (c_int64, [c_int, c_int, c_int64, c_int64]),
+    "wf_scales_count": (c_int64, [c_int64, c_int64]),
+    "wf_arrange": (c_int, [c_int, _MATRIX, c_int, c_int, c_int64, c_void_p, c_void_p]),
+    "wf_matmul": (c_int, [c_int, POINTER(_MATRIX), c_int, c_void_p, c_int, c_int64, POINTER(c_void_p)]),
+    "wf_matmul_float": (c_int, [c_int, _MATRIX, c_void_p, c_int, c_int64, c_void_p]),
+    "wf_rows": (c_int, [c_int, _MATRIX, c_void_p, c_int64, c_int, c_void_p]),
+}
+
+
+class Native:
+    """The loaded library. Raises OSError where it cannot be loaded, WaterfillError where it is of another version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self._library, name)
+            function.restype, function.argtypes = result, arguments
+        if (version := self._library.wf_version()) != VERSION:
+            raise WaterfillError(
+                f"{path} has version {version}, this waterfill needs {VERSION}; install waterfill again"
+            )
+
+    def __getattr__(self, name: str) -> ctypes._FuncPointer:
+        """The C function `wf_name`; one that returns a status is called through `call`."""
+        return getattr(self._library, f"wf_{name}")  # type: ignore[no-any-return]
+
+    @cached_property
+    def isas(self) -> dict[str, int]:
+        """Every instruction set that this build and this machine share, best first: name -> number."""
+        return {name: number for number, name in self._named() if self._library.wf_usable(number)}
+
+    def _named(self) -> Iterator[tuple[int, str]]:
+        number = 0
+        while name := self._library.wf_isa(number):
+            yield number, name.decode()
+            number += 1
+
+    def call(self, name: str, *arguments: object) -> None:
+        """Call a function that returns a status. The GIL is released meanwhile."""
+        status = getattr(self._library, f"wf_{name}")(*arguments)
+        if status:
+            raise ValueError(f"wf_{name} refused its arguments (status {status})")
+
+
+@lru_cache(maxsize=1)
+def library() -> Native | None:
+    """The library, or None where it was not built or cannot be loaded; says so once."""
+    path = find()
+    if path is None:
+        _log.info("the native kernels were not built (no C++ compiler?)")
+        return None
+    try:
+        native = Native(path)
+    except (OSError, AttributeError, WaterfillError) as error:
+        _log.warning("the native kernels cannot be used: %s", error)
+        return None
+    native.set_threads(torch.get_num_threads())
+    return native
+
+
+def find() -> Path | None:
+    """The library's file, in the package or, for an editable install, where the build put it."""
+    import waterfill
+
+    folders = [Path(__file__).parent, *(Path(folder) for folder in waterfill.__path__), *_site_packages()]
+    return next((folder / _NAME for folder in folders if (folder / _NAME).is_file()), None)
+
+
+def _site_packages() -> Sequence[Path]:
+    return [Path(entry) / "waterfill" for entry in sys.path if entry.endswith("-packages")]
+
+
+@lru_cache(maxsize=1)
+def isa() -> str | None:
+    """Name of the instruction set in use: the best one, or WATERFILL_ISA's. None is the torch reference.
+
+    Raises WaterfillError for a name that this machine or build does not have.
+    """
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    native = library()
+    names = list(native.isas) if native else []
+    if wanted == "none":
+        return None
+    if wanted and wanted not in names:
+        raise WaterfillError(
+            f"{ISA_VARIABLE} is {wanted!r}, which this machine or build does not have; choose one of "
+            f"{', '.join([*names, 'none'])}"
+        )
+    return wanted or next(iter(names), None)
+
+
+def rotate(x: torch.Tensor, *, inverse: bool) -> torch.Tensor | None:
+    """`hadamard.rotate` of float32 `[..., width]` on the CPU by the library, to the same bits; None where it cannot."""
+    name = isa()
+    if name is None or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0 or x.requires_grad:
+        return None
+    native = library()
+    assert native is not None
+    result = x.clone(memory_format=torch.contiguous_format)
+    width = x.shape[-1]
+    native.call("rotate", native.isas[name], result.data_ptr(), x.numel() // width, width, int(inverse))
+    return result
