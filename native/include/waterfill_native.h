@@ -63,6 +63,21 @@ WF_EXPORT int wf_matmul(int isa, const wf_matrix* const* matrices, int count, co
 /* The same from exact grid points and float activations. */
 WF_EXPORT int wf_matmul_float(int isa, const wf_matrix* matrix, const void* x, int dtype, int64_t tokens, float* y);
 
+/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `dtype`, WF_FLOAT32 or
+ * WF_BFLOAT16, is that of everything but the matrices. The norms of heads and biases may be NULL. */
+typedef struct {
+    int64_t hidden, heads, kv_heads, head_dim;
+    float epsilon, scaling;
+    int dtype;
+    const wf_matrix *q, *k, *v, *o, *gate, *up, *down;
+    const void *input_norm, *post_norm, *q_norm, *k_norm, *q_bias, *k_bias, *v_bias, *o_bias;
+} wf_layer;
+
+/* One token: hidden states in and out [hidden], cosine and sine [head_dim], cache [kv_heads][capacity][head_dim] of which
+ * `position` positions are filled and one more is written here. */
+WF_EXPORT int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* cosine, const void* sine,
+                              void* keys, void* values, int64_t capacity, int64_t position, void* out);
+
 /* Rows of W in its own basis, or rotated: out [count][width]. */
 WF_EXPORT int wf_rows(int isa, const wf_matrix* matrix, const int64_t* ids, int64_t count, int rotated, float* out);
 

@@ -1,4 +1,4 @@
-// The exported functions: choice of instruction set, memory, division of work among threads.
+// The exported functions: choice of instruction set, checks, tables and layouts.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -8,8 +8,10 @@
 #include "../include/waterfill_native.h"
 #include "half.hpp"
 #include "layout.hpp"
+#include "layer.hpp"
 #include "matrix.hpp"
 #include "pool.hpp"
+#include "product.hpp"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -17,13 +19,6 @@
 #endif
 
 using namespace waterfill;
-
-struct wf_table {
-    Table view;
-    std::vector<uint8_t> entries, bytes[2];
-    std::vector<int16_t> words;
-    std::vector<float> points;
-};
 
 namespace {
 
@@ -56,79 +51,6 @@ bool machine_has(int isa) {
 }
 
 const Functions* functions(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].functions() : nullptr; }
-
-Matrix view(const wf_matrix& m) {
-    return {m.rows, m.width, m.step, m.unit, &m.table->view, m.codes, m.scales};
-}
-
-// Scratch that a thread keeps, since allocating a megabyte for every product would cost more than a small product.
-uint8_t* scratch(int slot, int64_t bytes) {
-    thread_local std::vector<uint8_t> kept[6];
-    auto& memory = kept[slot];
-    if (int64_t(memory.size()) < bytes + 64) memory.resize(size_t(bytes + 64));
-    uint8_t* p = memory.data();
-    return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64;
-}
-
-void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out) {
-    if (dtype == WF_FLOAT32) {
-        std::memcpy(out, static_cast<const float*>(x) + from, size_t(count) * sizeof(float));
-        return;
-    }
-    const uint16_t* half = static_cast<const uint16_t*>(x) + from;
-    for (int64_t i = 0; i < count; ++i) out[i] = dtype == WF_BFLOAT16 ? bfloat_to_float(half[i]) : half_to_float(half[i]);
-}
-
-// Few rows are not worth waking a thread for.
-void each_row(int64_t rows, int64_t width, const std::function<void(int64_t)>& work) {
-    const int64_t block = std::max<int64_t>(1, (1 << 15) / width);
-    parallel(ceil_div(rows, block), [&](int64_t i) {
-        for (int64_t r = i * block; r < std::min(rows, (i + 1) * block); ++r) work(r);
-    });
-}
-
-const float* rotated(const Functions& f, const void* x, int dtype, int64_t tokens, int64_t width) {
-    float* rows = reinterpret_cast<float*>(scratch(0, tokens * width * int64_t(sizeof(float))));
-    each_row(tokens, width, [&](int64_t t) {
-        to_float(x, dtype, t * width, width, rows + t * width);
-        f.rotate(rows + t * width, width, false);
-    });
-    return rows;
-}
-
-// A form of the activations: which order of columns, how many bits. Matrices that share it share the work.
-struct Form {
-    bool planar;
-    int precision, bias;
-    bool operator==(const Form& o) const { return planar == o.planar && precision == o.precision && bias == o.bias; }
-};
-
-Form form_of(const Functions& f, const Table& t) { return {f.planar(t), t.precision, t.bias}; }
-
-Prepared prepare(const Functions& f, const float* rows, int64_t tokens, int64_t width, Form form) {
-    const int64_t padded = padded_width(width), groups = groups_of(width);
-    uint8_t* data = scratch(1, tokens * padded * form.precision / 8);
-    float* scales = reinterpret_cast<float*>(scratch(2, tokens * groups * 4));
-    int32_t* corrections = reinterpret_cast<int32_t*>(scratch(3, tokens * groups * 4));
-    each_row(tokens, width, [&](int64_t t) {
-        f.quantise(rows + t * width, width, form.planar, form.precision, form.bias,
-                   data + t * padded * form.precision / 8, scales + t * groups, corrections + t * groups);
-    });
-    return {tokens, groups, padded, data, scales, corrections};
-}
-
-constexpr int64_t kTaskWeights = 1 << 17;  // about 4 us of one thread
-constexpr int64_t kTaskTiles = 8;          // what a gemm decodes together
-
-void multiply(const Functions& f, const Matrix& m, const Prepared& x, float* y) {
-    const int64_t tiles = tiles_of(m.rows);
-    int64_t block = std::max<int64_t>(1, kTaskWeights / (kTile * m.width * std::max<int64_t>(1, x.tokens / 4)));
-    block = ceil_div(block, kTaskTiles) * kTaskTiles;
-    const int64_t bytes = f.scratch_bytes(m, x);
-    parallel(ceil_div(tiles, block), [&](int64_t i) {
-        f.multiply(m, x, i * block, std::min(tiles, (i + 1) * block), y, scratch(4, bytes));
-    });
-}
 
 void unpack_row(const uint8_t* row, int64_t count, int n, int word_indices, int word_bytes, int64_t row_bytes,
                 uint16_t* out) {
@@ -226,7 +148,7 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
     const bool reorder = f->planar(t) && t.p == 1;
     const int64_t per_task = std::max<int64_t>(1, kTaskWeights / (kTile * width));
     parallel(ceil_div(tiles_of(rows), per_task), [&](int64_t task) {
-        auto* index = reinterpret_cast<uint16_t*>(scratch(5, chunks * kChunk * 2));
+        auto* index = reinterpret_cast<uint16_t*>(scratch(kIndices, chunks * kChunk * 2));
         for (int64_t tile = task * per_task; tile < std::min(tiles_of(rows), (task + 1) * per_task); ++tile) {
             uint8_t* out = codes + tile * chunks * kTile * planes.bytes;
             std::memset(out, 0, size_t(chunks * kTile * planes.bytes));
@@ -252,20 +174,9 @@ int wf_matmul(int isa, const wf_matrix* const* matrices, int count, const void* 
     const Functions* f = functions(isa);
     if (!f || count < 1 || tokens < 0 || dtype < 0 || dtype > 2) return -1;
     if (tokens == 0) return 0;
-    const int64_t width = matrices[0]->width;
-    const float* rows = rotated(*f, x, dtype, tokens, width);
-    std::vector<bool> done(size_t(count), false);
-    for (int first = 0; first < count; ++first) {
-        if (done[size_t(first)]) continue;
-        const Form form = form_of(*f, matrices[first]->table->view);
-        const Prepared prepared = prepare(*f, rows, tokens, width, form);
-        for (int i = first; i < count; ++i) {
-            if (matrices[i]->width != width) return -2;
-            if (done[size_t(i)] || !(form_of(*f, matrices[i]->table->view) == form)) continue;
-            multiply(*f, view(*matrices[i]), prepared, y[i]);
-            done[size_t(i)] = true;
-        }
-    }
+    for (int i = 1; i < count; ++i)
+        if (matrices[i]->width != matrices[0]->width) return -2;
+    products(*f, matrices, count, x, dtype, tokens, y);
     return 0;
 }
 
@@ -275,10 +186,29 @@ int wf_matmul_float(int isa, const wf_matrix* matrix, const void* x, int dtype, 
     const Matrix m = view(*matrix);
     const float* rows = rotated(*f, x, dtype, tokens, m.width);
     each_row(m.rows, m.width, [&](int64_t r) {
-        float* weights = reinterpret_cast<float*>(scratch(4, m.width * int64_t(sizeof(float))));
+        float* weights = scratch_floats(kDecoded, m.width);
         f->decode_row(m, r, weights);
         for (int64_t t = 0; t < tokens; ++t) y[t * m.rows + r] = f->dot(rows + t * m.width, weights, m.width);
     });
+    return 0;
+}
+
+int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* cosine, const void* sine, void* keys,
+                    void* values, int64_t capacity, int64_t position, void* out) {
+    const Functions* f = functions(isa);
+    const wf_layer& l = *layer;
+    if (!f || position < 0 || position >= capacity || l.kv_heads < 1 || l.heads % l.kv_heads) return -1;
+    if (l.head_dim < 2 || l.head_dim > kMostHeadDim || l.head_dim % 2 || l.dtype == WF_FLOAT16) return -1;
+    const int64_t q = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
+    const struct {
+        const wf_matrix* matrix;
+        int64_t rows, width;
+    } expected[] = {{l.q, q, l.hidden},           {l.k, kv, l.hidden},     {l.v, kv, l.hidden},
+                    {l.o, l.hidden, q},           {l.up, l.gate->rows, l.hidden},
+                    {l.gate, l.up->rows, l.hidden}, {l.down, l.hidden, l.up->rows}};
+    for (const auto& e : expected)
+        if (e.matrix->rows != e.rows || e.matrix->width != e.width) return -2;
+    decode_layer(*f, l, in, cosine, sine, keys, values, capacity, position, out);
     return 0;
 }
 

@@ -16,6 +16,7 @@
 
 #include "hadamard.hpp"
 #include "half.hpp"
+#include "layer_math.hpp"
 #include "layout.hpp"
 #include "matrix.hpp"
 
@@ -353,21 +354,10 @@ struct Kernels {
         }
     }
 
-    // In sixteen partial sums, whatever the width of the machine's vectors.
-    static float dot(const float* a, const float* b, int64_t n) {
-        float sum[16] = {};
-        int64_t i = 0;
-        for (; i + 16 <= n; i += 16)
-            for (int k = 0; k < 16; ++k) sum[k] += a[i + k] * b[i + k];
-        for (; i < n; ++i) sum[i % 16] += a[i] * b[i];
-        for (int half = 8; half; half /= 2)
-            for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
-        return sum[0];
-    }
-
     static const Functions* functions(const char* name) {
         static const Functions table = {name,          Isa::bias, planar,     rotate_row<Isa::lanes>, quantise,
-                                        scratch_bytes, multiply,  decode_row, dot};
+                                        scratch_bytes, multiply,  decode_row, dot16,
+                                        rms_norm,      swiglu,    attend};
         return &table;
     }
 };

@@ -36,6 +36,18 @@ struct Prepared {
     const int32_t* corrections;  // [tokens][groups]: -bias times the sum of the group
 };
 
+constexpr int kMostHeadDim = 512;
+
+// One token's queries that share a head of keys and values, [positions][head_dim] of float or bfloat16.
+struct Attention {
+    int64_t head_dim, queries, positions;
+    float scaling;
+    bool half;  // bfloat16
+    const void *keys, *values;
+    const float* q;  // [queries][head_dim]
+    float* out;      // [queries][head_dim]
+};
+
 struct Functions {
     const char* name;
     int bias;
@@ -49,6 +61,10 @@ struct Functions {
     // One row in the rotated basis, exact; `width` floats.
     void (*decode_row)(const Matrix&, int64_t row, float* out);
     float (*dot)(const float* a, const float* b, int64_t n);
+    // layer_math.hpp; `scores` [queries][positions].
+    void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* out);
+    void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+    void (*attend)(const Attention& a, float* scores);
 };
 
 // Tables of functions, null where the library was built without the instruction set.

@@ -59,6 +59,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_arrange": (c_int, [c_int, _MATRIX, c_int, c_int, c_int64, c_void_p, c_void_p]),
     "wf_matmul": (c_int, [c_int, POINTER(_MATRIX), c_int, c_void_p, c_int, c_int64, POINTER(c_void_p)]),
     "wf_matmul_float": (c_int, [c_int, _MATRIX, c_void_p, c_int, c_int64, c_void_p]),
+    "wf_decode_layer": (c_int, [c_int, *[c_void_p] * 6, c_int64, c_int64, c_void_p]),
     "wf_rows": (c_int, [c_int, _MATRIX, c_void_p, c_int64, c_int, c_void_p]),
 }
 

@@ -30,7 +30,8 @@ def arrange(packed: Packed, isa: str) -> Packed:
     codec = packed.codec
     codes = torch.empty(native.codes_bytes(codec.p, codec.n, out_features, width), dtype=torch.uint8)
     scales = torch.empty(native.scales_count(out_features, width), dtype=torch.float16)
-    stored = _view(packed.scales.contiguous(), packed.codes.contiguous(), codec, packed.exponent, packed.shape, isa)
+    from_scales, from_codes = packed.scales.contiguous(), packed.codes.contiguous()  # alive until they are read
+    stored = _view(from_scales, from_codes, codec, packed.exponent, packed.shape, isa)
     count, width_bytes = radix_word(codec.n) or (0, 0)
     native.call(
         "arrange",
@@ -55,7 +56,7 @@ def matmul_many(x: torch.Tensor, matrices: Sequence[Packed]) -> list[torch.Tenso
     if x.dtype not in DTYPES:
         x = x.to(torch.float32)
     outputs = [torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32) for packed in matrices]
-    views = [_view_of(packed) for packed in matrices]
+    views = [view_of(packed) for packed in matrices]
     if os.environ.get(FLOAT_ACTIVATIONS) == "float":
         for view, y in zip(views, outputs, strict=True):
             native.call("matmul_float", isa, view, x.data_ptr(), DTYPES[x.dtype], x.shape[0], y.data_ptr())
@@ -76,7 +77,7 @@ def rows(packed: Packed, ids: torch.Tensor, *, rotated: bool = False) -> torch.T
         raise IndexError(f"row {int(ids.min())} or {int(ids.max())} is outside a matrix of {out_features} rows")
     out = torch.empty(len(ids), width, dtype=torch.float32)
     isa = native.isas[packed.layout]
-    native.call("rows", isa, _view_of(packed), ids.data_ptr(), len(ids), int(rotated), out.data_ptr())
+    native.call("rows", isa, view_of(packed), ids.data_ptr(), len(ids), int(rotated), out.data_ptr())
     return out
 
 
@@ -86,7 +87,8 @@ def _native() -> Native:
     return native
 
 
-def _view_of(packed: Packed) -> MatrixView:
+def view_of(packed: Packed) -> MatrixView:
+    """The matrix as the library sees it: pointers, alive as long as the tensors are."""
     return _view(packed.scales, packed.codes, packed.codec, packed.exponent, packed.shape, packed.layout)
 
 

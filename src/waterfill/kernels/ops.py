@@ -28,12 +28,15 @@ _library.define(f"rows(Tensor ids, {_MATRIX}, int in_features, str layout) -> Te
 
 def matmul(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """x W^T: `[..., in]` of any float dtype -> `[..., out]` of the same dtype."""
+    _check_width(x, packed)
     product: torch.Tensor = torch.ops.waterfill.matmul.default(x, *_constants(packed), packed.layout)
     return product
 
 
 def matmul_many(x: torch.Tensor, matrices: list[Packed]) -> list[torch.Tensor]:
     """`matmul` with each of several matrices of one layout, sharing the rotation of x."""
+    for packed in matrices:
+        _check_width(x, packed)
     scales, codes, codecs, exponents, rows = (list(column) for column in zip(*map(_constants, matrices), strict=True))
     products: list[torch.Tensor] = torch.ops.waterfill.matmul_many.default(
         x, scales, codes, codecs, exponents, rows, matrices[0].layout
@@ -45,6 +48,12 @@ def rows(packed: Packed, ids: torch.Tensor) -> torch.Tensor:
     """Rows of W by index: int64 `[...]` -> float32 `[..., in]`."""
     found: torch.Tensor = torch.ops.waterfill.rows.default(ids, *_constants(packed), packed.shape[1], packed.layout)
     return found
+
+
+def _check_width(x: torch.Tensor, packed: Packed) -> None:
+    """The operators take the width from x: with another one they would read beyond the matrix."""
+    if x.shape[-1] != packed.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} features, but the matrix multiplies {packed.shape[1]}")
 
 
 def _constants(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, str, int, int]:

@@ -45,6 +45,8 @@ def rows(packed: Packed, ids: torch.Tensor) -> torch.Tensor:
     """Rows of W by index: int64 `[...]` -> float32 `[..., in]`. Only these rows are decoded."""
     width = packed.shape[1]
     flat = ids.reshape(-1)
+    if bool((flat < 0).any()):  # indexing would count them from the end
+        raise IndexError(f"row {int(flat.min())} is outside a matrix of {packed.shape[0]} rows")
     wanted, place = torch.unique(flat, return_inverse=True)
     row_bytes = packed.codec.row_bytes(width)
     codes = packed.codes[: packed.shape[0] * row_bytes].view(-1, row_bytes)[wanted]
@@ -66,8 +68,8 @@ def tiles(packed: Packed) -> Iterator[tuple[int, int, torch.Tensor]]:
 def matmul_integer(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """What the native kernels compute, to the bit: activations and grid as integers, sums within a group exact.
 
-    Activations get one scale per token and group, their largest magnitude over the limit of `tables.LIMITS`. A group
-    of 12-bit integers is summed in parts of 512, which are added as float32.
+    Activations get one scale per token and group, their largest magnitude over the limit of `tables.LIMITS`, or NaN
+    where one of them is not finite. A group of 12-bit integers is summed in parts of 512, which are added as float32.
     """
     grid = integer_grid(packed.codec)
     limit = torch.tensor(LIMITS[grid.precision], dtype=torch.float32)
@@ -84,8 +86,8 @@ def matmul_integer(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     for at, group in enumerate(groups(width)):
         part = rotated[:, group.start : group.stop]
         largest = part.abs().amax(1, keepdim=True)
-        usable = largest > 1e-30
-        scale = torch.where(usable, largest / limit, 0)
+        usable = (largest > 1e-30) & largest.isfinite()
+        scale = torch.where(usable, largest / limit, largest * 0)  # NaN where the group has NaN or infinity
         whole = torch.where(usable, (part * (limit / largest)).round(), 0).to(torch.float64)
         span = EXACT_WORDS if grid.precision == 16 else group.size
         sums = torch.zeros(len(rotated), out_features)

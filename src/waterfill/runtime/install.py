@@ -11,9 +11,11 @@ from typing import Any, cast
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from waterfill import kernels
 from waterfill.artifact import RAW, StoredTensor
 from waterfill.codecs import Higgs, get_codec
 from waterfill.errors import ArtifactError
+from waterfill.runtime.fused import fuse
 from waterfill.runtime.packed import (
     PackedEmbedding,
     PackedExperts,
@@ -52,6 +54,8 @@ def arrange(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, PackedMatrix):
             module.arrange()
+    if kernels.implementation() != kernels.STORED:
+        fuse(model)
 
 
 def _convert(module: nn.Module) -> PackedMatrix:

@@ -1,0 +1,101 @@
+// The arithmetic of a decoder layer between its matrices, for one token. Plain loops that compilers turn into vectors;
+// sums have sixteen partial sums whatever the vectors' width, so that every instruction set gives the same bits.
+#pragma once
+
+#include <cmath>
+
+#include "half.hpp"
+#include "matrix.hpp"
+
+namespace waterfill {
+namespace {
+
+inline float sum16(const float (&partial)[16]) {
+    float s[16];
+    for (int k = 0; k < 16; ++k) s[k] = partial[k];
+    for (int half = 8; half; half /= 2)
+        for (int k = 0; k < half; ++k) s[k] += s[k + half];
+    return s[0];
+}
+
+inline float dot16(const float* a, const float* b, int64_t n) {
+    float sum[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int k = 0; k < 16; ++k) sum[k] += a[i + k] * b[i + k];
+    for (; i < n; ++i) sum[i % 16] += a[i] * b[i];
+    return sum16(sum);
+}
+
+// e^x to 2 units in the last place, 0 below -87. Cephes' polynomial on [-ln 2 / 2, ln 2 / 2], scaled by a power of two.
+inline float exponential(float x) {
+    constexpr float round = 12582912.0f;  // 1.5 * 2^23
+    const float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    const float n = (clamped * 1.44269504f + round) - round;
+    const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    y *= bits_to_float(uint32_t(int32_t(n) + 127) << 23);
+    return x < -87.0f ? 0.0f : x == x ? y : x;
+}
+
+inline void rms_norm(const float* x, const float* weight, float epsilon, int64_t n, float* out) {
+    const float by = 1.0f / std::sqrt(dot16(x, x, n) / float(n) + epsilon);
+    for (int64_t i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * by);
+}
+
+// silu(gate) * up
+inline void swiglu(const float* gate, const float* up, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
+template <class Number>
+inline float number(Number value) {
+    if constexpr (sizeof(Number) == 2)
+        return bfloat_to_float(value);
+    else
+        return value;
+}
+
+// Softmax attention of the queries that share one head of keys and values; `scores` [queries][positions].
+template <class Number>
+inline void attend_typed(const Attention& a, float* scores) {
+    const Number *keys = static_cast<const Number*>(a.keys), *values = static_cast<const Number*>(a.values);
+    const int64_t d = a.head_dim;
+    float row[kMostHeadDim];
+    for (int64_t j = 0; j < a.positions; ++j) {
+        for (int64_t i = 0; i < d; ++i) row[i] = number(keys[j * d + i]);
+        for (int64_t q = 0; q < a.queries; ++q) scores[q * a.positions + j] = dot16(a.q + q * d, row, d) * a.scaling;
+    }
+    for (int64_t q = 0; q < a.queries; ++q) {
+        float *s = scores + q * a.positions, largest = s[0], partial[16] = {};
+        for (int64_t j = 1; j < a.positions; ++j) largest = s[j] > largest ? s[j] : largest;
+        for (int64_t j = 0; j < a.positions; ++j) s[j] = exponential(s[j] - largest);
+        int64_t j = 0;
+        for (; j + 16 <= a.positions; j += 16)
+            for (int k = 0; k < 16; ++k) partial[k] += s[j + k];
+        for (; j < a.positions; ++j) partial[j % 16] += s[j];
+        const float by = 1.0f / sum16(partial);
+        for (j = 0; j < a.positions; ++j) s[j] *= by;
+        for (int64_t i = 0; i < d; ++i) a.out[q * d + i] = 0;
+    }
+    for (int64_t j = 0; j < a.positions; ++j) {
+        for (int64_t i = 0; i < d; ++i) row[i] = number(values[j * d + i]);
+        for (int64_t q = 0; q < a.queries; ++q) {
+            const float weight = scores[q * a.positions + j];
+            for (int64_t i = 0; i < d; ++i) a.out[q * d + i] += weight * row[i];
+        }
+    }
+}
+
+inline void attend(const Attention& a, float* scores) {
+    a.half ? attend_typed<uint16_t>(a, scores) : attend_typed<float>(a, scores);
+}
+
+}  // namespace
+}  // namespace waterfill

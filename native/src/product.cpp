@@ -1,0 +1,127 @@
+#include "product.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "half.hpp"
+#include "layout.hpp"
+#include "pool.hpp"
+
+namespace waterfill {
+namespace {
+
+constexpr int64_t kTaskTiles = 8;  // what a gemm decodes together
+
+// A form of the activations: which order of columns, how many bits. Matrices that share it share the work.
+struct Form {
+    bool planar;
+    int precision, bias;
+    bool operator==(const Form& o) const { return planar == o.planar && precision == o.precision && bias == o.bias; }
+};
+
+Form form_of(const Functions& f, const wf_matrix& m) {
+    const Table& t = m.table->view;
+    return {f.planar(t), t.precision, t.bias};
+}
+
+Prepared prepare(const Functions& f, const float* rows, int64_t tokens, int64_t width, Form form) {
+    const int64_t padded = padded_width(width), groups = groups_of(width);
+    uint8_t* data = scratch(kIntegers, tokens * padded * form.precision / 8);
+    float* scales = scratch_floats(kIntegerScales, tokens * groups);
+    int32_t* corrections = reinterpret_cast<int32_t*>(scratch(kCorrections, tokens * groups * 4));
+    each_row(tokens, width, [&](int64_t t) {
+        f.quantise(rows + t * width, width, form.planar, form.precision, form.bias,
+                   data + t * padded * form.precision / 8, scales + t * groups, corrections + t * groups);
+    });
+    return {tokens, groups, padded, data, scales, corrections};
+}
+
+struct Part {  // of the work: one matrix, cut into tasks of `block` tiles
+    Matrix matrix;
+    float* y;
+    int64_t block, first_task;
+};
+
+// All matrices together: several small ones wake the threads once.
+void multiply(const Functions& f, const std::vector<const wf_matrix*>& matrices, const std::vector<float*>& y,
+              const Prepared& x) {
+    std::vector<Part> parts;
+    int64_t tasks = 0, bytes = 0;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+        const Matrix m = view(*matrices[i]);
+        int64_t block = std::max<int64_t>(1, kTaskWeights / (kTile * m.width * std::max<int64_t>(1, x.tokens / 4)));
+        block = ceil_div(block, kTaskTiles) * kTaskTiles;
+        parts.push_back({m, y[i], block, tasks});
+        tasks += ceil_div(tiles_of(m.rows), block);
+        bytes = std::max(bytes, f.scratch_bytes(m, x));
+    }
+    parallel(tasks, [&](int64_t task) {
+        const Part* part = &parts.back();
+        while (part->first_task > task) --part;
+        const int64_t first = (task - part->first_task) * part->block;
+        const int64_t last = std::min(tiles_of(part->matrix.rows), first + part->block);
+        f.multiply(part->matrix, x, first, last, part->y, scratch(kDecoded, bytes));
+    });
+}
+
+}  // namespace
+
+Matrix view(const wf_matrix& m) { return {m.rows, m.width, m.step, m.unit, &m.table->view, m.codes, m.scales}; }
+
+uint8_t* scratch(Scratch slot, int64_t bytes) {
+    thread_local std::vector<uint8_t> kept[kScratchSlots];
+    auto& memory = kept[slot];
+    if (int64_t(memory.size()) < bytes + 64) memory.resize(size_t(bytes + 64));
+    uint8_t* p = memory.data();
+    return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64;
+}
+
+void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out) {
+    if (dtype == WF_FLOAT32) {
+        std::memcpy(out, static_cast<const float*>(x) + from, size_t(count) * sizeof(float));
+        return;
+    }
+    const uint16_t* half = static_cast<const uint16_t*>(x) + from;
+    if (dtype == WF_BFLOAT16)
+        for (int64_t i = 0; i < count; ++i) out[i] = bfloat_to_float(half[i]);
+    else
+        for (int64_t i = 0; i < count; ++i) out[i] = half_to_float(half[i]);
+}
+
+void each_row(int64_t rows, int64_t width, const std::function<void(int64_t)>& work) {
+    const int64_t block = std::max<int64_t>(1, (1 << 15) / width);
+    parallel(ceil_div(rows, block), [&](int64_t i) {
+        for (int64_t r = i * block; r < std::min(rows, (i + 1) * block); ++r) work(r);
+    });
+}
+
+const float* rotated(const Functions& f, const void* x, int dtype, int64_t tokens, int64_t width) {
+    float* rows = scratch_floats(kRotated, tokens * width);
+    each_row(tokens, width, [&](int64_t t) {
+        to_float(x, dtype, t * width, width, rows + t * width);
+        f.rotate(rows + t * width, width, false);
+    });
+    return rows;
+}
+
+void products(const Functions& f, const wf_matrix* const* matrices, int count, const void* x, int dtype, int64_t tokens,
+              float* const* y) {
+    const int64_t width = matrices[0]->width;
+    const float* rows = rotated(f, x, dtype, tokens, width);
+    std::vector<bool> done(size_t(count), false);
+    for (int first = 0; first < count; ++first) {
+        if (done[size_t(first)]) continue;
+        const Form form = form_of(f, *matrices[first]);
+        std::vector<const wf_matrix*> same;
+        std::vector<float*> results;
+        for (int i = first; i < count; ++i) {
+            if (done[size_t(i)] || !(form_of(f, *matrices[i]) == form)) continue;
+            same.push_back(matrices[i]);
+            results.push_back(y[i]);
+            done[size_t(i)] = true;
+        }
+        multiply(f, same, results, prepare(f, rows, tokens, width, form));
+    }
+}
+
+}  // namespace waterfill

@@ -1,0 +1,45 @@
+// Products of packed matrices with activations: preparation, memory, and division of the work among threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "../include/waterfill_native.h"
+#include "matrix.hpp"
+
+struct wf_table {
+    waterfill::Table view;
+    std::vector<uint8_t> entries, bytes[2];
+    std::vector<int16_t> words;
+    std::vector<float> points;
+};
+
+namespace waterfill {
+
+Matrix view(const wf_matrix& m);
+
+// y[i] = x W_i^T for matrices of one width, x [tokens][width] of `dtype`; y[i] [tokens][rows_i]. The rotation of x is
+// shared, and its integers among matrices of the same form.
+void products(const Functions& f, const wf_matrix* const* matrices, int count, const void* x, int dtype, int64_t tokens,
+              float* const* y);
+
+// x rotated, [tokens][width], in memory that the next call reuses.
+const float* rotated(const Functions& f, const void* x, int dtype, int64_t tokens, int64_t width);
+
+// `count` numbers of a WF_ dtype to floats, starting at number `from`.
+void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out);
+
+// Memory that a thread keeps, 64-byte aligned, since allocating a megabyte would cost more than a small product.
+enum Scratch { kRotated, kIntegers, kIntegerScales, kCorrections, kDecoded, kIndices, kLayer, kScores, kScratchSlots };
+uint8_t* scratch(Scratch slot, int64_t bytes);
+inline float* scratch_floats(Scratch slot, int64_t count) {
+    return reinterpret_cast<float*>(scratch(slot, count * int64_t(sizeof(float))));
+}
+
+// work(r) for each row; few rows are not worth waking a thread for.
+void each_row(int64_t rows, int64_t width, const std::function<void(int64_t)>& work);
+
+constexpr int64_t kTaskWeights = 1 << 17;  // about 4 us of one thread
+
+}  // namespace waterfill

@@ -1,0 +1,100 @@
+"""A whole decoder layer for one token as one native call, where it is of the Llama kind.
+
+With packed matrices as fast as the memory, a small model spends half of a token in Python and in small operators
+between them. `native/src/layer.cpp` does a layer's arithmetic in one go; sums are float32 whatever the dtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from ctypes import c_float, c_int, c_int64, c_void_p
+
+import torch
+
+from waterfill.kernels.native import view_of
+from waterfill.kernels.reference import Packed
+from waterfill.native import DTYPES, MatrixView, library
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+VECTORS = ("input_norm", "post_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
+MOST_HEAD_DIM = 512
+
+
+class LayerView(ctypes.Structure):
+    """wf_layer."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim")),
+        *((name, c_float) for name in ("epsilon", "scaling")),
+        ("dtype", c_int),
+        *((name, ctypes.POINTER(MatrixView)) for name in MATRICES),
+        *((name, c_void_p) for name in VECTORS),
+    )
+
+
+class DecoderLayer:
+    """Matrices in one native layout, norms and biases of the activations' dtype (float32 or bfloat16).
+
+    All tensors are kept alive here, and read in place: their values may change, their memory must not.
+    """
+
+    def __init__(
+        self,
+        matrices: Mapping[str, Packed],
+        vectors: Mapping[str, torch.Tensor],
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        epsilon: float,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> None:
+        native = library()
+        assert native is not None  # a layout exists only where the library does
+        self._kept = (dict(matrices), dict(vectors))
+        self._views = {name: view_of(packed) for name, packed in matrices.items()}
+        self._layer = LayerView(
+            hidden=matrices["q"].shape[1],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            epsilon=epsilon,
+            scaling=scaling,
+            dtype=DTYPES[dtype],
+            **{name: ctypes.pointer(view) for name, view in self._views.items()},
+            **{name: vector.data_ptr() for name, vector in vectors.items()},
+        )
+        self._reference = ctypes.byref(self._layer)
+        self._native, self._isa = native, native.isas[matrices["q"].layout]
+        self.hidden, self.head_dim, self.dtype = self._layer.hidden, head_dim, dtype
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        rotary: Sequence[torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position: int,
+    ) -> torch.Tensor:
+        """Hidden states `[1, 1, hidden]` after the layer; `position` of the cache is written.
+
+        The cache is `[1, heads, capacity, head_dim]`, `rotary` (cos, sin) of head_dim elements each.
+        """
+        out = torch.empty_like(hidden)
+        cosine, sine = rotary
+        self._native.call(
+            "decode_layer",
+            self._isa,
+            self._reference,
+            hidden.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            keys.shape[2],
+            position,
+            out.data_ptr(),
+        )
+        return out
