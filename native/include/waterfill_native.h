@@ -37,8 +37,11 @@ WF_EXPORT int wf_version(void);
 WF_EXPORT const char* wf_isa(int isa);
 WF_EXPORT int wf_usable(int isa);
 
-/* Threads that later calls share work among; 1 runs everything in the calling thread. */
+/* Threads that later calls share work among: 1 runs everything in the calling thread, 0 is the default. */
 WF_EXPORT int wf_set_threads(int count);
+
+/* Share the threads of the process's OpenMP runtime, given its GOMP_parallel; NULL: own threads, the default. */
+WF_EXPORT int wf_set_team(void* gomp_parallel);
 
 /* In place: the block Hadamard transform of waterfill/hadamard.py, or its inverse, of each of `rows` rows. */
 WF_EXPORT int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inverse);

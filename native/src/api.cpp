@@ -75,34 +75,9 @@ void unpack_row(const uint8_t* row, int64_t count, int n, int word_indices, int 
     }
 }
 
-}  // namespace
-
-int wf_version(void) { return WF_VERSION; }
-
-const char* wf_isa(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].name : nullptr; }
-
-int wf_usable(int isa) { return functions(isa) && machine_has(isa); }
-
-int wf_set_threads(int count) {
-    set_threads(count);
-    return 0;
-}
-
-int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inverse) {
-    const Functions* f = functions(isa);
-    if (!f || rows < 0 || width < 1) return -1;
-    each_row(rows, width, [&](int64_t r) { f->rotate(x + r * width, width, inverse != 0); });
-    return 0;
-}
-
-wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* units, const float* points) {
-    const Functions* f = functions(isa);
-    if (!f || p < 1 || p > 4 || n < 2 || n > 4096 || (precision != 8 && precision != 16)) return nullptr;
-    std::unique_ptr<wf_table> made(new (std::nothrow) wf_table);
-    if (!made) return nullptr;
-    wf_table& t = *made;
+void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const float* points, int bias) {
     Table& v = t.view;
-    v = {p, n, bits_of(n), precision, precision == 8 ? f->bias : 0, 1, nullptr, {nullptr, nullptr}, nullptr, nullptr};
+    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {nullptr, nullptr}, nullptr, nullptr};
     while (v.entry < p * precision / 8) v.entry *= 2;
     const int rounded = 1 << v.bits, period = std::max(256, rounded), size = precision / 8;
     t.entries.resize(size_t(period) * size_t(v.entry) + 8);
@@ -126,13 +101,68 @@ wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* unit
     }
     t.points.assign(points, points + size_t(n) * size_t(p));
     v.points = t.points.data();
+}
+
+// A scalar grid as one of pairs: two codes side by side index it, so that each byte that is loaded and shifted serves
+// twice as many weights.
+void fill_with_pairs(wf_table& t, int n, const int16_t* units, const float* points, int bias) {
+    const int bits = bits_of(n), count = 1 << 2 * bits;
+    std::vector<int16_t> pair_units;
+    std::vector<float> pair_points;
+    for (int code = 0; code < count; ++code)
+        for (int k = 0; k < 2; ++k) {
+            const int one = std::min(code >> k * bits & ((1 << bits) - 1), n - 1);
+            pair_units.push_back(units[one]);
+            pair_points.push_back(points[one]);
+        }
+    fill(t, 2, count, 8, pair_units.data(), pair_points.data(), bias);
+    t.paired = n;
+}
+
+}  // namespace
+
+int wf_version(void) { return WF_VERSION; }
+
+const char* wf_isa(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].name : nullptr; }
+
+int wf_usable(int isa) { return functions(isa) && machine_has(isa); }
+
+int wf_set_threads(int count) {
+    set_threads(count);
+    return 0;
+}
+
+int wf_set_team(void* gomp_parallel) {
+    set_team(gomp_parallel);
+    return 0;
+}
+
+int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inverse) {
+    const Functions* f = functions(isa);
+    if (!f || rows < 0 || width < 1) return -1;
+    each_row(rows, width, [&](int64_t r) { f->rotate(x + r * width, width, inverse != 0); });
+    return 0;
+}
+
+wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* units, const float* points) {
+    const Functions* f = functions(isa);
+    if (!f || p < 1 || p > 4 || n < 2 || n > 4096 || (precision != 8 && precision != 16)) return nullptr;
+    std::unique_ptr<wf_table> made(new (std::nothrow) wf_table);
+    if (!made) return nullptr;
+    if (p == 1 && precision == 8 && bits_of(n) <= f->pair_bits)
+        fill_with_pairs(*made, n, units, points, f->bias);
+    else
+        fill(*made, p, n, precision, units, points, precision == 8 ? f->bias : 0);
     return made.release();
 }
 
 void wf_table_free(wf_table* table) { delete table; }
 
 int64_t wf_codes_bytes(int p, int n, int64_t rows, int64_t width) {
-    return tiles_of(rows) * kTile * chunks_per_row(width, p) * planes_of(bits_of(n)).bytes;
+    const int bits = bits_of(n);
+    int64_t bytes = chunks_per_row(width, p) * planes_of(bits).bytes;
+    if (p == 1 && bits <= kMostPairBits) bytes = std::max(bytes, chunks_per_row(width, 2) * planes_of(2 * bits).bytes);
+    return tiles_of(rows) * kTile * bytes;
 }
 
 int64_t wf_scales_count(int64_t rows, int64_t width) { return tiles_of(rows) * kTile * groups_of(width); }
@@ -142,13 +172,15 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
     const Functions* f = functions(isa);
     if (!f || word_bytes > 7) return -1;
     const Table& t = stored->table->view;
+    const int paired = stored->table->paired;
+    const int stored_p = paired ? 1 : t.p, stored_n = paired ? paired : t.n;
     const int64_t rows = stored->rows, width = stored->width, groups = groups_of(width);
-    const int64_t count = codes_per_row(width, t.p), chunks = chunks_per_row(width, t.p);
+    const int64_t count = codes_per_row(width, stored_p), chunks = chunks_per_row(width, t.p);
     const Planes planes = planes_of(t.bits);
     const bool reorder = f->planar(t) && t.p == 1;
     const int64_t per_task = std::max<int64_t>(1, kTaskWeights / (kTile * width));
     parallel(ceil_div(tiles_of(rows), per_task), [&](int64_t task) {
-        auto* index = reinterpret_cast<uint16_t*>(scratch(kIndices, chunks * kChunk * 2));
+        auto* index = reinterpret_cast<uint16_t*>(scratch(kIndices, 2 * (chunks + 1) * kChunk * 2));
         for (int64_t tile = task * per_task; tile < std::min(tiles_of(rows), (task + 1) * per_task); ++tile) {
             uint8_t* out = codes + tile * chunks * kTile * planes.bytes;
             std::memset(out, 0, size_t(chunks * kTile * planes.bytes));
@@ -157,10 +189,17 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
                 for (int64_t g = 0; g < groups; ++g)
                     scales[(tile * groups + g) * kTile + r] = row < rows ? stored->scales[row * groups + g] : uint16_t(0);
                 if (row >= rows) continue;
-                unpack_row(stored->codes + row * row_bytes, count, t.n, word_indices, word_bytes, row_bytes, index);
+                unpack_row(stored->codes + row * row_bytes, count, stored_n, word_indices, word_bytes, row_bytes, index);
+                int64_t filled = count;
+                if (paired) {
+                    index[count] = 0;
+                    filled = ceil_div(count, 2);
+                    for (int64_t i = 0; i < filled; ++i)
+                        index[i] = uint16_t(index[2 * i] | index[2 * i + 1] << bits_of(paired));
+                }
                 for (int64_t i = 0; i < chunks * kChunk; ++i) {
                     const int64_t from = reorder ? planar_column(i) : i;
-                    if (from < count)
+                    if (from < filled)
                         put_code(out + (i / kChunk * kTile + r) * planes.bytes, planes, int(i % kChunk), index[from]);
                 }
             }

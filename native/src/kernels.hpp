@@ -23,6 +23,7 @@
 namespace waterfill {
 namespace {
 
+constexpr int kAhead = 2048;         // bytes: codes are fetched before they are needed, across pages too
 constexpr int64_t kExactWords = 512;  // products of 2047 * 2047 that surely fit an int32 sum
 
 template <class Isa>
@@ -57,7 +58,7 @@ struct Kernels {
             for (int t = 0; t < TOKENS; ++t)
                 for (int r = 0; r < kTile; ++r) acc[t][r] = Isa::start(x.corrections[(token + t) * groups + g]);
             for (; chunk < end; ++chunk) {
-                Isa::prefetch(code + 2048);
+                for (int line = 0; line < kTile * bytes; line += 64) Isa::prefetch(code + kAhead + line);
                 for (int r = 0; r < kTile; ++r, code += bytes) {
                     Bytes index[2], value[2 * P];
                     Isa::template codes<BITS>(code, index);
@@ -355,7 +356,7 @@ struct Kernels {
     }
 
     static const Functions* functions(const char* name) {
-        static const Functions table = {name,          Isa::bias, planar,     rotate_row<Isa::lanes>, quantise,
+        static const Functions table = {name, Isa::bias, Isa::pair_bits, planar,     rotate_row<Isa::lanes>, quantise,
                                         scratch_bytes, multiply,  decode_row, dot16,
                                         rms_norm,      swiglu,    attend};
         return &table;

@@ -36,6 +36,7 @@ struct Prepared {
     const int32_t* corrections;  // [tokens][groups]: -bias times the sum of the group
 };
 
+constexpr int kMostPairBits = 3;
 constexpr int kMostHeadDim = 512;
 
 // One token's queries that share a head of keys and values, [positions][head_dim] of float or bfloat16.
@@ -51,6 +52,7 @@ struct Attention {
 struct Functions {
     const char* name;
     int bias;
+    int pair_bits;  // codes of scalars up to so many bits are looked up in pairs
     bool (*planar)(const Table&);
     void (*rotate)(float* row, int64_t width, bool inverse);
     // One row of `width` floats -> `padded` integers; scales and corrections [groups].

@@ -97,14 +97,37 @@ class Pool {
     bool stop_ = false;
 };
 
+// libgomp's entry point, which LLVM's runtime has too: runs work(data) in every thread of a team.
+using Team = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+
+std::atomic<Team> team{nullptr};
 std::mutex turn;  // of callers
 Pool* pool = nullptr;
 std::atomic<int> wanted{0};
 
 // A forked child has none of its parent's threads and must not wait for them.
 void after_fork() {
+    team = nullptr;
     pool = nullptr;
     new (&turn) std::mutex;
+}
+
+void expect_forks() {
+#if defined(__unix__) || defined(__APPLE__)
+    static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+    (void)registered;
+#endif
+}
+
+struct Shared {
+    std::atomic<int64_t> next{0};
+    const int64_t tasks;
+    const std::function<void(int64_t)>& work;
+};
+
+void drain_shared(void* data) {
+    auto& shared = *static_cast<Shared*>(data);
+    for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.tasks;) shared.work(i);
 }
 
 int default_threads() { return std::max(1, int(std::thread::hardware_concurrency())); }
@@ -113,20 +136,26 @@ int default_threads() { return std::max(1, int(std::thread::hardware_concurrency
 
 void set_threads(int count) { wanted = std::max(0, count); }
 
-int threads() { return wanted ? wanted.load() : default_threads(); }
+void set_team(void* entry) {
+    expect_forks();
+    team = reinterpret_cast<Team>(entry);
+}
 
 void parallel(int64_t tasks, const std::function<void(int64_t)>& work) {
-    const int helpers = threads() - 1;
-    if (tasks <= 1 || helpers <= 0) {
+    const int chosen = wanted;
+    if (tasks <= 1 || chosen == 1) {
         for (int64_t i = 0; i < tasks; ++i) work(i);
         return;
     }
+    if (const Team shared_team = team.load()) {
+        Shared shared{{0}, tasks, work};
+        shared_team(drain_shared, &shared, unsigned(chosen), 0);  // 0 threads: as many as OpenMP has been told
+        return;
+    }
+    const int helpers = (chosen ? chosen : default_threads()) - 1;
     std::lock_guard<std::mutex> lock(turn);
     if (!pool || int(pool->size()) != helpers) {
-#if defined(__unix__) || defined(__APPLE__)
-        static const int registered = pthread_atfork(nullptr, nullptr, after_fork);
-        (void)registered;
-#endif
+        expect_forks();
         delete pool;
         pool = new Pool(helpers);  // never freed at exit: a thread may still be in it
     }

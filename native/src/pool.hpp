@@ -1,4 +1,5 @@
-// Threads that wait for work, briefly awake: a matrix takes a tenth of a millisecond, waking a thread half of that.
+// Threads: those of an OpenMP runtime in the process, so that two pools do not fight for the same cores, or our own, which
+// stay awake briefly: a matrix takes a tenth of a millisecond, waking a thread half of that.
 #pragma once
 
 #include <cstdint>
@@ -6,10 +7,13 @@
 
 namespace waterfill {
 
-// Calls work(i) for i in 0 … tasks - 1 from the pool's threads and the caller's. Calls from several threads take turns.
+// Calls work(i) for i in 0 … tasks - 1 from several threads, the caller's among them.
 void parallel(int64_t tasks, const std::function<void(int64_t)>& work);
 
+// Threads that work is shared among; 0 leaves it to the OpenMP runtime, or takes all cores.
 void set_threads(int count);
-int threads();
+
+// GOMP_parallel of the runtime to share, or null for threads of our own.
+void set_team(void* entry);
 
 }  // namespace waterfill

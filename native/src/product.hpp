@@ -13,6 +13,7 @@ struct wf_table {
     std::vector<uint8_t> entries, bytes[2];
     std::vector<int16_t> words;
     std::vector<float> points;
+    int paired = 0;  // points of the grid of scalars that was made one of pairs, or 0
 };
 
 namespace waterfill {

@@ -14,7 +14,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,63 +23,14 @@ import click
 from rich.console import Console
 
 import waterfill
-from waterfill import show
+from waterfill import show, show_doctor
+from waterfill._commands import OrderedGroup, combined
 from waterfill.errors import WaterfillError, first_line
 
 if TYPE_CHECKING:
     from waterfill.runtime.generate import Sampling
 
 PIPED_WIDTH = 200  # of tables that no terminal limits
-
-_SECTIONS = {
-    "Budget (exactly one)": ("size", "bits", "max_kl"),
-    "Choices": ("gain", "keep", "tie", "uniform", "codecs"),
-    "Sensitivities": ("probe", "text", "sequences", "length", "seed", "method", "sensitivity"),
-    "Text": ("prompt", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
-}
-
-Decorator = Callable[[Any], Any]
-
-
-class _Command(click.Command):
-    """Lists the options of its help by section."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        _quiet_transformers()  # not earlier: this imports it
-        return super().invoke(ctx)
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        section_of = {name: section for section, names in _SECTIONS.items() for name in names}
-        sections: dict[str, list[tuple[str, str]]] = {section: [] for section in (*_SECTIONS, "Options")}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                sections[section_of.get(parameter.name or "", "Options")].append(record)
-        for section, records in sections.items():
-            if records:
-                with formatter.section(section):
-                    formatter.write_dl(records)
-
-
-class _Group(click.Group):
-    """Lists its commands in the order of their use."""
-
-    command_class = _Command
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-
-def _options(*options: Decorator) -> Decorator:
-    """Several options as one decorator, in the order of the help."""
-
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
@@ -89,7 +41,7 @@ _all = click.option("--all", "every", is_flag=True, help="One line per matrix, h
 _revision = click.option("--revision", help="Branch, tag or commit of a hub model.")
 
 # What is not given is not passed on: the defaults are those of the Python functions.
-_plan_options = _options(
+_plan_options = combined(
     click.option("--size", help="Bytes of all weight files, e.g. 2.5GB or 800MiB."),
     click.option("--bits", type=float, metavar="X", help="Stored bits per weight of the matrices, scales included."),
     click.option(
@@ -132,7 +84,7 @@ _plan_options = _options(
     click.option("--sensitivity", type=_FILE, help="Reuse what an earlier `plan --save` measured."),
     _revision,
 )
-_sampling_options = _options(
+_sampling_options = combined(
     click.option("--max-new-tokens", type=int, metavar="N", help="Tokens to generate at most."),
     click.option(
         "--temperature", type=float, metavar="X", help="0 is greedy; as the model's own settings say when not given."
@@ -151,7 +103,7 @@ _sampling_options = _options(
 )
 
 
-@click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=OrderedGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(waterfill.__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def commands(ctx: click.Context) -> None:
@@ -285,6 +237,20 @@ def chat(artifact: Path, system: str | None, as_json: bool, **sampling: Any) -> 
         _print_json({"messages": messages})
 
 
+@commands.command(cls=click.Command)  # without transformers: what is broken has to be shown
+@_json
+def doctor(as_json: bool) -> None:
+    """Show what computes here, and check that it is right."""
+    from waterfill.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        _out().print(show_doctor.view(found))
+    sys.exit(0 if found.healthy else 1)
+
+
 # ------------------------------------------------------------------------------------------------------ what is common
 
 
@@ -342,16 +308,6 @@ def _note(sentence: str) -> None:
 
 def _print_json(record: Mapping[str, Any]) -> None:
     click.echo(json.dumps(show.finite(record), allow_nan=False))
-
-
-def _quiet_transformers() -> None:
-    """Its errors come as exceptions; its bars and warnings speak of other things than the user's command."""
-    import transformers
-    from huggingface_hub.utils.tqdm import enable_progress_bars
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    enable_progress_bars()  # the line above silences downloads too
 
 
 class _Log(logging.Handler):

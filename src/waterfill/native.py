@@ -51,6 +51,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_isa": (c_char_p, [c_int]),
     "wf_usable": (c_int, [c_int]),
     "wf_set_threads": (c_int, [c_int]),
+    "wf_set_team": (c_int, [c_void_p]),
     "wf_rotate": (c_int, [c_int, c_void_p, c_int64, c_int64, c_int]),
     "wf_table_new": (c_void_p, [c_int, c_int, c_int, c_int, c_void_p, c_void_p]),
     "wf_table_free": (None, [c_void_p]),
@@ -112,8 +113,22 @@ def library() -> Native | None:
     except (OSError, AttributeError, WaterfillError) as error:
         _log.warning("the native kernels cannot be used: %s", error)
         return None
-    native.set_threads(torch.get_num_threads())
+    team = openmp_team()
+    native.set_team(team)
+    if team is None:
+        native.set_threads(torch.get_num_threads())
     return native
+
+
+def openmp_team() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, or None.
+
+    Idle threads of OpenMP spin for milliseconds; a second pool would run against them for the same cores.
+    """
+    if sys.platform == "win32":
+        return None
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if function is None else ctypes.cast(function, c_void_p).value
 
 
 def find() -> Path | None:

@@ -1,0 +1,67 @@
+"""Click as the command line uses it: help by section, commands in the order of use, transformers kept quiet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_SECTIONS = {
+    "Budget (exactly one)": ("size", "bits", "max_kl"),
+    "Choices": ("gain", "keep", "tie", "uniform", "codecs"),
+    "Sensitivities": ("probe", "text", "sequences", "length", "seed", "method", "sensitivity"),
+    "Text": ("prompt", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
+}
+
+Decorator = Callable[[Any], Any]
+
+
+class SectionedCommand(click.Command):
+    """Lists the options of its help by section."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _quiet_transformers()  # not earlier: this imports it
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        section_of = {name: section for section, names in _SECTIONS.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {section: [] for section in (*_SECTIONS, "Options")}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections[section_of.get(parameter.name or "", "Options")].append(record)
+        for section, records in sections.items():
+            if records:
+                with formatter.section(section):
+                    formatter.write_dl(records)
+
+
+class OrderedGroup(click.Group):
+    """Lists its commands in the order of their use."""
+
+    command_class = SectionedCommand
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def combined(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _quiet_transformers() -> None:
+    """Its errors come as exceptions; its bars and warnings speak of other things than the user's command."""
+    import transformers
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    enable_progress_bars()  # the line above silences downloads too
