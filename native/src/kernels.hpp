@@ -149,21 +149,27 @@ struct Kernels {
             }
     }
 
-    // Any grid: entries of ENTRY bytes copied one by one, `used` of which count.
-    template <int ENTRY>
-    static void decode_entries(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride, int used) {
+    // Any grid: entries of ENTRY bytes copied one by one, USED of which count. Codes are read four at a time: loads are
+    // what limits this.
+    template <int ENTRY, int USED>
+    static void decode_entries(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
         const Planes planes = planes_of(m.table->bits);
         const int64_t chunks = chunks_per_row(m.width, m.table->p);
         const uint8_t* chunk = m.codes + tile * chunks * kTile * planes.bytes;
         const uint8_t* entries = m.table->entries;
-        const uint32_t last = uint32_t(m.table->n) - 1;
         for (int64_t c = 0; c < chunks; ++c)
             for (int r = 0; r < kTile; ++r, chunk += planes.bytes) {
-                uint8_t* to = out + r * stride + c * kChunk * used;
-                uint16_t index[kChunk];
+                uint8_t* to = out + r * stride + c * kChunk * USED;
+                alignas(64) uint16_t index[kChunk];
                 chunk_codes(chunk, planes, index);
-                for (int i = 0; i < kChunk; ++i, to += used)
-                    std::memcpy(to, entries + (index[i] < last ? index[i] : last) * ENTRY, ENTRY);
+                for (int i = 0; i < kChunk; i += 4, to += 4 * USED) {
+                    uint64_t four;
+                    std::memcpy(&four, index + i, 8);
+                    std::memcpy(to, entries + (four & 0xffff) * ENTRY, ENTRY);
+                    std::memcpy(to + USED, entries + (four >> 16 & 0xffff) * ENTRY, ENTRY);
+                    std::memcpy(to + 2 * USED, entries + (four >> 32 & 0xffff) * ENTRY, ENTRY);
+                    std::memcpy(to + 3 * USED, entries + (four >> 48) * ENTRY, ENTRY);
+                }
             }
     }
 
@@ -196,12 +202,13 @@ struct Kernels {
                 case 8: return decode_words<8>(m, tile, words, stride / 2);
             }
         }
-        const int used = m.table->p * m.table->precision / 8;
-        switch (m.table->entry) {
-            case 1: return decode_entries<1>(m, tile, out, stride, used);
-            case 2: return decode_entries<2>(m, tile, out, stride, used);
-            case 4: return decode_entries<4>(m, tile, out, stride, used);
-            default: return decode_entries<8>(m, tile, out, stride, used);
+        switch (m.table->p * m.table->precision / 8) {
+            case 1: return decode_entries<1, 1>(m, tile, out, stride);
+            case 2: return decode_entries<2, 2>(m, tile, out, stride);
+            case 3: return decode_entries<4, 3>(m, tile, out, stride);
+            case 4: return decode_entries<4, 4>(m, tile, out, stride);
+            case 6: return decode_entries<8, 6>(m, tile, out, stride);
+            default: return decode_entries<8, 8>(m, tile, out, stride);
         }
     }
 

@@ -87,6 +87,54 @@ void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
     expect(!std::memcmp(u.data(), v.data(), u.size() * sizeof(float)), name + " rows");
 }
 
+// A decoder layer with eight random matrices' worth of memory, on one instruction set; returns hidden states and cache.
+std::vector<float> layer_on(int isa, int dtype, bool biases) {
+    std::mt19937 own(7);
+    auto numbers = [&](size_t count, float by) {  // of `dtype`, in the memory of floats
+        std::vector<float> x(count);
+        for (auto& v : x) v = float(int32_t(own())) * 4.6e-10f * by;
+        if (dtype == WF_BFLOAT16) {
+            std::vector<uint16_t> half(count);
+            for (size_t i = 0; i < count; ++i) std::memcpy(&half[i], reinterpret_cast<char*>(&x[i]) + 2, 2);
+            std::memcpy(x.data(), half.data(), 2 * count);
+        }
+        return x;
+    };
+    constexpr int64_t hidden = 172, heads = 6, kv_heads = 2, d = 20, inner = 300, capacity = 40, position = 37;
+    const Grid grid{1, 16, 8};
+    std::vector<int16_t> units(16);
+    std::vector<float> points(16);
+    for (int i = 0; i < 16; ++i) units[size_t(i)] = int16_t(15 * i - 112), points[size_t(i)] = float(units[size_t(i)]);
+    const int64_t shapes[7][2] = {{heads * d, hidden}, {kv_heads * d, hidden}, {kv_heads * d, hidden}, {hidden, heads * d},
+                                  {inner, hidden},     {inner, hidden},        {hidden, inner}};
+    std::vector<Arranged*> kept;
+    for (const auto& shape : shapes) {
+        const int64_t row_bytes = (shape[1] + 1) / 2;
+        std::vector<uint8_t> stored(size_t(shape[0] * row_bytes));
+        for (auto& byte : stored) byte = uint8_t(own());
+        const std::vector<uint16_t> factors(size_t(shape[0]), 0x2400);
+        kept.push_back(new Arranged(isa, grid, shape[0], shape[1], units, points, stored, factors, row_bytes));
+    }
+    auto input_norm = numbers(hidden, 1), post_norm = numbers(hidden, 1), head_norm = numbers(d, 1), bias = numbers(300, 1);
+    auto in = numbers(hidden, 1), cosine = numbers(d, 1), sine = numbers(d, 1), out = numbers(hidden, 1);
+    auto keys = numbers(kv_heads * capacity * d, 1), values = numbers(kv_heads * capacity * d, 1);
+    const void *b = biases ? bias.data() : nullptr, *norm = biases ? head_norm.data() : nullptr;
+    const wf_layer layer{hidden, heads, kv_heads, d, 1e-5f, 0.2f, dtype,
+                         &kept[0]->matrix, &kept[1]->matrix, &kept[2]->matrix, &kept[3]->matrix, &kept[4]->matrix,
+                         &kept[5]->matrix, &kept[6]->matrix,
+                         input_norm.data(), post_norm.data(), norm, norm, b, b, b, b};
+    if (wf_decode_layer(isa, &layer, in.data(), cosine.data(), sine.data(), keys.data(), values.data(), capacity, position,
+                        out.data()))
+        std::abort();
+    if (!wf_decode_layer(isa, &layer, in.data(), cosine.data(), sine.data(), keys.data(), values.data(), capacity, capacity,
+                         out.data()))
+        std::abort();  // the cache is full
+    for (auto* x : kept) delete x;
+    out.insert(out.end(), keys.begin(), keys.end());
+    out.insert(out.end(), values.begin(), values.end());
+    return out;
+}
+
 }  // namespace
 
 int main() {
@@ -111,6 +159,11 @@ int main() {
             wf_rotate(scalar, y.data(), 2, width, 0);
             expect(!std::memcmp(x.data(), y.data(), x.size() * sizeof(float)), "rotation " + std::to_string(width));
         }
+        for (int dtype : {WF_FLOAT32, WF_BFLOAT16})
+            for (bool biases : {false, true}) {
+                const auto x = layer_on(isa, dtype, biases), y = layer_on(scalar, dtype, biases);
+                expect(!std::memcmp(x.data(), y.data(), x.size() * sizeof(float)), "layer " + std::to_string(dtype));
+            }
         std::printf("%s equals scalar: %s\n", wf_isa(isa), failures ? "no" : "yes");
         ++compared;
     }
