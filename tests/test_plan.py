@@ -126,6 +126,18 @@ def test_experts_are_never_raw(mixtral: Architecture) -> None:
     assert plan.size_bytes == lay_out(plan.specs()).size_bytes
 
 
+def test_codecs_by_pattern_and_by_speed(dense: Architecture) -> None:
+    def names(*codecs: str) -> list[str]:
+        return [point.codec for point in make_menus(dense, sensitivity_of(dense).tensors, "auto", codecs).points[0]]
+
+    assert names("higgs-p1-*", "higgs-p1-n4", "raw") == [*(f"higgs-p1-n{2**k}" for k in range(1, 9)), RAW]
+    fast = names("fast")
+    assert {"higgs-p1-n2", "higgs-p1-n256", "higgs-p2-n16", "higgs-p2-n64", "higgs-p2-n256"} <= set(fast)
+    assert not {"higgs-p2-n512", "higgs-p3-n8", "higgs-p4-n256", RAW} & set(fast)
+    with pytest.raises(WaterfillError, match="no codec matches 'gptq-\\*'; the menu is higgs-p1-n2, "):
+        names("gptq-*")
+
+
 def test_menus_need_every_matrix(dense: Architecture) -> None:
     tensors = dict(sensitivity_of(dense).tensors)
     name = dense.matrices[3].name

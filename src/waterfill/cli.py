@@ -65,7 +65,7 @@ _plan_options = combined(
         "codecs",
         metavar="NAME",
         multiple=True,
-        help="Choose from this codec only, e.g. higgs-p2-n16. Repeatable.",
+        help="Choose from these codecs only: a name, a pattern, or 'fast'. Repeatable.",
     ),
     click.option(
         "--probe",

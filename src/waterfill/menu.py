@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from waterfill.allocate import Choice
 from waterfill.architecture import Architecture, Matrix
 from waterfill.artifact import RAW
 from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
-from waterfill.codecs import MenuPoint, get_codec
+from waterfill.codecs import Higgs, MenuPoint, get_codec
 from waterfill.errors import WaterfillError
+from waterfill.kernels.tables import register_table
 from waterfill.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
 from waterfill.plan import KeptPlan, TensorPlan
 
@@ -26,6 +28,7 @@ CODECS = (
     *(f"higgs-p3-n{2**k}" for k in range(3, 13)),
     *(f"higgs-p4-n{2**k}" for k in range(3, 13)),
 )
+FAST = "fast"  # stands for the grids that the native kernels multiply at memory speed
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,13 @@ def make_menus(
     gain: Gain,
     codecs: Sequence[str] | None = None,
 ) -> Menus:
-    """Menus of all matrices: `codecs`, or every grid and `raw`, the matrix as it is.
+    """Menus of all matrices: `codecs` (names, patterns, or "fast"), or every grid and `raw`, the matrix as it is.
 
     `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed.
     """
     matrices = architecture.matrices
     fused = any(matrix.expert is not None for matrix in matrices)
-    names = tuple(codecs) if codecs else (*CODECS, *(() if fused else (RAW,)))
+    names = _selected(codecs or (), (*CODECS, *(() if fused else (RAW,))))
     if fused and RAW in names:
         raise WaterfillError("a fused parameter cannot be packed in part, so experts cannot be raw; keep them instead")
     if not matrices:
@@ -110,6 +113,27 @@ def make_menus(
         choices=tuple(choices),
         gain=gain,
     )
+
+
+def _selected(wanted: Sequence[str], menu: Sequence[str]) -> tuple[str, ...]:
+    """Codec names, each once: those of the menu that match a pattern or are "fast", others as they are given."""
+    found: dict[str, None] = {}
+    for name in wanted or menu:
+        if name == FAST:
+            matching = [codec for codec in menu if _is_fast(codec)]
+        elif any(c in name for c in "*?["):
+            matching = [codec for codec in menu if fnmatchcase(codec, name)]
+            if not matching:
+                raise WaterfillError(f"no codec matches {name!r}; the menu is {', '.join(menu)}")
+        else:
+            matching = [name]
+        found |= dict.fromkeys(matching)
+    return tuple(found)
+
+
+def _is_fast(name: str) -> bool:
+    codec = None if name == RAW else get_codec(name)
+    return isinstance(codec, Higgs) and register_table(codec)
 
 
 def _point(codec: str, matrix: Matrix) -> MenuPoint:

@@ -1,0 +1,91 @@
+"""docs/results.md from the files that the other scripts wrote: `python benchmarks/results.py FOLDER`.
+
+FOLDER holds NAME.json for each script NAME (`python benchmarks/NAME.py --json FOLDER/NAME.json`); a chapter whose file
+is missing is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import REPOSITORY
+
+RESULTS = REPOSITORY / "docs" / "results.md"
+INTRODUCTION = """# Results
+
+Printed by the scripts in `benchmarks/`, collected by `benchmarks/results.py`. ✓ and ✗ say whether a figure reaches its
+goal. Model, where none is named: `examples/ref-llama` (6.8 M weights, tied embeddings, bf16), a small and lightly
+trained Llama: compare methods and predictions with one another, its quality means nothing else. Text: Python source
+that it has not seen.
+"""
+# Per script: heading, and what a reader needs to know beside its tables.
+CHAPTERS = {
+    "bound": (
+        "The fixed-rate menu against the Gaussian bound",
+        "![t² against rate](images/rate-distortion.png)\n\nt² is measured on an independent sample (p = 1: exact).",
+    ),
+    "prediction": (
+        "Prediction against measurement",
+        "Bits are those of the indices; stored bits count scales and padding. Above 0.1 nats per token the prediction "
+        "is too low, and plans say so instead of giving an interval.",
+    ),
+    "gains": (
+        "The three gains",
+        "For the same codecs: the chosen gain, the MSE scale, the unbiased scale. The GPT-2 is trained by the script "
+        "for minutes. At low rates the loss of its MLP's first matrices grows faster than their error, up to 19 times "
+        "the second-order figure at 1 bit: its allotted plans lose more than predicted, and at 3.25 bits the MSE "
+        "scale's own plan, more cautious for another reason, loses less.",
+    ),
+    "sensitivity": ("The two estimators", ""),
+    "quality": (
+        "Against other methods at equal bytes",
+        "`uniform` is one grid for all matrices that takes no more bits than the method it stands beside, `allotted` "
+        "the plan within the same bits.",
+    ),
+    "allocation": ("Allocation", ""),
+    "footprint": ("Memory and time of planning and packing", ""),
+    "kernels": ("Kernels", ""),
+}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    chapters = [INTRODUCTION]
+    for name, (heading, text) in CHAPTERS.items():
+        path = folder / f"{name}.json"
+        if path.is_file():
+            chapters.append(chapter(name, heading, text, json.loads(path.read_text("utf-8"))))
+    RESULTS.write_text("\n".join(chapters), "utf-8")
+
+
+def chapter(name: str, heading: str, text: str, report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, torch {machine['torch']}"
+    lines = [f"## {heading} (`{name}.py`)", "", *([text, ""] if text else []), f"*{where}.*", ""]
+    for key, criterion in report["criteria"].items():
+        mark = "✓" if criterion["holds"] else "✗"
+        lines.append(f"- {mark} {key.replace('_', ' ')}: {cell(criterion['value'])} (goal {cell(criterion['goal'])})")
+    for key, rows in report["results"].items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+            lines += ["", f"**{key.replace('_', ' ')}**", "", *table(rows)]
+    return "\n".join([*lines, ""])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    columns = list(rows[0])
+    body = ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body]
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "—" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()
