@@ -5,15 +5,16 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint check clean
+.PHONY: help demo test native-check lint check clean
 
 help:
 	@echo "make demo   pack the small model in examples/, predict and measure its loss, generate text"
 	@echo "make test   run the test suite"
 	@echo "make lint   formatting, lint and types"
+	@echo "make native-check   the C++ kernels of every instruction set against the scalar ones, with sanitizers"
 
 # constraints.txt pins torch, so that every machine computes with the same one
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt $(wildcard native/CMakeLists.txt native/src/* native/include/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	touch $@
@@ -24,12 +25,15 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses auto
 
+native-check: $(VENV)/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run.sh
+
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 
-check: lint test
+check: lint native-check test
 
 clean:
 	rm -rf $(VENV) build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -9,17 +9,19 @@ set, or the torch reference, which is always there.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
 
 from waterfill import native as library
+from waterfill.codecs import Higgs
 from waterfill.hadamard import unrotate
 from waterfill.kernels import native, tables
 from waterfill.kernels.ops import matmul, matmul_many, rotated_tiles, rows
 from waterfill.kernels.reference import STORED, Packed
 
-__all__ = ["STORED", "Packed", "arrange", "dense", "implementation", "matmul", "matmul_many", "rows"]
+__all__ = ["STORED", "Packed", "arrange", "dense", "implementation", "log_slow", "matmul", "matmul_many", "rows"]
 
 _log = logging.getLogger("waterfill.kernels")
 
@@ -40,14 +42,18 @@ def arrange(packed: Packed) -> Packed:
     layout = implementation()
     if layout == STORED or packed.layout != STORED or packed.codes.device.type != "cpu":
         return packed
-    if not tables.register_table(packed.codec):
-        _log_slow(packed.codec.name)
     return native.arrange(packed, layout)
 
 
-@lru_cache(maxsize=256)
-def _log_slow(codec: str) -> None:
-    _log.info("%s has a table too large for registers: it is multiplied at a fraction of memory speed", codec)
+def log_slow(codecs: Iterable[Higgs]) -> None:
+    """Say once which of a model's codecs the native kernels multiply slowly."""
+    slow = sorted({codec.name for codec in codecs if not tables.register_table(codec)})
+    if slow:
+        _log.info(
+            "%s: tables too large for registers, multiplied at a fraction of memory speed "
+            "(packing with --codec fast avoids them)",
+            ", ".join(slow),
+        )
 
 
 def dense(packed: Packed) -> torch.Tensor:

@@ -51,10 +51,11 @@ def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
 
 def arrange(model: Any) -> None:
     """Bring the buffers of every packed module, loaded by now, into the layout that the kernels multiply from."""
-    for module in model.modules():
-        if isinstance(module, PackedMatrix):
-            module.arrange()
+    packed = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+    for module in packed:
+        module.arrange()
     if kernels.implementation() != kernels.STORED:
+        kernels.log_slow(module.codec for module in packed)
         fuse(model)
 
 
