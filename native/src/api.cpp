@@ -77,7 +77,7 @@ void unpack_row(const uint8_t* row, int64_t count, int n, int word_indices, int 
 
 void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const float* points, int bias) {
     Table& v = t.view;
-    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {nullptr, nullptr}, nullptr, nullptr};
+    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {}, nullptr, nullptr};
     while (v.entry < p * precision / 8) v.entry *= 2;
     const int rounded = 1 << v.bits, period = std::max(256, rounded), size = precision / 8;
     t.entries.resize(size_t(period) * size_t(v.entry) + 8);
@@ -89,7 +89,7 @@ void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const 
             if (size == 2) to[1] = uint8_t(value >> 8);
         }
     v.entries = t.entries.data();
-    for (int k = 0; k < p && p <= 2 && n <= 256 && precision == 8; ++k) {
+    for (int k = 0; k < p && n <= 256 && precision == 8; ++k) {
         t.bytes[k].resize(256);
         for (int i = 0; i < 256; ++i) t.bytes[k][size_t(i)] = t.entries[size_t(i * v.entry + k)];
         v.bytes[k] = t.bytes[k].data();
@@ -177,7 +177,8 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
     const int64_t rows = stored->rows, width = stored->width, groups = groups_of(width);
     const int64_t count = codes_per_row(width, stored_p), chunks = chunks_per_row(width, t.p);
     const Planes planes = planes_of(t.bits);
-    const bool reorder = f->planar(t) && t.p == 1;
+    const int order = f->order(t);
+    const bool reorder = order > 1 && t.p == 1;
     const int64_t per_task = std::max<int64_t>(1, kTaskWeights / (kTile * width));
     parallel(ceil_div(tiles_of(rows), per_task), [&](int64_t task) {
         auto* index = reinterpret_cast<uint16_t*>(scratch(kIndices, 2 * (chunks + 1) * kChunk * 2));
@@ -198,7 +199,7 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
                         index[i] = uint16_t(index[2 * i] | index[2 * i + 1] << bits_of(paired));
                 }
                 for (int64_t i = 0; i < chunks * kChunk; ++i) {
-                    const int64_t from = reorder ? planar_column(i) : i;
+                    const int64_t from = reorder ? ordered_column(i, order) : i;
                     if (from < filled)
                         put_code(out + (i / kChunk * kTile + r) * planes.bytes, planes, int(i % kChunk), index[from]);
                 }

@@ -18,6 +18,7 @@ template <bool VBMI>
 struct Avx512 {
     static constexpr int bias = 128, lanes = 16;
     static constexpr int pair_bits = VBMI ? 3 : 2;
+    static constexpr bool quadruples = VBMI;
     // Words of two coordinates come out side by side.
     static constexpr bool interleaved(int bits, int p) { return !VBMI && p == 2 && bits > 4; }
     static constexpr int64_t gemm_tokens = 12;
@@ -133,12 +134,15 @@ struct Avx512 {
 
     template <int BITS, int P>
     struct Separate {
-        Permuted<BITS> first, second;
-        explicit Separate(const waterfill::Table& t) : first(t.bytes[0]), second(t.bytes[P - 1]) {}
+        Permuted<BITS> first, second, third, fourth;  // those beyond P are never looked at
+        explicit Separate(const waterfill::Table& t)
+            : first(t.bytes[0]), second(t.bytes[P > 1]), third(t.bytes[P > 2 ? 2 : 0]), fourth(t.bytes[P > 2 ? 3 : 0]) {}
         void look_up(const Bytes (&index)[2], Bytes (&value)[2 * P]) const {
             for (int half = 0; half < 2; ++half) {
                 value[half * P] = first(index[half]);
-                if constexpr (P == 2) value[half * P + 1] = second(index[half]);
+                if constexpr (P > 1) value[half * P + 1] = second(index[half]);
+                if constexpr (P > 2) value[half * P + 2] = third(index[half]);
+                if constexpr (P > 2) value[half * P + 3] = fourth(index[half]);
             }
         }
     };

@@ -31,9 +31,15 @@ struct Kernels {
     using Bytes = typename Isa::Bytes;
     using Acc = typename Isa::Acc;
 
-    static bool from_codes(const Table& t) { return t.precision == 8 && t.p <= 2 && t.bits <= 4 * t.p; }
+    static bool from_codes(const Table& t) {
+        if (t.precision != 8 || t.bits > 8) return false;
+        return t.p == 1 ? t.bits <= 4 : t.p == 2 || (t.p == 4 && t.bits >= 3 && Isa::quadruples);
+    }
     static bool from_words(const Table& t) { return t.precision == 16 && t.p == 1 && t.bits >= 5 && t.bits <= 8; }
-    static bool planar(const Table& t) { return !Isa::interleaved(t.bits, t.p) && (from_codes(t) || from_words(t)); }
+    static int order(const Table& t) {
+        if (Isa::interleaved(t.bits, t.p) || !(from_codes(t) || from_words(t))) return 1;
+        return t.p == 4 ? 4 : 2;
+    }
 
     template <class Element>
     static const Element* row(const Prepared& x, int64_t t) {
@@ -88,7 +94,7 @@ struct Kernels {
             case 3: return tile_from_codes<3, P, TOKENS>;
             case 4: return tile_from_codes<4, P, TOKENS>;
         }
-        if constexpr (P == 2) switch (bits) {
+        if constexpr (P > 1) switch (bits) {
                 case 5: return tile_from_codes<5, P, TOKENS>;
                 case 6: return tile_from_codes<6, P, TOKENS>;
                 case 7: return tile_from_codes<7, P, TOKENS>;
@@ -97,11 +103,16 @@ struct Kernels {
         return nullptr;
     }
 
+    template <int TOKENS>
+    static Tile tile_for(const Table& t) {
+        if constexpr (Isa::quadruples)
+            if (t.p == 4) return tile_for<4, TOKENS>(t.bits);
+        return t.p == 1 ? tile_for<1, TOKENS>(t.bits) : tile_for<2, TOKENS>(t.bits);
+    }
+
     // Rows first … last of the product with few tokens; y [tokens][rows].
     static void few(const Matrix& m, const Prepared& x, int64_t first_tile, int64_t last_tile, float* y) {
-        const Tile one = m.table->p == 1 ? tile_for<1, 1>(m.table->bits) : tile_for<2, 1>(m.table->bits);
-        const Tile two = m.table->p == 1 ? tile_for<1, 2>(m.table->bits) : tile_for<2, 2>(m.table->bits);
-        const Tile four = m.table->p == 1 ? tile_for<1, 4>(m.table->bits) : tile_for<2, 4>(m.table->bits);
+        const Tile one = tile_for<1>(*m.table), two = tile_for<2>(*m.table), four = tile_for<4>(*m.table);
         float out[4 * kTile];
         for (int64_t tile = first_tile; tile < last_tile; ++tile)
             for (int64_t token = 0; token < x.tokens;) {
@@ -133,6 +144,20 @@ struct Kernels {
                 table.look_up(index, value);
                 for (int k = 0; k < 2 * P; ++k) Isa::store(out + r * stride + chunk * kChunk * P + 64 * k, value[k]);
             }
+    }
+
+    template <int P>
+    static void decode_vectors(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
+        switch (m.table->bits) {
+            case 1: return decode_bytes<1, P>(m, tile, out, stride);
+            case 2: return decode_bytes<2, P>(m, tile, out, stride);
+            case 3: return decode_bytes<3, P>(m, tile, out, stride);
+            case 4: return decode_bytes<4, P>(m, tile, out, stride);
+            case 5: return decode_bytes<5, P>(m, tile, out, stride);
+            case 6: return decode_bytes<6, P>(m, tile, out, stride);
+            case 7: return decode_bytes<7, P>(m, tile, out, stride);
+            default: return decode_bytes<8, P>(m, tile, out, stride);
+        }
     }
 
     template <int BITS>
@@ -182,16 +207,9 @@ struct Kernels {
                     case 3: return decode_bytes<3, 1>(m, tile, out, stride);
                     case 4: return decode_bytes<4, 1>(m, tile, out, stride);
                 }
-            switch (m.table->bits) {
-                case 1: return decode_bytes<1, 2>(m, tile, out, stride);
-                case 2: return decode_bytes<2, 2>(m, tile, out, stride);
-                case 3: return decode_bytes<3, 2>(m, tile, out, stride);
-                case 4: return decode_bytes<4, 2>(m, tile, out, stride);
-                case 5: return decode_bytes<5, 2>(m, tile, out, stride);
-                case 6: return decode_bytes<6, 2>(m, tile, out, stride);
-                case 7: return decode_bytes<7, 2>(m, tile, out, stride);
-                case 8: return decode_bytes<8, 2>(m, tile, out, stride);
-            }
+            if constexpr (Isa::quadruples)
+                if (m.table->p == 4) return decode_vectors<4>(m, tile, out, stride);
+            return decode_vectors<2>(m, tile, out, stride);
         }
         if (m.table->precision == 16 && m.table->p == 1) {
             auto* words = reinterpret_cast<int16_t*>(out);
@@ -289,8 +307,15 @@ struct Kernels {
 
     // --- activations and rows ----------------------------------------------------------------------------------
 
+    template <int ORDER, class Element>
+    static void in_runs(const Element (&from)[kUnit], Element* to) {
+        for (int64_t block = 0; block < kUnit; block += 64 * ORDER)
+            for (int k = 0; k < ORDER; ++k)
+                for (int64_t i = 0; i < 64; ++i) to[block + 64 * k + i] = from[block + ORDER * i + k];
+    }
+
     template <class Element>
-    static void quantise_row(const float* row, int64_t width, bool planar, int bias, Element* out, float* scales,
+    static void quantise_row(const float* row, int64_t width, int order, int bias, Element* out, float* scales,
                              int32_t* corrections) {
         constexpr float limit = sizeof(Element) == 1 ? 127.0f : 2047.0f;
         constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest whole number, ties to even
@@ -316,26 +341,22 @@ struct Kernels {
                         whole[i] = Element(value);
                         sum += value;
                     }
-                if (planar) {
-                    for (int64_t half = 0; half < 2; ++half)
-                        for (int64_t i = 0; i < 64; ++i) {
-                            out[block + 128 * half + i] = whole[128 * half + 2 * i];
-                            out[block + 128 * half + 64 + i] = whole[128 * half + 2 * i + 1];
-                        }
-                } else {
-                    std::memcpy(out + block, whole, sizeof whole);
+                switch (order) {
+                    case 2: in_runs<2>(whole, out + block); break;
+                    case 4: in_runs<4>(whole, out + block); break;
+                    default: std::memcpy(out + block, whole, sizeof whole);
                 }
             }
             corrections[g] = -bias * sum;
         }
     }
 
-    static void quantise(const float* row, int64_t width, bool planar, int precision, int bias, void* out,
+    static void quantise(const float* row, int64_t width, int order, int precision, int bias, void* out,
                          float* scales, int32_t* corrections) {
         if (precision == 8)
-            quantise_row(row, width, planar, bias, static_cast<int8_t*>(out), scales, corrections);
+            quantise_row(row, width, order, bias, static_cast<int8_t*>(out), scales, corrections);
         else
-            quantise_row(row, width, planar, 0, static_cast<int16_t*>(out), scales, corrections);
+            quantise_row(row, width, order, 0, static_cast<int16_t*>(out), scales, corrections);
     }
 
     static void decode_row(const Matrix& m, int64_t row, float* out) {
@@ -343,7 +364,7 @@ struct Kernels {
         const Planes planes = planes_of(t.bits);
         const int64_t chunks = chunks_per_row(m.width, t.p), tile = row / kTile, groups = groups_of(m.width);
         const uint16_t* scale = m.scales + tile * groups * kTile + row % kTile;
-        const bool reorder = planar(t) && t.p == 1;
+        const int in_order = t.p == 1 ? order(t) : 1;
         const int last = t.n - 1;
         for (int64_t c = 0; c < chunks; ++c) {
             const uint8_t* chunk = m.codes + ((tile * chunks + c) * kTile + row % kTile) * planes.bytes;
@@ -353,7 +374,7 @@ struct Kernels {
                 const float* point = t.points + (code[i] < last ? code[i] : last) * t.p;
                 for (int k = 0; k < t.p; ++k) {
                     int64_t column = (c * kChunk + i) * t.p + k;
-                    if (reorder) column = planar_column(column);
+                    if (in_order > 1) column = ordered_column(column, in_order);
                     if (column >= m.width) continue;
                     const int64_t g = least(column / kGroup, groups - 1);
                     out[column] = point[k] * (half_to_float(scale[g * kTile]) * m.unit);
@@ -363,7 +384,7 @@ struct Kernels {
     }
 
     static const Functions* functions(const char* name) {
-        static const Functions table = {name, Isa::bias, Isa::pair_bits, planar,     rotate_row<Isa::lanes>, quantise,
+        static const Functions table = {name, Isa::bias, Isa::pair_bits, order,     rotate_row<Isa::lanes>, quantise,
                                         scratch_bytes, multiply,  decode_row, dot16,
                                         rms_norm,      swiglu,    attend};
         return &table;

@@ -23,7 +23,7 @@ namespace {
 constexpr int kChunk = 128;  // codes
 constexpr int kTile = 4;     // rows
 constexpr int64_t kGroup = 1024;
-constexpr int64_t kUnit = 256;  // prepared activations are padded to a multiple of it: a chunk of pairs
+constexpr int64_t kUnit = 512;  // prepared activations are padded to a multiple of it: a chunk of quadruples
 
 struct Planes {  // byte offset of each plane in a chunk, -1 where the width has none
     int at8, at4, at2, at1, bytes;
@@ -61,19 +61,19 @@ inline int64_t chunks_per_row(int64_t width, int p) { return ceil_div(codes_per_
 inline int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTile); }
 inline int64_t padded_width(int64_t width) { return ceil_div(width, kUnit) * kUnit; }
 
-// Where column `column` of a row lies among the prepared activations.
-//   natural: in place.
-//   planar:  in blocks of 256, four runs of 64: even columns of the first half, odd ones, and the same of the second.
-//            A table of pairs then yields whole runs, one per coordinate, with nothing to interleave.
-inline int64_t planar_position(int64_t column) {
-    const int64_t block = column / kUnit * kUnit, at = column % kUnit;
-    return block + at / 128 * 128 + at % 2 * 64 + at % 128 / 2;
+// Where column `column` of a row lies among the prepared activations, by the order that a table asks for.
+//   1: in place.
+//   2, 4: in blocks of 128 or 256, runs of 64 with every second or fourth column. A table of pairs or quadruples then
+//         yields whole runs, one per coordinate, with nothing to interleave.
+inline int64_t ordered_position(int64_t column, int order) {
+    const int64_t block = 64 * order, at = column % block;
+    return column - at + at % order * 64 + at / order;
 }
 
 // The inverse: the column at a position.
-inline int64_t planar_column(int64_t position) {
-    const int64_t block = position / kUnit * kUnit, at = position % kUnit;
-    return block + at / 128 * 128 + at % 64 * 2 + at % 128 / 64;
+inline int64_t ordered_column(int64_t position, int order) {
+    const int64_t block = 64 * order, at = position % block;
+    return position - at + at % 64 * order + at / 64;
 }
 
 // Reads code i of a chunk.

@@ -14,7 +14,7 @@ struct Table {
     int p, n, bits, precision, bias;
     int entry;                // bytes of one entry: p numbers, rounded up to a power of two
     const uint8_t* entries;   // [n][entry], and 8 bytes more
-    const uint8_t* bytes[2];  // precision 8, p <= 2, n <= 256: one coordinate each, repeated to 256; or null
+    const uint8_t* bytes[4];  // precision 8, n <= 256: one coordinate each, repeated to 256; or null
     const int16_t* words;     // precision 16, p = 1, n <= 256: repeated to 256; or null
     const float* points;      // [n][p], the grid itself
 };
@@ -53,10 +53,10 @@ struct Functions {
     const char* name;
     int bias;
     int pair_bits;  // codes of scalars up to so many bits are looked up in pairs
-    bool (*planar)(const Table&);
+    int (*order)(const Table&);  // of the activations: layout.hpp
     void (*rotate)(float* row, int64_t width, bool inverse);
     // One row of `width` floats -> `padded` integers; scales and corrections [groups].
-    void (*quantise)(const float* row, int64_t width, bool planar, int precision, int bias, void* out, float* scales,
+    void (*quantise)(const float* row, int64_t width, int order, int precision, int bias, void* out, float* scales,
                      int32_t* corrections);
     int64_t (*scratch_bytes)(const Matrix&, const Prepared&);
     void (*multiply)(const Matrix&, const Prepared&, int64_t first_tile, int64_t last_tile, float* y, uint8_t* scratch);

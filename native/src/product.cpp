@@ -14,14 +14,13 @@ constexpr int64_t kTaskTiles = 8;  // what a gemm decodes together
 
 // A form of the activations: which order of columns, how many bits. Matrices that share it share the work.
 struct Form {
-    bool planar;
-    int precision, bias;
-    bool operator==(const Form& o) const { return planar == o.planar && precision == o.precision && bias == o.bias; }
+    int order, precision, bias;
+    bool operator==(const Form& o) const { return order == o.order && precision == o.precision && bias == o.bias; }
 };
 
 Form form_of(const Functions& f, const wf_matrix& m) {
     const Table& t = m.table->view;
-    return {f.planar(t), t.precision, t.bias};
+    return {f.order(t), t.precision, t.bias};
 }
 
 Prepared prepare(const Functions& f, const float* rows, int64_t tokens, int64_t width, Form form) {
@@ -30,7 +29,7 @@ Prepared prepare(const Functions& f, const float* rows, int64_t tokens, int64_t 
     float* scales = scratch_floats(kIntegerScales, tokens * groups);
     int32_t* corrections = reinterpret_cast<int32_t*>(scratch(kCorrections, tokens * groups * 4));
     each_row(tokens, width, [&](int64_t t) {
-        f.quantise(rows + t * width, width, form.planar, form.precision, form.bias,
+        f.quantise(rows + t * width, width, form.order, form.precision, form.bias,
                    data + t * padded * form.precision / 8, scales + t * groups, corrections + t * groups);
     });
     return {tokens, groups, padded, data, scales, corrections};

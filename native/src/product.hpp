@@ -10,7 +10,7 @@
 
 struct wf_table {
     waterfill::Table view;
-    std::vector<uint8_t> entries, bytes[2];
+    std::vector<uint8_t> entries, bytes[4];
     std::vector<int16_t> words;
     std::vector<float> points;
     int paired = 0;  // points of the grid of scalars that was made one of pairs, or 0

@@ -88,10 +88,10 @@ def diagnose() -> Diagnosis:
     )
 
 
-def read_bytes_per_s(seconds: float = READ_S) -> float:
+def read_bytes_per_s() -> float:
     """Bytes of memory read in a second by all threads: the best of some sums over an array."""
     data = torch.ones(min(READ_BYTES, (_memory_bytes() or READ_BYTES) // 8) // 8, dtype=torch.int64)
-    until, best_s = time.perf_counter() + seconds, float("inf")
+    until, best_s = time.perf_counter() + READ_S, float("inf")
     while (start_s := time.perf_counter()) < until:
         data.sum()
         best_s = min(best_s, time.perf_counter() - start_s)

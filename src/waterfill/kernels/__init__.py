@@ -47,7 +47,7 @@ def arrange(packed: Packed) -> Packed:
 
 def log_slow(codecs: Iterable[Higgs]) -> None:
     """Say once which of a model's codecs the native kernels multiply slowly."""
-    slow = sorted({codec.name for codec in codecs if not tables.register_table(codec)})
+    slow = sorted({codec.name for codec in codecs if not tables.register_table(codec, implementation())})
     if slow:
         _log.info(
             "%s: tables too large for registers, multiplied at a fraction of memory speed "

@@ -44,8 +44,8 @@ def integer_grid(codec: Higgs) -> IntegerGrid:
     return IntegerGrid(rounded[best].to(torch.int16), float(steps[best]), precision)
 
 
-def register_table(codec: Higgs) -> bool:
-    """Whether the look-up fits vector registers, and so runs at memory speed (native/src/kernels.hpp)."""
+def register_table(codec: Higgs, isa: str = "") -> bool:
+    """Whether the look-up fits vector registers, and so runs at memory speed: everywhere, or with `isa` in particular."""
     if integer_grid(codec).precision == 16:
         return codec.p == 1 and codec.n <= 256
-    return codec.p <= 2 and codec.n <= 256
+    return codec.n <= 256 and (codec.p <= 2 or (isa == "avx512vbmi" and codec.p == 4))
