@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import os
 import shutil
 import subprocess
 import tempfile
@@ -33,6 +34,7 @@ from waterfill.codecs import Higgs, get_codec
 from waterfill.kernels.tables import integer_grid
 
 COLD_BYTES = 512 << 20  # of distinct weights, at least
+READER_ROUNDS = 9
 SETTLE_S = 0.003  # for threads of the one before to stop spinning
 ALIGNMENT = 4096
 
@@ -80,8 +82,8 @@ class Memory:
         self.size_bytes = self.words.nbytes
         self._executor = ThreadPoolExecutor(torch.get_num_threads())
         readers = self._readers()
-        samples = {name: [self._gbps(reader) for _ in range(7)] for name, reader in readers.items()}
-        medians = {name: float(np.median(gbps)) for name, gbps in samples.items()}
+        samples = [{name: self._gbps(reader) for name, reader in readers.items()} for _ in range(READER_ROUNDS)]
+        medians = {name: float(np.median([sample[name] for sample in samples])) for name in readers}
         self.reader = max(medians, key=lambda name: medians[name])
         self._best = readers[self.reader]
         report.results["readers_gbps"] = medians
@@ -172,6 +174,30 @@ def _multiply(matmul: Callable[..., int], isa: int, view: Any, kept: tuple[Any, 
     x, _, results, *_ = kept
     if matmul(isa, view, 1, x.data_ptr(), 0, len(x), results):
         raise ValueError("wf_matmul refused its arguments")
+
+
+class OtherWork:
+    """What else ran on the machine since this was made, its host included; Linux only."""
+
+    def __init__(self) -> None:
+        self._start = self._seconds()
+
+    def note(self, report: Report, what: str) -> None:
+        """Say how many processors on average were taken, if it can be known."""
+        end = self._seconds()
+        if end is not None and self._start is not None:
+            elapsed, taken = (b - a for a, b in zip(self._start, end, strict=True))
+            report.note(f"{what} took {elapsed:.0f} s, in which others used {max(taken / elapsed, 0):.2f} processors")
+
+    def _seconds(self) -> tuple[float, float] | None:
+        """(now, processor time that was not this process's or its ended children's)"""
+        try:
+            fields = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+        except (OSError, ValueError):
+            return None
+        user, nice, system, _, _, irq, softirq, steal = fields
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy - sum(os.times()[:4])
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 
 from codec_samples import higgs
 from waterfill import kernels, native
-from waterfill.hadamard import groups
+from waterfill.hadamard import groups, rotate
 from waterfill.kernels import reference
 from waterfill.kernels.reference import Packed
 
@@ -53,9 +53,20 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 def exact(x: torch.Tensor, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """x W^T in float64 by torch alone, and the sum of the products' magnitudes, which bounds any rounding."""
-    rotated = reference.rotate(x.double())
+    rotated = rotate(x.double())
     weight = torch.cat([tile for _, _, tile in reference.tiles(packed)]).double()
     return rotated @ weight.T, rotated.abs() @ weight.abs().T
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Where other processes keep the cores busy, threads wait for each other far longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

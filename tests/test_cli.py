@@ -24,7 +24,7 @@ from commands import SCALAR, Command
 from waterfill import cli
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-COMMANDS = ["plan", "pack", "inspect", "eval", "generate", "chat"]
+COMMANDS = ["plan", "pack", "inspect", "eval", "generate", "chat", "doctor"]
 PROBE = ["--sequences", "4", "--length", "64"]
 
 
@@ -61,7 +61,7 @@ def test_help_of_every_command_names_what_the_documentation_does(command: Comman
     overview = command()
     assert (overview.code, overview.err) == (0, "")
     assert command("--help").out == overview.out
-    assert re.findall(r"^  (\w+)  +\S", overview.out, flags=re.MULTILINE)[-6:] == COMMANDS
+    assert re.findall(r"^  (\w+)  +\S", overview.out, flags=re.MULTILINE)[-len(COMMANDS) :] == COMMANDS
     options = {}
     for name in COMMANDS:
         found = command(name, "--help")

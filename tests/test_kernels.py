@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec_samples import encode, higgs
-from kernel_samples import ISAS, NOT_BUILT, activations, bits, exact, same_bits, seeded, stored
+from kernel_samples import ISAS, NOT_BUILT, activations, bits, exact, one_thread, same_bits, seeded, stored
 from waterfill import kernels
 from waterfill.grids import available
 from waterfill.kernels import native, reference
@@ -22,7 +23,8 @@ from waterfill.kernels.tables import LIMITS, integer_grid
 CODECS = [
     *(f"higgs-p1-n{n}" for n in (2, 3, 4, 5, 8, 11, 16, 17, 32, 64, 88, 200, 256)),
     *(f"higgs-p2-n{n}" for n in (4, 8, 16, 32, 64, 88, 128, 256, 361, 1024)),
-    *("higgs-p3-n64", "higgs-p3-n4096", "higgs-p4-n256", "higgs-p4-n4096"),
+    *(f"higgs-p3-n{n}" for n in (64, 4096)),
+    *(f"higgs-p4-n{n}" for n in (8, 16, 32, 64, 128, 256, 512, 4096)),
 ]
 BYTES, WORDS = "higgs-p2-n16", "higgs-p1-n88"  # one codec of either precision
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,8 +36,10 @@ every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytes
 
 
 @pytest.fixture(autouse=True)
-def _integer_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+def _integers_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(native.FLOAT_ACTIVATIONS, raising=False)
+    with one_thread():
+        yield
 
 
 @cache
@@ -58,7 +62,7 @@ def test_products_are_those_of_the_definition_to_the_bit(isa: str, codec: str) -
 
 
 @needs_native
-@settings(max_examples=150)
+@settings(max_examples=400)
 @given(
     codec=st.sampled_from([f"higgs-p{p}-n{n}" for p, n in available()]),
     isa=st.sampled_from(ISAS or [""]),
