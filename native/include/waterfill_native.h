@@ -59,11 +59,11 @@ WF_EXPORT int64_t wf_scales_count(int64_t rows, int64_t width);
 WF_EXPORT int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_bytes, int64_t row_bytes,
                          uint8_t* codes, uint16_t* scales);
 
-/* y[i] = x W_i^T for `count` matrices of one width: x [tokens][width] of `dtype`, y[i] [tokens][rows_i] fp32. */
+/* y[i] = x W_i^T for `count` matrices of one width: x [tokens][width], y[i] [tokens][rows_i], all of `dtype`. */
 WF_EXPORT int wf_matmul(int isa, const wf_matrix* const* matrices, int count, const void* x, int dtype, int64_t tokens,
-                        float* const* y);
+                        void* const* y);
 
-/* The same from exact grid points and float activations. */
+/* One matrix, from exact grid points and float activations; y of floats. */
 WF_EXPORT int wf_matmul_float(int isa, const wf_matrix* matrix, const void* x, int dtype, int64_t tokens, float* y);
 
 /* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `dtype`, WF_FLOAT32 or

@@ -210,7 +210,7 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
 }
 
 int wf_matmul(int isa, const wf_matrix* const* matrices, int count, const void* x, int dtype, int64_t tokens,
-              float* const* y) {
+              void* const* y) {
     const Functions* f = functions(isa);
     if (!f || count < 1 || tokens < 0 || dtype < 0 || dtype > 2) return -1;
     if (tokens == 0) return 0;

@@ -30,5 +30,23 @@ inline float half_to_float(uint16_t half) {
 
 inline float bfloat_to_float(uint16_t value) { return bits_to_float(uint32_t(value) << 16); }
 
+// To nearest, ties to even; infinities and NaN stay what they are.
+inline uint16_t float_to_bfloat(float value) {
+    const uint32_t bits = float_to_bits(value);
+    const uint16_t rounded = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return (bits & 0x7fffffff) > 0x7f800000 ? uint16_t(0x7fc0) : rounded;
+}
+
+inline uint16_t float_to_half(float value) {
+    const uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to 65536 or more
+    if (magnitude < 0x38800000) {  // subnormal: adding one half of 2^-13 lets the float unit round to steps of 2^-24
+        const uint32_t steps = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
+        return uint16_t(sign | steps);
+    }
+    return uint16_t(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13);
+}
+
 }  // namespace
 }  // namespace waterfill

@@ -1,33 +1,18 @@
 #include "layer.hpp"
 
 #include <algorithm>
-#include <cstring>
 
-#include "half.hpp"
 #include "pool.hpp"
 
 namespace waterfill {
 namespace {
-
-uint16_t to_bfloat(float value) {  // to nearest, ties to even
-    const uint32_t bits = float_to_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // NaN stays one
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-void from_float(const float* x, int64_t count, int dtype, void* out) {
-    if (dtype == WF_FLOAT32)
-        std::memcpy(out, x, size_t(count) * sizeof(float));
-    else
-        for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(out)[i] = to_bfloat(x[i]);
-}
 
 void add(const float* x, int64_t count, float* to) {
     for (int64_t i = 0; i < count; ++i) to[i] += x[i];
 }
 
 void product(const Functions& f, std::initializer_list<const wf_matrix*> matrices, const float* x,
-             std::initializer_list<float*> y) {
+             std::initializer_list<void*> y) {
     products(f, matrices.begin(), int(matrices.size()), x, WF_FLOAT32, 1, y.begin());
 }
 
@@ -81,8 +66,8 @@ void decode_layer(const Functions& f, const wf_layer& layer, const void* in, con
     auto* value_bytes = static_cast<uint8_t*>(values);
     auto one_head = [&](int64_t h) {
         const int64_t head = h * capacity * d * number, at = head + position * d * number;
-        from_float(k + h * d, d, layer.dtype, key_bytes + at);
-        from_float(v + h * d, d, layer.dtype, value_bytes + at);
+        from_float(k + h * d, layer.dtype, 0, d, key_bytes + at);
+        from_float(v + h * d, layer.dtype, 0, d, value_bytes + at);
         const Attention attention{d, shared, positions, layer.scaling, layer.dtype != WF_FLOAT32, key_bytes + head,
                                   value_bytes + head, q + h * shared * d, mixed + h * shared * d};
         f.attend(attention, scratch_floats(kScores, shared * positions));
@@ -100,7 +85,7 @@ void decode_layer(const Functions& f, const wf_layer& layer, const void* in, con
     f.swiglu(gate, up, inner, active);
     product(f, {layer.down}, active, {y});
     add(y, hidden, x);
-    from_float(x, hidden, layer.dtype, out);
+    from_float(x, layer.dtype, 0, hidden, out);
 }
 
 }  // namespace waterfill

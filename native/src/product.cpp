@@ -37,20 +37,24 @@ Prepared prepare(const Functions& f, const float* rows, int64_t tokens, int64_t 
 
 struct Part {  // of the work: one matrix, cut into tasks of `block` tiles
     Matrix matrix;
-    float* y;
+    float* sums;  // [tokens][rows]
+    void* y;      // the same memory where y is of floats
     int64_t block, first_task;
 };
 
 // All matrices together: several small ones wake the threads once.
-void multiply(const Functions& f, const std::vector<const wf_matrix*>& matrices, const std::vector<float*>& y,
+void multiply(const Functions& f, const std::vector<const wf_matrix*>& matrices, const std::vector<void*>& y, int dtype,
               const Prepared& x) {
     std::vector<Part> parts;
-    int64_t tasks = 0, bytes = 0;
+    int64_t tasks = 0, bytes = 0, rows = 0;
+    for (const wf_matrix* m : matrices) rows += m->rows;
+    float* sums = dtype == WF_FLOAT32 ? nullptr : scratch_floats(kSums, rows * x.tokens);
     for (size_t i = 0; i < matrices.size(); ++i) {
         const Matrix m = view(*matrices[i]);
         int64_t block = std::max<int64_t>(1, kTaskWeights / (kTile * m.width * std::max<int64_t>(1, x.tokens / 4)));
         block = ceil_div(block, kTaskTiles) * kTaskTiles;
-        parts.push_back({m, y[i], block, tasks});
+        parts.push_back({m, sums ? sums : static_cast<float*>(y[i]), y[i], block, tasks});
+        if (sums) sums += m.rows * x.tokens;
         tasks += ceil_div(tiles_of(m.rows), block);
         bytes = std::max(bytes, f.scratch_bytes(m, x));
     }
@@ -59,7 +63,13 @@ void multiply(const Functions& f, const std::vector<const wf_matrix*>& matrices,
         while (part->first_task > task) --part;
         const int64_t first = (task - part->first_task) * part->block;
         const int64_t last = std::min(tiles_of(part->matrix.rows), first + part->block);
-        f.multiply(part->matrix, x, first, last, part->y, scratch(kDecoded, bytes));
+        f.multiply(part->matrix, x, first, last, part->sums, scratch(kDecoded, bytes));
+        if (dtype == WF_FLOAT32) return;
+        const int64_t from = first * kTile, count = std::min(last * kTile, part->matrix.rows) - from;
+        for (int64_t t = 0; t < x.tokens; ++t) {
+            const int64_t at = t * part->matrix.rows + from;
+            from_float(part->sums + at, dtype, at, count, part->y);
+        }
     });
 }
 
@@ -87,6 +97,18 @@ void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out)
         for (int64_t i = 0; i < count; ++i) out[i] = half_to_float(half[i]);
 }
 
+void from_float(const float* x, int dtype, int64_t to, int64_t count, void* out) {
+    if (dtype == WF_FLOAT32) {
+        std::memcpy(static_cast<float*>(out) + to, x, size_t(count) * sizeof(float));
+        return;
+    }
+    uint16_t* half = static_cast<uint16_t*>(out) + to;
+    if (dtype == WF_BFLOAT16)
+        for (int64_t i = 0; i < count; ++i) half[i] = float_to_bfloat(x[i]);
+    else
+        for (int64_t i = 0; i < count; ++i) half[i] = float_to_half(x[i]);
+}
+
 void each_row(int64_t rows, int64_t width, const std::function<void(int64_t)>& work) {
     const int64_t block = std::max<int64_t>(1, (1 << 15) / width);
     parallel(ceil_div(rows, block), [&](int64_t i) {
@@ -104,7 +126,7 @@ const float* rotated(const Functions& f, const void* x, int dtype, int64_t token
 }
 
 void products(const Functions& f, const wf_matrix* const* matrices, int count, const void* x, int dtype, int64_t tokens,
-              float* const* y) {
+              void* const* y) {
     const int64_t width = matrices[0]->width;
     const float* rows = rotated(f, x, dtype, tokens, width);
     std::vector<bool> done(size_t(count), false);
@@ -112,14 +134,14 @@ void products(const Functions& f, const wf_matrix* const* matrices, int count, c
         if (done[size_t(first)]) continue;
         const Form form = form_of(f, *matrices[first]);
         std::vector<const wf_matrix*> same;
-        std::vector<float*> results;
+        std::vector<void*> results;
         for (int i = first; i < count; ++i) {
             if (done[size_t(i)] || !(form_of(f, *matrices[i]) == form)) continue;
             same.push_back(matrices[i]);
             results.push_back(y[i]);
             done[size_t(i)] = true;
         }
-        multiply(f, same, results, prepare(f, rows, tokens, width, form));
+        multiply(f, same, results, dtype, prepare(f, rows, tokens, width, form));
     }
 }
 

@@ -20,10 +20,10 @@ namespace waterfill {
 
 Matrix view(const wf_matrix& m);
 
-// y[i] = x W_i^T for matrices of one width, x [tokens][width] of `dtype`; y[i] [tokens][rows_i]. The rotation of x is
+// y[i] = x W_i^T for matrices of one width, x [tokens][width] and y[i] [tokens][rows_i] of `dtype`. The rotation of x is
 // shared, and its integers among matrices of the same form.
 void products(const Functions& f, const wf_matrix* const* matrices, int count, const void* x, int dtype, int64_t tokens,
-              float* const* y);
+              void* const* y);
 
 // x rotated, [tokens][width], in memory that the next call reuses.
 const float* rotated(const Functions& f, const void* x, int dtype, int64_t tokens, int64_t width);
@@ -31,8 +31,11 @@ const float* rotated(const Functions& f, const void* x, int dtype, int64_t token
 // `count` numbers of a WF_ dtype to floats, starting at number `from`.
 void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out);
 
+// `count` floats to numbers of a WF_ dtype, beginning with number `to`.
+void from_float(const float* x, int dtype, int64_t to, int64_t count, void* out);
+
 // Memory that a thread keeps, 64-byte aligned, since allocating a megabyte would cost more than a small product.
-enum Scratch { kRotated, kIntegers, kIntegerScales, kCorrections, kDecoded, kIndices, kLayer, kScores, kScratchSlots };
+enum Scratch { kRotated, kIntegers, kIntegerScales, kCorrections, kDecoded, kIndices, kSums, kLayer, kScores, kScratchSlots };
 uint8_t* scratch(Scratch slot, int64_t bytes);
 inline float* scratch_floats(Scratch slot, int64_t count) {
     return reinterpret_cast<float*>(scratch(slot, count * int64_t(sizeof(float))));

@@ -74,7 +74,7 @@ void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
     for (int64_t tokens : {1, 2, 3, 17}) {
         std::vector<float> x(size_t(tokens * width)), y(size_t(tokens * rows)), z(y.size());
         for (auto& v : x) v = float(int32_t(rng())) * 1e-9f;
-        float *py = y.data(), *pz = z.data();
+        void *py = y.data(), *pz = z.data();
         const wf_matrix *pa = &a.matrix, *pb = &b.matrix;
         if (wf_matmul(isa, &pa, 1, x.data(), WF_FLOAT32, tokens, &py)) std::abort();
         if (wf_matmul(scalar, &pb, 1, x.data(), WF_FLOAT32, tokens, &pz)) std::abort();

@@ -47,7 +47,9 @@ def arrange(packed: Packed, isa: str) -> Packed:
 
 
 def matmul_many(x: torch.Tensor, matrices: Sequence[Packed]) -> list[torch.Tensor]:
-    """x `[tokens, in]` with each matrix `[out_i, in]`, all of one layout -> float32 `[tokens, out_i]`.
+    """x `[tokens, in]` with each matrix `[out_i, in]`, all of one layout -> `[tokens, out_i]` of the dtype of x.
+
+    Dtypes other than float32, bfloat16 and float16 give float32.
 
     The rotation of x is shared, and its integers among matrices of the same precision.
     """
@@ -55,9 +57,11 @@ def matmul_many(x: torch.Tensor, matrices: Sequence[Packed]) -> list[torch.Tenso
     x = x.detach().contiguous()
     if x.dtype not in DTYPES:
         x = x.to(torch.float32)
-    outputs = [torch.empty(x.shape[0], packed.shape[0], dtype=torch.float32) for packed in matrices]
+    exact = os.environ.get(FLOAT_ACTIVATIONS) == "float"
+    dtype = torch.float32 if exact else x.dtype
+    outputs = [torch.empty(x.shape[0], packed.shape[0], dtype=dtype) for packed in matrices]
     views = [view_of(packed) for packed in matrices]
-    if os.environ.get(FLOAT_ACTIVATIONS) == "float":
+    if exact:
         for view, y in zip(views, outputs, strict=True):
             native.call("matmul_float", isa, view, x.data_ptr(), DTYPES[x.dtype], x.shape[0], y.data_ptr())
         return outputs
