@@ -23,7 +23,7 @@
 namespace waterfill {
 namespace {
 
-constexpr int kAhead = 2048;         // bytes: codes are fetched before they are needed, across pages too
+constexpr int kAhead = 4096;         // bytes: codes are fetched before they are needed, across pages too
 constexpr int64_t kExactWords = 512;  // products of 2047 * 2047 that surely fit an int32 sum
 
 template <class Isa>

@@ -136,6 +136,8 @@ int default_threads() { return std::max(1, int(std::thread::hardware_concurrency
 
 void set_threads(int count) { wanted = std::max(0, count); }
 
+int threads() { return wanted ? wanted.load() : default_threads(); }
+
 void set_team(void* entry) {
     expect_forks();
     team = reinterpret_cast<Team>(entry);

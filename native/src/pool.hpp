@@ -13,6 +13,9 @@ void parallel(int64_t tasks, const std::function<void(int64_t)>& work);
 // Threads that work is shared among; 0 leaves it to the OpenMP runtime, or takes all cores.
 void set_threads(int count);
 
+// How many that is, or about to be: OpenMP may have been told of fewer.
+int threads();
+
 // GOMP_parallel of the runtime to share, or null for threads of our own.
 void set_team(void* entry);
 

@@ -11,6 +11,8 @@ namespace waterfill {
 namespace {
 
 constexpr int64_t kTaskTiles = 8;  // what a gemm decodes together
+// Few, so that each thread reads one long stream: at the start of every stream the memory's latency is paid in full.
+constexpr int64_t kTasksPerThread = 4;
 
 // A form of the activations: which order of columns, how many bits. Matrices that share it share the work.
 struct Form {
@@ -51,8 +53,9 @@ void multiply(const Functions& f, const std::vector<const wf_matrix*>& matrices,
     float* sums = dtype == WF_FLOAT32 ? nullptr : scratch_floats(kSums, rows * x.tokens);
     for (size_t i = 0; i < matrices.size(); ++i) {
         const Matrix m = view(*matrices[i]);
-        int64_t block = std::max<int64_t>(1, kTaskWeights / (kTile * m.width * std::max<int64_t>(1, x.tokens / 4)));
-        block = ceil_div(block, kTaskTiles) * kTaskTiles;
+        const int64_t tokens = std::max<int64_t>(1, x.tokens / 4);
+        int64_t block = std::max(kTaskWeights / (kTile * m.width), tiles_of(m.rows) / (kTasksPerThread * threads()));
+        block = ceil_div(std::max<int64_t>(1, block / tokens), kTaskTiles) * kTaskTiles;
         parts.push_back({m, sums ? sums : static_cast<float*>(y[i]), y[i], block, tasks});
         if (sums) sums += m.rows * x.tokens;
         tasks += ceil_div(tiles_of(m.rows), block);
