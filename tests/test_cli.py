@@ -21,7 +21,7 @@ import pytest
 import models
 import waterfill
 from commands import SCALAR, Command
-from waterfill import cli
+from waterfill import cli, kernels
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 COMMANDS = ["plan", "pack", "inspect", "eval", "generate", "chat", "doctor"]
@@ -225,6 +225,7 @@ def test_chat(command: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_logs_and_warnings_of_others_stay_out_of_the_way(command: Command, work: Path) -> None:
+    kernels.implementation()  # says which kernels run, once per process
     result = command("generate", work / "packed", "--prompt", "x " * 2000)
     assert result.code == 2
     assert result.out == ""

@@ -21,7 +21,6 @@ OPS = torch.ops.waterfill
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LAYOUTS = [STORED, *ISAS[:1]]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
-missing_backward = pytest.mark.xfail(strict=True, reason="no backward operator that can be traced, none of matmul_many")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +65,6 @@ def test_operators_keep_the_rules_of_torch(layout: str, tokens: tuple[int, ...])
     opcheck(OPS.rows.default, (*of_one(ids, a)[:-1], 172, layout), test_utils=ALL_CHECKS)
 
 
-@missing_backward
 @each_layout
 def test_products_keep_the_rules_of_autograd(layout: str) -> None:
     opcheck(OPS.matmul.default, of_one(torch.randn(3, 172, requires_grad=True), matrix(layout)), test_utils=ALL_CHECKS)
@@ -98,7 +96,6 @@ def test_gradients_pass_through_tiles(layout: str, monkeypatch: pytest.MonkeyPat
     close(x.grad, kernels.dense(packed).sum(0).expand(2, 172))
 
 
-@missing_backward
 @each_layout
 @pytest.mark.filterwarnings("error:.*an autograd kernel was not registered")
 def test_gradients_of_many_products_add_up(layout: str) -> None:
@@ -158,7 +155,6 @@ def test_a_model_compiles_without_a_break(layout: str, backend: str) -> None:
         assert same_bits(compiled(IDS[:, :3]), model(IDS[:, :3])), "another shape"
 
 
-@missing_backward
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_compiled_product_has_its_gradient(layout: str) -> None:
     packed, gradients = matrix(layout), []

@@ -23,6 +23,7 @@ _library.define(
     "matmul_many(Tensor x, Tensor[] scales, Tensor[] codes, str[] codecs, int[] exponents, int[] out_features, "
     "str layout) -> Tensor[]"
 )
+_library.define(f"matmul_backward(Tensor gradient, {_MATRIX}, int in_features, str layout) -> Tensor")
 _library.define(f"rows(Tensor ids, {_MATRIX}, int in_features, str layout) -> Tensor")
 
 
@@ -111,18 +112,49 @@ def _rows_fake(ids: torch.Tensor, *constants: Any) -> torch.Tensor:
     return ids.new_empty(*ids.shape, constants[-2], dtype=torch.float32)
 
 
+def _matmul_backward(gradient: torch.Tensor, *constants: Any) -> torch.Tensor:
+    """gradient W: an operator too, so that a compiler traces through a backward pass."""
+    *matrix, in_features, layout = constants
+    packed = _packed(in_features, *(*matrix, layout))
+    flat = gradient.reshape(-1, packed.shape[0]).to(torch.float32)
+    total = flat.new_zeros(len(flat), in_features)
+    for start, stop, tile in rotated_tiles(packed):
+        total += flat[:, start:stop] @ tile
+    return unrotate(total).to(gradient.dtype).reshape(*gradient.shape[:-1], in_features)
+
+
+def _matmul_backward_fake(gradient: torch.Tensor, *constants: Any) -> torch.Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], constants[-2])
+
+
 def _keep_matrix(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    ctx.width, ctx.constants = inputs[0].shape[-1], inputs[1:]
+    x, scales, codes, *ctx.constants, ctx.layout = inputs
+    ctx.width = x.shape[-1]
+    ctx.save_for_backward(scales, codes)
 
 
 def _gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    packed = _packed(ctx.width, *ctx.constants)
-    flat = gradient.reshape(-1, packed.shape[0]).to(torch.float32)
-    total = flat.new_zeros(len(flat), ctx.width)
-    for start, stop, tile in rotated_tiles(packed):
-        total += flat[:, start:stop] @ tile
-    of_x = unrotate(total).to(gradient.dtype).reshape(*gradient.shape[:-1], ctx.width)
-    return (of_x, *(None for _ in ctx.constants))
+    backward = torch.ops.waterfill.matmul_backward.default
+    of_x = backward(gradient, *ctx.saved_tensors, *ctx.constants, ctx.width, ctx.layout)
+    return (of_x, *(None for _ in range(6)))
+
+
+def _keep_matrices(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    x, scales, codes, *ctx.constants, ctx.layout = inputs
+    ctx.width = x.shape[-1]
+    ctx.save_for_backward(*scales, *codes)
+
+
+def _gradient_of_many(ctx: Any, gradients: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    backward = torch.ops.waterfill.matmul_backward.default
+    count, saved = len(gradients), ctx.saved_tensors
+    matrices = zip(saved[:count], saved[count:], *ctx.constants, strict=True)
+    parts = [
+        backward(gradient, *matrix, ctx.width, ctx.layout)
+        for gradient, matrix in zip(gradients, matrices, strict=True)
+        if gradient is not None
+    ]
+    return (sum(parts) if parts else None, [None] * count, [None] * count, None, None, None, None)
 
 
 def rotated_tiles(packed: Packed) -> Any:
@@ -138,8 +170,11 @@ def rotated_tiles(packed: Packed) -> Any:
 
 _library.impl("matmul", _matmul, "CPU")
 _library.impl("matmul_many", _matmul_many, "CPU")
+_library.impl("matmul_backward", _matmul_backward, "CPU")
 _library.impl("rows", _rows, "CPU")
 torch.library.register_fake("waterfill::matmul", _matmul_fake, lib=_library)
 torch.library.register_fake("waterfill::matmul_many", _matmul_many_fake, lib=_library)
+torch.library.register_fake("waterfill::matmul_backward", _matmul_backward_fake, lib=_library)
 torch.library.register_fake("waterfill::rows", _rows_fake, lib=_library)
 torch.library.register_autograd("waterfill::matmul", _gradient, setup_context=_keep_matrix, lib=_library)
+torch.library.register_autograd("waterfill::matmul_many", _gradient_of_many, setup_context=_keep_matrices, lib=_library)
