@@ -21,7 +21,7 @@ struct Avx512 {
     static constexpr bool quadruples = VBMI;
     // Words of two coordinates come out side by side.
     static constexpr bool interleaved(int bits, int p) { return !VBMI && p == 2 && bits > 4; }
-    static constexpr int64_t gemm_tokens = 12;
+    static constexpr int64_t gemm_tokens = 24;
 
     using Bytes = __m512i;
     using Acc = __m512i;
@@ -169,8 +169,8 @@ struct Avx512 {
     };
 
     static Acc start(int32_t correction) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(correction)); }
-    static Acc dot(Acc acc, Bytes w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, load(x)); }
-    static Acc dot_words(Acc acc, Bytes w, const int16_t* x) { return _mm512_dpwssd_epi32(acc, w, load(x)); }
+    static Acc dot(Acc acc, Bytes w, const int8_t* x) { return accumulate<int8_t>(acc, w, load(x)); }
+    static Acc dot_words(Acc acc, Bytes w, const int16_t* x) { return accumulate<int16_t>(acc, w, load(x)); }
     static void reduce(const Acc (&acc)[kTile], int32_t (&sum)[kTile]) {
         const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[0], acc[1]), _mm512_unpackhi_epi32(acc[0], acc[1]));
         const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[2], acc[3]), _mm512_unpackhi_epi32(acc[2], acc[3]));

@@ -46,6 +46,16 @@ inline void transpose16(const uint8_t* rows, int64_t stride, uint8_t* out, int64
     }
 }
 
+// Written as assembly: with the intrinsics GCC copies and spills accumulators, at half of the speed.
+template <class Element>
+inline __m512i accumulate(__m512i acc, __m512i w, __m512i x) {
+    if constexpr (sizeof(Element) == 1)
+        asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    else
+        asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+}
+
 // TOKENS x 32 sums over `bytes` of each row, added as floats.
 template <class Element, int TOKENS>
 inline void gemm_block(const uint8_t* w, const uint8_t* x, int64_t x_stride, int64_t bytes, const int32_t* start,
@@ -59,13 +69,8 @@ inline void gemm_block(const uint8_t* w, const uint8_t* x, int64_t x_stride, int
             int32_t four;
             std::memcpy(&four, x + t * x_stride + at, 4);
             const __m512i all = _mm512_set1_epi32(four);
-            if constexpr (sizeof(Element) == 1) {
-                acc[t][0] = _mm512_dpbusd_epi32(acc[t][0], low, all);
-                acc[t][1] = _mm512_dpbusd_epi32(acc[t][1], high, all);
-            } else {
-                acc[t][0] = _mm512_dpwssd_epi32(acc[t][0], low, all);
-                acc[t][1] = _mm512_dpwssd_epi32(acc[t][1], high, all);
-            }
+            acc[t][0] = accumulate<Element>(acc[t][0], low, all);
+            acc[t][1] = accumulate<Element>(acc[t][1], high, all);
         }
     }
     for (int t = 0; t < TOKENS; ++t)

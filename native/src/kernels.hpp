@@ -297,7 +297,8 @@ struct Kernels {
     // Tiles first … last of y = x W^T.
     static void multiply(const Matrix& m, const Prepared& x, int64_t first_tile, int64_t last_tile, float* y,
                          uint8_t* scratch) {
-        if (x.tokens >= Isa::gemm_tokens)
+        // What has to be written to a buffer anyway gains from the gemm sooner.
+        if (x.tokens >= (from_codes(*m.table) ? Isa::gemm_tokens : Isa::gemm_tokens / 2))
             Isa::template gemm<Kernels>(m, x, first_tile, last_tile, y, scratch);
         else if (from_codes(*m.table))
             few(m, x, first_tile, last_tile, y);
