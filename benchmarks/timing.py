@@ -2,7 +2,7 @@
 
     Memory (a pool of random bytes, larger than any cache) ──► reader, the best of several ──► GB/s
        └──► packed_products: matrices of a codec, cut from the pool ──► ColdProduct ──► seconds of one pass
-    interleave: in each round reader, product, reader, product, … ──► Samples
+    interleave: in each round reader, product, reader, product, … ──► Series
 
 A pass multiplies with every matrix once, so each weight comes from DRAM, as in decoding. Rates count what a pass reads:
 codes and scales.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-import os
 import shutil
 import subprocess
 import tempfile
@@ -28,7 +27,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from common import Report
+from common import Report, median_spread
+from rounds import Effort, Round, Series, undisturbed
 from waterfill import native
 from waterfill.codecs import Higgs, get_codec
 from waterfill.kernels.tables import integer_grid
@@ -37,6 +37,8 @@ COLD_BYTES = 512 << 20  # of distinct weights, at least
 READER_ROUNDS = 9
 SETTLE_S = 0.003  # for threads of the one before to stop spinning
 ALIGNMENT = 4096
+
+NS, GBPS, SHARE = "ns/weight", "GB/s", "share of DRAM"  # figures of a product
 
 Shape = tuple[int, int]  # (rows, width)
 
@@ -77,13 +79,18 @@ class ColdProduct:
 class Memory:
     """Random bytes in DRAM, and how fast `torch.get_num_threads()` threads read them."""
 
-    def __init__(self, report: Report, size_bytes: int = COLD_BYTES) -> None:
+    def __init__(self, report: Report, size_bytes: int, patience_s: float) -> None:
         self.words = torch.empty(size_bytes // 8, dtype=torch.int64).random_()
         self.size_bytes = self.words.nbytes
         self._executor = ThreadPoolExecutor(torch.get_num_threads())
         readers = self._readers()
-        samples = [{name: self._gbps(reader) for name, reader in readers.items()} for _ in range(READER_ROUNDS)]
-        medians = {name: float(np.median([sample[name] for sample in samples])) for name in readers}
+        samples = undisturbed(
+            report,
+            "reading memory",
+            Effort(READER_ROUNDS, patience_s),
+            lambda: {name: {GBPS: self._gbps(reader)} for name, reader in readers.items()},
+        )
+        medians = {name: median_spread(series[GBPS])[0] for name, series in samples.items()}
         self.reader = max(medians, key=lambda name: medians[name])
         self._best = readers[self.reader]
         report.results["readers_gbps"] = medians
@@ -91,7 +98,9 @@ class Memory:
         report.note(f"reading {self.size_bytes / 1e6:.0f} MB of DRAM, GB/s: {said}; below, {self.reader}")
 
     def gbps(self) -> float:
-        """Bandwidth of one pass of the best reader."""
+        """Bandwidth of one pass of the best reader, its threads awake."""
+        time.sleep(SETTLE_S)
+        self._best()
         return self._gbps(self._best)
 
     def cut(self, part_bytes: int) -> list[int]:
@@ -176,57 +185,20 @@ def _multiply(matmul: Callable[..., int], isa: int, view: Any, kept: tuple[Any, 
         raise ValueError("wf_matmul refused its arguments")
 
 
-class OtherWork:
-    """What else ran on the machine since this was made, its host included; Linux only."""
+def interleave(report: Report, what: str, memory: Memory, products: Sequence[Product], effort: Effort) -> Series:
+    """For every product ns/weight, GB/s, and the share that these are of the bandwidth just before and after."""
 
-    def __init__(self) -> None:
-        self._start = self._seconds()
-
-    def note(self, report: Report, what: str) -> None:
-        """Say how many processors on average were taken, if it can be known."""
-        end = self._seconds()
-        if end is not None and self._start is not None:
-            elapsed, taken = (b - a for a, b in zip(self._start, end, strict=True))
-            report.note(f"{what} took {elapsed:.0f} s, in which others used {max(taken / elapsed, 0):.2f} processors")
-
-    def _seconds(self) -> tuple[float, float] | None:
-        """(now, processor time that was not this process's or its ended children's)"""
-        try:
-            fields = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
-        except (OSError, ValueError):
-            return None
-        user, nice, system, _, _, irq, softirq, steal = fields
-        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy - sum(os.times()[:4])
-
-
-@dataclass
-class Samples:
-    """One entry per round."""
-
-    ns_per_weight: list[float] = field(default_factory=list)
-    gbps: list[float] = field(default_factory=list)
-    share: list[float] = field(default_factory=list)  # of the bandwidth measured just before and after
-
-
-def interleave(memory: Memory, products: Sequence[Product], rounds: int) -> dict[str, Samples]:
-    """Samples of every product by name; the first of `rounds` + 1 rounds is not counted."""
-    samples = {product.name: Samples() for product in products}
-    for turn in range(rounds + 1):
+    def one_round() -> Round:
+        figures = {}
         before = memory.gbps()
         for product in products:
             time.sleep(SETTLE_S)
             seconds = product.seconds()
             after = memory.gbps()
-            if turn:
-                kept = samples[product.name]
-                kept.ns_per_weight.append(seconds * 1e9 / product.weights)
-                kept.gbps.append(product.size_bytes / 1e9 / seconds)
-                kept.share.append(kept.gbps[-1] / ((before + after) / 2))
+            gbps = product.size_bytes / 1e9 / seconds
+            share = gbps / ((before + after) / 2)
+            figures[product.name] = {NS: seconds * 1e9 / product.weights, GBPS: gbps, SHARE: share}
             before = after
-    return samples
+        return figures
 
-
-def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
-    """Round by round."""
-    return [a / b for a, b in zip(slow, fast, strict=True)]
+    return undisturbed(report, what, effort, one_round)

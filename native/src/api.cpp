@@ -125,7 +125,7 @@ int wf_version(void) { return WF_VERSION; }
 
 const char* wf_isa(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].name : nullptr; }
 
-int wf_usable(int isa) { return functions(isa) && machine_has(isa); }
+int wf_usable(int isa) { return isa >= 0 && isa < kIsaCount && machine_has(isa) && functions(isa); }
 
 int wf_set_threads(int count) {
     set_threads(count);

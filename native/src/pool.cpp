@@ -101,6 +101,7 @@ class Pool {
 using Team = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
 std::atomic<Team> team{nullptr};
+std::thread::id team_owner;
 std::mutex turn;  // of callers
 Pool* pool = nullptr;
 std::atomic<int> wanted{0};
@@ -140,6 +141,7 @@ int threads() { return wanted ? wanted.load() : default_threads(); }
 
 void set_team(void* entry) {
     expect_forks();
+    team_owner = std::this_thread::get_id();
     team = reinterpret_cast<Team>(entry);
 }
 
@@ -149,7 +151,8 @@ void parallel(int64_t tasks, const std::function<void(int64_t)>& work) {
         for (int64_t i = 0; i < tasks; ++i) work(i);
         return;
     }
-    if (const Team shared_team = team.load()) {
+    // In any other thread OpenMP would start a second team, and then let both sleep between two pieces of work.
+    if (const Team shared_team = team.load(); shared_team && std::this_thread::get_id() == team_owner) {
         Shared shared{{0}, tasks, work};
         shared_team(drain_shared, &shared, unsigned(chosen), 0);  // 0 threads: as many as OpenMP has been told
         return;

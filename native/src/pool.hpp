@@ -1,5 +1,5 @@
-// Threads: those of an OpenMP runtime in the process, so that two pools do not fight for the same cores, or our own, which
-// stay awake briefly: a matrix takes a tenth of a millisecond, waking a thread half of that.
+// Threads: in the thread that handed it over those of the process's OpenMP runtime, so that two pools do not fight for the
+// same cores; elsewhere our own, which stay awake briefly: a matrix takes a tenth of a millisecond, waking a thread half.
 #pragma once
 
 #include <cstdint>

@@ -71,13 +71,13 @@ class Native:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(self._library, name)
-            function.restype, function.argtypes = result, arguments
         if (version := self._library.wf_version()) != VERSION:
             raise WaterfillError(
                 f"{path} has version {version}, this waterfill needs {VERSION}; install waterfill again"
             )
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self._library, name)
+            function.restype, function.argtypes = result, arguments
 
     def __getattr__(self, name: str) -> ctypes._FuncPointer:
         """The C function `wf_name`; one that returns a status is called through `call`."""

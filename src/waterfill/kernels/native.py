@@ -54,6 +54,8 @@ def matmul_many(x: torch.Tensor, matrices: Sequence[Packed]) -> list[torch.Tenso
     The rotation of x is shared, and its integers among matrices of the same precision.
     """
     native, isa = _native(), _native().isas[matrices[0].layout]
+    if x.device.type != "cpu":
+        raise ValueError(f"the activations are on {x.device}, the packed weights on the CPU")
     x = x.detach().contiguous()
     if x.dtype not in DTYPES:
         x = x.to(torch.float32)

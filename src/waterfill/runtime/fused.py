@@ -80,6 +80,8 @@ def _usable(layer: Any, hidden: torch.Tensor, given: dict[str, Any]) -> DecoderL
     attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
     if (
         hidden.shape[:-1] != (1, 1)
+        or hidden.stride(-1) != 1
+        or hidden.device.type != "cpu"
         or type(past) is not DynamicCache
         or attention.layer_idx >= len(past.layers)
         or given.get("attention_mask") is not None

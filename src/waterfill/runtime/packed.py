@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from waterfill import kernels
 from waterfill.codecs import Higgs
+from waterfill.errors import WaterfillError
 
 
 class DecodedOnUse:
@@ -80,6 +81,11 @@ class PackedMatrix(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             self.scales = self.scales.view(torch.float16)
+        if self.layout != kernels.STORED and self.codes.device.type not in ("cpu", "meta"):
+            raise WaterfillError(
+                f"these weights were arranged for the CPU when they were loaded and cannot move to {self.codes.device}; "
+                "load the model with device_map instead"
+            )
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
