@@ -83,7 +83,7 @@ class PackedMatrix(nn.Module):
             self.scales = self.scales.view(torch.float16)
         if self.layout != kernels.STORED and self.codes.device.type not in ("cpu", "meta"):
             raise WaterfillError(
-                f"these weights were arranged for the CPU when they were loaded and cannot move to {self.codes.device}; "
+                f"these weights were arranged for the CPU as they were loaded and cannot move to {self.codes.device}; "
                 "load the model with device_map instead"
             )
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
