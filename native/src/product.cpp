@@ -1,6 +1,7 @@
 #include "product.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "half.hpp"
@@ -10,9 +11,7 @@
 namespace waterfill {
 namespace {
 
-constexpr int64_t kTaskTiles = 8;  // what a gemm decodes together
-// Few, so that each thread reads one long stream: at the start of every stream the memory's latency is paid in full.
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kUnitTiles = 8;  // of work: what a gemm decodes together
 
 // A form of the activations: which order of columns, how many bits. Matrices that share it share the work.
 struct Form {
@@ -37,41 +36,54 @@ Prepared prepare(const Functions& f, const float* rows, int64_t tokens, int64_t 
     return {tokens, groups, padded, data, scales, corrections};
 }
 
-struct Part {  // of the work: one matrix, cut into tasks of `block` tiles
+struct Part {  // of the work: one matrix
     Matrix matrix;
     float* sums;  // [tokens][rows]
     void* y;      // the same memory where y is of floats
-    int64_t block, first_task;
+    int64_t first_unit;
 };
 
-// All matrices together: several small ones wake the threads once.
+void multiply_units(const Functions& f, const Part& part, int64_t first, int64_t last, int dtype, const Prepared& x,
+                    int64_t scratch_bytes) {
+    const int64_t first_tile = first * kUnitTiles, last_tile = std::min(last * kUnitTiles, tiles_of(part.matrix.rows));
+    f.multiply(part.matrix, x, first_tile, last_tile, part.sums, scratch(kDecoded, scratch_bytes));
+    if (dtype == WF_FLOAT32) return;
+    const int64_t from = first_tile * kTile, count = std::min(last_tile * kTile, part.matrix.rows) - from;
+    for (int64_t t = 0; t < x.tokens; ++t) {
+        const int64_t at = t * part.matrix.rows + from;
+        from_float(part.sums + at, dtype, at, count, part.y);
+    }
+}
+
+// All matrices together: several small ones wake the threads once. Threads take a share of what is left, large ones
+// first: each reads long streams, as the memory's latency is paid in full where one starts, and all end together.
 void multiply(const Functions& f, const std::vector<const wf_matrix*>& matrices, const std::vector<void*>& y, int dtype,
               const Prepared& x) {
     std::vector<Part> parts;
-    int64_t tasks = 0, bytes = 0, rows = 0;
+    int64_t units = 0, bytes = 0, rows = 0;
     for (const wf_matrix* m : matrices) rows += m->rows;
     float* sums = dtype == WF_FLOAT32 ? nullptr : scratch_floats(kSums, rows * x.tokens);
     for (size_t i = 0; i < matrices.size(); ++i) {
         const Matrix m = view(*matrices[i]);
-        const int64_t tokens = std::max<int64_t>(1, x.tokens / 4);
-        int64_t block = std::max(kTaskWeights / (kTile * m.width), tiles_of(m.rows) / (kTasksPerThread * threads()));
-        block = ceil_div(std::max<int64_t>(1, block / tokens), kTaskTiles) * kTaskTiles;
-        parts.push_back({m, sums ? sums : static_cast<float*>(y[i]), y[i], block, tasks});
+        parts.push_back({m, sums ? sums : static_cast<float*>(y[i]), y[i], units});
         if (sums) sums += m.rows * x.tokens;
-        tasks += ceil_div(tiles_of(m.rows), block);
+        units += ceil_div(tiles_of(m.rows), kUnitTiles);
         bytes = std::max(bytes, f.scratch_bytes(m, x));
     }
-    parallel(tasks, [&](int64_t task) {
-        const Part* part = &parts.back();
-        while (part->first_task > task) --part;
-        const int64_t first = (task - part->first_task) * part->block;
-        const int64_t last = std::min(tiles_of(part->matrix.rows), first + part->block);
-        f.multiply(part->matrix, x, first, last, part->sums, scratch(kDecoded, bytes));
-        if (dtype == WF_FLOAT32) return;
-        const int64_t from = first * kTile, count = std::min(last * kTile, part->matrix.rows) - from;
-        for (int64_t t = 0; t < x.tokens; ++t) {
-            const int64_t at = t * part->matrix.rows + from;
-            from_float(part->sums + at, dtype, at, count, part->y);
+    const int64_t unit_weights = kUnitTiles * kTile * matrices[0]->width * std::max<int64_t>(1, x.tokens / 4);
+    const int64_t least_units = std::max<int64_t>(1, kTaskWeights / unit_weights);
+    std::atomic<int64_t> next{0};
+    const int workers = int(std::min<int64_t>(threads(), ceil_div(units, least_units)));
+    parallel(workers, [&](int64_t) {
+        for (int64_t first = next.load(); first < units;) {
+            const int64_t last = std::min(units, first + std::max(least_units, (units - first) / (2 * workers)));
+            if (!next.compare_exchange_weak(first, last)) continue;
+            for (size_t i = 0; i < parts.size(); ++i) {
+                const int64_t end = i + 1 < parts.size() ? parts[i + 1].first_unit : units, start = parts[i].first_unit;
+                const int64_t a = std::max(first, start), b = std::min(last, end);
+                if (a < b) multiply_units(f, parts[i], a - start, b - start, dtype, x, bytes);
+            }
+            first = next.load();
         }
     });
 }
