@@ -50,8 +50,8 @@ CHAPTERS = {
     "footprint": ("Memory and time of planning and packing", ""),
     "kernels": (
         "Kernels",
-        "Sections measured one after the other; this virtual machine's DRAM reads at 25 to 38 GB/s from one minute to the "
-        "next, which the spreads show.",
+        "Sections measured one after the other; this virtual machine's DRAM reads at 25 to 38 GB/s from one minute to "
+        "the next, which the spreads show.",
     ),
 }
 
