@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, ClassVar
@@ -29,7 +30,7 @@ def seconds_of(run: Pass) -> float:
     return time.perf_counter() - start
 
 
-class Products:
+class Products(ABC):
     """Matrix-vector products by name, each with enough distinct weights that every pass reads DRAM."""
 
     kinds: ClassVar[dict[str, Sequence[Any]]]  # name -> the variants of which the fastest is taken
@@ -59,12 +60,13 @@ class Products:
     def drop(self) -> None:
         self._passes.clear()
 
+    @abstractmethod
     def build(self, variant: Any, rows: int, width: int, cold_bytes: int, threads: int) -> tuple[Pass, int, int]:
         """(one pass, its weights, the bytes it reads)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def label(self, variant: Any) -> str:
-        raise NotImplementedError
+        """How a report names the variant."""
 
 
 class OnnxRuntime(Products):

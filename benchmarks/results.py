@@ -36,9 +36,8 @@ CHAPTERS = {
     "gains": (
         "The three gains",
         "For the same codecs: the chosen gain, the MSE scale, the unbiased scale. The GPT-2 is trained by the script "
-        "for minutes. At low rates the loss of its MLP's first matrices grows faster than their error, up to 19 times "
-        "the second-order figure at 1 bit: its allotted plans lose more than predicted, and at 3.25 bits the MSE "
-        "scale's own plan, more cautious for another reason, loses less.",
+        "for minutes. Its allotted plans lose more than predicted, and at 3.25 bits the MSE scale's own plan, which "
+        "allots other bits, loses less than the chosen gain's.",
     ),
     "sensitivity": ("The two estimators", ""),
     "quality": (

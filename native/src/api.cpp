@@ -55,7 +55,7 @@ bool machine_has(int isa) {
 
 const Functions* functions(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].functions() : nullptr; }
 
-// A stream through pages of 4 KiB looks up an address every microsecond or so; up to a tenth of the time at four bits.
+// A stream through pages of 4 KiB looks up an address every fraction of a microsecond.
 void prefer_huge_pages([[maybe_unused]] uint8_t* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t kPage = 4096;

@@ -46,7 +46,7 @@ inline void transpose16(const uint8_t* rows, int64_t stride, uint8_t* out, int64
     }
 }
 
-// Written as assembly: with the intrinsics GCC copies and spills accumulators, at half of the speed.
+// Written as assembly: with the intrinsics GCC 12 copies and spills accumulators.
 template <class Element>
 inline __m512i accumulate(__m512i acc, __m512i w, __m512i x) {
     if constexpr (sizeof(Element) == 1)

@@ -28,7 +28,7 @@ CODECS = (
     *(f"higgs-p3-n{2**k}" for k in range(3, 13)),
     *(f"higgs-p4-n{2**k}" for k in range(3, 13)),
 )
-FAST = "fast"  # stands for the grids that the native kernels multiply at memory speed
+FAST = "fast"  # stands for the grids that the native kernels look up in vector registers
 
 
 @dataclass(frozen=True)

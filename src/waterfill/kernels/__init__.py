@@ -50,7 +50,7 @@ def log_slow(codecs: Iterable[Higgs]) -> None:
     slow = sorted({codec.name for codec in codecs if not tables.register_table(codec, implementation())})
     if slow:
         _log.info(
-            "%s: tables too large for registers, multiplied at a fraction of memory speed "
+            "%s: tables too large for registers, multiplied several times more slowly than others "
             "(packing with --codec fast avoids them)",
             ", ".join(slow),
         )

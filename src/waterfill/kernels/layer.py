@@ -1,7 +1,7 @@
 """A whole decoder layer for one token as one native call, where it is of the Llama kind.
 
-With packed matrices as fast as the memory, a small model spends half of a token in Python and in small operators
-between them. `native/src/layer.cpp` does a layer's arithmetic in one go; sums are float32 whatever the dtype.
+With packed matrices as fast as the memory, Python and small operators between them are a large part of a token.
+`native/src/layer.cpp` does a layer's arithmetic in one go; sums are float32 whatever the dtype.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class DecoderLayer:
         )
         self._reference = ctypes.byref(self._layer)
         self._native, self._isa = native, native.isas[matrices["q"].layout]
-        self.hidden, self.head_dim, self.dtype = self._layer.hidden, head_dim, dtype
+        self.head_dim, self.dtype = head_dim, dtype
 
     def __call__(
         self,

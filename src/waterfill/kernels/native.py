@@ -3,7 +3,7 @@
     Packed, as stored ──arrange──► Packed, `layout` = the instruction set ──matmul, rows──► float32
 
 Activations become integers too (`native/src/kernels.hpp` says exactly what is computed; `reference.matmul_integer` is
-the same in torch). `WATERFILL_ACTIVATIONS=float` keeps them, for exactness, at a tenth of the speed.
+the same in torch). `WATERFILL_ACTIVATIONS=float` keeps them, for exactness, much slower.
 """
 
 from __future__ import annotations

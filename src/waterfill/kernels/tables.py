@@ -45,7 +45,7 @@ def integer_grid(codec: Higgs) -> IntegerGrid:
 
 
 def register_table(codec: Higgs, isa: str = "") -> bool:
-    """Whether the table fits vector registers, of any instruction set or of `isa`: those run at memory speed."""
+    """Whether the table fits vector registers, of every instruction set or of `isa` in particular."""
     if integer_grid(codec).precision == 16:
         return codec.p == 1 and codec.n <= 256
     return codec.n <= 256 and (codec.p <= 2 or (isa == "avx512vbmi" and codec.p == 4))
