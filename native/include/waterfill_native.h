@@ -15,7 +15,7 @@ extern "C" {
 #define WF_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define WF_VERSION 1
+#define WF_VERSION 2
 
 typedef struct wf_table wf_table;
 
@@ -83,6 +83,27 @@ WF_EXPORT int wf_decode_layer(int isa, const wf_layer* layer, const void* in, co
 
 /* Rows of W in its own basis, or rotated: out [count][width]. */
 WF_EXPORT int wf_rows(int isa, const wf_matrix* matrix, const int64_t* ids, int64_t count, int rotated, float* out);
+
+/* Entropy coding: docs/format.md has the bytes. `frequencies` [256] sum to 4096, `count` is a multiple of `lanes`, a
+ * power of two up to 32. Returns the bytes of states and words, or -1 where they exceed `capacity`, an argument cannot
+ * be, or a symbol has no frequency. */
+WF_EXPORT int64_t wf_rans_encode(const uint8_t* symbols, int64_t count, int lanes, const uint16_t* frequencies,
+                                 uint8_t* out, int64_t capacity);
+/* -2: the bytes are not those of `count` symbols. */
+WF_EXPORT int wf_rans_decode(int isa, const uint8_t* in, int64_t bytes, int lanes, const uint16_t* frequencies,
+                             int64_t count, uint8_t* out);
+
+/* The path of the trellis code nearest to x [count], in units in which levels are 4j + 1: out[i] = j, least <= j <= most. */
+WF_EXPORT int wf_trellis_search(int isa, int states, const float* x, int64_t count, int lanes, int least, int most,
+                                int16_t* out);
+
+/* Rows of each stream of a matrix of that width. */
+WF_EXPORT int64_t wf_stream_rows(int64_t width);
+
+/* All streams of a matrix -> levels plus 128 as bytes, or `wide` plus 32768 in two bytes, [rows][width], and fp16 scales
+ * [rows][groups]. -3 - i: stream i is damaged. */
+WF_EXPORT int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows,
+                                    int64_t width, uint8_t* codes, uint16_t* scales);
 
 #ifdef __cplusplus
 }

@@ -7,6 +7,7 @@
 
 #include "../include/waterfill_native.h"
 #include "half.hpp"
+#include "isa.hpp"
 #include "layout.hpp"
 #include "layer.hpp"
 #include "matrix.hpp"
@@ -53,8 +54,6 @@ bool machine_has(int isa) {
     return isa == kIsaCount - 1;
 }
 
-const Functions* functions(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].functions() : nullptr; }
-
 // A stream through pages of 4 KiB looks up an address every fraction of a microsecond.
 void prefer_huge_pages([[maybe_unused]] uint8_t* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
@@ -90,7 +89,7 @@ void unpack_row(const uint8_t* row, int64_t count, int n, int word_indices, int 
 
 void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const float* points, int bias) {
     Table& v = t.view;
-    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {}, nullptr, nullptr};
+    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {}, nullptr, nullptr, false};
     while (v.entry < p * precision / 8) v.entry *= 2;
     const int rounded = 1 << v.bits, period = std::max(256, rounded), size = precision / 8;
     t.entries.resize(size_t(period) * size_t(v.entry) + 8);
@@ -116,6 +115,13 @@ void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const 
     v.points = t.points.data();
 }
 
+// Levels that are their own codes, less half their number: there is no table.
+bool is_direct(int p, int n, int precision) { return p == 1 && n == 1 << precision; }
+
+void fill_direct(wf_table& t, int precision, int bias) {
+    t.view = {1, 1 << precision, precision, precision, bias, precision / 8, nullptr, {}, nullptr, nullptr, true};
+}
+
 // A scalar grid as one of pairs: two codes side by side index it, so that each byte that is loaded and shifted serves
 // twice as many weights.
 void fill_with_pairs(wf_table& t, int n, const int16_t* units, const float* points, int bias) {
@@ -133,6 +139,8 @@ void fill_with_pairs(wf_table& t, int n, const int16_t* units, const float* poin
 }
 
 }  // namespace
+
+const Functions* waterfill::functions(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].functions() : nullptr; }
 
 int wf_version(void) { return WF_VERSION; }
 
@@ -159,10 +167,14 @@ int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inverse) {
 
 wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* units, const float* points) {
     const Functions* f = functions(isa);
-    if (!f || p < 1 || p > 4 || n < 2 || n > 4096 || (precision != 8 && precision != 16)) return nullptr;
+    if (!f || p < 1 || p > 4 || n < 2 || (precision != 8 && precision != 16)) return nullptr;
+    const bool direct = is_direct(p, n, precision);
+    if (n > 4096 && !direct) return nullptr;
     std::unique_ptr<wf_table> made(new (std::nothrow) wf_table);
     if (!made) return nullptr;
-    if (p == 1 && precision == 8 && bits_of(n) <= f->pair_bits)
+    if (direct)
+        fill_direct(*made, precision, precision == 8 ? f->bias : 0);
+    else if (p == 1 && precision == 8 && bits_of(n) <= f->pair_bits)
         fill_with_pairs(*made, n, units, points, f->bias);
     else
         fill(*made, p, n, precision, units, points, precision == 8 ? f->bias : 0);
@@ -204,6 +216,19 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
                 for (int64_t g = 0; g < groups; ++g)
                     scales[(tile * groups + g) * kTile + r] = row < rows ? stored->scales[row * groups + g] : uint16_t(0);
                 if (row >= rows) continue;
+                if (t.direct) {
+                    const int size = t.precision / 8;
+                    for (int64_t c = 0; c < chunks; ++c) {
+                        uint8_t* to = out + (c * kTile + r) * planes.bytes;
+                        const int64_t filled = least(kChunk, width - c * kChunk);
+                        std::memcpy(to, stored->codes + row * row_bytes + c * kChunk * size, size_t(filled * size));
+                        if (size == 2 || t.bias == 0)  // signed numbers: the upper bit turned over
+                            for (int64_t i = size - 1; i < filled * size; i += size) to[i] ^= 0x80;
+                        else
+                            std::memset(to + filled, t.bias, size_t(kChunk - filled));
+                    }
+                    continue;
+                }
                 unpack_row(stored->codes + row * row_bytes, count, stored_n, word_indices, word_bytes, row_bytes, index);
                 int64_t filled = count;
                 if (paired) {

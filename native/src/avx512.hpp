@@ -10,6 +10,7 @@
 
 #include "gemm_avx512.hpp"
 #include "kernels.hpp"
+#include "rans_avx512.hpp"
 
 namespace waterfill {
 namespace {
@@ -178,6 +179,20 @@ struct Avx512 {
         const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(sum),
                          _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+    }
+
+    using Floats = __m512;
+    static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+    static void store_floats(float* p, Floats f) { _mm512_storeu_ps(p, f); }
+    static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+    static Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+    static uint32_t less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+
+    static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
+                               int64_t count, uint8_t* out) {
+        const int64_t done = lanes == 32 ? decode_avx512(t, x, at, end, count, out) : 0;
+        return decode_plain(t, lanes, x, at, end, count - done, out + done);
     }
 
     static int64_t gemm_scratch_bytes(int64_t stride, int64_t tokens) { return gemm_scratch(stride, tokens); }

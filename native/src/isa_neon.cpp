@@ -109,6 +109,36 @@ struct Neon {
         vst1q_s32(sum, vpaddq_s32(vpaddq_s32(acc[0], acc[1]), vpaddq_s32(acc[2], acc[3])));
     }
 
+    using Floats = float32x4x4_t;
+    template <class Operation>
+    static Floats each(Floats a, Floats b, Operation operation) {
+        for (int i = 0; i < 4; ++i) a.val[i] = operation(a.val[i], b.val[i]);
+        return a;
+    }
+    static Floats load_floats(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+    static void store_floats(float* p, Floats f) {
+        for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, f.val[i]);
+    }
+    static Floats add(Floats a, Floats b) {
+        return each(a, b, [](float32x4_t u, float32x4_t v) { return vaddq_f32(u, v); });
+    }
+    static Floats subtract(Floats a, Floats b) {
+        return each(a, b, [](float32x4_t u, float32x4_t v) { return vsubq_f32(u, v); });
+    }
+    static Floats smaller(Floats a, Floats b) {
+        return each(a, b, [](float32x4_t u, float32x4_t v) { return vminq_f32(u, v); });
+    }
+    static uint32_t less(Floats a, Floats b) {
+        const uint32x4_t bits = {1, 2, 4, 8};
+        uint32_t mask = 0;
+        for (int i = 0; i < 4; ++i) mask |= vaddvq_u32(vandq_u32(vcltq_f32(a.val[i], b.val[i]), bits)) << (4 * i);
+        return mask;
+    }
+    static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
+                               int64_t count, uint8_t* out) {
+        return decode_plain(t, lanes, x, at, end, count, out);
+    }
+
     static int64_t gemm_scratch_bytes(int64_t, int64_t) { return 0; }
     template <class K>
     static void gemm(const Matrix&, const Prepared&, int64_t, int64_t, float*, uint8_t*) {}

@@ -64,6 +64,37 @@ struct Scalar {
     }
     static void reduce(const Acc (&acc)[kTile], int32_t (&sum)[kTile]) { std::memcpy(sum, acc, sizeof acc); }
 
+    struct Floats {
+        float at[16];
+    };
+    static Floats load_floats(const float* p) {
+        Floats f;
+        std::memcpy(f.at, p, sizeof f.at);
+        return f;
+    }
+    static void store_floats(float* p, Floats f) { std::memcpy(p, f.at, sizeof f.at); }
+    static Floats add(Floats a, Floats b) {
+        for (int i = 0; i < 16; ++i) a.at[i] += b.at[i];
+        return a;
+    }
+    static Floats subtract(Floats a, Floats b) {
+        for (int i = 0; i < 16; ++i) a.at[i] -= b.at[i];
+        return a;
+    }
+    static Floats smaller(Floats a, Floats b) {
+        for (int i = 0; i < 16; ++i) a.at[i] = a.at[i] < b.at[i] ? a.at[i] : b.at[i];
+        return a;
+    }
+    static uint32_t less(Floats a, Floats b) {
+        uint32_t mask = 0;
+        for (int i = 0; i < 16; ++i) mask |= uint32_t(a.at[i] < b.at[i]) << i;
+        return mask;
+    }
+    static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
+                               int64_t count, uint8_t* out) {
+        return decode_plain(t, lanes, x, at, end, count, out);
+    }
+
     static int64_t gemm_scratch_bytes(int64_t, int64_t) { return 0; }
     template <class K>
     static void gemm(const Matrix&, const Prepared&, int64_t, int64_t, float*, uint8_t*) {}

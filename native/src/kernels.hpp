@@ -13,12 +13,15 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "hadamard.hpp"
 #include "half.hpp"
 #include "layer_math.hpp"
 #include "layout.hpp"
 #include "matrix.hpp"
+#include "rans.hpp"
+#include "trellis.hpp"
 
 namespace waterfill {
 namespace {
@@ -32,12 +35,13 @@ struct Kernels {
     using Acc = typename Isa::Acc;
 
     static bool from_codes(const Table& t) {
+        if (t.direct) return true;
         if (t.precision != 8 || t.bits > 8) return false;
         return t.p == 1 ? t.bits <= 4 : t.p == 2 || (t.p == 4 && t.bits >= 3 && Isa::quadruples);
     }
     static bool from_words(const Table& t) { return t.precision == 16 && t.p == 1 && t.bits >= 5 && t.bits <= 8; }
     static int order(const Table& t) {
-        if (Isa::interleaved(t.bits, t.p) || !(from_codes(t) || from_words(t))) return 1;
+        if (t.direct || Isa::interleaved(t.bits, t.p) || !(from_codes(t) || from_words(t))) return 1;
         return t.p == 4 ? 4 : 2;
     }
 
@@ -46,12 +50,20 @@ struct Kernels {
         return reinterpret_cast<const Element*>(x.data) + t * x.padded;
     }
 
+    // Levels of 8 bits are what a table of them would give.
+    struct Direct {
+        explicit Direct(const Table&) {}
+        void look_up(const Bytes (&index)[2], Bytes (&value)[2]) const { value[0] = index[0], value[1] = index[1]; }
+    };
+    template <int BITS, int P>
+    using TableOf = std::conditional_t<BITS == 8 && P == 1, Direct, typename Isa::template Table<BITS, P>>;
+
     // --- few tokens, byte tables -------------------------------------------------------------------------------
 
     template <int BITS, int P, int TOKENS>
     static void tile_from_codes(const Matrix& m, int64_t tile, const Prepared& x, int64_t token, float* y) {
         constexpr int bytes = planes_of(BITS).bytes;
-        const typename Isa::template Table<BITS, P> table(*m.table);
+        const TableOf<BITS, P> table(*m.table);
         const int64_t chunks = chunks_per_row(m.width, P), groups = x.groups;
         const uint8_t* code = m.codes + tile * chunks * kTile * bytes;
         const uint16_t* scale = m.scales + tile * groups * kTile;
@@ -84,6 +96,43 @@ struct Kernels {
         std::memcpy(y, sum, sizeof sum);
     }
 
+    // Levels of 16 bits: no table, and sums of 512 that are exact.
+    template <int TOKENS>
+    static void tile_from_words(const Matrix& m, int64_t tile, const Prepared& x, int64_t token, float* y) {
+        const int64_t stride = chunks_per_row(m.width, 1) * kChunk * 2, groups = x.groups;
+        const uint8_t* codes = m.codes + tile * kTile * stride;
+        const uint16_t* scale = m.scales + tile * groups * kTile;
+        float sum[TOKENS][kTile] = {};
+        for (int64_t g = 0; g < groups; ++g, scale += kTile) {
+            const int64_t end = g + 1 < groups ? (g + 1) * kGroup : ceil_div(m.width, kChunk) * kChunk;
+            float total[TOKENS][kTile] = {};
+            for (int64_t from = g * kGroup; from < end; from += kExactWords) {
+                Acc acc[TOKENS][kTile];
+                for (int t = 0; t < TOKENS; ++t)
+                    for (int r = 0; r < kTile; ++r) acc[t][r] = Isa::start(0);
+                for (int64_t at = from; at < least(end, from + kExactWords); at += kChunk) {
+                    const uint8_t* code = codes + at * 2 * kTile;
+                    for (int line = 0; line < kTile * 2 * kChunk; line += 64) Isa::prefetch(code + kAhead + line);
+                    for (int r = 0; r < kTile; ++r)
+                        for (int k = 0; k < kChunk; k += 32) {
+                            const Bytes w = Isa::load(code + r * 2 * kChunk + 2 * k);
+                            for (int t = 0; t < TOKENS; ++t)
+                                acc[t][r] = Isa::dot_words(acc[t][r], w, row<int16_t>(x, token + t) + at + k);
+                        }
+                }
+                for (int t = 0; t < TOKENS; ++t) {
+                    int32_t whole[kTile];
+                    Isa::reduce(acc[t], whole);
+                    for (int r = 0; r < kTile; ++r) total[t][r] += float(whole[r]);
+                }
+            }
+            for (int t = 0; t < TOKENS; ++t)
+                for (int r = 0; r < kTile; ++r)
+                    sum[t][r] += total[t][r] * (half_to_float(scale[r]) * m.step * x.scales[(token + t) * groups + g]);
+        }
+        std::memcpy(y, sum, sizeof sum);
+    }
+
     using Tile = void (*)(const Matrix&, int64_t, const Prepared&, int64_t, float*);
 
     template <int P, int TOKENS>
@@ -94,6 +143,7 @@ struct Kernels {
             case 3: return tile_from_codes<3, P, TOKENS>;
             case 4: return tile_from_codes<4, P, TOKENS>;
         }
+        if constexpr (P == 1) return bits == 8 ? tile_from_codes<8, 1, TOKENS> : tile_from_words<TOKENS>;
         if constexpr (P > 1) switch (bits) {
                 case 5: return tile_from_codes<5, P, TOKENS>;
                 case 6: return tile_from_codes<6, P, TOKENS>;
@@ -134,7 +184,7 @@ struct Kernels {
     template <int BITS, int P>
     static void decode_bytes(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
         constexpr int bytes = planes_of(BITS).bytes;
-        const typename Isa::template Table<BITS, P> table(*m.table);
+        const TableOf<BITS, P> table(*m.table);
         const int64_t chunks = chunks_per_row(m.width, P);
         const uint8_t* code = m.codes + tile * chunks * kTile * bytes;
         for (int64_t chunk = 0; chunk < chunks; ++chunk)
@@ -174,6 +224,14 @@ struct Kernels {
             }
     }
 
+    static void copy_words(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
+        const int64_t chunks = chunks_per_row(m.width, 1);
+        const uint8_t* code = m.codes + tile * chunks * kTile * 2 * kChunk;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+            for (int r = 0; r < kTile; ++r, code += 2 * kChunk)
+                std::memcpy(out + r * stride + chunk * 2 * kChunk, code, 2 * kChunk);
+    }
+
     // Any grid: entries of ENTRY bytes copied one by one, USED of which count. Codes are read four at a time: loads are
     // what limits this.
     template <int ENTRY, int USED>
@@ -206,6 +264,8 @@ struct Kernels {
                     case 2: return decode_bytes<2, 1>(m, tile, out, stride);
                     case 3: return decode_bytes<3, 1>(m, tile, out, stride);
                     case 4: return decode_bytes<4, 1>(m, tile, out, stride);
+                    case 8: return decode_bytes<8, 1>(m, tile, out, stride);
+                    case 16: return copy_words(m, tile, out, stride);
                 }
             if constexpr (Isa::quadruples)
                 if (m.table->p == 4) return decode_vectors<4>(m, tile, out, stride);
@@ -360,6 +420,11 @@ struct Kernels {
             quantise_row(row, width, order, 0, static_cast<int16_t*>(out), scales, corrections);
     }
 
+    static int level_at(const Table& t, const uint8_t* chunk, int64_t i) {
+        if (t.precision == 8) return t.bias ? chunk[i] - t.bias : int8_t(chunk[i]);
+        return int16_t(uint16_t(chunk[2 * i] | chunk[2 * i + 1] << 8));
+    }
+
     static void decode_row(const Matrix& m, int64_t row, float* out) {
         const Table& t = *m.table;
         const Planes planes = planes_of(t.bits);
@@ -369,6 +434,12 @@ struct Kernels {
         const int last = t.n - 1;
         for (int64_t c = 0; c < chunks; ++c) {
             const uint8_t* chunk = m.codes + ((tile * chunks + c) * kTile + row % kTile) * planes.bytes;
+            if (t.direct) {
+                const int64_t start = c * kChunk, stop = least(start + kChunk, m.width);
+                const float by = half_to_float(scale[least(start / kGroup, groups - 1) * kTile]) * m.unit;
+                for (int64_t i = start; i < stop; ++i) out[i] = float(level_at(t, chunk, i - start)) * by;
+                continue;
+            }
             uint16_t code[kChunk];
             chunk_codes(chunk, planes, code);
             for (int64_t i = 0; i < kChunk; ++i) {
@@ -387,7 +458,8 @@ struct Kernels {
     static const Functions* functions(const char* name) {
         static const Functions table = {name, Isa::bias, Isa::pair_bits, order,     rotate_row<Isa::lanes>, quantise,
                                         scratch_bytes, multiply,  decode_row, dot16,
-                                        rms_norm,      swiglu,    attend};
+                                        rms_norm,      swiglu,    attend,
+                                        Isa::decode_symbols, walk_narrow, walk_lanes<int16_t>, Search<Isa>::run};
         return &table;
     }
 };

@@ -4,6 +4,7 @@
 // the dot product. Codes come in chunks of 128 per row, each split into bit planes of 8, 4, 2 and 1 bits, whose fields
 // lie where one load and one shift bring 64 codes into the low bits of 64 bytes:
 //
+//     16 bits (levels),  256 bytes: little-endian numbers
 //     plane of 8 bits, 128 bytes: byte i = code i
 //     plane of 4 bits,  64 bytes: byte i = code i | code 64+i << 4
 //     plane of 2 bits,  32 bytes: byte i = code i | code 32+i << 2 | code 64+i << 4 | code 96+i << 6
@@ -31,6 +32,7 @@ struct Planes {  // byte offset of each plane in a chunk, -1 where the width has
 
 constexpr Planes planes_of(int bits) {
     Planes p{-1, -1, -1, -1, 0};
+    if (bits == 16) p.bytes = 2 * kChunk;  // numbers of two bytes, which are not looked up
     if (bits & 8) p.at8 = p.bytes, p.bytes += 128;
     if (bits & 4) p.at4 = p.bytes, p.bytes += 64;
     if (bits & 2) p.at2 = p.bytes, p.bytes += 32;

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "entropy.hpp"
+
 namespace waterfill {
 
 // A grid of n points in p dimensions, in units of a step. Unsigned tables have `bias` added to their bytes.
@@ -17,6 +19,7 @@ struct Table {
     const uint8_t* bytes[4];  // precision 8, n <= 256: one coordinate each, repeated to 256; or null
     const int16_t* words;     // precision 16, p = 1, n <= 256: repeated to 256; or null
     const float* points;      // [n][p], the grid itself
+    bool direct;              // the codes are the numbers of `precision` bits themselves, and there are no tables
 };
 
 struct Matrix {
@@ -67,6 +70,13 @@ struct Functions {
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* out);
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*attend)(const Attention& a, float* scores);
+    // rans.hpp, trellis.hpp.
+    bool (*decode_symbols)(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
+                           int64_t count, uint8_t* out);
+    void (*walk)(const Walk& w, int lanes, int64_t count, const uint8_t* symbols, int8_t* out);
+    void (*walk_wide)(const Walk& w, int lanes, int64_t count, const uint8_t* symbols, const uint8_t* raw, int16_t* out);
+    void (*search)(const TrellisCode& code, int lanes, int64_t count, const float* x, int least, int most, uint8_t* scratch,
+                   int16_t* out);
 };
 
 // Tables of functions, null where the library was built without the instruction set.

@@ -35,7 +35,7 @@ void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out)
 void from_float(const float* x, int dtype, int64_t to, int64_t count, void* out);
 
 // Memory that a thread keeps, 64-byte aligned, since allocating a megabyte would cost more than a small product.
-enum Scratch { kRotated, kIntegers, kIntegerScales, kCorrections, kDecoded, kIndices, kSums, kLayer, kScores, kScratchSlots };
+enum Scratch { kRotated, kIntegers, kIntegerScales, kCorrections, kDecoded, kIndices, kSums, kLayer, kScores, kSymbols, kLevels, kScratchSlots };
 uint8_t* scratch(Scratch slot, int64_t bytes);
 inline float* scratch_floats(Scratch slot, int64_t count) {
     return reinterpret_cast<float*>(scratch(slot, count * int64_t(sizeof(float))));

@@ -22,7 +22,7 @@ import torch
 from waterfill.errors import WaterfillError
 
 ISA_VARIABLE = "WATERFILL_ISA"
-VERSION = 1  # WF_VERSION in native/include/waterfill_native.h
+VERSION = 2  # WF_VERSION in native/include/waterfill_native.h
 _NAME = {"darwin": "libwaterfill_native.dylib", "win32": "libwaterfill_native.dll"}.get(
     sys.platform, "libwaterfill_native.so"
 )
@@ -62,6 +62,11 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_matmul_float": (c_int, [c_int, _MATRIX, c_void_p, c_int, c_int64, c_void_p]),
     "wf_decode_layer": (c_int, [c_int, *[c_void_p] * 6, c_int64, c_int64, c_void_p]),
     "wf_rows": (c_int, [c_int, _MATRIX, c_void_p, c_int64, c_int, c_void_p]),
+    "wf_rans_encode": (c_int64, [c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int64]),
+    "wf_rans_decode": (c_int, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p]),
+    "wf_trellis_search": (c_int, [c_int, c_int, c_void_p, c_int64, c_int, c_int, c_int, c_void_p]),
+    "wf_stream_rows": (c_int64, [c_int64]),
+    "wf_trellis_decode": (c_int64, [c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]),
 }
 
 

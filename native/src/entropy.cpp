@@ -1,0 +1,85 @@
+// The exported functions of entropy coding: checks, and division of the work among threads.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "../include/waterfill_native.h"
+#include "isa.hpp"
+#include "layout.hpp"
+#include "pool.hpp"
+#include "product.hpp"
+#include "rans.hpp"
+#include "stream.hpp"
+#include "trellis.hpp"
+
+using namespace waterfill;
+
+namespace {
+
+bool lanes_are(int lanes, int64_t count) {
+    return lanes >= 1 && lanes <= kMostLanes && !(lanes & (lanes - 1)) && count >= 0 && count % lanes == 0;
+}
+
+uint32_t little_endian(const uint8_t* p) {
+    return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
+}
+
+}  // namespace
+
+int64_t wf_rans_encode(const uint8_t* symbols, int64_t count, int lanes, const uint16_t* frequencies, uint8_t* out,
+                       int64_t capacity) {
+    return lanes_are(lanes, count) ? rans_encode(symbols, count, lanes, frequencies, out, capacity) : -1;
+}
+
+int wf_rans_decode(int isa, const uint8_t* in, int64_t bytes, int lanes, const uint16_t* frequencies, int64_t count,
+                   uint8_t* out) {
+    const Functions* f = functions(isa);
+    RansTable table;
+    if (!f || !lanes_are(lanes, count) || bytes < 0 || !make_table(frequencies, table)) return -1;
+    return rans_decode(*f, in, bytes, lanes, table, count, out) ? 0 : -2;
+}
+
+int wf_trellis_search(int isa, int states, const float* x, int64_t count, int lanes, int least, int most, int16_t* out) {
+    const Functions* f = functions(isa);
+    const TrellisCode* code = trellis_code(states);
+    if (!f || !code || !lanes_are(lanes, count) || least > -1 || most < 1 || least < -512 || most > 511) return -1;
+    if (count) f->search(*code, lanes, count, x, least, most, scratch(kDecoded, search_bytes(states, count / lanes)), out);
+    return 0;
+}
+
+int64_t wf_stream_rows(int64_t width) { return stream_rows(width); }
+
+int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows, int64_t width,
+                          uint8_t* codes, uint16_t* scales) {
+    const Functions* f = functions(isa);
+    if (!f || !trellis_code(states) || rows < 1 || width < 1) return -1;
+    const StreamShape shape{rows, width, states, wide != 0};
+    const int64_t streams = stream_count(shape), each = stream_rows(width), groups = groups_of(width);
+    if (bytes < 4 * streams) return -2;
+    std::atomic<int64_t> failed{INT64_MAX};
+    parallel(streams, [&](int64_t i) {
+        const int64_t from = i ? little_endian(arena + 4 * (i - 1)) : 4 * streams, to = little_endian(arena + 4 * i);
+        const int64_t first = i * each, count = least(each, rows - first), weights = count * width;
+        int lanes;
+        uint8_t* levels = scratch(kLevels, padded_count(weights, &lanes) * (wide ? 2 : 1));
+        const bool good = from >= 4 * streams && from <= to && to <= bytes &&
+                          decode_stream(*f, shape, count, arena + from, to - from, levels, scales + first * groups);
+        if (!good) {
+            for (int64_t worst = failed.load(); i < worst && !failed.compare_exchange_weak(worst, i);) {
+            }
+            return;
+        }
+        if (wide) {
+            const int16_t* level = reinterpret_cast<const int16_t*>(levels);
+            uint8_t* out = codes + 2 * first * width;
+            for (int64_t k = 0; k < weights; ++k) {
+                const uint16_t code = uint16_t(level[k] + 32768);
+                std::memcpy(out + 2 * k, &code, 2);
+            }
+        } else {
+            uint8_t* out = codes + first * width;
+            for (int64_t k = 0; k < weights; ++k) out[k] = uint8_t(levels[k] ^ 0x80);
+        }
+    });
+    return failed == INT64_MAX ? 0 : -3 - failed.load();
+}
