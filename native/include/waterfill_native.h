@@ -93,7 +93,8 @@ WF_EXPORT int64_t wf_rans_encode(const uint8_t* symbols, int64_t count, int lane
 WF_EXPORT int wf_rans_decode(int isa, const uint8_t* in, int64_t bytes, int lanes, const uint16_t* frequencies,
                              int64_t count, uint8_t* out);
 
-/* The path of the trellis code nearest to x [count], in units in which levels are 4j + 1: out[i] = j, least <= j <= most. */
+/* The path of the trellis code nearest to x [count], in units in which levels are 4j + 1 or their negatives (4j with one
+ * state), least <= j <= most: out [count] are the levels. */
 WF_EXPORT int wf_trellis_search(int isa, int states, const float* x, int64_t count, int lanes, int least, int most,
                                 int16_t* out);
 

@@ -221,12 +221,11 @@ bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const
     const float unit = bits_to_float(reader.number(4));
     const int raw_bits = int(flags >> 4);
     const bool with_table = flags & 1, with_levels = flags & 2;
+    const int64_t most = s.wide ? 511 : 31, least = (s.wide ? 512 : 32) - (s.states == 1);  // j from -least to most
     if (!reader.good || !code || (flags & 12) || scale_bits > 8 || center >= symbols) return false;
-    if (!(unit >= 0 && unit < 65504.0f) || raw_bits > 6 || (!s.wide && (raw_bits || symbols > 64))) return false;
-    if ((with_levels && symbols > 16) || (with_levels && raw_bits)) return false;
-    const int reach = int(std::max(center, symbols - 1 - center) + 1) << raw_bits;  // |4j + 1| < 4 * reach
-    if (!s.wide && !with_levels && (symbols - 1 - center > 31 || center > 32 || (center == 32 && s.states == 1))) return false;
-    if (reach > 8000) return false;
+    if (!(unit >= 0 && unit < 65504.0f) || raw_bits > (s.wide ? 6 : 0)) return false;
+    if (with_levels && (symbols > 16 || raw_bits)) return false;
+    if (int64_t(center) << raw_bits > least || (int64_t(symbols - center) << raw_bits) - 1 > most) return false;
 
     const int64_t groups = groups_of(s.width), scale_count = rows * groups;
     const uint8_t* packed_scales = reader.take(ceil_div(scale_count * scale_bits, 8));

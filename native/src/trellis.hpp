@@ -28,7 +28,7 @@ struct Search {
     using Floats = typename Isa::Floats;
 
     // Nearest level of each subset (z0, z1) to x, and its squared distance.
-    static void candidates(const float* x, int offset, int least, int most, float (&cost)[4][kSearchLanes], int16_t* level) {
+    static void candidates(const float* x, int offset, int least, int most, float (&cost)[4][kSearchLanes], int16_t* found) {
         constexpr float round = 12582912.0f;  // 1.5 * 2^23
         for (int subset = 0; subset < 4; ++subset) {
             const int z0 = subset & 1, parity = (subset >> 1) ^ z0;
@@ -41,7 +41,7 @@ struct Search {
                 i = i < low ? low : i > high ? high : i;
                 const float error = target - 8.0f * i;
                 cost[subset][lane] = error * error;
-                level[subset * kSearchLanes + lane] = int16_t(2 * int(i) + parity);
+                found[subset * kSearchLanes + lane] = int16_t(2 * int(i) + parity);
             }
         }
     }
@@ -52,11 +52,11 @@ struct Search {
         const int64_t steps = count / lanes;
         const int states = code.states;
         if (states == 1) {
-            for (int64_t i = 0; i < count; ++i) out[i] = scalar(x[i], least, most);
+            for (int64_t i = 0; i < count; ++i) out[i] = int16_t(4 * scalar(x[i], least, most));
             return;
         }
         uint16_t* choices = reinterpret_cast<uint16_t*>(scratch);  // [steps][states], a bit per lane
-        int16_t* level = reinterpret_cast<int16_t*>(scratch + steps * states * int64_t(sizeof(uint16_t)));
+        int16_t* found = reinterpret_cast<int16_t*>(scratch + steps * states * int64_t(sizeof(uint16_t)));
         // State n is reached from two states; which, and through which subset.
         int from[kMostStates][2], subset[kMostStates][2], ways[kMostStates] = {};
         for (int s = 0; s < states; ++s)
@@ -72,7 +72,7 @@ struct Search {
             for (int64_t t = 0; t < steps; ++t) {
                 alignas(64) float target[kSearchLanes] = {}, cost[4][kSearchLanes];
                 std::memcpy(target, x + t * lanes + first, size_t(width) * sizeof(float));
-                candidates(target, 1, least, most, cost, level + t * 4 * kSearchLanes);
+                candidates(target, 1, least, most, cost, found + t * 4 * kSearchLanes);
                 auto& now = metric[t & 1];
                 auto& next = metric[(t & 1) ^ 1];
                 Floats c[4];
@@ -94,7 +94,8 @@ struct Search {
                     if (metric[steps & 1][s][lane] < metric[steps & 1][state][lane]) state = s;
                 for (int64_t t = steps - 1; t >= 0; --t) {
                     const int way = choices[t * states + state] >> lane & 1;
-                    out[t * lanes + first + lane] = level[(t * 4 + subset[state][way]) * kSearchLanes + lane];
+                    const int k = subset[state][way], p = 4 * found[(t * 4 + k) * kSearchLanes + lane] + 1;
+                    out[t * lanes + first + lane] = int16_t(k & 1 ? -p : p);
                     state = from[state][way];
                 }
             }
@@ -102,10 +103,10 @@ struct Search {
     }
 
     // One state: the nearest multiple of 4.
-    static int16_t scalar(float x, int least, int most) {
+    static int scalar(float x, int least, int most) {
         constexpr float round = 12582912.0f;
         const int j = int((x * 0.25f + round) - round);
-        return int16_t(j < least ? least : j > most ? most : j);
+        return j < least ? least : j > most ? most : j;
     }
 };
 

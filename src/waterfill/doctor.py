@@ -21,7 +21,7 @@ import torch
 
 import waterfill
 from waterfill import kernels, native
-from waterfill.codecs import Higgs, get_codec
+from waterfill.codecs import TableCodec, get_codec
 from waterfill.errors import WaterfillError, first_line
 from waterfill.hadamard import groups, rotate
 from waterfill.kernels import native as native_kernels
@@ -161,7 +161,7 @@ def _integers() -> bool:
 
 def _random_matrix(name: str, shape: tuple[int, int] = (40, 2100)) -> Packed:
     codec, generator = get_codec(name), torch.Generator().manual_seed(0)
-    assert isinstance(codec, Higgs)
+    assert isinstance(codec, TableCodec)
     codes = torch.randint(256, codec.layout(shape)["codes"].shape, generator=generator, dtype=torch.uint8)
     scales = torch.rand(shape[0], len(groups(shape[1])), generator=generator) + 0.5
     return Packed(codec, scales.half(), codes, 0, shape)

@@ -18,13 +18,13 @@ import torch
 from waterfill.architecture import Architecture, Kept, Matrix, read_kept, read_rows
 from waterfill.artifact import FORMAT_VERSION, RAW, ArtifactWriter, is_file_name, lay_out
 from waterfill.checkpoint import Checkpoint
-from waterfill.codecs import buffer_bytes, get_codec, scale_exponent
+from waterfill.codecs import get_codec, scale_exponent
 from waterfill.errors import WaterfillError
 from waterfill.plan import Plan, TensorPlan
 
 _log = logging.getLogger(__name__)
 
-BLOCK_WEIGHTS = 1 << 20  # 4 MiB of float32; encoding takes about 25 times that
+BLOCK_WEIGHTS = 1 << 20  # 4 MiB of float32
 
 PLAN_FILE = "waterfill-plan.json"
 SENSITIVITY_FILE = "waterfill-sensitivity.json"
@@ -91,21 +91,16 @@ def _write_matrix(
         yield from _write_raw(writer, checkpoint, tensor, matrix)
         return
     codec = get_codec(tensor.codec)
-    layout = codec.layout(tensor.shape)
     largest = max(float(block.abs().max()) for _, block in _blocks(checkpoint, matrix))
     exponent = scale_exponent(largest)
-    noise = power = 0.0
-    for start, block in _blocks(checkpoint, matrix):
-        encoded = codec.encode(block, exponent=exponent, rho=tensor.rho)
-        noise += encoded.noise_power
-        power += encoded.power
-        for key, data in encoded.buffers.items():
-            writer.write(f"{tensor.name}.{key}", start * layout[key].row_bytes, data)
+    encoder = codec.encoder(tensor.shape, exponent=exponent, rho=tensor.rho)
+    for _, block in _blocks(checkpoint, matrix, encoder.block_rows):
+        for piece in encoder.add(block):
+            writer.write(f"{tensor.name}.{piece.key}", piece.offset_bytes, piece.data)
         yield block
-    for key, part in layout.items():
-        used = tensor.shape[0] * part.row_bytes
-        writer.write(f"{tensor.name}.{key}", used, bytes(buffer_bytes(part) - used))  # alignment
-    writer.complete(tensor.name, exponent=exponent, t2=noise / power if power else 0.0)
+    for piece in encoder.finish():
+        writer.write(f"{tensor.name}.{piece.key}", piece.offset_bytes, piece.data)
+    writer.complete(tensor.name, exponent=exponent, t2=encoder.noise_power / encoder.power if encoder.power else 0.0)
 
 
 def _write_raw(
@@ -122,9 +117,9 @@ def _write_raw(
     writer.complete(tensor.parameter)
 
 
-def _blocks(checkpoint: Checkpoint, matrix: Matrix) -> Iterator[tuple[int, torch.Tensor]]:
+def _blocks(checkpoint: Checkpoint, matrix: Matrix, step: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, `[rows, in]`) in order; the same blocks every time, so that a resumed run computes the same."""
-    step = max(1, BLOCK_WEIGHTS // matrix.shape[1])
+    step = step or max(1, BLOCK_WEIGHTS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         yield start, read_rows(checkpoint, matrix, start, min(start + step, matrix.shape[0]))
 

@@ -4,7 +4,9 @@ from waterfill.codecs.base import (
     BufferLayout,
     Codec,
     Encoded,
+    Encoder,
     MenuPoint,
+    Piece,
     Shape,
     buffer_bytes,
     get_codec,
@@ -12,16 +14,28 @@ from waterfill.codecs.base import (
 )
 from waterfill.codecs.higgs import Higgs, scale_exponent
 from waterfill.codecs.higgs import higgs as _higgs  # `codecs.higgs` stays the module
+from waterfill.codecs.levels import Levels
+from waterfill.codecs.levels import levels as _levels
+from waterfill.codecs.table import TableCodec
+from waterfill.codecs.trellis import Trellis
+from waterfill.codecs.trellis import trellis as _trellis
 
 register_codec("higgs", _higgs)
+register_codec("levels", _levels)
+register_codec("trellis", _trellis)
 
 __all__ = [
     "BufferLayout",
     "Codec",
     "Encoded",
+    "Encoder",
     "Higgs",
+    "Levels",
     "MenuPoint",
+    "Piece",
     "Shape",
+    "TableCodec",
+    "Trellis",
     "buffer_bytes",
     "get_codec",
     "register_codec",

@@ -1,24 +1,27 @@
 """What a codec is, and the registry that maps the name stored in an artifact to the class that decodes it.
 
-A codec encodes row blocks of a matrix `[out, in]` into named buffers whose sizes are known beforehand, and decodes them
-back. Its rate and distortion are known before it sees a weight, because a rotated matrix is Gaussian: that is what
-makes planning data-free and instant.
+A codec encodes a matrix `[out, in]` into named buffers whose sizes are known beforehand, and decodes them back. Its rate
+and distortion are known before it sees a weight, because a rotated matrix is Gaussian: that is what makes planning
+data-free and instant.
 
     codec = get_codec("higgs-p2-n16")
     point = codec.menu_point((4096, 4096))                   # size_bytes, rate_bits, t2
-    encoded = codec.encode(rows, exponent=e, rho=1.0)        # any block of rows
-    rows_again = codec.decode(encoded)
+    encoder = codec.encoder((4096, 4096), exponent=e, rho=1.0)
+    pieces = encoder.add(rows) ... encoder.finish()          # of buffers, rows in order, in blocks
+    weight = codec.decode(codec.encode(weight))              # a matrix at once
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from waterfill.errors import WaterfillError
@@ -31,7 +34,7 @@ class BufferLayout(NamedTuple):
 
     dtype: str  # safetensors name
     shape: tuple[int, ...]
-    row_bytes: int  # bytes that each row of the matrix contributes
+    row_bytes: int  # bytes that each row of the matrix contributes; 0: no fixed number
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,37 @@ class MenuPoint:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A block of rows, encoded."""
+    """A matrix, or with a fixed rate a block of its rows, encoded."""
 
     shape: Shape
     buffers: Mapping[str, torch.Tensor]
     exponent: int  # scales are stored times 2^-exponent
     noise_power: float  # ||W' - W||^2 of the block
     power: float  # ||W||^2 of the block
+
+
+class Piece(NamedTuple):
+    """Part of a buffer of an encoded matrix."""
+
+    key: str
+    offset_bytes: int
+    data: torch.Tensor | bytes
+
+
+class Encoder(ABC):
+    """Encodes one matrix. `noise_power` and `power` are ||W' - W||^2 and ||W||^2 of the rows so far."""
+
+    block_rows: int  # rows that `add` wants, but for the last call
+    noise_power = 0.0
+    power = 0.0
+
+    @abstractmethod
+    def add(self, rows: torch.Tensor) -> Iterator[Piece]:
+        """The next rows, finite, `[rows, in]`, fp32/fp16/bf16."""
+
+    @abstractmethod
+    def finish(self) -> Iterator[Piece]:
+        """What is left after the last row; then every byte of every buffer has been given."""
 
 
 class Codec(ABC):
@@ -69,8 +96,24 @@ class Codec(ABC):
         """Expected t2 of a Gaussian matrix of this shape with MSE scales."""
 
     @abstractmethod
+    def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
+        """An encoder of a matrix of that shape. `rho` chooses the gain (`waterfill.loss`)."""
+
     def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
-        """Encode finite rows `[rows, in]`, fp32/fp16/bf16. `rho` chooses the gain (`waterfill.loss`)."""
+        """Encode a matrix `[out, in]` at once."""
+        rows, width = weight.shape
+        encoder = self.encoder((rows, width), exponent=exponent, rho=rho)
+        blocks = weight.split(max(encoder.block_rows, 1))
+        pieces = [*chain.from_iterable(encoder.add(block) for block in blocks), *encoder.finish()]
+        buffers = {}
+        for key, part in self.layout((rows, width)).items():
+            whole = np.zeros(buffer_bytes(part), np.uint8)
+            for piece in pieces:
+                if piece.key == key:
+                    data = piece.data if isinstance(piece.data, bytes) else piece.data.contiguous().view(torch.uint8).numpy().tobytes()
+                    whole[piece.offset_bytes : piece.offset_bytes + len(data)] = np.frombuffer(data, np.uint8)
+            buffers[key] = torch.from_numpy(whole).view(_DTYPES[part.dtype]).view(part.shape)
+        return Encoded((rows, width), buffers, exponent, encoder.noise_power, encoder.power)
 
     @abstractmethod
     def decode(self, encoded: Encoded) -> torch.Tensor:
@@ -82,6 +125,7 @@ class Codec(ABC):
 
 
 ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
 
 
 def buffer_bytes(buffer: BufferLayout) -> int:

@@ -13,21 +13,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 
-from waterfill.codecs.base import BufferLayout, Codec, Encoded, Shape
+from waterfill.codecs.base import Encoded, Encoder, Piece, Shape, buffer_bytes
 from waterfill.codecs.nearest import NearestSearch
-from waterfill.codecs.packing import pack, row_bytes, unpack
+from waterfill.codecs.packing import pack
+from waterfill.codecs.table import TableCodec, group_sums, per_weight
 from waterfill.errors import WaterfillError
 from waterfill.grids import grid
-from waterfill.hadamard import groups, rotate, unrotate
+from waterfill.hadamard import groups, rotate
 
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
 MAX_SCALE = torch.finfo(torch.float16).max
+BLOCK_WEIGHTS = 1 << 20  # 4 MiB of float32; encoding takes about 25 times that
 MIN_COSINE = 1e-2  # squared cosine under which a group's codes say nothing about it (all zeros): stored as zero
 
 
@@ -36,7 +38,7 @@ def scale_exponent(largest: float) -> int:
     return max(math.frexp(largest)[1], MIN_MAGNITUDE_BITS) - HEADROOM_BITS if largest > 0 else 0
 
 
-class Higgs(Codec):
+class Higgs(TableCodec):
     """Codec `higgs-p{p}-n{n}`: vectors of `p` weights, grid of `n` points."""
 
     def __init__(self, p: int, n: int) -> None:
@@ -44,34 +46,28 @@ class Higgs(Codec):
         self.name = f"higgs-p{p}-n{n}"
         self.grid = grid(p, n)
 
-    def layout(self, shape: Shape) -> Mapping[str, BufferLayout]:
-        rows, width = shape
-        parts = len(groups(width))
-        row = self.row_bytes(width)
-        total = rows * row
-        return {
-            "scales": BufferLayout("F16", (rows, parts), 2 * parts),
-            "codes": BufferLayout("U8", (total + total % 2,), row),  # even, so that fp16 buffers stay aligned
-        }
-
-    def row_bytes(self, width: int) -> int:
-        """Bytes of codes per row of `width` weights."""
-        return row_bytes(-(-width // self.p), self.n)
+    @property
+    def points(self) -> torch.Tensor:
+        return self.grid.points
 
     def distortion(self, shape: Shape) -> float:
         return self.grid.t2
 
+    def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
+        return _Encoder(self, shape, exponent, rho)
+
     def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
+        """Encode any block of rows."""
         rows, width = weight.shape
         rotated = rotate(weight.to(torch.float32) * 2.0**-exponent)
-        norms = _group_sums(rotated.square())  # [rows, groups]
+        norms = group_sums(rotated.square())  # [rows, groups]
         sizes = torch.tensor([g.size for g in groups(width)], dtype=torch.float32)
         rms = (norms / sizes).sqrt()
-        unit = rotated / _per_weight(rms.clamp_min(torch.finfo(torch.float32).tiny), width)
+        unit = rotated / per_weight(rms.clamp_min(torch.finfo(torch.float32).tiny), width)
         indices = self._nearest(unit)
-        points = self._points(indices, width)
+        points = self.vectors(indices, width)
         scales = _scales(rotated, points, norms, rho)
-        error = rotated - points * _per_weight(scales.to(torch.float32), width)
+        error = rotated - points * per_weight(scales.to(torch.float32), width)
         unit_power = 4.0**exponent
         return Encoded(
             shape=(rows, width),
@@ -80,30 +76,6 @@ class Higgs(Codec):
             noise_power=float(error.double().square().sum()) * unit_power,
             power=float(norms.double().sum()) * unit_power,
         )
-
-    def decode(self, encoded: Encoded) -> torch.Tensor:
-        codes, scales = encoded.buffers["codes"], encoded.buffers["scales"]
-        return unrotate(self.decode_rotated(codes, scales, encoded.exponent, encoded.shape[1]))
-
-    def decode_rotated(self, codes: torch.Tensor, scales: torch.Tensor, exponent: int, width: int) -> torch.Tensor:
-        """Rows in the rotated basis, the form that multiplies rotated activations.
-
-        Args:
-            codes: uint8, `rows * row_bytes(width)` bytes, any shape (padding after them is ignored).
-            scales: float16 `[rows, groups]`.
-
-        Returns:
-            float32 `[rows, width]`.
-        """
-        rows = scales.shape[0]
-        per_row = self.row_bytes(width)
-        packed = codes.flatten()[: rows * per_row].view(rows, per_row)
-        indices = unpack(packed, -(-width // self.p), self.n)
-        return self._points(indices, width) * _per_weight(scales.to(torch.float32) * 2.0**exponent, width)
-
-    def _points(self, indices: torch.Tensor, width: int) -> torch.Tensor:
-        """Grid coordinates of int64 `[rows, vectors]` -> float32 `[rows, width]`."""
-        return self.grid.points[indices].flatten(1)[:, :width]
 
     def _nearest(self, unit: torch.Tensor) -> torch.Tensor:
         """Index of the grid point nearest to each p-vector of `unit` `[rows, width]` -> int64 `[rows, vectors]`."""
@@ -121,25 +93,34 @@ def _search(p: int, n: int) -> NearestSearch:
 
 def _scales(rotated: torch.Tensor, points: torch.Tensor, norms: torch.Tensor, rho: float) -> torch.Tensor:
     """Stored scale of each group, fp16 `[rows, groups]`: u |w|^2 / <w, q> with u = 1 / (1 + rho tau)."""
-    inner = _group_sums(rotated * points)
-    cosine2 = inner.square() / (norms * _group_sums(points.square())).clamp_min(torch.finfo(torch.float32).tiny)
+    inner = group_sums(rotated * points)
+    cosine2 = inner.square() / (norms * group_sums(points.square())).clamp_min(torch.finfo(torch.float32).tiny)
     usable = cosine2 > MIN_COSINE
     tau = torch.where(usable, 1 / cosine2.clamp_min(MIN_COSINE) - 1, 0)
     exact = norms / torch.where(usable, inner, 1)
     return torch.where(usable, exact / (1 + rho * tau), 0).clamp_max(MAX_SCALE).to(torch.float16)
 
 
-def _group_sums(values: torch.Tensor) -> torch.Tensor:
-    """`[rows, width]` -> sums per group `[rows, groups]`."""
-    return torch.stack([values[:, g.start : g.stop].sum(1) for g in groups(values.shape[1])], dim=1)
+class _Encoder(Encoder):
+    """Rows contribute a fixed number of bytes to each buffer."""
 
+    def __init__(self, codec: Higgs, shape: Shape, exponent: int, rho: float) -> None:
+        self._codec, self._shape, self._exponent, self._rho = codec, shape, exponent, rho
+        self._layout, self._row = codec.layout(shape), 0
+        self.block_rows = max(1, BLOCK_WEIGHTS // shape[1])
 
-def _per_weight(values: torch.Tensor, width: int) -> torch.Tensor:
-    """One value per group `[rows, groups]` -> one per weight `[rows, width]`."""
-    parts = groups(width)
-    if len(parts) == 1:
-        return values.expand(-1, width)
-    return values.repeat_interleave(torch.tensor([g.size for g in parts]), dim=1)
+    def add(self, rows: torch.Tensor) -> Iterator[Piece]:
+        encoded = self._codec.encode(rows, exponent=self._exponent, rho=self._rho)
+        self.noise_power += encoded.noise_power
+        self.power += encoded.power
+        for key, data in encoded.buffers.items():
+            yield Piece(key, self._row * self._layout[key].row_bytes, data)
+        self._row += len(rows)
+
+    def finish(self) -> Iterator[Piece]:
+        for key, part in self._layout.items():
+            used = self._shape[0] * part.row_bytes
+            yield Piece(key, used, bytes(buffer_bytes(part) - used))  # alignment
 
 
 @lru_cache(maxsize=1024)

@@ -3,10 +3,11 @@
     counts ──tables.from_counts──► frequencies ──rans.encode──► bytes ──rans.decode──► symbols
 """
 
-from waterfill.entropy.rans import Damaged, decode, encode, lanes_for
+from waterfill.entropy.rans import MOST_LANES, Damaged, decode, encode, lanes_for
 from waterfill.entropy.tables import PRECISION_BITS, code_length_bits, from_counts, gaussian, gaussian_parameter
 
 __all__ = [
+    "MOST_LANES",
     "PRECISION_BITS",
     "Damaged",
     "code_length_bits",

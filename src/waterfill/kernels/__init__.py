@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from waterfill import native as library
-from waterfill.codecs import Higgs
+from waterfill.codecs import TableCodec
 from waterfill.hadamard import unrotate
 from waterfill.kernels import native, tables
 from waterfill.kernels.ops import matmul, matmul_many, rotated_tiles, rows
@@ -45,7 +45,7 @@ def arrange(packed: Packed) -> Packed:
     return native.arrange(packed, layout)
 
 
-def log_slow(codecs: Iterable[Higgs]) -> None:
+def log_slow(codecs: Iterable[TableCodec]) -> None:
     """Say once which of a model's codecs the native kernels multiply slowly."""
     slow = sorted({codec.name for codec in codecs if not tables.register_table(codec, implementation())})
     if slow:

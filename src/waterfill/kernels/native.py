@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-from waterfill.codecs import Higgs, get_codec
+from waterfill.codecs import TableCodec, get_codec
 from waterfill.codecs.packing import radix_word
 from waterfill.kernels.reference import Packed
 from waterfill.kernels.tables import integer_grid
@@ -99,7 +99,7 @@ def view_of(packed: Packed) -> MatrixView:
 
 
 def _view(
-    scales: torch.Tensor, codes: torch.Tensor, codec: Higgs, exponent: int, shape: tuple[int, int], isa: str
+    scales: torch.Tensor, codes: torch.Tensor, codec: TableCodec, exponent: int, shape: tuple[int, int], isa: str
 ) -> MatrixView:
     return _cached_view(scales.data_ptr(), codes.data_ptr(), codec.name, exponent, shape, isa)
 
@@ -114,9 +114,9 @@ def _cached_view(scales: int, codes: int, codec: str, exponent: int, shape: tupl
 def _table(codec_name: str, isa: str) -> tuple[float, int]:
     """(step, address) of a codec's integer table; kept for the life of the process."""
     native, codec = _native(), get_codec(codec_name)
-    assert isinstance(codec, Higgs)
+    assert isinstance(codec, TableCodec)
     grid = integer_grid(codec)
-    units, points = grid.units.contiguous(), codec.grid.points.contiguous()
+    units, points = grid.units.contiguous(), codec.points.contiguous()
     table = native.table_new(native.isas[isa], codec.p, codec.n, grid.precision, units.data_ptr(), points.data_ptr())
     if not table:
         raise MemoryError(f"no memory for the table of {codec_name}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from waterfill.codecs import Higgs, get_codec
+from waterfill.codecs import TableCodec, get_codec
 from waterfill.hadamard import unrotate
 from waterfill.kernels import native, reference
 from waterfill.kernels.reference import STORED, Packed
@@ -65,7 +65,7 @@ def _packed(
     width: int, scales: torch.Tensor, codes: torch.Tensor, codec: str, exponent: int, out_features: int, layout: str
 ) -> Packed:
     found = get_codec(codec)
-    assert isinstance(found, Higgs)
+    assert isinstance(found, TableCodec)
     return Packed(found, scales, codes, exponent, (out_features, width), layout)
 
 

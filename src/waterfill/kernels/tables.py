@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from waterfill.codecs import Higgs
+from waterfill.codecs import Higgs, Levels, TableCodec
 
 LIMITS = {8: 127, 16: 2047}  # largest table entry and activation
 EXACT_WORDS = 512  # products of 2047 x 2047 that surely fit a 32-bit sum
@@ -29,8 +29,11 @@ class IntegerGrid:
 
 
 @lru_cache(maxsize=4096)
-def integer_grid(codec: Higgs) -> IntegerGrid:
-    """The integer form of a codec's grid."""
+def integer_grid(codec: TableCodec) -> IntegerGrid:
+    """The integer form of a codec's points."""
+    if isinstance(codec, Levels):
+        return IntegerGrid(codec.points.to(torch.int16), 1.0, codec.bits)
+    assert isinstance(codec, Higgs)
     bytes_suffice = codec.grid.t2 > BYTE_T2 and (codec.p > 1 or codec.n <= 16)
     precision = 8 if bytes_suffice else 16
     points = codec.grid.points.to(torch.float64)
@@ -44,8 +47,10 @@ def integer_grid(codec: Higgs) -> IntegerGrid:
     return IntegerGrid(rounded[best].to(torch.int16), float(steps[best]), precision)
 
 
-def register_table(codec: Higgs, isa: str = "") -> bool:
+def register_table(codec: TableCodec, isa: str = "") -> bool:
     """Whether the table fits vector registers, of every instruction set or of `isa` in particular."""
+    if isinstance(codec, Levels):
+        return True
     if integer_grid(codec).precision == 16:
         return codec.p == 1 and codec.n <= 256
     return codec.n <= 256 and (codec.p <= 2 or (isa == "avx512vbmi" and codec.p == 4))

@@ -5,15 +5,17 @@ model on the meta device + the artifact's tensors  ──install──►  the s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import tqdm
 
 from waterfill import kernels
 from waterfill.artifact import RAW, StoredTensor
-from waterfill.codecs import Higgs, get_codec
+from waterfill.codecs import TableCodec, Trellis, get_codec
 from waterfill.errors import ArtifactError
 from waterfill.runtime.fused import fuse
 from waterfill.runtime.packed import (
@@ -24,6 +26,9 @@ from waterfill.runtime.packed import (
     pack_embedding,
     pack_linear,
 )
+
+
+_log = logging.getLogger(__name__)
 
 
 def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
@@ -52,8 +57,19 @@ def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
 def arrange(model: Any) -> None:
     """Bring the buffers of every packed module, loaded by now, into the layout that the kernels multiply from."""
     packed = [module for module in model.modules() if isinstance(module, PackedMatrix)]
-    for module in packed:
+    coded = [module for module in packed if isinstance(module.stored, Trellis)]
+    stored = sum(module.streams.nbytes for module in coded)
+    for module in tqdm(packed, desc="Decoding weights", disable=not coded or None, leave=False):
         module.arrange()
+    if coded:
+        memory = sum(buffer.nbytes for module in coded for buffer in module.buffers(recurse=False))
+        _log.info(
+            "%d entropy-coded matrices: %.1f MB of streams decoded into %.1f MB of memory "
+            "(--for memory packs models that run from their codes)",
+            len(coded),
+            stored / 1e6,
+            memory / 1e6,
+        )
     if kernels.implementation() != kernels.STORED:
         kernels.log_slow(module.codec for module in packed)
         fuse(model)
@@ -65,7 +81,7 @@ def _convert(module: nn.Module) -> PackedMatrix:
 
 def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any) -> None:
     codec = get_codec(tensor.codec)
-    if not isinstance(codec, Higgs):
+    if not isinstance(codec, TableCodec | Trellis):
         raise ArtifactError(f"tensor {tensor.name!r} has codec {tensor.codec!r}, which cannot be run from its codes")
     out_features, in_features = tensor.shape
     module.attach(codec, (out_features, in_features), tensor.exponent, dtype)

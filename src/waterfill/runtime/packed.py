@@ -1,7 +1,7 @@
 """Modules that hold packed weights: they replace a model's own, in place, and multiply through the kernels.
 
-A packed module owns the two buffers of its tensor, `scales` and `codes`, under the names that the artifact gives them
-(`<module>.scales`), so that any safetensors loader fills them.
+A packed module owns the buffers of its tensor under the names that the artifact gives them (`<module>.scales`), so that
+any safetensors loader fills them. Entropy-coded streams are decoded to levels when they are loaded (`arrange`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from waterfill import kernels
-from waterfill.codecs import Higgs
+from waterfill.codecs import TableCodec, Trellis
 from waterfill.errors import WaterfillError
+
+
+_DTYPES = {"F16": torch.float16, "U8": torch.uint8}
 
 
 class DecodedOnUse:
@@ -27,7 +30,7 @@ class DecodedOnUse:
         self._matrix = matrix
 
     dtype = property(lambda self: self._matrix.dtype)
-    device = property(lambda self: self._matrix.codes.device)
+    device = property(lambda self: next(self._matrix.buffers()).device)
     shape = property(lambda self: torch.Size(self._matrix.stored_shape))
     ndim = 2
 
@@ -50,15 +53,18 @@ class PackedMatrix(nn.Module):
 
     scales: torch.Tensor  # float16 [out, groups]
     codes: torch.Tensor  # uint8 [bytes]
+    streams: torch.Tensor  # uint8 [bytes], in place of the two until they are decoded
     layout = kernels.STORED  # of the two buffers
     transposed = False  # whether the model's own parameter is [in, out]
 
-    def attach(self, codec: Higgs, shape: tuple[int, int], exponent: int, dtype: torch.dtype) -> None:
+    def attach(
+        self, codec: TableCodec | Trellis, shape: tuple[int, int], exponent: int, dtype: torch.dtype
+    ) -> None:
         """Declare the matrix and make room for its buffers, on the meta device until they are loaded."""
-        self.codec, self.shape, self.exponent, self.dtype = codec, shape, exponent, dtype
-        layout = codec.layout(shape)
-        self.register_buffer("scales", torch.empty(layout["scales"].shape, dtype=torch.float16, device="meta"))
-        self.register_buffer("codes", torch.empty(layout["codes"].shape, dtype=torch.uint8, device="meta"))
+        self.stored, self.shape, self.exponent, self.dtype = codec, shape, exponent, dtype
+        self.codec = codec.levels if isinstance(codec, Trellis) else codec  # that it is multiplied from
+        for key, part in codec.layout(shape).items():
+            self.register_buffer(key, torch.empty(part.shape, dtype=_DTYPES[part.dtype], device="meta"))
 
     @property
     def weight(self) -> DecodedOnUse:
@@ -71,16 +77,25 @@ class PackedMatrix(nn.Module):
 
     def arrange(self) -> None:
         """Exchange the buffers, once they are loaded, for the ones that the kernels multiply from."""
+        if isinstance(self.stored, Trellis):
+            device = self.streams.device
+            codes, scales = self.stored.to_levels(self.streams.cpu(), self.shape)
+            del self.streams
+            self.register_buffer("scales", scales.to(device))
+            self.register_buffer("codes", codes.to(device))
         arranged = kernels.arrange(self.packed)
         self.scales, self.codes, self.layout = arranged.scales, arranged.codes, arranged.layout
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """`model.to(dtype)` changes the activations' dtype; stored scales are not activations and keep their bits."""
-        self.scales = self.scales.view(torch.int16)
+        scaled = "scales" in self._buffers
+        if scaled:
+            self.scales = self.scales.view(torch.int16)
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            self.scales = self.scales.view(torch.float16)
+            if scaled:
+                self.scales = self.scales.view(torch.float16)
         if self.layout != kernels.STORED and self.codes.device.type not in ("cpu", "meta"):
             raise WaterfillError(
                 f"these weights were arranged for the CPU as they were loaded and cannot move to {self.codes.device}; "
@@ -94,7 +109,7 @@ class PackedMatrix(nn.Module):
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
     def extra_repr(self) -> str:
-        return f"out_features={self.shape[0]}, in_features={self.shape[1]}, codec={self.codec.name}"
+        return f"out_features={self.shape[0]}, in_features={self.shape[1]}, codec={self.stored.name}"
 
 
 class PackedLinear(PackedMatrix):

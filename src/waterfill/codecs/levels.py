@@ -1,0 +1,44 @@
+"""Levels as they are: what an entropy-coded matrix is decoded into, and multiplied from.
+
+    W' = level * scale(row, group) * 2^exponent,   levels are bytes plus 128, or 16-bit numbers plus 32768
+
+A codec of memory, not of files: nothing is packed with it.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from waterfill.codecs.base import Encoder, Shape
+from waterfill.codecs.table import TableCodec
+from waterfill.errors import WaterfillError
+
+
+class Levels(TableCodec):
+    """Codec `levels-8` or `levels-16`."""
+
+    p = 1
+
+    def __init__(self, bits: int) -> None:
+        self.bits, self.n = bits, 1 << bits
+        self.name = f"levels-{bits}"
+
+    @cached_property
+    def points(self) -> torch.Tensor:
+        """float32 `[n, 1]`: the level of every code."""
+        return (torch.arange(self.n, dtype=torch.float32) - self.n // 2)[:, None]
+
+    def distortion(self, shape: Shape) -> float:
+        raise WaterfillError(f"{self.name} is a form in memory: nothing can be packed with it")
+
+    def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
+        raise WaterfillError(f"{self.name} is a form in memory: nothing can be packed with it")
+
+
+def levels(name: str) -> Levels:
+    """Codec from its name."""
+    if name not in ("levels-8", "levels-16"):
+        raise WaterfillError(f"codec {name!r} is neither levels-8 nor levels-16")
+    return Levels(int(name.removeprefix("levels-")))

@@ -1,0 +1,80 @@
+"""Matrices that can be multiplied from their codes: scales per row and group, codes that index a table of points.
+
+    stored: scales F16 [rows, groups], codes U8 [rows * row_bytes]
+
+Every row begins on a byte and is independent of the others.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+
+from waterfill.codecs.base import BufferLayout, Codec, Encoded, Shape
+from waterfill.codecs.packing import row_bytes, unpack
+from waterfill.hadamard import groups, unrotate
+
+
+class TableCodec(Codec):
+    """Vectors of `p` weights, each one of `n` points. `name` gives all of it."""
+
+    p: int
+    n: int
+
+    @property
+    @abstractmethod
+    def points(self) -> torch.Tensor:
+        """float32 `[n, p]`."""
+
+    def layout(self, shape: Shape) -> Mapping[str, BufferLayout]:
+        rows, width = shape
+        parts = len(groups(width))
+        row = self.row_bytes(width)
+        total = rows * row
+        return {
+            "scales": BufferLayout("F16", (rows, parts), 2 * parts),
+            "codes": BufferLayout("U8", (total + total % 2,), row),  # even, so that fp16 buffers stay aligned
+        }
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of codes per row of `width` weights."""
+        return row_bytes(-(-width // self.p), self.n)
+
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        codes, scales = encoded.buffers["codes"], encoded.buffers["scales"]
+        return unrotate(self.decode_rotated(codes, scales, encoded.exponent, encoded.shape[1]))
+
+    def decode_rotated(self, codes: torch.Tensor, scales: torch.Tensor, exponent: int, width: int) -> torch.Tensor:
+        """Rows in the rotated basis, the form that multiplies rotated activations.
+
+        Args:
+            codes: uint8, `rows * row_bytes(width)` bytes, any shape (padding after them is ignored).
+            scales: float16 `[rows, groups]`.
+
+        Returns:
+            float32 `[rows, width]`.
+        """
+        rows = scales.shape[0]
+        per_row = self.row_bytes(width)
+        packed = codes.flatten()[: rows * per_row].view(rows, per_row)
+        indices = unpack(packed, -(-width // self.p), self.n)
+        return self.vectors(indices, width) * per_weight(scales.to(torch.float32) * 2.0**exponent, width)
+
+    def vectors(self, indices: torch.Tensor, width: int) -> torch.Tensor:
+        """Coordinates of the points of int64 `[rows, vectors]` -> float32 `[rows, width]`."""
+        return self.points[indices].flatten(1)[:, :width]
+
+
+def group_sums(values: torch.Tensor) -> torch.Tensor:
+    """`[rows, width]` -> sums per group `[rows, groups]`."""
+    return torch.stack([values[:, g.start : g.stop].sum(1) for g in groups(values.shape[1])], dim=1)
+
+
+def per_weight(values: torch.Tensor, width: int) -> torch.Tensor:
+    """One value per group `[rows, groups]` -> one per weight `[rows, width]`."""
+    parts = groups(width)
+    if len(parts) == 1:
+        return values.expand(-1, width)
+    return values.repeat_interleave(torch.tensor([g.size for g in parts]), dim=1)
