@@ -24,6 +24,7 @@ from waterfill.errors import ArtifactError, WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, token_ids
 from waterfill.evaluate import windows as text_windows
 from waterfill.loss import Gain
+from waterfill.menu import Purpose
 from waterfill.pack import PLAN_FILE, SENSITIVITY_FILE, pack_plan
 from waterfill.plan import Plan
 from waterfill.planner import Request, make_plan
@@ -61,6 +62,7 @@ class PlanOptions(ProbeOptions, total=False):
     tie: Sequence[str]
     uniform: bool
     codecs: Sequence[str]
+    purpose: Purpose  # storage: entropy-coded, the fewest bytes; memory: runs from its codes
     sensitivity: str | Path | Sensitivity | None
 
 
@@ -288,6 +290,7 @@ def _plan(
         ties=tuple(options.get("tie", ())),
         uniform=options.get("uniform", False),
         codecs=tuple(options.get("codecs", ())),
+        purpose=options.get("purpose", "storage"),
     )
     architecture = describe(checkpoint, request.keep)
     given = options.get("sensitivity")

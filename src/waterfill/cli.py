@@ -59,13 +59,20 @@ _plan_options = combined(
         multiple=True,
         help="One codec for the matching matrices of a module, e.g. '*.q_proj,*.k_proj,*.v_proj'. Repeatable.",
     ),
+    click.option(
+        "--for",
+        "purpose",
+        type=click.Choice(["storage", "memory"]),
+        help="storage (default): entropy-coded, least loss for its bytes, decoded to a byte per weight when loaded; "
+        "memory: fixed rate, runs from its codes.",
+    ),
     click.option("--uniform", is_flag=True, help="One codec for all matrices, for comparison."),
     click.option(
         "--codec",
         "codecs",
         metavar="NAME",
         multiple=True,
-        help="Choose from these codecs only: a name, a pattern, or 'fast'. Repeatable.",
+        help="Choose from these codecs only: a name, a pattern, 'fast' or 'trellis'. Repeatable.",
     ),
     click.option(
         "--probe",

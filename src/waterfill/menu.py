@@ -7,15 +7,18 @@ dominates are left to the allocator.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from waterfill.allocate import Choice
 from waterfill.architecture import Architecture, Matrix
 from waterfill.artifact import RAW
 from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.codecs import Higgs, MenuPoint, get_codec
+from waterfill.codecs.trellis import LEAST_RATE, MOST_RATE, RATE_DIGITS
 from waterfill.errors import WaterfillError
 from waterfill.kernels.tables import register_table
 from waterfill.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
@@ -29,6 +32,13 @@ CODECS = (
     *(f"higgs-p4-n{2**k}" for k in range(3, 13)),
 )
 FAST = "fast"  # stands for the grids that the native kernels look up in vector registers
+TRELLIS = "trellis"  # stands for the entropy-coded trellis code at every rate; trellis-s8 for the one with 8 states
+STATES = 64
+FINE, COARSE = 32, 8  # rates per bit of a menu, up to FINE_RATE and beyond it
+FINE_RATE = 6.0
+MANY_MATRICES = 4000  # menus are coarse throughout; rates are refined anyhow
+Purpose = Literal["storage", "memory"]
+PURPOSES: Mapping[Purpose, tuple[str, ...]] = {"storage": (TRELLIS,), "memory": CODECS}
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,14 @@ class Menus:
 
     def tensors(self, chosen: Sequence[int]) -> tuple[TensorPlan, ...]:
         """The plan of every matrix, given the index of its choice."""
-        return tuple(self._tensor(i, choice) for i, choice in enumerate(chosen))
+        return self.plans([self.points[i][choice] for i, choice in enumerate(chosen)])
 
-    def _tensor(self, i: int, choice: int) -> TensorPlan:
-        matrix, c, point = self.matrices[i], self.coefficients[i], self.points[i][choice]
+    def plans(self, points: Sequence[MenuPoint]) -> tuple[TensorPlan, ...]:
+        """The plan of every matrix, given its point, of the menu or not."""
+        return tuple(self._tensor(i, point) for i, point in enumerate(points))
+
+    def _tensor(self, i: int, point: MenuPoint) -> TensorPlan:
+        matrix, c = self.matrices[i], self.coefficients[i]
         rho = gain_rho(self.gain, c)
         return TensorPlan(
             name=matrix.name,
@@ -64,7 +78,7 @@ class Menus:
             beta=c.beta,
             rho=rho,
             t2=relative_error(point.t2, rho),
-            kl=self.choices[i][choice].loss,
+            kl=predicted_kl(c, point.t2, rho),
             role=matrix.role,
             dtype=matrix.dtype,
             parameter=matrix.parameter,
@@ -77,14 +91,17 @@ def make_menus(
     coefficients: Mapping[str, Coefficients],
     gain: Gain,
     codecs: Sequence[str] | None = None,
+    purpose: Purpose = "storage",
 ) -> Menus:
-    """Menus of all matrices: `codecs` (names, patterns, or "fast"), or every grid and `raw`, the matrix as it is.
+    """Menus of all matrices: `codecs` (names, patterns, "fast", "trellis"), or what serves the purpose and `raw`, the
+    matrix as it is.
 
     `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed.
     """
     matrices = architecture.matrices
     fused = any(matrix.expert is not None for matrix in matrices)
-    names = _selected(codecs or (), (*CODECS, *(() if fused else (RAW,))))
+    raw = () if fused else (RAW,)
+    names = _selected(codecs or (*PURPOSES[purpose], *raw), (*CODECS, *raw), len(matrices))
     if fused and RAW in names:
         raise WaterfillError("a fused parameter cannot be packed in part, so experts cannot be raw; keep them instead")
     if not matrices:
@@ -115,12 +132,14 @@ def make_menus(
     )
 
 
-def _selected(wanted: Sequence[str], menu: Sequence[str]) -> tuple[str, ...]:
+def _selected(wanted: Sequence[str], menu: Sequence[str], matrices: int) -> tuple[str, ...]:
     """Codec names, each once: those of the menu that match a pattern or are "fast", others as they are given."""
     found: dict[str, None] = {}
-    for name in wanted or menu:
+    for name in wanted:
         if name == FAST:
             matching = [codec for codec in menu if _is_fast(codec)]
+        elif name == TRELLIS or re.fullmatch(r"trellis-s[0-9]+", name):
+            matching = trellis_codecs(STATES if name == TRELLIS else int(name.removeprefix("trellis-s")), matrices)
         elif any(c in name for c in "*?["):
             matching = [codec for codec in menu if fnmatchcase(codec, name)]
             if not matching:
@@ -129,6 +148,15 @@ def _selected(wanted: Sequence[str], menu: Sequence[str]) -> tuple[str, ...]:
             matching = [name]
         found |= dict.fromkeys(matching)
     return tuple(found)
+
+
+def trellis_codecs(states: int, matrices: int = 1) -> list[str]:
+    """Names of the rates on a menu."""
+    fine = COARSE if matrices > MANY_MATRICES else FINE
+    low, middle, high = LEAST_RATE, FINE_RATE, MOST_RATE
+    rates = [k / fine for k in range(math.ceil(low * fine), int(middle * fine))]
+    rates += [k / COARSE for k in range(int(middle * COARSE), int(high * COARSE) + 1)]
+    return [f"trellis-s{states}-r{rate:.{RATE_DIGITS}f}" for rate in rates]
 
 
 def _is_fast(name: str) -> bool:

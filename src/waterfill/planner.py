@@ -20,8 +20,9 @@ from waterfill.budget import Budget
 from waterfill.codecs import get_codec
 from waterfill.errors import BudgetError, WaterfillError
 from waterfill.loss import Coefficients, Gain, predicted_kl
-from waterfill.menu import Menus, kept_plans, make_menus
+from waterfill.menu import Menus, Purpose, kept_plans, make_menus
 from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
+from waterfill.refine import refine
 from waterfill.sensitivity import Sensitivity
 
 # Past this predicted loss the second-order model under-states the measured one (docs/results.md).
@@ -40,7 +41,8 @@ class Request:
     keep: tuple[str, ...] = ()
     ties: tuple[str, ...] = ()  # each "PATTERN,PATTERN": matching matrices of one parent module share a codec
     uniform: bool = False  # one codec for all matrices
-    codecs: tuple[str, ...] = ()  # the menu; all grids and raw when empty
+    codecs: tuple[str, ...] = ()  # the menu; what serves the purpose, and raw, when empty
+    purpose: Purpose = "storage"
     shard_bytes: int = SHARD_BYTES
 
 
@@ -51,10 +53,10 @@ def make_plan(model: str, architecture: Architecture, sensitivity: Sensitivity, 
         BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
         WaterfillError: no matrix is left to pack, the sensitivities lack one, or a tie cannot be.
     """
-    menus = make_menus(architecture, sensitivity.tensors, request.gain, request.codecs)
+    menus = make_menus(architecture, sensitivity.tensors, request.gain, request.codecs, request.purpose)
     solver = _Solver(menus, kept_plans(architecture), _ties(menus, request), request)
     allocation = solver.solve()
-    tensors = menus.tensors(allocation.choices)
+    tensors = solver.refined(allocation)
     return Plan(
         model=model,
         fingerprint=sensitivity.fingerprint,
@@ -63,8 +65,8 @@ def make_plan(model: str, architecture: Architecture, sensitivity: Sensitivity, 
         probe={"method": sensitivity.method, **sensitivity.probe},
         keep=request.keep,
         shard_bytes=request.shard_bytes,
-        size_bytes=solver.artifact_bytes(allocation.choices),
-        bits=8 * allocation.size_bytes / menus.weights,
+        size_bytes=solver.bytes_of(tensors),
+        bits=8 * sum(tensor.size_bytes for tensor in tensors) / menus.weights,
         predicted=predict(tensors, sensitivity),
         tensors=tensors,
         kept=solver.kept,
@@ -110,9 +112,25 @@ class _Solver:
         assert budget.size_bytes is not None
         return self._within_size(budget.size_bytes)
 
+    def refined(self, allocation: Allocation) -> tuple[TensorPlan, ...]:
+        """The allocation with the rates that a menu cannot name."""
+        budget, chosen = self.request.budget, allocation.choices
+        if budget.max_kl is not None:
+            return self.menus.plans(refine(self.menus, chosen, self.ties, max_kl=budget.max_kl))
+        if budget.bits is not None:
+            room = int(budget.bits * self.menus.weights / 8) - allocation.size_bytes
+        else:
+            assert budget.size_bytes is not None
+            room = budget.size_bytes - self.artifact_bytes(chosen)
+        return self.menus.plans(refine(self.menus, chosen, self.ties, room_bytes=room))
+
     def artifact_bytes(self, choices: Sequence[int]) -> int:
         """All weight files, exactly."""
-        specs = [*(kept.spec() for kept in self.kept), *(tensor.spec() for tensor in self.menus.tensors(choices))]
+        return self.bytes_of(self.menus.tensors(choices))
+
+    def bytes_of(self, tensors: Sequence[TensorPlan]) -> int:
+        """The same, of plans."""
+        specs = [*(kept.spec() for kept in self.kept), *(tensor.spec() for tensor in tensors)]
         return lay_out(specs, shard_bytes=self.request.shard_bytes).size_bytes
 
     def _within_payload(self, limit: int, asked: str) -> Allocation:

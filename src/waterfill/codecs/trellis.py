@@ -84,6 +84,7 @@ class Trellis(Codec):
         isa, data = native.isa(), streams.contiguous()
         layout = self.levels.layout(shape)
         codes = torch.empty(layout["codes"].shape, dtype=torch.uint8)
+        codes[math.prod(shape) * self.levels.bits // 8 :] = 0  # alignment
         scales = torch.empty(layout["scales"].shape, dtype=torch.float16)
         if isa is None:
             _decode_reference(self, data.numpy(), shape, codes.numpy(), scales.numpy())
