@@ -23,7 +23,7 @@ import waterfill
 from common import EXAMPLE_MODEL, Report, median_spread, parse_arguments
 from make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
 from waterfill.codecs import get_codec
-from waterfill.pack import BLOCK_WEIGHTS
+from waterfill.codecs.base import BLOCK_WEIGHTS
 
 BITS = 4.0
 PACK_LIMIT_BYTES = 1_500_000_000

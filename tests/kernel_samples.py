@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import torch
 
-from codec_samples import higgs
 from waterfill import kernels, native
+from waterfill.codecs import TableCodec, get_codec
 from waterfill.hadamard import groups, rotate
 from waterfill.kernels import reference
 from waterfill.kernels.reference import Packed
@@ -28,10 +28,13 @@ def seeded(seed: int) -> torch.Generator:
 def stored(codec: str, out_features: int, width: int, seed: int = 0) -> Packed:
     """A matrix as in an artifact: every byte is equally likely, also those that no encoder writes, and some scales are
     0 or below the normal range of fp16."""
-    found, generator = higgs(codec), seeded(seed)
-    codes = torch.randint(
-        256, found.layout((out_features, width))["codes"].shape, generator=generator, dtype=torch.uint8
-    )
+    found, generator = get_codec(codec), seeded(seed)
+    assert isinstance(found, TableCodec)
+    size = found.layout((out_features, width))["codes"].shape
+    codes = torch.randint(256, size, generator=generator, dtype=torch.uint8)
+    if codec == "levels-16":  # 12-bit numbers
+        levels = torch.randint(-2047, 2048, (size[0] // 2,), generator=generator, dtype=torch.int32)
+        codes = (levels.to(torch.int16) ^ -0x8000).view(torch.uint8)
     scales = torch.rand(out_features, len(groups(width)), generator=generator) + 0.5
     rare = torch.randint(40, scales.shape, generator=generator).sub_(36).relu_()
     scales *= torch.tensor([1.0, 100.0, 1e-6, 0.0])[rare]

@@ -25,6 +25,8 @@ CODECS = [
     *(f"higgs-p2-n{n}" for n in (4, 8, 16, 32, 64, 88, 128, 256, 361, 1024)),
     *(f"higgs-p3-n{n}" for n in (64, 4096)),
     *(f"higgs-p4-n{n}" for n in (8, 16, 32, 64, 128, 256, 512, 4096)),
+    "levels-8",
+    "levels-16",
 ]
 BYTES, WORDS = "higgs-p2-n16", "higgs-p1-n88"  # one codec of either precision
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -64,7 +66,7 @@ def test_products_are_those_of_the_definition_to_the_bit(isa: str, codec: str) -
 @needs_native
 @settings(max_examples=400)
 @given(
-    codec=st.sampled_from([f"higgs-p{p}-n{n}" for p, n in available()]),
+    codec=st.sampled_from([*(f"higgs-p{p}-n{n}" for p, n in available()), "levels-8", "levels-16"]),
     isa=st.sampled_from(ISAS or [""]),
     out_features=st.integers(1, 70),
     width=st.integers(1, 2700),

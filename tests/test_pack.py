@@ -26,6 +26,7 @@ from waterfill.artifact import RAW, open_artifact
 from waterfill.budget import Budget
 from waterfill.checkpoint import open_checkpoint
 from waterfill.codecs import Encoded, get_codec
+from waterfill.codecs import base as codec_base
 from waterfill.errors import ArtifactError
 from waterfill.pack import pack_plan
 from waterfill.plan import Plan
@@ -82,7 +83,7 @@ def test_blocks_of_any_size_give_the_same_bytes(codec: str, tmp_path: Path, monk
     checkpoint = models.tiny_gpt2(tmp_path / "model", layers=1)  # some rows are columns on disk
     plan = plan_for(checkpoint, [codec], budget=Budget(bits=9))
     for block_weights in (300, 5000, 1 << 21):
-        monkeypatch.setattr(pack_module, "BLOCK_WEIGHTS", block_weights)
+        monkeypatch.setattr(codec_base, "BLOCK_WEIGHTS", block_weights)
         waterfill.pack(checkpoint, tmp_path / str(block_weights), plan=plan)
     whole = directory_bytes(tmp_path / str(1 << 21))
     assert directory_bytes(tmp_path / "300") == whole
@@ -128,7 +129,7 @@ def test_a_budget_for_everything_keeps_every_bit(tmp_path: Path) -> None:
 
 
 def test_raw_and_packed_matrices_live_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack_module, "BLOCK_WEIGHTS", 1000)
+    monkeypatch.setattr(codec_base, "BLOCK_WEIGHTS", 1000)
     checkpoint = models.tiny_gpt2(tmp_path / "model")
     plan = plan_for(checkpoint, ["higgs-p1-n256", RAW], budget=Budget(bits=13))
     raw = [tensor.parameter for tensor in plan.tensors if tensor.codec == RAW]
@@ -193,7 +194,7 @@ def test_whatever_makes_a_directory_a_model_comes_along(tmp_path: Path) -> None:
 
 
 def test_progress_counts_weights_up_to_all(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack_module, "BLOCK_WEIGHTS", 4096)
+    monkeypatch.setattr(codec_base, "BLOCK_WEIGHTS", 4096)
     plan = plan_for(llama, budget=Budget(bits=5))
     seen: list[tuple[str, int, int]] = []
     waterfill.pack(llama, tmp_path / "out", plan=plan, progress=lambda *step: seen.append(step))
@@ -212,7 +213,7 @@ def test_progress_counts_weights_up_to_all(llama: Path, tmp_path: Path, monkeypa
 KILLED = """
 import importlib, os, signal, sys
 import waterfill
-importlib.import_module("waterfill.pack").BLOCK_WEIGHTS = 4096  # several blocks per tensor
+importlib.import_module("waterfill.codecs.base").BLOCK_WEIGHTS = 4096  # several blocks per tensor
 
 def kill(what, done, total):
     if done > total // 2:

@@ -102,7 +102,7 @@ def test_a_budget_of_no_loss() -> None:
 
 
 def test_menu_has_every_rate_and_raw(dense: Architecture) -> None:
-    menus = make_menus(dense, sensitivity_of(dense).tensors, "auto")
+    menus = make_menus(dense, sensitivity_of(dense).tensors, "auto", purpose="memory")
     assert [point.codec for point in menus.points[0]] == [*CODECS, RAW]
     assert len(CODECS) == len(set(CODECS)) == 37
     assert menus.weights == sum(matrix.shape[0] * matrix.shape[1] for matrix in dense.matrices)
@@ -119,9 +119,9 @@ def test_menu_has_every_rate_and_raw(dense: Architecture) -> None:
 
 
 def test_experts_are_never_raw(mixtral: Architecture) -> None:
-    menus = make_menus(mixtral, sensitivity_of(mixtral).tensors, "auto")
+    menus = make_menus(mixtral, sensitivity_of(mixtral).tensors, "auto", purpose="memory")
     assert all(point.codec != RAW for points in menus.points for point in points)
-    plan = planned(mixtral, size_bytes=10**9)
+    plan = planned(mixtral, size_bytes=10**9, purpose="memory")
     assert set(codecs_of(plan).values()) == {"higgs-p1-n256"}
     assert plan.size_bytes == lay_out(plan.specs()).size_bytes
 
@@ -269,7 +269,7 @@ def test_bits_count_what_is_stored_of_the_matrices(bits: float, dense: Architect
 
 def test_bits_that_are_too_few(dense: Architecture) -> None:
     with pytest.raises(BudgetError, match=r"--bits 0\.5 is less than this model needs") as caught:
-        planned(dense, bits=0.5)
+        planned(dense, bits=0.5, purpose="memory")
     weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in dense.matrices)
     least, most = caught.value.smallest_bytes, caught.value.largest_bytes
     assert least is not None
@@ -277,7 +277,7 @@ def test_bits_that_are_too_few(dense: Architecture) -> None:
     assert f"smallest feasible is {8 * least / weights:.4f} and the largest 16.0000 bits per weight" in str(
         caught.value
     )
-    plan = planned(dense, bits=8 * least / weights)
+    plan = planned(dense, bits=8 * least / weights, purpose="memory")
     assert set(codecs_of(plan).values()) == {"higgs-p4-n8"}
 
 
@@ -315,7 +315,7 @@ def test_uniform_gives_one_codec(budget: Mapping[str, Any], dense: Architecture)
 
 def test_uniform_takes_the_best_codec_that_fits(dense: Architecture) -> None:
     """At 2.3 bits, scales of these narrow rows included: 2 bits in four dimensions."""
-    assert set(codecs_of(planned(dense, bits=2.3, uniform=True)).values()) == {"higgs-p4-n256"}
+    assert set(codecs_of(planned(dense, bits=2.3, uniform=True, purpose="memory")).values()) == {"higgs-p4-n256"}
 
 
 def test_tied_matrices_share_a_codec(dense: Architecture) -> None:

@@ -18,13 +18,11 @@ import torch
 from waterfill.architecture import Architecture, Kept, Matrix, read_kept, read_rows
 from waterfill.artifact import FORMAT_VERSION, RAW, ArtifactWriter, is_file_name, lay_out
 from waterfill.checkpoint import Checkpoint
-from waterfill.codecs import get_codec, scale_exponent
+from waterfill.codecs import base, get_codec, scale_exponent
 from waterfill.errors import WaterfillError
 from waterfill.plan import Plan, TensorPlan
 
 _log = logging.getLogger(__name__)
-
-BLOCK_WEIGHTS = 1 << 20  # 4 MiB of float32
 
 PLAN_FILE = "waterfill-plan.json"
 SENSITIVITY_FILE = "waterfill-sensitivity.json"
@@ -119,7 +117,7 @@ def _write_raw(
 
 def _blocks(checkpoint: Checkpoint, matrix: Matrix, step: int = 0) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, `[rows, in]`) in order; the same blocks every time, so that a resumed run computes the same."""
-    step = step or max(1, BLOCK_WEIGHTS // matrix.shape[1])
+    step = step or max(1, base.BLOCK_WEIGHTS // matrix.shape[1])
     for start in range(0, matrix.shape[0], step):
         yield start, read_rows(checkpoint, matrix, start, min(start + step, matrix.shape[0]))
 

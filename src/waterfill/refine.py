@@ -1,12 +1,12 @@
 """Reverse water-filling: the best rates of entropy-coded matrices are real numbers, not entries of a menu.
 
-The allocation on the menu decides which matrices are coded so; here their rates are moved to where every one of them gains
-the same loss from one more byte. At high rates, where a bit quarters t2 = c 2^-2R, that has the familiar closed form
+The allocation on the menu decides which matrices are coded so; here their rates are moved to where every one of them
+gains the same loss from one more byte. At high rates, where a bit quarters t2 = c 2^-2R, that has the familiar form
 
     R_i = 1/2 log2( 2 ln 2 alpha_i c / (theta N_i) ),    theta: nats per bit, N_i: weights
 
-and at low rates, where neither the gain nor the curve of the code is that simple, slopes are taken from the same loss and
-curves as the menu's, on its lower convex hull.
+and at low rates, where neither the gain nor the curve of the code is that simple, slopes are taken from the same loss
+and curves as the menu's, on its lower convex hull.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -117,8 +118,8 @@ def _sources(menus: Menus, points: Sequence[MenuPoint], ties: Sequence[Sequence[
 def _source(menus: Menus, members: tuple[int, ...], states: int) -> _Source:
     rates = np.arange(math.ceil(LEAST_RATE * GRID), int(MOST_RATE * GRID) + 1) / GRID
     found = [[_point(menus, i, states, float(rate)) for rate in rates] for i in members]
-    sizes = np.sum([[point.size_bytes for point in row] for row in found], axis=0, dtype=np.float64)
-    losses = np.sum([[_loss(menus, i, point) for point in row] for i, row in zip(members, found, strict=True)], axis=0)
+    sizes = np.array([[point.size_bytes for point in row] for row in found], np.float64).sum(0)
+    losses = np.array([[_loss(menus, i, p) for p in row] for i, row in zip(members, found, strict=True)]).sum(0)
     hull: list[int] = []
     for k in range(len(rates)):
         if hull and sizes[k] <= sizes[hull[-1]]:
@@ -126,7 +127,7 @@ def _source(menus: Menus, members: tuple[int, ...], states: int) -> _Source:
         while len(hull) > 1 and _slope(sizes, losses, hull[-2], hull[-1]) <= _slope(sizes, losses, hull[-1], k):
             hull.pop()
         hull.append(k)
-    between = list(zip(hull, hull[1:], strict=False))
+    between = list(pairwise(hull))
     slopes = np.array([_slope(sizes, losses, a, b) for a, b in between] or [0.0])
     middles = np.array([(rates[a] + rates[b]) / 2 for a, b in between] or [rates[0]])
     floor = max(float(slopes.max()), 1e-30) * 1e-15

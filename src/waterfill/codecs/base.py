@@ -1,7 +1,7 @@
 """What a codec is, and the registry that maps the name stored in an artifact to the class that decodes it.
 
-A codec encodes a matrix `[out, in]` into named buffers whose sizes are known beforehand, and decodes them back. Its rate
-and distortion are known before it sees a weight, because a rotated matrix is Gaussian: that is what makes planning
+A codec encodes a matrix `[out, in]` into named buffers whose sizes are known beforehand, and decodes them back. Its
+rate and distortion are known before it sees a weight, because a rotated matrix is Gaussian: that is what makes planning
 data-free and instant.
 
     codec = get_codec("higgs-p2-n16")
@@ -18,15 +18,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from waterfill.errors import WaterfillError
 
 Shape = tuple[int, int]  # (out_features, in_features)
+
+BLOCK_WEIGHTS = 1 << 20  # 4 MiB of float32; encoding takes about 25 times that
 
 
 class BufferLayout(NamedTuple):
@@ -96,24 +96,15 @@ class Codec(ABC):
         """Expected t2 of a Gaussian matrix of this shape with MSE scales."""
 
     @abstractmethod
-    def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
-        """An encoder of a matrix of that shape. `rho` chooses the gain (`waterfill.loss`)."""
-
     def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
-        """Encode a matrix `[out, in]` at once."""
-        rows, width = weight.shape
-        encoder = self.encoder((rows, width), exponent=exponent, rho=rho)
-        blocks = weight.split(max(encoder.block_rows, 1))
-        pieces = [*chain.from_iterable(encoder.add(block) for block in blocks), *encoder.finish()]
-        buffers = {}
-        for key, part in self.layout((rows, width)).items():
-            whole = np.zeros(buffer_bytes(part), np.uint8)
-            for piece in pieces:
-                if piece.key == key:
-                    data = piece.data if isinstance(piece.data, bytes) else piece.data.contiguous().view(torch.uint8).numpy().tobytes()
-                    whole[piece.offset_bytes : piece.offset_bytes + len(data)] = np.frombuffer(data, np.uint8)
-            buffers[key] = torch.from_numpy(whole).view(_DTYPES[part.dtype]).view(part.shape)
-        return Encoded((rows, width), buffers, exponent, encoder.noise_power, encoder.power)
+        """Encode a matrix, or any block of its rows where each row has its `row_bytes`: finite, fp32/fp16/bf16.
+
+        `rho` chooses the gain (`waterfill.loss`).
+        """
+
+    def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
+        """An encoder of a matrix of that shape, for matrices that are not held in memory."""
+        return _RowEncoder(self, shape, exponent, rho)
 
     @abstractmethod
     def decode(self, encoded: Encoded) -> torch.Tensor:
@@ -124,8 +115,29 @@ class Codec(ABC):
         return MenuPoint(self.name, size_bytes, 8 * size_bytes / math.prod(shape), self.distortion(shape))
 
 
+class _RowEncoder(Encoder):
+    """Rows contribute a fixed number of bytes to each buffer."""
+
+    def __init__(self, codec: Codec, shape: Shape, exponent: int, rho: float) -> None:
+        self._codec, self._shape, self._exponent, self._rho = codec, shape, exponent, rho
+        self._layout, self._row = codec.layout(shape), 0
+        self.block_rows = max(1, BLOCK_WEIGHTS // shape[1])
+
+    def add(self, rows: torch.Tensor) -> Iterator[Piece]:
+        encoded = self._codec.encode(rows, exponent=self._exponent, rho=self._rho)
+        self.noise_power += encoded.noise_power
+        self.power += encoded.power
+        for key, data in encoded.buffers.items():
+            yield Piece(key, self._row * self._layout[key].row_bytes, data)
+        self._row += len(rows)
+
+    def finish(self) -> Iterator[Piece]:
+        for key, part in self._layout.items():
+            used = self._shape[0] * part.row_bytes
+            yield Piece(key, used, bytes(buffer_bytes(part) - used))  # alignment
+
+
 ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
-_DTYPES = {"U8": torch.uint8, "F16": torch.float16}
 
 
 def buffer_bytes(buffer: BufferLayout) -> int:

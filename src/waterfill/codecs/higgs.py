@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 
-from waterfill.codecs.base import Encoded, Encoder, Piece, Shape, buffer_bytes
+from waterfill.codecs.base import Encoded, Shape
 from waterfill.codecs.nearest import NearestSearch
 from waterfill.codecs.packing import pack
 from waterfill.codecs.table import TableCodec, group_sums, per_weight
@@ -29,7 +28,6 @@ from waterfill.hadamard import groups, rotate
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
 MAX_SCALE = torch.finfo(torch.float16).max
-BLOCK_WEIGHTS = 1 << 20  # 4 MiB of float32; encoding takes about 25 times that
 MIN_COSINE = 1e-2  # squared cosine under which a group's codes say nothing about it (all zeros): stored as zero
 
 
@@ -53,11 +51,7 @@ class Higgs(TableCodec):
     def distortion(self, shape: Shape) -> float:
         return self.grid.t2
 
-    def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
-        return _Encoder(self, shape, exponent, rho)
-
     def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
-        """Encode any block of rows."""
         rows, width = weight.shape
         rotated = rotate(weight.to(torch.float32) * 2.0**-exponent)
         norms = group_sums(rotated.square())  # [rows, groups]
@@ -99,28 +93,6 @@ def _scales(rotated: torch.Tensor, points: torch.Tensor, norms: torch.Tensor, rh
     tau = torch.where(usable, 1 / cosine2.clamp_min(MIN_COSINE) - 1, 0)
     exact = norms / torch.where(usable, inner, 1)
     return torch.where(usable, exact / (1 + rho * tau), 0).clamp_max(MAX_SCALE).to(torch.float16)
-
-
-class _Encoder(Encoder):
-    """Rows contribute a fixed number of bytes to each buffer."""
-
-    def __init__(self, codec: Higgs, shape: Shape, exponent: int, rho: float) -> None:
-        self._codec, self._shape, self._exponent, self._rho = codec, shape, exponent, rho
-        self._layout, self._row = codec.layout(shape), 0
-        self.block_rows = max(1, BLOCK_WEIGHTS // shape[1])
-
-    def add(self, rows: torch.Tensor) -> Iterator[Piece]:
-        encoded = self._codec.encode(rows, exponent=self._exponent, rho=self._rho)
-        self.noise_power += encoded.noise_power
-        self.power += encoded.power
-        for key, data in encoded.buffers.items():
-            yield Piece(key, self._row * self._layout[key].row_bytes, data)
-        self._row += len(rows)
-
-    def finish(self) -> Iterator[Piece]:
-        for key, part in self._layout.items():
-            used = self._shape[0] * part.row_bytes
-            yield Piece(key, used, bytes(buffer_bytes(part) - used))  # alignment
 
 
 @lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from waterfill.codecs.base import Encoder, Shape
+from waterfill.codecs.base import Encoded, Shape
 from waterfill.codecs.table import TableCodec
 from waterfill.errors import WaterfillError
 
@@ -33,7 +33,7 @@ class Levels(TableCodec):
     def distortion(self, shape: Shape) -> float:
         raise WaterfillError(f"{self.name} is a form in memory: nothing can be packed with it")
 
-    def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
+    def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
         raise WaterfillError(f"{self.name} is a form in memory: nothing can be packed with it")
 
 

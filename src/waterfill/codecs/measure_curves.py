@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from waterfill.codecs.curves import FILE, STATES
 from waterfill.codecs.stream import MOST_LEVEL_SYMBOLS, centroids
-from waterfill.entropy.trellis import indices, search
 from waterfill.entropy import MOST_LANES, code_length_bits, from_counts
+from waterfill.entropy.trellis import indices, search
 
 SAMPLES = 1 << 21
 LEAST, MOST = -512, 511
@@ -28,7 +28,7 @@ def main() -> None:
     x /= np.sqrt(np.mean(x.astype(np.float64) ** 2)).astype(np.float32)
     curves: dict[str, list[list[float]]] = {}
     for states in STATES:
-        sample = x if states < 128 else x[: SAMPLES // 2]
+        sample = x if states < 128 else x[: SAMPLES // 4]
         t2s = 2.0 ** (-2.0 * np.concatenate([np.arange(0.1, 1, 0.075), np.arange(1, 4.8, 0.2)]))
         curves[str(states)] = [point(sample, states, float(t2)) for t2 in t2s]
         print(states, curves[str(states)][-1])
@@ -37,8 +37,8 @@ def main() -> None:
 
 def point(x: Floats, states: int, t2: float) -> list[float]:
     """[rate, step, t2]: the step is found by bisection, since distortion grows with it."""
-    low, high = 0.5 * np.log2(t2) - 0.6, 0.5 * np.log2(t2) + 1.2  # at high rates step^2 is about t2
-    for _ in range(11):
+    low, high = 0.5 * np.log2(t2) - (2.5 if t2 > 0.25 else 0.6), 0.5 * np.log2(t2) + 1.2  # at high rates step^2 = t2
+    for _ in range(12):
         middle = (low + high) / 2
         low, high = (low, middle) if measure(x, states, t2, 2**middle)[1] > t2 else (middle, high)
     rate, reached = measure(x, states, t2, 2**low)

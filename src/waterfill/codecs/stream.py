@@ -1,7 +1,7 @@
 """One stream: rows of a matrix as entropy-coded levels, self-contained (docs/format.md).
 
     8 bytes     flags, symbols - 1, symbol of j = 0, bits of a scale code; unit (F32)
-    scales      bit fields, one per row and group: 0 for a group of zeros, else unit * 2^((code - 1) / 8), rounded to F16
+    scales      bit fields, one per row and group: 0 for a group of zeros, else unit * 2^((code - 1) / 8), as F16
     table       of the symbols: a parameter (4 bytes), or 12-bit frequencies; then, where flagged, I8 levels
     raw bits    the low bits of every j, where rates are so high that they are noise
     symbols     rANS: states of the lanes, words
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from waterfill.entropy import (
     PRECISION_BITS,
-    Damaged,
+    DamagedError,
     code_length_bits,
     encode,
     from_counts,
@@ -29,7 +29,7 @@ from waterfill.entropy import (
     rans,
 )
 from waterfill.entropy.fields import pack_fields, unpack_fields
-from waterfill.entropy.trellis import CODES, indices, levels, offset
+from waterfill.entropy.trellis import indices, levels, offset
 from waterfill.hadamard import groups
 
 STREAM_WEIGHTS = 1 << 18
@@ -87,18 +87,19 @@ class Coded(NamedTuple):
     values: npt.NDArray[np.float64]  # of every symbol that was coded, what the decoder multiplies with the scale
 
 
-def code(x: Floats, found: npt.NDArray[np.int16], states: int, spacing: float) -> Coded:
+def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spacing: float) -> Coded:
     """Code levels that were found for x.
 
     Args:
         x: the targets, `[count]`, any unit.
         found: levels, `[count]`; a multiple of the lanes.
-        spacing: distance of levels 4j + 1 and 4 (j + 1) + 1 in standard deviations, to choose how many bits to leave raw.
+        spacing: distance of levels 4j + 1 and 4 (j + 1) + 1 in standard deviations; how many bits of wide levels are
+            left raw depends on it.
     """
     count, lanes = len(found), lanes_for(len(found))
     j = indices(found, states)
     raw_bits = 0
-    while spacing * 2**raw_bits < RAW_SPACING / 2 and raw_bits < MOST_RAW_BITS:
+    while wide and spacing * 2**raw_bits < RAW_SPACING / 2 and raw_bits < MOST_RAW_BITS:
         raw_bits += 1
     low, high = min(int(j.min()) >> raw_bits, 0), max(int(j.max()) >> raw_bits, 0)
     while high - low + 1 > MOST_SYMBOLS:
@@ -145,7 +146,7 @@ def read(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
     """A stream's levels `[rows, width]` and scales `[rows, groups]`: the reference that native decoding must equal.
 
-    Raises Damaged.
+    Raises DamagedError.
     """
     source = _Source(memoryview(data))
     flags, symbols, center, scale_bits, unit = HEADER.unpack(source.take(HEADER_BYTES))
@@ -163,7 +164,7 @@ def read(
         and ((symbols - center) << raw_bits) - 1 <= most
     )
     if not sound:
-        raise Damaged("the head of a stream is damaged")
+        raise DamagedError("the head of a stream is damaged")
     parts = len(groups(width))
     packed_scales = source.take(-(-rows * parts * scale_bits // 8))
     codes = unpack_fields(packed_scales, rows * parts, scale_bits) if scale_bits else np.ones(rows * parts, np.int64)
@@ -173,7 +174,8 @@ def read(
         if symbols == 1:
             frequencies[0] = 1 << PRECISION_BITS
     else:
-        frequencies = gaussian(*struct.unpack("<I", source.take(4)), symbols, center, offset(states))
+        (parameter,) = struct.unpack("<I", source.take(4))
+        frequencies = gaussian(parameter, symbols, center, offset(states))
     table = np.frombuffer(source.take(symbols), np.int8) if with_levels else None
     count, lanes = padded(rows * width), lanes_for(rows * width)
     low = unpack_fields(source.take(-(-count * raw_bits // 8)), count, raw_bits) if raw_bits else 0
@@ -181,7 +183,8 @@ def read(
     j = ((coded.astype(np.int64) - center) << raw_bits) + low
     found = levels(j, states, lanes)
     if table is not None:
-        found = np.where(found & 2, -1, 1) * table.astype(np.int64)[coded] if states > 1 else table[coded].astype(np.int64)
+        sign = np.where(found & 2, -1, 1) if states > 1 else 1
+        found = sign * table.astype(np.int64)[coded]
     scales = scale_values(codes, unit).reshape(rows, parts)
     return found[: rows * width].reshape(rows, width), scales
 
@@ -192,7 +195,7 @@ class _Source:
 
     def take(self, count: int) -> memoryview:
         if len(self._data) - self._at < count:
-            raise Damaged("a stream ends early")
+            raise DamagedError("a stream ends early")
         self._at += count
         return self._data[self._at - count : self._at]
 

@@ -5,8 +5,8 @@
     stored: streams U8: where each stream ends (4 bytes each), the streams (`stream.py`), zeros up to the promised size
 
 The rate is a promise about bytes, and the step is what keeps it: every block of rows takes the step that the bytes left
-over call for, the last stream the one that fits best. The least rate-distortion cost needs no rate in the search: with a
-Gaussian's code lengths it is the nearest path to a target shortened by 1 - t2 (docs/design.md §6).
+over call for, the last stream the one that fits best. The least rate-distortion cost needs no rate in the search: with
+a Gaussian's code lengths it is the nearest path to a target shortened by 1 - t2 (docs/design.md §5).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ from waterfill.codecs.base import BufferLayout, Codec, Encoded, Encoder, Piece, 
 from waterfill.codecs.curves import curve
 from waterfill.codecs.levels import Levels
 from waterfill.codecs.table import group_sums, per_weight
-from waterfill.entropy import Damaged, lanes_for
+from waterfill.entropy import DamagedError, lanes_for
 from waterfill.entropy.trellis import CODES, search
 from waterfill.errors import ArtifactError, WaterfillError
 from waterfill.hadamard import groups, rotate
@@ -63,12 +64,21 @@ class Trellis(Codec):
     def core_rate(self, shape: Shape) -> float:
         """Bits per weight that are left for symbols when side information is taken off, never less than 0.01."""
         weights = math.prod(shape)
-        bits = 8 * (stream_bytes(shape, self.rate) - 4 * len(_streams(shape)))
-        bits -= sum(side_bits(rows, shape[1]) for rows in _streams(shape))
+        side = sum(side_bits(rows, shape[1]) for rows in _streams(shape))
+        bits = 8 * (stream_bytes(shape, self.rate) - 4 * len(_streams(shape))) - side
         return max(bits / weights, 0.01)
 
     def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
         return _Encoder(self, shape, exponent, rho)
+
+    def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
+        shape = (weight.shape[0], weight.shape[1])
+        encoder = self.encoder(shape, exponent=exponent, rho=rho)
+        data = np.zeros(stream_bytes(shape, self.rate), np.uint8)
+        for piece in chain(*map(encoder.add, weight.split(encoder.block_rows)), encoder.finish()):
+            assert isinstance(piece.data, bytes)
+            data[piece.offset_bytes : piece.offset_bytes + len(piece.data)] = np.frombuffer(piece.data, np.uint8)
+        return Encoded(shape, {"streams": torch.from_numpy(data)}, exponent, encoder.noise_power, encoder.power)
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         codes, scales = self.to_levels(encoded.buffers["streams"], encoded.shape)
@@ -228,7 +238,7 @@ class _Encoder(Encoder):
         least, most = stream.bounds(self._codec.states, self._codec.wide)
         lanes = lanes_for(len(target.x))
         found = search(target.x * np.float32(shrink / step), self._codec.states, lanes, least, most)
-        coded = stream.code(target.x, found, self._codec.states, 4 * step)
+        coded = stream.code(target.x, found, self._codec.states, self._codec.wide, 4 * step)
         return _Try(nominal, coded, target.side_bytes + len(coded.tables) + len(coded.payload))
 
     def _write(self, target: _Target, one: _Try) -> Iterator[Piece]:
@@ -282,7 +292,11 @@ def _gain(rotated: torch.Tensor, values: torch.Tensor, rho: float) -> float:
 
 
 def _decode_reference(
-    codec: Trellis, data: npt.NDArray[np.uint8], shape: Shape, codes: npt.NDArray[np.uint8], scales: npt.NDArray[np.float16]
+    codec: Trellis,
+    data: npt.NDArray[np.uint8],
+    shape: Shape,
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.float16],
 ) -> None:
     count, width = _streams(shape), shape[1]
     if len(data) < 4 * len(count):
@@ -293,9 +307,9 @@ def _decode_reference(
     for i, (end, rows) in enumerate(zip(ends.tolist(), count, strict=True)):
         try:
             if not start <= end <= len(data):
-                raise Damaged("the index is damaged")
+                raise DamagedError("the index is damaged")
             found, part = stream.read(data[start:end].tobytes(), rows, width, codec.states, codec.wide)
-        except Damaged as error:
+        except DamagedError as error:
             raise _damaged(i) from error
         target[row * width : (row + rows) * width] = (found + codec.levels.n // 2).reshape(-1)
         scales[row : row + rows] = part
@@ -303,7 +317,9 @@ def _decode_reference(
 
 
 def _damaged(number: int) -> ArtifactError:
-    return ArtifactError(f"stream {number} of an entropy-coded matrix is damaged; fetch the artifact again, or pack again")
+    return ArtifactError(
+        f"stream {number} of an entropy-coded matrix is damaged; fetch the artifact again, or pack again"
+    )
 
 
 @lru_cache(maxsize=1 << 15)

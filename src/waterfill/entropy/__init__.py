@@ -1,15 +1,15 @@
 """Entropy coding: static rANS with 12-bit tables, from counts or from the ideal Gaussian model.
 
-    counts ──tables.from_counts──► frequencies ──rans.encode──► bytes ──rans.decode──► symbols
+counts ──tables.from_counts──► frequencies ──rans.encode──► bytes ──rans.decode──► symbols
 """
 
-from waterfill.entropy.rans import MOST_LANES, Damaged, decode, encode, lanes_for
+from waterfill.entropy.rans import MOST_LANES, DamagedError, decode, encode, lanes_for
 from waterfill.entropy.tables import PRECISION_BITS, code_length_bits, from_counts, gaussian, gaussian_parameter
 
 __all__ = [
     "MOST_LANES",
     "PRECISION_BITS",
-    "Damaged",
+    "DamagedError",
     "code_length_bits",
     "decode",
     "encode",

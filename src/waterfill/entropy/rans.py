@@ -21,7 +21,7 @@ LANE_SYMBOLS = 4096  # a lane costs two bytes: streams of fewer symbols have few
 Symbols = npt.NDArray[np.uint8]
 
 
-class Damaged(ValueError):
+class DamagedError(ValueError):
     """Bytes that no encoder wrote."""
 
 
@@ -49,7 +49,7 @@ def encode(symbols: Symbols, lanes: int, frequencies: Frequencies) -> bytes:
 
 
 def decode(data: bytes | memoryview, lanes: int, frequencies: Frequencies, count: int) -> Symbols:
-    """`count` symbols, a multiple of `lanes`. Damaged unless `data` is exactly what they were encoded to."""
+    """`count` symbols, a multiple of `lanes`. DamagedError unless `data` is exactly what they were encoded to."""
     isa = native.isa()
     if isa is None:
         return decode_reference(data, lanes, frequencies, count)
@@ -66,7 +66,7 @@ def decode(data: bytes | memoryview, lanes: int, frequencies: Frequencies, count
         out.ctypes.data,
     )
     if status:
-        raise Damaged("the coded symbols are damaged")
+        raise DamagedError("the coded symbols are damaged")
     return out
 
 
@@ -94,13 +94,13 @@ def _encode(symbols: Symbols, lanes: int, frequencies: Frequencies) -> bytes:
 def decode_reference(data: bytes | memoryview, lanes: int, frequencies: Frequencies, count: int) -> Symbols:
     """`decode` in numpy: the definition that the native decoders are tested against."""
     if int(frequencies.astype(np.int64).sum()) != TOTAL or len(data) < 4 * lanes or (len(data) - 4 * lanes) % 2:
-        raise Damaged("the table or the length of the coded symbols is damaged")
+        raise DamagedError("the table or the length of the coded symbols is damaged")
     symbol, number = alias_slots(frequencies.tolist())
     freq = frequencies.astype(np.int64)
     x = np.frombuffer(data, "<u4", lanes).astype(np.int64)
     words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.int64)
     if (x < LEAST_STATE).any():
-        raise Damaged("a state is damaged")
+        raise DamagedError("a state is damaged")
     out, at = np.empty((count // lanes, lanes), np.uint8), 0
     for step in out:
         slot = x & (TOTAL - 1)
@@ -109,9 +109,9 @@ def decode_reference(data: bytes | memoryview, lanes: int, frequencies: Frequenc
         low = x < LEAST_STATE
         taken = int(low.sum())
         if at + taken > len(words):
-            raise Damaged("the coded symbols end early")
+            raise DamagedError("the coded symbols end early")
         x[low] = x[low] << 16 | words[at : at + taken]
         at += taken
     if at != len(words) or (x != LEAST_STATE).any():
-        raise Damaged("the coded symbols do not end where they should")
+        raise DamagedError("the coded symbols do not end where they should")
     return out.reshape(-1)

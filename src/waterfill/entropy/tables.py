@@ -22,25 +22,32 @@ Counts = npt.NDArray[np.int64]  # [symbols]
 
 
 def from_counts(counts: Counts) -> Frequencies:
-    """Frequencies with the shortest code for these counts: largest gain first; a symbol that occurs gets at least 1.
+    """Frequencies with the shortest code for these counts; a symbol that occurs gets at least 1.
 
     Raises ValueError on more than 256 symbols, or on none that occurs.
     """
     total = int(counts.sum())
     if len(counts) > MOST_SYMBOLS or total <= 0:
         raise ValueError(f"{len(counts)} symbols with a sum of counts of {total} have no table")
-    exact = counts * (TOTAL / total)
-    frequencies = np.where(counts > 0, np.maximum(1, np.floor(exact)), 0).astype(np.int64)
-    while (missing := TOTAL - int(frequencies.sum())) != 0:
-        step = 1 if missing > 0 else -1
-        allowed = (counts > 0) & (frequencies + step >= 1)
-        change = counts * (np.log2(np.maximum(frequencies + step, 1)) - np.log2(np.maximum(frequencies, 1)))
-        order = np.argsort(np.where(allowed, -change, np.inf), kind="stable")
-        # Several at once while many are missing: each changes its own term of the sum only.
-        chosen = order[: max(1, min(abs(missing), int(allowed.sum()) // 4))]
-        frequencies[chosen] += step
+    used = np.flatnonzero(counts)
+    weight = counts[used].astype(np.float64)
+    frequencies = np.maximum(1, np.floor(weight * (TOTAL / total))).astype(np.int64)
+    while True:  # the best change of each kind, until none is left to make
+        missing = TOTAL - int(frequencies.sum())
+        gain = weight * np.log2((frequencies + 1) / frequencies)
+        loss = np.where(frequencies > 1, weight * np.log2(frequencies / np.maximum(frequencies - 1, 1)), np.inf)
+        up, down = int(gain.argmax()), int(loss.argmin())
+        if missing > 0:
+            frequencies[up] += 1
+        elif missing < 0:
+            frequencies[down] -= 1
+        elif gain[up] > loss[down]:
+            frequencies[up] += 1
+            frequencies[down] -= 1
+        else:
+            break
     table = np.zeros(MOST_SYMBOLS, np.uint16)
-    table[: len(counts)] = frequencies
+    table[used] = frequencies
     return table
 
 

@@ -1,9 +1,9 @@
 """Trellis-coded quantisation (Marcellin and Fischer 1990) with Ungerboeck's codes, for entropy coding.
 
-Levels are numbers p, x ~ step * p. The four subsets of trellis-coded quantisation are p = 1, 3, 5, 7 modulo 8 (both signs
-counted: +-1, +-3 …); the state of a convolutional code says which two of them, a union, the next level may come from. Here
-a union is the numbers 4j + 1, or their negatives: j then has one distribution whatever the state, and is coded without
-knowing it. (The classical unions, even and odd multiples, need a table each, and lie no nearer to the bound.)
+Levels are odd numbers p, x ~ step * p, in four subsets, p = 1, 3, 5, 7 modulo 8. The state of a convolutional code says
+which two of them, a union, the next level may come from. Here a union is the numbers 4j + 1, or their negatives: j then
+has one distribution whatever the state, and is coded without knowing it. (The classical unions, even and odd multiples,
+need a table each, and lie no nearer to the bound.)
 
     state s = (s >> 1) ^ (z0 h0) ^ (z1 h1),   z0 = s & 1 chooses the union,   z1 = (j ^ z0) & 1 the subset within it
 
@@ -66,7 +66,8 @@ def search_reference(x: Floats, states: int, lanes: int, least: int, most: int) 
     code = CODES[states]
     steps = x.reshape(-1, lanes).astype(np.float32)
     if states == 1:
-        return 4 * np.clip(np.rint(steps * np.float32(0.25)), least, most).astype(np.int16).reshape(-1)
+        whole: Levels = 4 * np.clip(np.rint(steps * np.float32(0.25)), least, most).astype(np.int16)
+        return whole.reshape(-1)
     state, z1 = np.divmod(np.arange(2 * states), 2)
     z0 = state & 1
     following = (state >> 1) ^ (z0 * code.h0) ^ (z1 * code.h1)
@@ -109,7 +110,8 @@ def _candidates(target: Floats, least: int, most: int) -> tuple[npt.NDArray[np.i
 def indices(levels: npt.NDArray[Any], states: int) -> npt.NDArray[np.int16]:
     """The j of each level: levels of the second union are 3 modulo 4."""
     p = levels.astype(np.int16)
-    return (np.where(p & 2, -p, p) >> 2) if states > 1 else p >> 2
+    j: npt.NDArray[np.int16] = (np.where(p & 2, -p, p) if states > 1 else p) >> 2
+    return j
 
 
 def levels(j: npt.NDArray[Any], states: int, lanes: int) -> npt.NDArray[np.int64]:

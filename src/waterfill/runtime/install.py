@@ -27,7 +27,6 @@ from waterfill.runtime.packed import (
     pack_linear,
 )
 
-
 _log = logging.getLogger(__name__)
 
 

@@ -19,7 +19,6 @@ from waterfill import kernels
 from waterfill.codecs import TableCodec, Trellis
 from waterfill.errors import WaterfillError
 
-
 _DTYPES = {"F16": torch.float16, "U8": torch.uint8}
 
 
@@ -57,9 +56,7 @@ class PackedMatrix(nn.Module):
     layout = kernels.STORED  # of the two buffers
     transposed = False  # whether the model's own parameter is [in, out]
 
-    def attach(
-        self, codec: TableCodec | Trellis, shape: tuple[int, int], exponent: int, dtype: torch.dtype
-    ) -> None:
+    def attach(self, codec: TableCodec | Trellis, shape: tuple[int, int], exponent: int, dtype: torch.dtype) -> None:
         """Declare the matrix and make room for its buffers, on the meta device until they are loaded."""
         self.stored, self.shape, self.exponent, self.dtype = codec, shape, exponent, dtype
         self.codec = codec.levels if isinstance(codec, Trellis) else codec  # that it is multiplied from
