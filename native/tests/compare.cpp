@@ -135,6 +135,95 @@ std::vector<float> layer_on(int isa, int dtype, bool biases) {
     return out;
 }
 
+// A stream of `rows` x `width` random symbols, written by hand with its table: docs/format.md.
+std::vector<uint8_t> stream_of(int64_t rows, int64_t width, int lanes, int symbols, bool wide, bool levels) {
+    std::vector<uint16_t> frequencies(256);
+    int left = 4096;
+    for (int s = 0; s < symbols; ++s) {
+        const int most = left - (symbols - 1 - s);
+        frequencies[size_t(s)] = uint16_t(s + 1 < symbols ? 1 + int(rng() % uint32_t(most / 3 + 1)) : left);
+        left -= frequencies[size_t(s)];
+    }
+    const int64_t count = (rows * width + lanes - 1) / lanes * lanes, scale_count = rows * groups_of(width);
+    std::vector<uint8_t> coded(static_cast<size_t>(count)), lot;
+    for (int s = 0; s < symbols; ++s) lot.insert(lot.end(), frequencies[size_t(s)], uint8_t(s));
+    for (auto& symbol : coded) symbol = lot[rng() % lot.size()];
+    const int raw = wide ? 2 : 0;
+    const float unit = 0.25f;
+    std::vector<uint8_t> out = {uint8_t(1 | (levels ? 2 : 0) | raw << 4), uint8_t(symbols - 1), uint8_t(symbols / 2), 3};
+    auto append = [&](const void* from, int64_t bytes) {
+        const auto* at = static_cast<const uint8_t*>(from);
+        out.insert(out.end(), at, at + bytes);
+    };
+    append(&unit, 4);
+    for (int64_t i = 0; i < (3 * scale_count + 7) / 8; ++i) out.push_back(uint8_t(rng()));
+    std::vector<uint8_t> table(size_t((12 * symbols + 7) / 8));
+    for (int i = 0; i < 12 * symbols; ++i)
+        table[size_t(i / 8)] |= uint8_t((frequencies[size_t(i / 12)] >> (i % 12) & 1) << (i % 8));
+    append(table.data(), int64_t(table.size()));
+    for (int s = 0; levels && s < symbols; ++s) out.push_back(uint8_t(rng()));
+    for (int64_t i = 0; i < (raw * count + 7) / 8; ++i) out.push_back(uint8_t(rng()));
+    std::vector<uint8_t> bytes(size_t(4 * lanes + 2 * count));
+    const int64_t size = wf_rans_encode(coded.data(), count, lanes, frequencies.data(), bytes.data(), int64_t(bytes.size()));
+    if (size < 0) std::abort();
+    append(bytes.data(), size);
+    return out;
+}
+
+int lanes_of(int64_t weights) {
+    int lanes = 32;
+    while (lanes > 1 && weights < lanes * 4096) lanes /= 2;
+    return lanes;
+}
+
+// Streams that are whole, cut short or damaged: the same result, or refused by both, without a read beyond the bytes.
+void compare_streams(int isa, int scalar) {
+    struct {
+        int64_t rows, width;
+        int symbols;
+        bool wide, levels;
+    } cases[] = {{3, 50, 9, false, false},    {64, 1100, 12, false, true}, {64, 2100, 16, false, false},
+                 {64, 2100, 30, false, false}, {66, 2100, 60, false, false}, {64, 2100, 120, true, false}};
+    for (const auto& c : cases)
+        for (int states : {1, 8, 256}) {
+            const int lanes = lanes_of(c.rows * c.width);
+            const auto stream = stream_of(c.rows, c.width, lanes, c.symbols, c.wide, c.levels);
+            auto decode = [&](int on, const std::vector<uint8_t>& body, std::vector<uint8_t>& codes) {
+                std::vector<uint8_t> arena(4 + body.size());  // its end is where the sanitizer watches
+                const uint32_t end = uint32_t(arena.size());
+                std::memcpy(arena.data(), &end, 4);
+                if (!body.empty()) std::memcpy(arena.data() + 4, body.data(), body.size());
+                codes.assign(size_t(c.rows * c.width * (c.wide ? 2 : 1)), 0);
+                std::vector<uint16_t> scales(size_t(c.rows * groups_of(c.width)));
+                const int64_t status = wf_trellis_decode(on, states, c.wide, arena.data(), int64_t(arena.size()), c.rows, c.width,
+                                                         codes.data(), scales.data());
+                for (uint16_t scale : scales) codes.push_back(uint8_t(scale)), codes.push_back(uint8_t(scale >> 8));
+                if (status) codes.clear();
+                return status;
+            };
+            const std::string name = "stream of " + std::to_string(c.symbols) + " symbols, " + std::to_string(states) + " states";
+            std::vector<uint8_t> x, y;
+            expect(decode(isa, stream, x) == 0 && decode(scalar, stream, y) == 0 && x == y, name);
+            for (int trial = 0; trial < 60; ++trial) {
+                auto other = stream;
+                if (trial % 2)
+                    other.resize(rng() % other.size());
+                else
+                    other[trial % 4 ? rng() % other.size() : rng() % 24] ^= uint8_t(1u << rng() % 8);
+                expect(decode(isa, other, x) == decode(scalar, other, y) && x == y, name + ", damaged");
+            }
+        }
+    for (int states : {1, 4, 8, 64, 256})
+        for (int lanes : {1, 8, 32}) {
+            std::vector<float> x(size_t(lanes * 300));
+            for (auto& v : x) v = float(int32_t(rng())) * 1e-8f;
+            std::vector<int16_t> p(x.size()), q(x.size());
+            expect(!wf_trellis_search(isa, states, x.data(), int64_t(x.size()), lanes, -31, 31, p.data()) &&
+                       !wf_trellis_search(scalar, states, x.data(), int64_t(x.size()), lanes, -31, 31, q.data()) && p == q,
+                   "search with " + std::to_string(states) + " states");
+        }
+}
+
 }  // namespace
 
 int main() {
@@ -164,6 +253,7 @@ int main() {
                 const auto x = layer_on(isa, dtype, biases), y = layer_on(scalar, dtype, biases);
                 expect(!std::memcmp(x.data(), y.data(), x.size() * sizeof(float)), "layer " + std::to_string(dtype));
             }
+        compare_streams(isa, scalar);
         std::printf("%s equals scalar: %s\n", wf_isa(isa), failures ? "no" : "yes");
         ++compared;
     }

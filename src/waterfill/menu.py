@@ -51,6 +51,7 @@ class Menus:
     points: tuple[tuple[MenuPoint, ...], ...]
     choices: tuple[tuple[Choice, ...], ...]
     gain: Gain
+    any_rate: frozenset[int]  # states of the trellis codes that may take rates between those of the menu
 
     @property
     def weights(self) -> int:
@@ -101,7 +102,8 @@ def make_menus(
     matrices = architecture.matrices
     fused = any(matrix.expert is not None for matrix in matrices)
     raw = () if fused else (RAW,)
-    names = _selected(codecs or (*PURPOSES[purpose], *raw), (*CODECS, *raw), len(matrices))
+    wanted = tuple(codecs or (*PURPOSES[purpose], *raw))
+    names = _selected(wanted, (*CODECS, *raw), len(matrices))
     if fused and RAW in names:
         raise WaterfillError("a fused parameter cannot be packed in part, so experts cannot be raw; keep them instead")
     if not matrices:
@@ -129,7 +131,14 @@ def make_menus(
         points=tuple(points),
         choices=tuple(choices),
         gain=gain,
+        any_rate=frozenset(filter(None, map(_states, wanted))),
     )
+
+
+def _states(name: str) -> int:
+    """States of "trellis" or "trellis-s8", which stand for every rate; else 0."""
+    found = re.fullmatch(r"trellis(?:-s([0-9]+))?", name)
+    return int(found[1] or STATES) if found else 0
 
 
 def _selected(wanted: Sequence[str], menu: Sequence[str], matrices: int) -> tuple[str, ...]:
@@ -138,8 +147,8 @@ def _selected(wanted: Sequence[str], menu: Sequence[str], matrices: int) -> tupl
     for name in wanted:
         if name == FAST:
             matching = [codec for codec in menu if _is_fast(codec)]
-        elif name == TRELLIS or re.fullmatch(r"trellis-s[0-9]+", name):
-            matching = trellis_codecs(STATES if name == TRELLIS else int(name.removeprefix("trellis-s")), matrices)
+        elif states := _states(name):
+            matching = trellis_codecs(states, matrices)
         elif any(c in name for c in "*?["):
             matching = [codec for codec in menu if fnmatchcase(codec, name)]
             if not matching:

@@ -110,7 +110,7 @@ def _sources(menus: Menus, points: Sequence[MenuPoint], ties: Sequence[Sequence[
     sources = []
     for group in groups:
         codec = get_codec(points[group[0]].codec) if points[group[0]].codec != "raw" else None
-        if isinstance(codec, Trellis):
+        if isinstance(codec, Trellis) and codec.states in menus.any_rate:
             sources.append(_source(menus, group, codec.states))
     return sources
 

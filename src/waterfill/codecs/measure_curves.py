@@ -16,7 +16,7 @@ from waterfill.codecs.stream import MOST_LEVEL_SYMBOLS, centroids
 from waterfill.entropy import MOST_LANES, code_length_bits, from_counts
 from waterfill.entropy.trellis import indices, search
 
-SAMPLES = 1 << 21
+SAMPLES = 1 << 20
 LEAST, MOST = -512, 511
 Floats = npt.NDArray[np.float32]
 
