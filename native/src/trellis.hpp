@@ -1,7 +1,7 @@
 // The Viterbi algorithm of the trellis code: the path of levels nearest to a sequence, for 16 lanes side by side.
 //
 // No rate appears. With the code length of a Gaussian, a quadratic function of the level, the sum of squared error and
-// weighted rate is the squared error of a shorter target: the caller shrinks x instead (docs/design.md).
+// weighted rate is the squared error of a shorter target: the caller shrinks x instead (docs/design.md §4).
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 """Measure `curves.json`: python -m waterfill.codecs.measure_curves  (some minutes, needs the native library).
 
 A point is a distortion t2 and the step with which the code, aimed at targets shortened by 1 - t2, has exactly that
-distortion: the two conditions of the optimum (docs/design.md). The rate is that of real 12-bit tables.
+distortion: the two conditions of the optimum (docs/design.md §4). The rate is that of real 12-bit tables.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 The rate is a promise about bytes, and the step is what keeps it: every block of rows takes the step that the bytes left
 over call for, the last stream the one that fits best. The least rate-distortion cost needs no rate in the search: with
-a Gaussian's code lengths it is the nearest path to a target shortened by 1 - t2 (docs/design.md §5).
+a Gaussian's code lengths it is the nearest path to a target shortened by 1 - t2 (docs/design.md §4).
 """
 
 from __future__ import annotations
