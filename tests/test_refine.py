@@ -77,7 +77,9 @@ def test_at_high_rates_the_closed_form_holds(dense: Architecture) -> None:
     """R_i - R_j = 1/2 log2 of (alpha_i / N_i) / (alpha_j / N_j), side information aside."""
     plan = planned(dense, bits=5.0, gain="unbiased")
     codecs = [get_codec(tensor.codec) for tensor in plan.tensors]
-    core = [codec.core_rate(t.shape) for codec, t in zip(codecs, plan.tensors, strict=True) if isinstance(codec, Trellis)]
+    core = [
+        codec.core_rate(t.shape) for codec, t in zip(codecs, plan.tensors, strict=True) if isinstance(codec, Trellis)
+    ]
     expected = [0.5 * math.log2(tensor.alpha / tensor.weights) for tensor in plan.tensors]
     deviation = np.array(core) - np.array(expected)
     assert deviation.std() < 0.03

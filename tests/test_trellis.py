@@ -1,4 +1,4 @@
-"""The trellis code: the search finds the nearest path, natively as in numpy, and is as near to the bound as promised."""
+"""The trellis code: the search finds the nearest path, natively as in numpy, and is as near to the bound as told."""
 
 from __future__ import annotations
 
