@@ -43,6 +43,8 @@ class DecodedOnUse:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if hasattr(nn.init, getattr(func, "__name__", "")):  # transformers: modules that also have computed buffers
+            return (kwargs or {}).get("tensor", args[0] if args else None)
         args, kwargs = tree_map(lambda x: x.decode() if isinstance(x, cls) else x, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
 
