@@ -30,7 +30,9 @@ from waterfill.kernels.reference import STORED, Packed
 
 READ_BYTES = 1 << 28  # more than most caches hold
 READ_S = 0.3
-CHECKED_CODECS = ("higgs-p2-n16", "higgs-p1-n88", "higgs-p4-n256")  # 8-bit and 12-bit integers, look-ups in memory
+# 8-bit and 12-bit integers, look-ups in memory, levels; and what is entropy-coded.
+CHECKED_CODECS = ("higgs-p2-n16", "higgs-p1-n88", "higgs-p4-n256", "levels-8")
+CHECKED_STREAMS = "trellis-s8-r3.0000"
 LARGEST_ERROR = 0.03  # of a product, relative; activations of 8 bits leave 0.008
 DEVELOPER_EXTRAS = ("dev", "test")
 
@@ -150,6 +152,12 @@ def _self_check(layout: str) -> str | None:
                     return f"a product of {tokens} tokens with {name} is wrong"
                 if whole and not torch.equal(y, reference.matmul_integer(x, packed)):
                     return f"a product of {tokens} tokens with {name} differs from the reference in some bits"
+        codec = get_codec(CHECKED_STREAMS)
+        weight = torch.randn(20, 2100, generator=torch.Generator().manual_seed(0))
+        encoded = codec.encode(weight)
+        noise = float((codec.decode(encoded) - weight).square().sum())
+        if abs(noise - encoded.noise_power) > LARGEST_ERROR * encoded.noise_power:
+            return f"{CHECKED_STREAMS} decodes to something else than was encoded"
     except Exception as error:  # whatever fails here is the finding
         return f"{type(error).__name__}: {first_line(error)}"
     return None

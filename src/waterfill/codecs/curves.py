@@ -42,5 +42,6 @@ class Curve:
 @cache
 def curve(states: int) -> Curve:
     """The curve of the code with so many states."""
-    rates, steps, t2 = np.array(json.loads(FILE.read_text())[str(states)]).T
+    points = json.loads(FILE.read_text())[str(states)]
+    rates, steps, t2 = np.array([[0.0, points[0][1], 1.0], *points]).T  # no bits, no information
     return Curve(rates, np.log2(steps), np.log2(t2))
