@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import tqdm
 
 from waterfill import kernels
 from waterfill.artifact import RAW, StoredTensor
@@ -58,7 +58,7 @@ def arrange(model: Any) -> None:
     packed = [module for module in model.modules() if isinstance(module, PackedMatrix)]
     coded = [module for module in packed if isinstance(module.stored, Trellis)]
     stored = sum(module.streams.nbytes for module in coded)
-    for module in tqdm(packed, desc="Decoding weights", disable=not coded or None, leave=False):
+    for module in tqdm(packed, desc="decoding weights", disable=None if coded else True, leave=False, delay=1):
         module.arrange()
     if coded:
         memory = sum(buffer.nbytes for module in coded for buffer in module.buffers(recurse=False))
