@@ -224,7 +224,7 @@ bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const
     const int64_t most = s.wide ? 511 : 31, least = (s.wide ? 512 : 32) - (s.states == 1);  // j from -least to most
     if (!reader.good || !code || (flags & 12) || scale_bits > 8 || center >= symbols) return false;
     if (!(unit >= 0 && unit < 65504.0f) || raw_bits > (s.wide ? 6 : 0)) return false;
-    if (with_levels && (symbols > 16 || raw_bits)) return false;
+    if (with_levels && (symbols > 16 || s.wide)) return false;
     if (int64_t(center) << raw_bits > least || (int64_t(symbols - center) << raw_bits) - 1 > most) return false;
 
     const int64_t groups = groups_of(s.width), scale_count = rows * groups;

@@ -110,7 +110,7 @@ def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spaci
     counts = np.bincount(coded, minlength=symbols).astype(np.int64)
 
     values, with_levels = found.astype(np.float64), b""
-    if symbols <= MOST_LEVEL_SYMBOLS and not raw_bits:
+    if symbols <= MOST_LEVEL_SYMBOLS and not wide:
         mean, sign = centroids(x, found, coded, symbols, states)
         table = np.rint(mean * (127 / max(float(np.abs(mean).max()), 1e-30))).astype(np.int8)
         better = sign * table.astype(np.float64)[coded]
@@ -159,7 +159,7 @@ def read(
         and center < symbols
         and 0 <= unit < 65504
         and raw_bits <= (MOST_RAW_BITS if wide else 0)
-        and not (with_levels and (symbols > MOST_LEVEL_SYMBOLS or raw_bits))
+        and not (with_levels and (symbols > MOST_LEVEL_SYMBOLS or wide))
         and center << raw_bits <= -least
         and ((symbols - center) << raw_bits) - 1 <= most
     )
@@ -175,7 +175,10 @@ def read(
             frequencies[0] = 1 << PRECISION_BITS
     else:
         (parameter,) = struct.unpack("<I", source.take(4))
-        frequencies = gaussian(parameter, symbols, center, offset(states))
+        try:
+            frequencies = gaussian(parameter, symbols, center, offset(states))
+        except ValueError as error:
+            raise DamagedError("the table of a stream is damaged") from error
     table = np.frombuffer(source.take(symbols), np.int8) if with_levels else None
     count, lanes = padded(rows * width), lanes_for(rows * width)
     low = unpack_fields(source.take(-(-count * raw_bits // 8)), count, raw_bits) if raw_bits else 0
