@@ -230,8 +230,10 @@ bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const
     const int64_t groups = groups_of(s.width), scale_count = rows * groups;
     const uint8_t* packed_scales = reader.take(ceil_div(scale_count * scale_bits, 8));
     if (!reader.good) return false;
-    for (int64_t i = 0; i < scale_count; ++i)
+    for (int64_t i = 0; i < scale_count; ++i) {
         scales[i] = scale_of(unit, scale_bits ? field(packed_scales, i, int(scale_bits)) : 1);
+        if ((scales[i] & 0x7c00) == 0x7c00) return false;  // infinite
+    }
 
     uint16_t frequencies[256] = {};
     if (with_table) {
@@ -243,6 +245,8 @@ bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const
         gaussian_frequencies(reader.number(4), int(symbols), int(center), s.states > 1, frequencies);
     }
     const uint8_t* values = with_levels ? reader.take(symbols) : nullptr;
+    for (uint32_t i = 0; values && i < symbols; ++i)
+        if (int8_t(values[i]) == -128) return false;  // has no negative
     RansTable table;
     if (!reader.good || !make_table(frequencies, table)) return false;
 

@@ -168,6 +168,9 @@ def read(
     parts = len(groups(width))
     packed_scales = source.take(-(-rows * parts * scale_bits // 8))
     codes = unpack_fields(packed_scales, rows * parts, scale_bits) if scale_bits else np.ones(rows * parts, np.int64)
+    scales = scale_values(codes, unit).reshape(rows, parts)
+    if not np.isfinite(scales).all():
+        raise DamagedError("a scale is infinite")
     if with_table:
         frequencies = np.zeros(256, np.uint16)
         frequencies[:symbols] = unpack_fields(source.take(-(-symbols * 12 // 8)), symbols, PRECISION_BITS)
@@ -180,6 +183,8 @@ def read(
         except ValueError as error:
             raise DamagedError("the table of a stream is damaged") from error
     table = np.frombuffer(source.take(symbols), np.int8) if with_levels else None
+    if table is not None and table.min() < -127:
+        raise DamagedError("a level has no counterpart of the other sign")
     count, lanes = padded(rows * width), lanes_for(rows * width)
     low = unpack_fields(source.take(-(-count * raw_bits // 8)), count, raw_bits) if raw_bits else 0
     coded = rans.decode_reference(source.rest(), lanes, frequencies, count)
@@ -188,7 +193,6 @@ def read(
     if table is not None:
         sign = np.where(found & 2, -1, 1) if states > 1 else 1
         found = sign * table.astype(np.int64)[coded]
-    scales = scale_values(codes, unit).reshape(rows, parts)
     return found[: rows * width].reshape(rows, width), scales
 
 
