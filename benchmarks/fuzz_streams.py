@@ -149,7 +149,9 @@ def work(sender: Connection, library_path: Path, state: Path, seed: int, seconds
                 said = judge(case, library)
             except Exception as error:  # whatever else a decoder raises is a finding as well
                 said = "a finding"
-                where = "" if isinstance(error, Disagreement) else f" in {traceback.extract_tb(error.__traceback__)[-1]}"
+                where = (
+                    "" if isinstance(error, Disagreement) else f" in {traceback.extract_tb(error.__traceback__)[-1]}"
+                )
                 if len(tally.findings) < 20:
                     tally.findings.append((f"{type(error).__name__}: {error}{where}", case))
             tally.met[case.kind, said.partition(";")[0]] += 1
@@ -186,7 +188,9 @@ def write_corpus(report: Report, tally: Tally, path: Path) -> None:
     cases = [replace(case, name=f"{key[1]}".partition(";")[0]) for key, case in kept if len(case.data) <= CORPUS_BYTES]
     old = read_cases(CORPUS) if path == CORPUS and CORPUS.is_file() else []
     known = {(case.kind, case.numbers, case.data) for case in cases}
-    cases = [case for case in old if case.name.startswith("found") and (case.kind, case.numbers, case.data) not in known] + cases
+    cases = [
+        case for case in old if case.name.startswith("found") and (case.kind, case.numbers, case.data) not in known
+    ] + cases
     write_cases(path, cases)
     report.note(f"{len(cases)} cases in {path.name}, {path.stat().st_size:,} bytes")
 

@@ -1,7 +1,7 @@
 """Streams to begin with, and what the fuzzer does to them.
 
-    seeds ──► Mutator: bytes (flips, cuts, splices), lies (lengths, heads, tables, shapes) ──► Case
-                       or streams made from nothing: any head, any table, symbols coded as they say
+seeds ──► Mutator: bytes (flips, cuts, splices), lies (lengths, heads, tables, shapes) ──► Case
+                   or streams made from nothing: any head, any table, symbols coded as they say
 """
 
 from __future__ import annotations
@@ -99,7 +99,16 @@ class Mutator:
             del self._pool[len(self._seeds)]
 
     def _changes(self, case: Case) -> Sequence[Callable[[Case], Case]]:
-        of_bytes = (self._flip, self._set, self._cut, self._extend, self._delete, self._insert, self._splice, self._copy)
+        of_bytes = (
+            self._flip,
+            self._set,
+            self._cut,
+            self._extend,
+            self._delete,
+            self._insert,
+            self._splice,
+            self._copy,
+        )
         if case.kind == "rans":
             return (*of_bytes, self._counts, self._frequencies)
         return (*of_bytes, self._shape, self._head, self._head, self._index, self._number)
@@ -204,7 +213,9 @@ class Mutator:
         data, count = bytearray(case.data), self._streams(case)
         if 4 * count > len(data):
             return case
-        end = self._one_of((*EDGES_32, len(data), len(data) + 1, 4 * count, 4 * count - 1, int(self._rng.integers(1 << 32))))
+        end = self._one_of(
+            (*EDGES_32, len(data), len(data) + 1, 4 * count, 4 * count - 1, int(self._rng.integers(1 << 32)))
+        )
         struct.pack_into("<I", data, 4 * int(self._rng.integers(count)), end)
         return replace(case, data=bytes(data))
 
