@@ -30,7 +30,7 @@ from waterfill import native
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from stream_cases import CORPUS, Case, Disagreement, judge, read_cases, write_cases
+from stream_cases import CORPUS, Case, DisagreementError, judge, read_cases, write_cases
 from stream_mutations import Mutator
 
 SECONDS, QUICK_SECONDS = 600.0, 20.0
@@ -150,7 +150,7 @@ def work(sender: Connection, library_path: Path, state: Path, seed: int, seconds
             except Exception as error:  # whatever else a decoder raises is a finding as well
                 said = "a finding"
                 where = (
-                    "" if isinstance(error, Disagreement) else f" in {traceback.extract_tb(error.__traceback__)[-1]}"
+                    "" if isinstance(error, DisagreementError) else f" in {traceback.extract_tb(error.__traceback__)[-1]}"
                 )
                 if len(tally.findings) < 20:
                     tally.findings.append((f"{type(error).__name__}: {error}{where}", case))

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from waterfill.codecs.trellis import Trellis, _decode_reference
-from waterfill.entropy import Damaged, rans
+from waterfill.entropy import DamagedError, rans
 from waterfill.errors import ArtifactError
 from waterfill.native import Native
 
@@ -27,7 +27,7 @@ CORPUS = Path(__file__).with_name("attacks") / "streams.jsonl"
 PAGE = mmap.PAGESIZE
 
 
-class Disagreement(Exception):
+class DisagreementError(Exception):
     """Decoders that do not do the same, or one that does not refuse in the way it should."""
 
 
@@ -58,39 +58,42 @@ def write_cases(path: Path, cases: Iterable[Case]) -> None:
     path.write_text("".join(f"{case.line()}\n" for case in cases), "ascii")
 
 
-def judge(case: Case, library: Native) -> str:
-    """What all decoders make of it: "decoded", or the reference's reason to refuse. Raises Disagreement."""
+def judge(case: Case, library: Native | None) -> str:
+    """What all decoders make of it: "decoded", or the reference's reason to refuse. Raises DisagreementError.
+
+    Without a library the reference is alone.
+    """
     run = _judge_rans if case.kind == "rans" else _judge_trellis
     return run(case, library)
 
 
-def _judge_rans(case: Case, library: Native) -> str:
+def _judge_rans(case: Case, library: Native | None) -> str:
     lanes, count = case.numbers
     frequencies, data = np.frombuffer(case.data, "<u2", 256).astype(np.uint16), case.data[512:]
     said = "decoded"
     expected = None
     try:
         expected = rans.decode_reference(data, lanes, frequencies, count).tobytes()
-    except Damaged as error:
+    except DamagedError as error:
         said = str(error)
-    for isa, number in library.isas.items():
+    for isa, number in library.isas.items() if library else ():
         for low in (False, True):
             source, out = _Guarded(len(data), low), _Guarded(count, low)
             source.write(data)
             table = frequencies.ctypes.data
             status = library.rans_decode(number, source.address, len(data), lanes, table, count, out.address)
             _same(f"rans {isa}", expected, None if status else out.read(), status)
-    if expected is not None:
+    if library and expected is not None:
         symbols, out = np.frombuffer(expected, np.uint8), np.empty(4 * lanes + 2 * count, np.uint8)
         size = library.rans_encode(
             symbols.ctypes.data, count, lanes, frequencies.ctypes.data, out.ctypes.data, len(out)
         )
         if out[: max(size, 0)].tobytes() != data:
-            raise Disagreement("decoded symbols are not encoded to the same bytes")
+            raise DisagreementError("decoded symbols are not encoded to the same bytes")
     return said
 
 
-def _judge_trellis(case: Case, library: Native) -> str:
+def _judge_trellis(case: Case, library: Native | None) -> str:
     states, wide, rows, width = case.numbers
     codec = Trellis(states, 6.0 if wide else 3.0)
     layout = codec.levels.layout((rows, width))
@@ -103,7 +106,7 @@ def _judge_trellis(case: Case, library: Native) -> str:
     except ArtifactError as error:
         said = f"{error.__cause__ or error}"
         refused = str(error)
-    for isa, number in library.isas.items():
+    for isa, number in library.isas.items() if library else ():
         for low in (False, True):
             source, out, out_scales = _Guarded(len(case.data), low), _Guarded(sizes[0], low), _Guarded(sizes[1], low)
             source.write(case.data)
@@ -113,17 +116,17 @@ def _judge_trellis(case: Case, library: Native) -> str:
             got = None if status else out.read() + out_scales.read()
             _same(f"trellis {isa}", expected, got, status)
             if status <= -3 and f"stream {-3 - status} of" not in refused:
-                raise Disagreement(f"trellis {isa}: status {status}, the reference says: {refused}")
+                raise DisagreementError(f"trellis {isa}: status {status}, the reference says: {refused}")
     return said
 
 
 def _same(who: str, expected: bytes | None, got: bytes | None, status: int) -> None:
     if status == -1 and who.startswith("trellis"):  # of rans it is also a table that does not sum to 4096
-        raise Disagreement(f"{who}: refuses its arguments")
+        raise DisagreementError(f"{who}: refuses its arguments")
     if (expected is None) != (got is None):
-        raise Disagreement(f"{who}: {'decodes' if expected is None else 'refuses'} what the reference does not")
+        raise DisagreementError(f"{who}: {'decodes' if expected is None else 'refuses'} what the reference does not")
     if expected != got:
-        raise Disagreement(f"{who}: decodes to something else than the reference")
+        raise DisagreementError(f"{who}: decodes to something else than the reference")
 
 
 class _Guarded:
