@@ -150,7 +150,9 @@ def work(sender: Connection, library_path: Path, state: Path, seed: int, seconds
             except Exception as error:  # whatever else a decoder raises is a finding as well
                 said = "a finding"
                 where = (
-                    "" if isinstance(error, DisagreementError) else f" in {traceback.extract_tb(error.__traceback__)[-1]}"
+                    ""
+                    if isinstance(error, DisagreementError)
+                    else f" in {traceback.extract_tb(error.__traceback__)[-1]}"
                 )
                 if len(tally.findings) < 20:
                     tally.findings.append((f"{type(error).__name__}: {error}{where}", case))

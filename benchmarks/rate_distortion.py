@@ -1,6 +1,6 @@
 """Entropy-coded trellis quantisation: how near the Shannon bound, what that saves on a model, and at what speed.
 
-    gaussian    fresh Gaussian weights, encoded and decoded: distance to the bound by rate and states, beside HIGGS grids
+    gaussian    fresh Gaussian weights, encoded and decoded: distance to the bound by rate and states, beside HIGGS
     model       the example model: bytes on disk against measured KL, trellis against allotted fixed-rate grids
     speed       decoding to levels on one and two threads for every instruction set, beside zstd -1, Huff0 and
                 constriction in the same rounds; encoding on one thread

@@ -154,7 +154,7 @@ def peers(report: Report, pool: ThreadPoolExecutor, bits: int, quick: bool) -> l
 
 
 def uniform_symbols(bits: float, count: int) -> Symbols:
-    """Indices of a uniform quantiser of Gaussian weights whose entropy is `bits`; at most 16 where that costs nothing."""
+    """Indices of a uniform quantiser of Gaussian weights, of `bits` bits of entropy: at most 16 where those suffice."""
     x = torch.randn(count, generator=torch.Generator().manual_seed(1)).numpy()
     most = 7 if bits <= 3 else 31
     aim = (1 - curve(1).t2(bits)) / curve(1).step(bits)

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from stream_cases import Case
 
+from stream_cases import Case
 from waterfill.codecs import stream
 from waterfill.codecs.trellis import Trellis
 from waterfill.entropy import from_counts, gaussian, lanes_for, rans
@@ -32,10 +32,10 @@ RATES = (0.4, 1.0, 2.0, 3.0, 4.4, 6.0, 8.5)
 
 def seeds(rng: np.random.Generator) -> list[Case]:
     """Sound cases of every kind that an encoder writes."""
-    found = []
+    found: list[Case] = []
     for states in CODES:
-        for shape in MATRICES[: 6 if states not in (1, 64) else None]:
-            found.append(encoded(shape, states, float(rng.choice(RATES)), rng))
+        shapes = MATRICES if states in (1, 64) else MATRICES[:6]
+        found += [encoded(shape, states, float(rng.choice(RATES)), rng) for shape in shapes]
     found.append(encoded(SEVERAL, 8, 1.0, rng))
     return [*found, *(coded_symbols(rng) for _ in range(40))]
 
