@@ -224,14 +224,16 @@ bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const
     const int64_t most = s.wide ? 511 : 31, least = (s.wide ? 512 : 32) - (s.states == 1);  // j from -least to most
     if (!reader.good || !code || (flags & 12) || scale_bits > 8 || center >= symbols) return false;
     if (!(unit >= 0 && unit < 65504.0f) || raw_bits > (s.wide ? 6 : 0)) return false;
-    if (with_levels && (symbols > 16 || raw_bits)) return false;
+    if (with_levels && (symbols > 16 || s.wide)) return false;
     if (int64_t(center) << raw_bits > least || (int64_t(symbols - center) << raw_bits) - 1 > most) return false;
 
     const int64_t groups = groups_of(s.width), scale_count = rows * groups;
     const uint8_t* packed_scales = reader.take(ceil_div(scale_count * scale_bits, 8));
     if (!reader.good) return false;
-    for (int64_t i = 0; i < scale_count; ++i)
+    for (int64_t i = 0; i < scale_count; ++i) {
         scales[i] = scale_of(unit, scale_bits ? field(packed_scales, i, int(scale_bits)) : 1);
+        if ((scales[i] & 0x7c00) == 0x7c00) return false;  // infinite
+    }
 
     uint16_t frequencies[256] = {};
     if (with_table) {
@@ -243,6 +245,8 @@ bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const
         gaussian_frequencies(reader.number(4), int(symbols), int(center), s.states > 1, frequencies);
     }
     const uint8_t* values = with_levels ? reader.take(symbols) : nullptr;
+    for (uint32_t i = 0; values && i < symbols; ++i)
+        if (int8_t(values[i]) == -128) return false;  // has no negative
     RansTable table;
     if (!reader.good || !make_table(frequencies, table)) return false;
 

@@ -110,7 +110,7 @@ def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spaci
     counts = np.bincount(coded, minlength=symbols).astype(np.int64)
 
     values, with_levels = found.astype(np.float64), b""
-    if symbols <= MOST_LEVEL_SYMBOLS and not raw_bits:
+    if symbols <= MOST_LEVEL_SYMBOLS and not wide:
         mean, sign = centroids(x, found, coded, symbols, states)
         table = np.rint(mean * (127 / max(float(np.abs(mean).max()), 1e-30))).astype(np.int8)
         better = sign * table.astype(np.float64)[coded]
@@ -159,7 +159,7 @@ def read(
         and center < symbols
         and 0 <= unit < 65504
         and raw_bits <= (MOST_RAW_BITS if wide else 0)
-        and not (with_levels and (symbols > MOST_LEVEL_SYMBOLS or raw_bits))
+        and not (with_levels and (symbols > MOST_LEVEL_SYMBOLS or wide))
         and center << raw_bits <= -least
         and ((symbols - center) << raw_bits) - 1 <= most
     )
@@ -168,6 +168,9 @@ def read(
     parts = len(groups(width))
     packed_scales = source.take(-(-rows * parts * scale_bits // 8))
     codes = unpack_fields(packed_scales, rows * parts, scale_bits) if scale_bits else np.ones(rows * parts, np.int64)
+    scales = scale_values(codes, unit).reshape(rows, parts)
+    if not np.isfinite(scales).all():
+        raise DamagedError("a scale is infinite")
     if with_table:
         frequencies = np.zeros(256, np.uint16)
         frequencies[:symbols] = unpack_fields(source.take(-(-symbols * 12 // 8)), symbols, PRECISION_BITS)
@@ -175,8 +178,13 @@ def read(
             frequencies[0] = 1 << PRECISION_BITS
     else:
         (parameter,) = struct.unpack("<I", source.take(4))
-        frequencies = gaussian(parameter, symbols, center, offset(states))
+        try:
+            frequencies = gaussian(parameter, symbols, center, offset(states))
+        except ValueError as error:
+            raise DamagedError("the table of a stream is damaged") from error
     table = np.frombuffer(source.take(symbols), np.int8) if with_levels else None
+    if table is not None and table.min() < -127:
+        raise DamagedError("a level has no counterpart of the other sign")
     count, lanes = padded(rows * width), lanes_for(rows * width)
     low = unpack_fields(source.take(-(-count * raw_bits // 8)), count, raw_bits) if raw_bits else 0
     coded = rans.decode_reference(source.rest(), lanes, frequencies, count)
@@ -185,7 +193,6 @@ def read(
     if table is not None:
         sign = np.where(found & 2, -1, 1) if states > 1 else 1
         found = sign * table.astype(np.int64)[coded]
-    scales = scale_values(codes, unit).reshape(rows, parts)
     return found[: rows * width].reshape(rows, width), scales
 
 

@@ -37,6 +37,7 @@ from waterfill.hadamard import groups, rotate
 RATE_DIGITS = 4
 LEAST_RATE, MOST_RATE = 0.3, 9.0
 WIDE_RATE = 4.5  # above it levels take 16 bits when they are decoded
+MOST_NARROW = 5.0  # rate beyond which the levels of 8 bits no longer reach to the ends of a Gaussian
 SCALE_STEPS = 8  # per octave; finer steps cost more than the rate that they save
 TYPICAL_SCALE_BITS = 5
 BLOCK_STREAMS = 4  # encoded with one step, side by side
@@ -166,7 +167,8 @@ class _Encoder(Encoder):
         self._curve, self._width = curve(codec.states), shape[1]
         self._total = stream_bytes(shape, codec.rate)
         self._rows_left = shape[0]
-        self._nominal = codec.core_rate(shape)
+        self._most = MOST_RATE if codec.wide else MOST_NARROW
+        self._nominal = min(codec.core_rate(shape), self._most)
         self._ends: list[int] = []
         self._at = 4 * len(_streams(shape))
         self._started = False
@@ -195,7 +197,7 @@ class _Encoder(Encoder):
         # What went wrong is corrected over the rows that are left, and what made it go wrong from now on.
         drift = 8 * excess / (rows * self._width)
         left = max(self._rows_left * self._width, 1)
-        self._nominal = max(self._nominal - drift - 8 * excess / left, 0.02)
+        self._nominal = min(max(self._nominal - drift - 8 * excess / left, 0.02), self._most)
 
     def _share(self, rows: int) -> float:
         """Bytes that the next so many rows may have."""
@@ -212,14 +214,14 @@ class _Encoder(Encoder):
                 low = max(low, nominal)
                 if best is None or one.size_bytes > best.size_bytes:
                     best = one
-                if room <= max(slack * limit_bytes, 2) or nominal >= MOST_RATE:
+                if room <= max(slack * limit_bytes, 2) or nominal >= self._most:
                     break
             else:
                 high = min(high, nominal)
             following = nominal + 8 * (room - slack * limit_bytes / 2) / target.rotated.numel()
             if not low < following < high:
                 following = (low + high) / 2 if high < math.inf else following
-            nominal = min(max(following, 0.0), MOST_RATE)
+            nominal = min(max(following, 0.0), self._most)
         while best is None:  # never for weights: a target of zeros costs next to nothing
             nominal = max(nominal - 0.5, -8.0)
             one = self._try(target, nominal)

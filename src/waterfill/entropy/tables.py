@@ -87,12 +87,18 @@ def _gaussian(parameter: int, symbols: int, center: int, offset: int) -> tuple[i
     weight = [*reversed(weights(4 - offset, center)), *weights(offset, symbols - center)]
     total = sum(weight)
     share = [1 + ((w * (TOTAL - symbols) + total // 2) // total if total else 0) for w in weight]
-    share[max(range(symbols), key=lambda s: share[s])] += TOTAL - sum(share)
+    largest = max(range(symbols), key=lambda s: share[s])
+    share[largest] += TOTAL - sum(share)
+    if share[largest] < 0:  # many symbols of nearly the same probability, all rounded up
+        raise ValueError(f"{symbols} symbols have no table with parameter {parameter}")
     return tuple(share)
 
 
 def gaussian(parameter: int, symbols: int, center: int, offset: int) -> Frequencies:
-    """Frequencies of levels p = 4 (symbol - center) + offset whose probability is (parameter / 2^32)^(p^2)."""
+    """Frequencies of levels p = 4 (symbol - center) + offset whose probability is (parameter / 2^32)^(p^2).
+
+    Raises ValueError where that is so flat that rounding leaves the likeliest nothing, as in no code of a Gaussian.
+    """
     table = np.zeros(MOST_SYMBOLS, np.uint16)
     table[:symbols] = _gaussian(parameter, symbols, center, offset)
     return table

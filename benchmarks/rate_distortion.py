@@ -1,0 +1,43 @@
+"""Entropy-coded trellis quantisation: how near the Shannon bound, what that saves on a model, and at what speed.
+
+    gaussian    fresh Gaussian weights, encoded and decoded: distance to the bound by rate and states, beside HIGGS
+    model       the example model: bytes on disk against measured KL, trellis against allotted fixed-rate grids
+    speed       decoding to levels on one and two threads for every instruction set, beside zstd -1, Huff0 and
+                constriction in the same rounds; encoding on one thread
+    checkpoint  random weights in the shapes of Llama-3.2-1B: time and peak memory of pack and of load, coded to be
+                stored and to be run from its codes (4 GB in a temporary folder)
+
+Whoever is not installed (zstandard, zipnn, constriction) is left out. Speeds want an idle machine.
+"""
+
+from __future__ import annotations
+
+from common import Report, parse_arguments
+from rd_checkpoint import measure_checkpoint
+from rd_gaussian import measure_gaussian
+from rd_model import measure_model
+from rd_speed import measure_speed
+
+SECTIONS = {
+    "gaussian": measure_gaussian,
+    "model": measure_model,
+    "speed": measure_speed,
+    "checkpoint": measure_checkpoint,
+}
+
+
+def main() -> None:
+    names = list(SECTIONS)
+    arguments = parse_arguments(
+        __doc__,
+        only={"choices": names, "nargs": "+", "default": names, "metavar": "NAME", "help": f"of {', '.join(names)}"},
+    )
+    report = Report("rate and distortion of entropy-coded weights")
+    for name in names:
+        if name in arguments.only:
+            SECTIONS[name](report, arguments.quick)
+    report.save(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`rate_distortion.py`: time and peak memory of packing and loading a whole checkpoint, each in a fresh process.
+
+Random weights in the shapes of Llama-3.2-1B, one plan to store (entropy-coded) and one to run from (fixed rate), at the
+same bits and from the same sensitivities.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import waterfill
+from common import Report
+from footprint import Footprint, figures, measure, nothing
+from make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
+
+BITS = 4.0
+PURPOSES = ("storage", "memory")
+PROBE = {"sequences": 2, "length": 64}  # sensitivities do not matter here
+QUICK_PROBE = {"sequences": 2, "length": 16}
+
+
+def measure_checkpoint(report: Report, quick: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        model = make_checkpoint(home / "model", TINY if quick else LLAMA_3_2_1B)
+        plans = {purpose: home / f"{purpose}.json" for purpose in PURPOSES}
+        measured = measure(plan, model, plans, QUICK_PROBE if quick else PROBE)
+        rows = [row(None, "import waterfill", None, measure(nothing)), row(None, "plan", None, measured)]
+        for purpose, file in plans.items():
+            out = home / purpose
+            packed = measure(pack, model, out, file)
+            size_bytes = sum(shard.stat().st_size for shard in out.glob("*.safetensors"))
+            rows.append(row(purpose, "pack", size_bytes, packed))
+            rows.append(row(purpose, "load", size_bytes, measure(load, out)))
+    columns = ["purpose", "step", "artifact MB", "time s", "peak MB", "anonymous MB", "file MB"]
+    name = "tiny" if quick else "Llama-3.2-1B"
+    title = f"{name} shapes at {BITS:g} bits, {torch.get_num_threads()} threads, each step in a process of its own"
+    report.table(title, columns, rows, key="checkpoint")
+
+
+def row(purpose: str | None, step: str, size_bytes: int | None, footprint: Footprint) -> list[Any]:
+    return [purpose, step, None if size_bytes is None else round(size_bytes / 1e6), *figures(footprint)]
+
+
+# The steps, as they run in a process of their own
+
+
+def plan(model: Path, files: dict[str, Path], probe: dict[str, int]) -> None:
+    first, second = PURPOSES
+    waterfill.plan(model, bits=BITS, purpose=first, save=files[first], **probe)
+    known = files[first].with_suffix(".sensitivity.json")
+    waterfill.plan(model, bits=BITS, purpose=second, save=files[second], sensitivity=known)
+
+
+def pack(model: Path, out: Path, plan_file: Path) -> None:
+    waterfill.pack(model, out, plan=plan_file)
+
+
+def load(artifact: Path) -> None:
+    waterfill.load(artifact)
