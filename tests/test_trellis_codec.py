@@ -17,7 +17,7 @@ from waterfill.codecs.curves import STATES
 from waterfill.codecs.stream import scale_values, stream_rows
 from waterfill.codecs.trellis import LEAST_RATE, MOST_RATE, _decode_reference, least_bytes
 from waterfill.errors import ArtifactError, WaterfillError
-from waterfill.hadamard import groups, rotate
+from waterfill.hadamard import groups, rotate, unrotate
 
 Shape = tuple[int, int]
 
@@ -160,7 +160,7 @@ def test_zeros_stay_zeros() -> None:
     assert relative_noise(decoded, weight) < 0.02
 
 
-@pytest.mark.parametrize("kind", ["constant", "one large", "heavy tails", "two values", "tiny"])
+@pytest.mark.parametrize("kind", ["constant", "one large", "heavy tails", "two values", "uniform", "tiny"])
 def test_matrices_that_are_not_gaussian(kind: str) -> None:
     weight = gaussian((128, 512))
     match kind:
@@ -170,12 +170,14 @@ def test_matrices_that_are_not_gaussian(kind: str) -> None:
             weight[5, 7] = 1e4
         case "heavy tails":
             weight = weight**5
+        case "uniform":
+            weight = unrotate(torch.rand(128, 512, generator=seeded(1)) - 0.5)
         case "two values":
             weight = weight.sign()
         case "tiny":
             weight *= 1e-20
-    codec = trellis(8, 3.0)
-    assert relative_noise(codec.decode(encoded(codec, weight)), weight) < 1.3 * codec.distortion((128, 512))
+    for codec in (trellis(8, 3.0), trellis(8, 7.5)):
+        assert relative_noise(codec.decode(encoded(codec, weight)), weight) < 1.3 * codec.distortion((128, 512))
 
 
 def test_bfloat16_is_encoded_as_float32() -> None:

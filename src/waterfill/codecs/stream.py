@@ -119,10 +119,13 @@ def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spaci
             with_levels, values = table.tobytes(), better
 
     parameter = gaussian_parameter(float(np.mean((4.0 * (coded.astype(np.float64) - center) + offset(states)) ** 2)))
-    ideal = gaussian(parameter, symbols, center, offset(states))
     frequencies = from_counts(counts)
     explicit = pack_fields(frequencies[:symbols].astype(np.int64) & 4095, PRECISION_BITS)
-    with_table = code_length_bits(counts, frequencies) + 8 * len(explicit) < code_length_bits(counts, ideal) + 32
+    try:
+        ideal = gaussian(parameter, symbols, center, offset(states))
+        with_table = code_length_bits(counts, frequencies) + 8 * len(explicit) < code_length_bits(counts, ideal) + 32
+    except ValueError:  # nothing like a Gaussian
+        with_table = True
     tables = explicit if with_table else struct.pack("<I", parameter)
     raw = pack_fields(j & ((1 << raw_bits) - 1), raw_bits)
     return Coded(
