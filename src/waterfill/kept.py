@@ -17,7 +17,7 @@ import torch
 
 from waterfill.architecture import Kept, Matrix
 from waterfill.artifact import ArtifactWriter
-from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite
+from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, Index, check_finite
 from waterfill.codecs import lossless
 from waterfill.errors import CheckpointError
 
@@ -47,8 +47,8 @@ def write_coded(
     Raises:
         CheckpointError: a number is NaN or infinite, or the tensor is not the one that was planned for.
     """
-    buffer, lengths = f"{name}.{lossless.BUFFER}", []
-    count = _count(tensor)
+    buffer, count = f"{name}.{lossless.BUFFER}", math.prod(tensor.shape)
+    lengths: list[int] = []
     at = lossless.LENGTH_BYTES * lossless.streams_of(count)
     for stream in lossless.encode_streams(_numbers(checkpoint, tensor)):
         if at + len(stream) > size_bytes:
@@ -66,10 +66,6 @@ def write_coded(
     writer.write(buffer, at, bytes(size_bytes - at))
 
 
-def _count(tensor: Kept | Matrix) -> int:
-    return math.prod(tensor.shape)
-
-
 def _sources(tensor: Kept | Matrix) -> Sequence[str]:
     """Checkpoint tensors that hold the parameter's numbers, one behind the other."""
     if isinstance(tensor, Matrix):
@@ -81,12 +77,11 @@ def _numbers(checkpoint: Checkpoint, tensor: Kept | Matrix, step: Step | None = 
     """The numbers of the parameter in the model's order, in flat parts."""
     for source in _sources(tensor):
         info = checkpoint.tensors[source]
-        if not info.shape or not math.prod(info.shape):
-            parts = [checkpoint.read(source)]
-        else:
-            rows = max(1, BLOCK_NUMBERS * info.shape[0] // math.prod(info.shape))
-            parts = (checkpoint.read(source, slice(i, i + rows)) for i in range(0, info.shape[0], rows))
-        for part in parts:
+        count = math.prod(info.shape)
+        rows = max(1, BLOCK_NUMBERS * info.shape[0] // count) if count and info.shape else 0
+        blocks: list[Index] = [slice(i, i + rows) for i in range(0, info.shape[0], rows)] if rows else [...]
+        for block in blocks:
+            part = checkpoint.read(source, block)
             check_finite(part, source, info.file)
             yield part.reshape(-1)
             if step:

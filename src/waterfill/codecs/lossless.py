@@ -60,7 +60,13 @@ def encode_streams(numbers: Iterable[torch.Tensor]) -> Iterator[bytes]:
             room = np.empty((parts, capacity), np.uint8)
         sizes = np.empty(parts, np.int64)
         library.call(
-            "lossless_encode", item_bytes, block.data_ptr(), block.numel(), room.ctypes.data, capacity, sizes.ctypes.data
+            "lossless_encode",
+            item_bytes,
+            block.data_ptr(),
+            block.numel(),
+            room.ctypes.data,
+            capacity,
+            sizes.ctypes.data,
         )
         for row, size in zip(room, sizes.tolist(), strict=False):
             yield row[:size].tobytes()
@@ -158,7 +164,8 @@ class _Table(NamedTuple):
 @lru_cache(maxsize=1)
 def _logs() -> Integers:
     """log2 of 0 (as 0) … 4096 in 16-bit fractions."""
-    return np.floor(np.log2(np.maximum(np.arange(TOTAL + 1), 1)) * 2**LOG_BITS + 0.5).astype(np.int64)
+    logs: Integers = np.floor(np.log2(np.maximum(np.arange(TOTAL + 1), 1)) * 2**LOG_BITS + 0.5).astype(np.int64)
+    return logs
 
 
 def encode_reference(numbers: Bytes, item_bytes: int) -> bytes:
@@ -215,7 +222,9 @@ def _decode_reference(data: Bytes, sizes: npt.NDArray[np.uint32], out: torch.Ten
     for i, size in enumerate(sizes.tolist()):
         part = target[i * each : (i + 1) * each]
         try:
-            part[:] = decode_reference(data[at : at + size].tobytes(), out.element_size(), len(part) // out.element_size())
+            part[:] = decode_reference(
+                data[at : at + size].tobytes(), out.element_size(), len(part) // out.element_size()
+            )
         except Damaged as error:
             raise _damaged(f"stream {i}") from error
         at += size

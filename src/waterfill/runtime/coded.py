@@ -49,7 +49,7 @@ class _Place:
 
     owner: nn.Module
     name: str
-    order: list[str]
+    order: list[str]  # of the module's parameters, then of its buffers
 
     def put(self, tensor: torch.Tensor) -> None:
         del self.owner._modules[self.name]
@@ -85,13 +85,14 @@ def hold(model: Any, tensors: Iterable[StoredTensor]) -> None:
         ArtifactError: a tensor has no place in the model, or is not what its place calls for.
     """
     holding = _Holding(ties=dict(getattr(model, _TIES, None) or {}))
-    dtypes = _dtype_plan(model)
+    dtypes, orders = _dtype_plan(model), dict[nn.Module, list[str]]()
     for stored in tensors:
         aliases = [target for target, source in holding.ties.items() if source == stored.name]
         original = _find(model, stored)
         kind = nn.Parameter if isinstance(original, nn.Parameter) else None
         coded = Coded(stored)
-        places = [_replace(model, stored.name, coded), *(_replace(model, alias, Coded()) for alias in aliases)]
+        modules = [(stored.name, coded), *((alias, Coded()) for alias in aliases)]
+        places = [_replace(model, name, module, orders) for name, module in modules]
         dtype = next((dtype for pattern, dtype in dtypes if pattern.search(stored.name)), original.dtype)
         holding.tensors.append(_Held(coded, places, dtype, original.requires_grad if kind else None))
     if holding.tensors:
@@ -105,13 +106,15 @@ def decode_coded(model: Any) -> None:
     holding: _Holding | None = model.__dict__.pop("_waterfill_coded", None)
     if holding is None:
         return
-    for held in tqdm(holding.tensors, desc="Decoding kept tensors", disable=len(holding.tensors) < 2 or None, leave=False):
+    for held in tqdm(
+        holding.tensors, desc="Decoding kept tensors", disable=len(holding.tensors) < 2 or None, leave=False
+    ):
         device = held.coded.streams.device
         tensor = held.coded.decode().to(device=device, dtype=held.dtype)
         del held.coded.streams  # before the next one takes memory
         if held.requires_grad is not None:
             tensor = nn.Parameter(tensor, requires_grad=held.requires_grad)
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        tensor._is_hf_initialized = True
         for place in held.places:
             place.put(tensor)
     setattr(model, _TIES, holding.ties)
@@ -123,7 +126,7 @@ def _find(model: nn.Module, stored: StoredTensor) -> torch.Tensor:
         owner = model.get_submodule(path)
     except AttributeError:
         owner = nn.Module()
-    found = owner._parameters.get(name)
+    found: torch.Tensor | None = owner._parameters.get(name)
     found = owner._buffers.get(name) if found is None else found
     if found is None:
         raise ArtifactError(f"tensor {stored.name!r} has no place in {type(model).__name__}; pack the model again")
@@ -132,17 +135,17 @@ def _find(model: nn.Module, stored: StoredTensor) -> torch.Tensor:
             f"tensor {stored.name!r} is {stored.dtype} {list(stored.shape)} where the model has {list(found.shape)}; "
             "pack the model again"
         )
-    if [(buffer.dtype, len(buffer.shape)) for buffer in stored.buffers] != [("U8", 1)] or stored.keys != (lossless.BUFFER,):
+    if [(buffer.dtype, len(buffer.shape)) for buffer in stored.buffers] != [("U8", 1)] or stored.keys != (
+        lossless.BUFFER,
+    ):
         raise ArtifactError(f"tensor {stored.name!r} is not stored as {lossless.BUFFER!r} alone; pack the model again")
     return found
 
 
-def _replace(model: nn.Module, path: str, coded: Coded) -> _Place:
+def _replace(model: nn.Module, path: str, coded: Coded, orders: dict[nn.Module, list[str]]) -> _Place:
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent)
-    parameters, buffers = owner._parameters, owner._buffers
-    members: dict[str, Any] = parameters if name in parameters else buffers
-    order = list(members)
+    order = orders.setdefault(owner, [*owner._parameters, *owner._buffers])
     delattr(owner, name)
     owner._modules[name] = coded
     if not owner._non_persistent_buffers_set:  # which transformers would have to compute
