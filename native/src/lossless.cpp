@@ -197,9 +197,9 @@ int64_t encode_fast(const uint8_t* symbols, int64_t count, int lanes, const uint
             uint32_t state = x[lane];
             const uint16_t word = uint16_t(state);
             std::memcpy(at - 2, &word, 2);
-            const bool leaves = state > step.limit;
-            at -= leaves ? 2 : 0;
-            state = leaves ? state >> 16 : state;
+            const uint32_t leaves = state > step.limit;
+            at -= 2 * leaves;
+            state >>= 16 * leaves;
             const uint32_t quotient = uint32_t(state * step.reciprocal >> 44);
             x[lane] = quotient << kSlotBits | step.slots[state - quotient * step.freq];
         }

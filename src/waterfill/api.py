@@ -322,7 +322,8 @@ def _check_alone(options: PlanOptions) -> None:
     given = [name for name, value in options.items() if name not in others and value not in (None, False, (), [])]
     if given:
         raise BudgetError(
-            f"a lossless plan keeps every bit, whatever else is asked for; leave out {', '.join(sorted(given))}, or lossless"
+            f"a lossless plan keeps every bit, whatever else is asked for; leave out "
+            f"{', '.join(sorted(given))}, or lossless"
         )
 
 

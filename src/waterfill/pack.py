@@ -89,9 +89,7 @@ def pack_plan(
         return writer.publish({**_model_files(checkpoint), PLAN_FILE: plan.to_json().encode(), **(extra or {})})
 
 
-def _write_matrix(
-    writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix
-) -> Iterator[int]:
+def _write_matrix(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix) -> Iterator[int]:
     """Yields the weights of each block when it has been written."""
     if tensor.codec == RAW:
         yield from _write_raw(writer, checkpoint, tensor, matrix)
@@ -113,9 +111,7 @@ def _write_matrix(
     writer.complete(tensor.name, exponent=exponent, t2=encoder.noise_power / encoder.power if encoder.power else 0.0)
 
 
-def _write_raw(
-    writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix
-) -> Iterator[int]:
+def _write_raw(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix) -> Iterator[int]:
     if matrix.transposed:  # rows are columns of what is stored: all at once
         rows = torch.cat([block for _, block in _blocks(checkpoint, matrix)])
         writer.write(tensor.parameter, 0, rows.T)

@@ -1,13 +1,13 @@
 """Floating-point tensors bit by bit: exponents entropy-coded, what is as good as random left as it is.
 
-    numbers --turned left by one bit--> planes of bytes: exponent first, sign last --> each coded (rANS), or as it is
+    numbers --turned left by a bit--> planes of bytes: exponent first, sign last --> each coded (rANS), or as it is
 
-Stored: one buffer, `streams` U8: the length of each stream (4 bytes each), the streams, a zero byte if their sum is odd.
+Stored: one buffer, `streams` U8: the length of each stream (4 bytes each), the streams, a zero byte if the sum is odd.
 A stream has 2^18 numbers, the last one fewer, and needs nothing but itself:
 
     1 byte      which planes are coded, the exponent's being bit 0
     planes      those that are not coded
-    per plane   that is coded: length (4 bytes) of what follows, but for the last; table; states and words (`entropy.rans`)
+    per plane   that is coded: length (4 bytes) of what follows, not for the last; table; rANS states and words
     table       first symbol, last symbol; a bit for each between them: whether it occurs; 12 bits for each that does
 
 Lengths are numbers of their own and not offsets, which would not fit in 4 bytes: fused experts may exceed 4 GiB. All

@@ -1,9 +1,9 @@
-"""Losslessly coded tensors while a model is loaded: transformers fills streams, which then become the model's own tensors.
+"""Losslessly coded tensors while a model is loaded: transformers fills streams, which then become the model's tensors.
 
-    parameter or buffer --hold--> module of the same name with a buffer `streams` --decode_coded--> the tensor, to the bit
+    parameter or buffer --hold--> module of that name with a buffer `streams` --decode_coded--> the tensor, to the bit
 
-A tensor `model.norm.weight` lies in the artifact as `model.norm.weight.streams`. A module in the parameter's place makes
-that a name that the model has, so that any loader finds it.
+A tensor `model.norm.weight` lies in the artifact as `model.norm.weight.streams`. A module in the parameter's place
+makes that a name that the model has, so that any loader finds it.
 """
 
 from __future__ import annotations
