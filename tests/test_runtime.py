@@ -24,7 +24,7 @@ import models
 import waterfill
 from waterfill import kernels
 from waterfill.artifact import RAW, open_artifact
-from waterfill.codecs import Encoded, Higgs, get_codec
+from waterfill.codecs import LOSSLESS, Encoded, Higgs, get_codec, lossless
 from waterfill.errors import ArtifactError
 from waterfill.kernels import reference
 from waterfill.runtime.packed import (
@@ -312,6 +312,9 @@ def dense_twin(checkpoint: Path, artifact: Path) -> Any:
     for name, tensor in stored.tensors.items():
         if tensor.codec == RAW:
             target, weight = state[name], stored.read(name)
+        elif tensor.codec == LOSSLESS:
+            streams = stored.read(f"{name}.streams")
+            target, weight = state[name], lossless.decode(streams, tensor.shape, lossless.DTYPES[tensor.dtype])
         else:
             buffers = {key: stored.read(f"{name}.{key}") for key in ("scales", "codes")}
             weight = get_codec(tensor.codec).decode(Encoded(tensor.shape, buffers, tensor.exponent, 0.0, 0.0))

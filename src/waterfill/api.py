@@ -20,6 +20,7 @@ from waterfill.architecture import Architecture, Kept, Matrix, describe
 from waterfill.artifact import RAW, check_target, open_artifact
 from waterfill.budget import Budget, parse_size
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, open_checkpoint
+from waterfill.codecs import LOSSLESS
 from waterfill.errors import ArtifactError, BudgetError, WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, token_ids
 from waterfill.evaluate import windows as text_windows
@@ -271,7 +272,7 @@ def inspect(artifact: str | Path, *, verify: bool = True) -> Inspection:
     """Open an artifact and say what is in it; `verify` reads every byte."""
     path = Path(artifact)
     stored = open_artifact(path, verify=verify)
-    measured = {name: tensor.t2 for name, tensor in stored.tensors.items() if tensor.codec != RAW}
+    measured = {name: tensor.t2 for name, tensor in stored.tensors.items() if tensor.codec not in (RAW, LOSSLESS)}
     return Inspection(path, stored.size_bytes, read_plan(path), measured)
 
 
