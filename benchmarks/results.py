@@ -53,7 +53,7 @@ CHAPTERS = {
         "this machine's instruction sets; the peers decode indices alone, without a trellis and without scales. What "
         "quantised weights can be compressed to: [compressibility.md](compressibility.md).",
     ),
-    "fuzz_streams": ("Damaged streams", "Every case goes through the reference and every native decoder."),
+    "fuzz_streams": ("DamagedError streams", "Every case goes through the reference and every native decoder."),
     "kernels": (
         "Kernels",
         "Sections measured one after the other; this virtual machine's DRAM reads at 25 to 38 GB/s from one minute to "

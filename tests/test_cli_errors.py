@@ -19,7 +19,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["plan"], r"Missing argument 'MODEL'; try waterfill plan --help"),
     (["nonsense"], r"No such command 'nonsense'; try waterfill --help"),
     (["plan", "MODEL", "--sise", "3MB"], r"No such option '?--sise'?.*; try waterfill plan --help"),
-    (["plan", "MODEL"], r"exactly one of --size, --bits and --max-kl, got none"),
+    (["plan", "MODEL"], r"exactly one of --size, --bits, --max-kl and --lossless, got none"),
     (["plan", "MODEL", "--size", "3MB", "--bits", "3"], r"exactly one of .* got --size, --bits"),
     (["plan", "MODEL", "--size", "3XB"], r"'3XB' is not a size; write bytes, or a number with kB, MB, GB"),
     (["plan", "MODEL", "--size", "-3MB"], r"'-3MB' is not a size"),

@@ -20,7 +20,7 @@ import models
 import waterfill
 from waterfill import kernels
 from waterfill.artifact import RAW, open_artifact
-from waterfill.codecs import Encoded, get_codec
+from waterfill.codecs import LOSSLESS, Encoded, get_codec, lossless
 from waterfill.errors import ArtifactError
 from waterfill.runtime.packed import PackedLinear, PackedMatrix, TiedHead
 
@@ -69,6 +69,9 @@ def dense_twin(checkpoint: Path, artifact: Path) -> Any:
     for name, tensor in stored.tensors.items():
         if tensor.codec == RAW:
             target, weight = state[name], stored.read(name)
+        elif tensor.codec == LOSSLESS:
+            streams = stored.read(f"{name}.streams")
+            target, weight = state[name], lossless.decode(streams, tensor.shape, lossless.DTYPES[tensor.dtype])
         else:
             codec = get_codec(tensor.codec)
             buffers = {key: stored.read(f"{name}.{key}") for key in codec.layout(tensor.shape)}

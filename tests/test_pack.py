@@ -25,7 +25,7 @@ from waterfill.architecture import describe
 from waterfill.artifact import RAW, open_artifact
 from waterfill.budget import Budget
 from waterfill.checkpoint import open_checkpoint
-from waterfill.codecs import Encoded, get_codec
+from waterfill.codecs import LOSSLESS, Encoded, get_codec
 from waterfill.codecs import base as codec_base
 from waterfill.errors import ArtifactError
 from waterfill.pack import pack_plan
@@ -120,7 +120,7 @@ def test_a_budget_for_everything_keeps_every_bit(tmp_path: Path) -> None:
     for builder in (models.tiny_llama, models.tiny_gpt2):
         checkpoint, out = builder(tmp_path / builder.__name__), tmp_path / f"{builder.__name__}-out"
         plan = waterfill.pack(checkpoint, out, bits=16, sequences=2, length=16)
-        assert {tensor.codec for tensor in plan.tensors} == {RAW}
+        assert {tensor.codec for tensor in plan.tensors} == {LOSSLESS}
         assert plan.predicted.kl == 0
         packed = waterfill.load(out).state_dict()
         expected = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()

@@ -81,7 +81,7 @@ def test_sizes_for_people_are_read_back(size_bytes: int) -> None:
     ],
 )
 def test_a_budget_is_one_limit(given: Mapping[str, Any], names: str) -> None:
-    with pytest.raises(BudgetError, match=f"exactly one of --size, --bits and --max-kl, got {names}$"):
+    with pytest.raises(BudgetError, match=f"exactly one of --size, --bits, --max-kl and --lossless, got {names}$"):
         Budget(**given)
 
 

@@ -106,6 +106,16 @@ WF_EXPORT int64_t wf_stream_rows(int64_t width);
 WF_EXPORT int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows,
                                     int64_t width, uint8_t* codes, uint16_t* scales);
 
+/* Floating-point numbers of `item_bytes` bytes, 2 or 4, exactly: `count` numbers -> one stream per 2^18 of them, stream i
+ * at out + i * capacity, its length in sizes[i]. `capacity` is what wf_lossless_capacity says, or more. */
+WF_EXPORT int64_t wf_lossless_capacity(int item_bytes);
+WF_EXPORT int wf_lossless_encode(int item_bytes, const uint8_t* numbers, int64_t count, uint8_t* out, int64_t capacity,
+                                 int64_t* sizes);
+
+/* All streams, each behind the one before, of so many bytes each -> `count` numbers. -3 - i: stream i is damaged. */
+WF_EXPORT int64_t wf_lossless_decode(int isa, int item_bytes, const uint8_t* streams, const uint32_t* sizes, int64_t count,
+                                     uint8_t* numbers);
+
 #ifdef __cplusplus
 }
 #endif

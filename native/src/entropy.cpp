@@ -2,10 +2,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "../include/waterfill_native.h"
 #include "isa.hpp"
 #include "layout.hpp"
+#include "lossless.hpp"
 #include "pool.hpp"
 #include "product.hpp"
 #include "rans.hpp"
@@ -80,6 +82,37 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
             uint8_t* out = codes + first * width;
             for (int64_t k = 0; k < weights; ++k) out[k] = uint8_t(levels[k] ^ 0x80);
         }
+    });
+    return failed == INT64_MAX ? 0 : -3 - failed.load();
+}
+
+int64_t wf_lossless_capacity(int item_bytes) { return exact_capacity(item_bytes, kStreamElements); }
+
+int wf_lossless_encode(int item_bytes, const uint8_t* numbers, int64_t count, uint8_t* out, int64_t capacity,
+                       int64_t* sizes) {
+    if ((item_bytes != 2 && item_bytes != 4) || count < 0 || capacity < wf_lossless_capacity(item_bytes)) return -1;
+    std::atomic<bool> good{true};
+    parallel(ceil_div(count, kStreamElements), [&](int64_t i) {
+        const int64_t first = i * kStreamElements, part = least(kStreamElements, count - first);
+        sizes[i] = encode_exact(numbers + item_bytes * first, item_bytes, part, out + i * capacity);
+        if (sizes[i] < 0) good = false;
+    });
+    return good ? 0 : -2;
+}
+
+int64_t wf_lossless_decode(int isa, int item_bytes, const uint8_t* streams, const uint32_t* sizes, int64_t count,
+                           uint8_t* numbers) {
+    const Functions* f = functions(isa);
+    if (!f || (item_bytes != 2 && item_bytes != 4) || count < 0) return -1;
+    const int64_t parts = ceil_div(count, kStreamElements);
+    std::vector<int64_t> starts(size_t(parts) + 1);
+    for (int64_t i = 0; i < parts; ++i) starts[size_t(i) + 1] = starts[size_t(i)] + sizes[i];
+    std::atomic<int64_t> failed{INT64_MAX};
+    parallel(parts, [&](int64_t i) {
+        const int64_t first = i * kStreamElements, part = least(kStreamElements, count - first);
+        if (!decode_exact(*f, streams + starts[size_t(i)], sizes[i], item_bytes, part, numbers + item_bytes * first))
+            for (int64_t worst = failed.load(); i < worst && !failed.compare_exchange_weak(worst, i);) {
+            }
     });
     return failed == INT64_MAX ? 0 : -3 - failed.load();
 }

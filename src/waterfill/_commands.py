@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 _SECTIONS = {
-    "Budget (exactly one)": ("size", "bits", "max_kl"),
+    "Budget (exactly one)": ("size", "bits", "max_kl", "lossless"),
     "Choices": ("gain", "keep", "tie", "uniform", "codecs"),
     "Sensitivities": ("probe", "text", "sequences", "length", "seed", "method", "sensitivity"),
     "Text": ("prompt", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),

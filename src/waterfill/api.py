@@ -16,18 +16,20 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 import torch
 import transformers
 
-from waterfill.architecture import Architecture, describe
+from waterfill.architecture import Architecture, Kept, Matrix, describe
 from waterfill.artifact import RAW, check_target, open_artifact
 from waterfill.budget import Budget, parse_size
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, open_checkpoint
-from waterfill.errors import ArtifactError, WaterfillError
+from waterfill.codecs import LOSSLESS
+from waterfill.errors import ArtifactError, BudgetError, WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, token_ids
 from waterfill.evaluate import windows as text_windows
+from waterfill.kept import coded_bytes
 from waterfill.loss import Gain
-from waterfill.menu import Purpose
+from waterfill.menu import CodedBytes, Purpose
 from waterfill.pack import PLAN_FILE, SENSITIVITY_FILE, pack_plan
 from waterfill.plan import Plan
-from waterfill.planner import Request, make_plan
+from waterfill.planner import EVERYTHING, Request, make_lossless_plan, make_plan
 from waterfill.probe import Probe, probe_tokens
 from waterfill.sensitivity import Method, Sensitivity, measure
 
@@ -52,11 +54,12 @@ class ProbeOptions(TypedDict, total=False):
 
 
 class PlanOptions(ProbeOptions, total=False):
-    """What a plan is asked for: exactly one of size, bits and max_kl; the rest has defaults."""
+    """What a plan is asked for: exactly one of size, bits, max_kl and lossless; the rest has defaults."""
 
     size: str | int | None  # bytes of all weight files, or "2.5GB"
     bits: float | None  # stored bits per weight of the matrices
     max_kl: float | None  # predicted loss, nats per token
+    lossless: bool  # every bit is kept, and nothing but the revision is left to choose
     gain: Gain
     keep: Sequence[str]
     tie: Sequence[str]
@@ -82,7 +85,7 @@ def plan(
     **options: Unpack[PlanOptions],
 ) -> Plan:
     """What each tensor would get under a budget, and what that is predicted to cost. Writes nothing unless `save` is
-    given: the plan goes to that file and the sensitivities beside it.
+    given: the plan goes to that file and the sensitivities, if any were needed, beside it.
 
     Raises:
         WaterfillError: a bad checkpoint, an impossible budget, options that do not go together.
@@ -94,7 +97,8 @@ def plan(
     made, measured = _plan(str(model), checkpoint, progress, options)[:2]
     if save is not None:
         save.write_text(made.to_json(), encoding="utf-8")
-        save.with_suffix(".sensitivity.json").write_text(measured.to_json(), encoding="utf-8")
+        if measured is not None:
+            save.with_suffix(".sensitivity.json").write_text(measured.to_json(), encoding="utf-8")
     return made
 
 
@@ -268,7 +272,7 @@ def inspect(artifact: str | Path, *, verify: bool = True) -> Inspection:
     """Open an artifact and say what is in it; `verify` reads every byte."""
     path = Path(artifact)
     stored = open_artifact(path, verify=verify)
-    measured = {name: tensor.t2 for name, tensor in stored.tensors.items() if tensor.codec != RAW}
+    measured = {name: tensor.t2 for name, tensor in stored.tensors.items() if tensor.codec not in (RAW, LOSSLESS)}
     return Inspection(path, stored.size_bytes, read_plan(path), measured)
 
 
@@ -281,7 +285,13 @@ def read_plan(artifact: Path) -> Plan:
 
 def _plan(
     model: str, checkpoint: Checkpoint, progress: Progress | None, options: PlanOptions
-) -> tuple[Plan, Sensitivity, Architecture]:
+) -> tuple[Plan, Sensitivity | None, Architecture]:
+    name = Path(model).resolve().name if Path(model).is_dir() else model  # a local path is nobody's business
+    if options.get("lossless"):
+        _check_alone(options)
+        architecture = describe(checkpoint, EVERYTHING)
+        sizes = _coded_bytes(checkpoint, architecture.kept, progress)
+        return make_lossless_plan(name, architecture, checkpoint.fingerprint, sizes), None, architecture
     size = options.get("size")
     request = Request(
         budget=Budget(None if size is None else parse_size(size), options.get("bits"), options.get("max_kl")),
@@ -303,8 +313,35 @@ def _plan(
                 f"the sensitivities are of other weights (fingerprint {measured.fingerprint}) than {checkpoint.path} "
                 f"holds ({checkpoint.fingerprint}); measure them again"
             )
-    name = Path(model).resolve().name if Path(model).is_dir() else model  # a local path is nobody's business
-    return make_plan(name, architecture, measured, request), measured, architecture
+    sizes = _coded_bytes(checkpoint, architecture.kept, progress)
+    return make_plan(name, architecture, measured, request, sizes), measured, architecture
+
+
+def _check_alone(options: PlanOptions) -> None:
+    """Refuse options that a lossless plan has no use for."""
+    others = {"lossless", "revision"}
+    given = [name for name, value in options.items() if name not in others and value not in (None, False, (), [])]
+    if given:
+        raise BudgetError(
+            f"a lossless plan keeps every bit, whatever else is asked for; leave out "
+            f"{', '.join(sorted(given))}, or lossless"
+        )
+
+
+def _coded_bytes(checkpoint: Checkpoint, kept: Sequence[Kept], progress: Progress | None) -> CodedBytes:
+    """Sizes of losslessly coded tensors, found by coding them; with progress over those that are surely asked for."""
+    total, done = sum(math.prod(tensor.shape) for tensor in kept), 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        if progress:
+            progress("coding what is kept", done, total)
+
+    def size(tensor: Kept | Matrix) -> int | None:
+        return coded_bytes(checkpoint, tensor, step if isinstance(tensor, Kept) else None)
+
+    return size
 
 
 def _measure(

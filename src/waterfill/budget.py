@@ -25,7 +25,7 @@ class Budget:
         named = [name for name, value in given.items() if value is not None]
         if len(named) != 1:
             raise BudgetError(
-                f"a plan needs exactly one of --size, --bits and --max-kl, got {', '.join(named) or 'none'}"
+                f"a plan needs exactly one of --size, --bits, --max-kl and --lossless, got {', '.join(named) or 'none'}"
             )
         value = given[named[0]]
         assert value is not None

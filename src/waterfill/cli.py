@@ -47,6 +47,7 @@ _plan_options = combined(
     click.option(
         "--max-kl", type=float, metavar="X", help="The smallest artifact within this predicted loss, in nats per token."
     ),
+    click.option("--lossless", is_flag=True, help="Keep every bit: weights are coded, not quantised."),
     click.option(
         "--gain",
         type=click.Choice(["auto", "mse", "unbiased"]),
@@ -139,7 +140,8 @@ def plan(model: str, save: Path | None, every: bool, as_json: bool, **options: A
         _out().print(show.plan_view(made, every=every))
     _note(f"planned in {show.duration(time.perf_counter() - start_s)}")
     if save:
-        _note(f"saved as {save}, the sensitivities as {save.with_suffix('.sensitivity.json')}")
+        beside = "" if made.lossless else f", the sensitivities as {save.with_suffix('.sensitivity.json')}"
+        _note(f"saved as {save}{beside}")
 
 
 @commands.command()

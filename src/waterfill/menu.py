@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from waterfill.allocate import Choice
-from waterfill.architecture import Architecture, Matrix
+from waterfill.architecture import Architecture, Kept, Matrix
 from waterfill.artifact import RAW
+from waterfill.artifact.header import reserved_bytes
 from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
-from waterfill.codecs import Higgs, MenuPoint, get_codec
+from waterfill.codecs import LOSSLESS, Higgs, MenuPoint, get_codec
 from waterfill.codecs.trellis import LEAST_RATE, MOST_RATE, RATE_DIGITS
 from waterfill.errors import WaterfillError
 from waterfill.kernels.tables import register_table
 from waterfill.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
-from waterfill.plan import KeptPlan, TensorPlan
+from waterfill.plan import KeptPlan, TensorPlan, kept_spec
 
 # Every power-of-two grid: rates from 0.75 to 8 bits in steps of a quarter or a third; the larger p, the lower t2.
 CODECS = (
@@ -180,9 +181,37 @@ def _point(codec: str, matrix: Matrix) -> MenuPoint:
     return MenuPoint(RAW, item_bytes * math.prod(matrix.shape), 8.0 * item_bytes, 0.0)
 
 
-def kept_plans(architecture: Architecture) -> tuple[KeptPlan, ...]:
-    """The tensors that stay as they are."""
-    return tuple(
-        KeptPlan(kept.name, kept.shape, kept.dtype, KEPT_DTYPES[kept.dtype].itemsize * math.prod(kept.shape))
-        for kept in architecture.kept
-    )
+CodedBytes = Callable[[Kept | Matrix], int | None]
+"""How many bytes a tensor takes when it is coded losslessly; None if it cannot be."""
+
+
+def kept_plans(architecture: Architecture, coded_bytes: CodedBytes | None = None) -> tuple[KeptPlan, ...]:
+    """The tensors that stay as they are: coded losslessly where that saves bytes, raw without `coded_bytes`."""
+    return tuple(_kept_plan(kept, coded_bytes(kept) if coded_bytes else None) for kept in architecture.kept)
+
+
+def _kept_plan(kept: Kept, coded: int | None) -> KeptPlan:
+    raw = KeptPlan(kept.name, kept.shape, kept.dtype, KEPT_DTYPES[kept.dtype].itemsize * math.prod(kept.shape))
+    return replace(raw, codec=LOSSLESS, size_bytes=coded) if coded is not None and _saves(raw, coded) else raw
+
+
+def coded_where_smaller(plan: TensorPlan, matrix: Matrix, coded_bytes: CodedBytes) -> TensorPlan:
+    """A matrix that is to stay as it is, coded losslessly where that saves bytes; any other as it was planned."""
+    if plan.codec != RAW:
+        return plan
+    raw = KeptPlan(plan.parameter, plan.stored_shape, plan.dtype, plan.size_bytes)
+    coded = coded_bytes(matrix)
+    if coded is None or not _saves(raw, coded):
+        return plan
+    return replace(plan, codec=LOSSLESS, size_bytes=coded, rate_bits=8 * coded / plan.weights)
+
+
+def _saves(raw: KeptPlan, coded: int) -> bool:
+    """Whether it takes fewer bytes coded, its part of the header counted."""
+    if coded >= raw.size_bytes:  # often, and quick
+        return False
+    sizes = [
+        spec.size_bytes + reserved_bytes([spec])
+        for spec in (raw.spec(), kept_spec(raw.name, LOSSLESS, raw.shape, raw.dtype, coded))
+    ]
+    return sizes[1] < sizes[0]

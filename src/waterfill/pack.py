@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,9 +19,10 @@ import torch
 from waterfill.architecture import Architecture, Kept, Matrix, read_kept, read_rows
 from waterfill.artifact import FORMAT_VERSION, RAW, ArtifactWriter, is_file_name, lay_out
 from waterfill.checkpoint import Checkpoint
-from waterfill.codecs import base, get_codec, scale_exponent
+from waterfill.codecs import LOSSLESS, base, get_codec, scale_exponent
 from waterfill.errors import WaterfillError
-from waterfill.plan import Plan, TensorPlan
+from waterfill.kept import write_coded
+from waterfill.plan import KeptPlan, Plan, TensorPlan
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ def pack_plan(
 
     Args:
         extra: further files of the artifact, by name.
-        progress: called after every block of rows with (tensor name, weights done, weights in all).
+        progress: called after every block of rows with (tensor name, weights done, weights in all); kept tensors count
+            where they are coded.
 
     Raises:
         WaterfillError: the plan was made for other weights.
@@ -65,28 +68,33 @@ def pack_plan(
     matrices = {matrix.name: matrix for matrix in architecture.matrices}
     kept = {tensor.name: tensor for tensor in architecture.kept}
     planned = {tensor.spec().name: tensor for tensor in plan.tensors}
+    kept_plans = {tensor.name: tensor for tensor in plan.kept}
     weights = {name: tensor.weights for name, tensor in planned.items()}
+    weights |= {t.name: math.prod(t.shape) for t in plan.kept if t.codec == LOSSLESS}
     total = sum(weights.values())
     with ArtifactWriter(out, layout, plan.identity, overwrite=overwrite) as writer:
         pending = writer.pending()
         done = total - sum(weights.get(spec.name, 0) for spec in pending)
         for spec in pending:
             if spec.name not in planned:
-                _write_kept(writer, checkpoint, kept[spec.name])
-                continue
-            for block in _write_matrix(writer, checkpoint, planned[spec.name], matrices[planned[spec.name].name]):
-                done += block.numel()
+                steps = _write_kept(writer, checkpoint, kept_plans[spec.name], kept[spec.name])
+            else:
+                steps = _write_matrix(writer, checkpoint, planned[spec.name], matrices[planned[spec.name].name])
+            for step in steps:
+                done += step
                 if progress:
                     progress(spec.name, done, total)
         return writer.publish({**_model_files(checkpoint), PLAN_FILE: plan.to_json().encode(), **(extra or {})})
 
 
-def _write_matrix(
-    writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix
-) -> Iterator[torch.Tensor]:
-    """Yields each block of rows when it has been written."""
+def _write_matrix(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix) -> Iterator[int]:
+    """Yields the weights of each block when it has been written."""
     if tensor.codec == RAW:
         yield from _write_raw(writer, checkpoint, tensor, matrix)
+        return
+    if tensor.codec == LOSSLESS:
+        yield from write_coded(writer, checkpoint, matrix, tensor.parameter, tensor.size_bytes)
+        writer.complete(tensor.parameter)
         return
     codec = get_codec(tensor.codec)
     largest = max(float(block.abs().max()) for _, block in _blocks(checkpoint, matrix))
@@ -95,23 +103,21 @@ def _write_matrix(
     for _, block in _blocks(checkpoint, matrix, encoder.block_rows):
         for piece in encoder.add(block):
             writer.write(f"{tensor.name}.{piece.key}", piece.offset_bytes, piece.data)
-        yield block
+        yield block.numel()
     for piece in encoder.finish():
         writer.write(f"{tensor.name}.{piece.key}", piece.offset_bytes, piece.data)
     writer.complete(tensor.name, exponent=exponent, t2=encoder.noise_power / encoder.power if encoder.power else 0.0)
 
 
-def _write_raw(
-    writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix
-) -> Iterator[torch.Tensor]:
+def _write_raw(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix) -> Iterator[int]:
     if matrix.transposed:  # rows are columns of what is stored: all at once
         rows = torch.cat([block for _, block in _blocks(checkpoint, matrix)])
         writer.write(tensor.parameter, 0, rows.T)
-        yield rows
+        yield rows.numel()
     else:
         for start, block in _blocks(checkpoint, matrix):
             writer.write(tensor.parameter, start * block[0].nbytes, block)
-            yield block
+            yield block.numel()
     writer.complete(tensor.parameter)
 
 
@@ -122,8 +128,12 @@ def _blocks(checkpoint: Checkpoint, matrix: Matrix, step: int = 0) -> Iterator[t
         yield start, read_rows(checkpoint, matrix, start, min(start + step, matrix.shape[0]))
 
 
-def _write_kept(writer: ArtifactWriter, checkpoint: Checkpoint, kept: Kept) -> None:
-    writer.write(kept.name, 0, read_kept(checkpoint, kept).contiguous())
+def _write_kept(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: KeptPlan, kept: Kept) -> Iterator[int]:
+    """Yields as `_write_matrix` does, but nothing for a raw tensor."""
+    if tensor.codec == LOSSLESS:
+        yield from write_coded(writer, checkpoint, kept, tensor.name, tensor.size_bytes)
+    else:
+        writer.write(kept.name, 0, read_kept(checkpoint, kept).contiguous())
     writer.complete(kept.name)
 
 

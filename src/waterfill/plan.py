@@ -6,6 +6,7 @@ Plain data. `pack` reproduces the bytes exactly; `eval` prints the prediction be
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from waterfill.artifact import RAW, Buffer, TensorSpec
-from waterfill.checkpoint import WEIGHT_DTYPES
-from waterfill.codecs import get_codec
+from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
+from waterfill.codecs import LOSSLESS, get_codec
+from waterfill.codecs.lossless import BUFFER
 from waterfill.errors import WaterfillError
 
 VERSION = 1
@@ -26,7 +28,7 @@ class TensorPlan:
 
     name: str
     shape: tuple[int, int]
-    codec: str  # "raw": stays as it is
+    codec: str  # "raw": stays as it is; "lossless": so too, in fewer bytes
     rate_bits: float  # 8 * size_bytes / weights
     size_bytes: int
     alpha: float  # nats per token per unit of relative noise power
@@ -45,14 +47,8 @@ class TensorPlan:
 
     def spec(self) -> TensorSpec:
         """How the artifact stores it."""
-        if self.codec == RAW:
-            return TensorSpec(
-                self.parameter,
-                RAW,
-                self.stored_shape,
-                self.dtype,
-                (Buffer(self.parameter, self.dtype, self.stored_shape),),
-            )
+        if self.codec in (RAW, LOSSLESS):
+            return kept_spec(self.parameter, self.codec, self.stored_shape, self.dtype, self.size_bytes)
         layout = get_codec(self.codec).layout(self.shape)
         buffers = tuple(Buffer(f"{self.name}.{key}", part.dtype, part.shape) for key, part in layout.items())
         return TensorSpec(self.name, self.codec, self.shape, self.dtype, buffers)
@@ -60,15 +56,28 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class KeptPlan:
-    """A tensor that is no matrix (norm, bias, …) or that the user keeps."""
+    """A tensor that is no matrix (norm, bias, …) or that the user keeps; all of them in a lossless plan."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     size_bytes: int
+    codec: str = RAW  # or "lossless"
+
+    @property
+    def original_bytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return KEPT_DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
     def spec(self) -> TensorSpec:
-        return TensorSpec(self.name, RAW, self.shape, self.dtype, (Buffer(self.name, self.dtype, self.shape),))
+        return kept_spec(self.name, self.codec, self.shape, self.dtype, self.size_bytes)
+
+
+def kept_spec(name: str, codec: str, shape: tuple[int, ...], dtype: str, size_bytes: int) -> TensorSpec:
+    """How the artifact stores a tensor bit by bit, raw or losslessly coded."""
+    raw = codec == RAW
+    buffer = Buffer(name, dtype, shape) if raw else Buffer(f"{name}.{BUFFER}", "U8", (size_bytes,))
+    return TensorSpec(name, codec, shape, dtype, (buffer,))
 
 
 @dataclass(frozen=True)
@@ -76,14 +85,14 @@ class Prediction:
     """Predicted loss: KL(model || packed), nats per token, and perplexity on text like the probe.
 
     Outside the regime where the second-order model holds, `in_regime` is false and there is no upper bound: `kl` is
-    then only an indication.
+    then only an indication. A lossless plan predicts 0, and knows no perplexity.
     """
 
     kl: float
     kl_low: float
     kl_high: float | None
-    ppl: float
-    ppl_reference: float
+    ppl: float | None
+    ppl_reference: float | None
     in_regime: bool
 
 
@@ -99,17 +108,22 @@ class Plan:
     keep: tuple[str, ...]
     shard_bytes: int
     size_bytes: int  # all weight files of the artifact, exactly
-    bits: float  # stored bits per weight of the matrices
+    bits: float  # stored bits per weight of the matrices; in a lossless plan of all tensors
     predicted: Prediction
     tensors: tuple[TensorPlan, ...]
     kept: tuple[KeptPlan, ...]
     optimal: str  # how good the allocation is, in one sentence
 
     @property
+    def lossless(self) -> bool:
+        """Whether every bit of the model is kept."""
+        return "lossless" in self.budget
+
+    @property
     def original_bytes(self) -> int:
         """Bytes of the same tensors in the checkpoint."""
         matrices = sum(tensor.weights * WEIGHT_DTYPES[tensor.dtype].itemsize for tensor in self.tensors)
-        return matrices + sum(kept.size_bytes for kept in self.kept)
+        return matrices + sum(kept.original_bytes for kept in self.kept)
 
     def specs(self) -> list[TensorSpec]:
         """Every stored tensor, in execution order."""

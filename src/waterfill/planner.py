@@ -17,10 +17,10 @@ from waterfill.allocate import Allocation, allocate, certificate, feasible_bytes
 from waterfill.architecture import Architecture
 from waterfill.artifact import RAW, SHARD_BYTES, lay_out
 from waterfill.budget import Budget
-from waterfill.codecs import get_codec
+from waterfill.codecs import LOSSLESS, get_codec
 from waterfill.errors import BudgetError, WaterfillError
 from waterfill.loss import Coefficients, Gain, predicted_kl
-from waterfill.menu import Menus, Purpose, kept_plans, make_menus
+from waterfill.menu import CodedBytes, Menus, Purpose, coded_where_smaller, kept_plans, make_menus
 from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
 from waterfill.refine import refine
 from waterfill.sensitivity import Sensitivity
@@ -29,6 +29,7 @@ from waterfill.sensitivity import Sensitivity
 REGIME_KL = 0.1
 # Systematic error of the prediction by probe (docs/results.md), as factors on the predicted loss.
 MARGINS = {"self": (0.8, 1.2), "text": (0.9, 1.1), "random": (0.3, 1.2)}
+EVERYTHING = ("*",)  # patterns of what a lossless plan keeps
 ROUNDS = 8  # of settling headers against choices; two or three are enough in practice
 
 
@@ -46,17 +47,27 @@ class Request:
     shard_bytes: int = SHARD_BYTES
 
 
-def make_plan(model: str, architecture: Architecture, sensitivity: Sensitivity, request: Request) -> Plan:
-    """The plan of least predicted loss within the budget.
+def make_plan(
+    model: str,
+    architecture: Architecture,
+    sensitivity: Sensitivity,
+    request: Request,
+    coded_bytes: CodedBytes | None = None,
+) -> Plan:
+    """The plan of least predicted loss within the budget. With `coded_bytes`, what stays as it is is coded losslessly
+    where that saves bytes; matrices that a generous budget leaves as they are, after the budget has been divided.
 
     Raises:
         BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
         WaterfillError: no matrix is left to pack, the sensitivities lack one, or a tie cannot be.
     """
     menus = make_menus(architecture, sensitivity.tensors, request.gain, request.codecs, request.purpose)
-    solver = _Solver(menus, kept_plans(architecture), _ties(menus, request), request)
+    solver = _Solver(menus, kept_plans(architecture, coded_bytes), _ties(menus, request), request)
     allocation = solver.solve()
     tensors = solver.refined(allocation)
+    if coded_bytes is not None:
+        pairs = zip(tensors, menus.matrices, strict=True)
+        tensors = tuple(coded_where_smaller(tensor, matrix, coded_bytes) for tensor, matrix in pairs)
     return Plan(
         model=model,
         fingerprint=sensitivity.fingerprint,
@@ -71,6 +82,28 @@ def make_plan(model: str, architecture: Architecture, sensitivity: Sensitivity, 
         tensors=tensors,
         kept=solver.kept,
         optimal=certificate(allocation),
+    )
+
+
+def make_lossless_plan(
+    model: str, architecture: Architecture, fingerprint: str, coded_bytes: CodedBytes, shard_bytes: int = SHARD_BYTES
+) -> Plan:
+    """The plan that keeps every bit, of an architecture all of whose tensors are kept (`EVERYTHING`)."""
+    kept = kept_plans(architecture, coded_bytes)
+    return Plan(
+        model=model,
+        fingerprint=fingerprint,
+        budget={"lossless": True},
+        gain="auto",
+        probe={"method": "none"},
+        keep=EVERYTHING,
+        shard_bytes=shard_bytes,
+        size_bytes=lay_out([tensor.spec() for tensor in kept], shard_bytes=shard_bytes).size_bytes,
+        bits=8 * sum(tensor.size_bytes for tensor in kept) / sum(math.prod(tensor.shape) for tensor in kept),
+        predicted=Prediction(kl=0.0, kl_low=0.0, kl_high=0.0, ppl=None, ppl_reference=None, in_regime=True),
+        tensors=(),
+        kept=kept,
+        optimal="lossless: nothing was to be decided",
     )
 
 
@@ -92,7 +125,7 @@ def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Predicti
 
 def _stderr(tensor: TensorPlan, c: Coefficients) -> float:
     """Of the tensor's loss, which for a given gain is linear in alpha and beta."""
-    t2 = 0.0 if tensor.codec == RAW else get_codec(tensor.codec).distortion(tensor.shape)
+    t2 = 0.0 if tensor.codec in (RAW, LOSSLESS) else get_codec(tensor.codec).distortion(tensor.shape)
     return predicted_kl(Coefficients(c.alpha_stderr, c.beta_stderr), t2, tensor.rho)
 
 

@@ -27,7 +27,7 @@ from waterfill.budget import format_size
 
 if TYPE_CHECKING:  # they import torch, which the command line does without until a command runs
     from waterfill.api import Evaluation, Inspection
-    from waterfill.plan import Plan, Prediction, TensorPlan
+    from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
     from waterfill.runtime.generate import GenerationStats
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
@@ -41,6 +41,8 @@ _PROBES = {"self": "text from the model itself", "random": "random tokens"}
 
 def plan_view(plan: Plan, *, every: bool = False, measured_t2: Mapping[str, float] | None = None) -> RenderableType:
     """The plan's matrices and totals; `every` forces one line per matrix."""
+    if plan.lossless:
+        return Group(_kept_table(plan.kept, every=every), "", _summary(plan))
     detailed = every or len(plan.tensors) <= MAX_ROWS
     table = _matrix_table(plan.tensors, measured_t2) if detailed else _kind_table(plan.tensors)
     return Group(table, "", _summary(plan))
@@ -113,16 +115,25 @@ def _summary(plan: Plan) -> Table:
     """The totals, and what they are predicted to cost."""
     kept_bytes = sum(kept.size_bytes for kept in plan.kept)
     budget = ", ".join(f"--{name.removesuffix('_bytes').replace('_', '-')} {v:,}" for name, v in plan.budget.items())
-    lines: dict[str, str | Text] = {
-        "model": f"{plan.model}, {format_size(plan.original_bytes)}",
-        "budget": f"{budget}, gain {plan.gain}",
-        "matrices": f"{len(plan.tensors)} at {plan.bits:.4g} bits per weight, scales included",
-        "kept": f"{len(plan.kept)} other tensors, {format_size(kept_bytes)}{_largest_kept(plan)}",
-        "weight files": f"{plan.size_bytes:,} bytes ({format_size(plan.size_bytes)}), "
-        f"{plan.original_bytes / plan.size_bytes:.1f} times smaller",
-        "predicted": _prediction(plan.predicted, plan.probe),
-        "allocation": plan.optimal,
-    }
+    lines: dict[str, str | Text] = {"model": f"{plan.model}, {format_size(plan.original_bytes)}"}
+    times = plan.original_bytes / plan.size_bytes
+    files = f"{plan.size_bytes:,} bytes ({format_size(plan.size_bytes)})"
+    if plan.lossless:
+        share = 100 * plan.size_bytes / plan.original_bytes
+        lines |= {
+            "tensors": f"{len(plan.kept)} at {plan.bits:.4g} bits per weight",
+            "weight files": f"{files}, {share:.1f} % of the original",
+            "predicted": Text("lossless: every bit comes back", style="green"),
+        }
+    else:
+        lines |= {
+            "budget": f"{budget}, gain {plan.gain}",
+            "matrices": f"{len(plan.tensors)} at {plan.bits:.4g} bits per weight, scales included",
+            "kept": f"{len(plan.kept)} other tensors, {format_size(kept_bytes)}{_largest_kept(plan)}",
+            "weight files": f"{files}, {times:.1f} times smaller",
+            "predicted": _prediction(plan.predicted, plan.probe),
+            "allocation": plan.optimal,
+        }
     grid = Table.grid(padding=(0, 2))
     for name, line in lines.items():
         grid.add_row(Text(name, style="bold"), line)
@@ -203,12 +214,29 @@ def _matrix_table(tensors: Sequence[TensorPlan], measured_t2: Mapping[str, float
     return _FittedTable(columns, tensors)
 
 
+def _kept_table(kept: Sequence[KeptPlan], *, every: bool) -> Table:
+    """One line per tensor, or per kind where there are many."""
+    kinds: dict[str, list[KeptPlan]] = {}
+    for tensor in kept:
+        kinds.setdefault(tensor.name if every or len(kept) <= MAX_ROWS else _kind(tensor.name), []).append(tensor)
+    titles = ("count", "bytes", "of the original")
+    table = _table(("tensors", "left"), ("dtype", "left"), *((title, "right") for title in titles))
+    for name, members in kinds.items():
+        size_bytes, original = sum(t.size_bytes for t in members), sum(t.original_bytes for t in members)
+        share = f"{100 * size_bytes / original:.1f} %" if original else "-"
+        table.add_row(name, members[0].dtype, str(len(members)), f"{size_bytes:,}", share)
+    return table
+
+
+def _kind(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
 def _kind_table(tensors: Iterable[TensorPlan]) -> Table:
     """One line per kind: names with their layer and expert numbers left out."""
     kinds: dict[str, list[TensorPlan]] = {}
     for tensor in tensors:
-        kind = ".".join("*" if part.isdecimal() else part for part in tensor.name.split("."))
-        kinds.setdefault(kind, []).append(tensor)
+        kinds.setdefault(_kind(tensor.name), []).append(tensor)
     titles = ("count", "bits", "least", "most", "bytes", "KL")
     table = _table(("matrices", "left"), *((title, "right") for title in titles))
     for kind, members in kinds.items():

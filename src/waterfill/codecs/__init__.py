@@ -16,6 +16,7 @@ from waterfill.codecs.higgs import Higgs, scale_exponent
 from waterfill.codecs.higgs import higgs as _higgs  # `codecs.higgs` stays the module
 from waterfill.codecs.levels import Levels
 from waterfill.codecs.levels import levels as _levels
+from waterfill.codecs.lossless import LOSSLESS
 from waterfill.codecs.table import TableCodec
 from waterfill.codecs.trellis import Trellis
 from waterfill.codecs.trellis import trellis as _trellis
@@ -25,6 +26,7 @@ register_codec("levels", _levels)
 register_codec("trellis", _trellis)
 
 __all__ = [
+    "LOSSLESS",
     "BufferLayout",
     "Codec",
     "Encoded",

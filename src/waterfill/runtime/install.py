@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from waterfill import kernels
 from waterfill.artifact import RAW, StoredTensor
-from waterfill.codecs import TableCodec, Trellis, get_codec
+from waterfill.codecs import LOSSLESS, TableCodec, Trellis, get_codec
 from waterfill.errors import ArtifactError
+from waterfill.runtime.coded import decode_coded, hold
 from waterfill.runtime.fused import fuse
 from waterfill.runtime.packed import (
     PackedEmbedding,
@@ -36,7 +37,8 @@ def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
     Raises:
         ArtifactError: a tensor has no place in the model, or a codec that cannot be run from its codes.
     """
-    packed = {tensor.name: tensor for tensor in tensors if tensor.codec != RAW}
+    tensors = list(tensors)
+    packed = {tensor.name: tensor for tensor in tensors if tensor.codec not in (RAW, LOSSLESS)}
     tied = _tied_head(model)
     experts = False
     for name, tensor in packed.items():
@@ -51,10 +53,12 @@ def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
         model.set_experts_implementation("eager")
     if tied is not None and tied[1] in packed:
         _tie(model, *tied)
+    hold(model, [tensor for tensor in tensors if tensor.codec == LOSSLESS])
 
 
 def arrange(model: Any) -> None:
     """Bring the buffers of every packed module, loaded by now, into the layout that the kernels multiply from."""
+    decode_coded(model)
     packed = [module for module in model.modules() if isinstance(module, PackedMatrix)]
     coded = [module for module in packed if isinstance(module.stored, Trellis)]
     stored = sum(module.streams.nbytes for module in coded)
@@ -69,7 +73,7 @@ def arrange(model: Any) -> None:
             stored / 1e6,
             memory / 1e6,
         )
-    if kernels.implementation() != kernels.STORED:
+    if packed and kernels.implementation() != kernels.STORED:
         kernels.log_slow(module.codec for module in packed)
         fuse(model)
 
