@@ -163,7 +163,9 @@ def _string(value: str) -> bytes:
 def _typed(value: Any) -> bytes:
     """ggml's number of a value's type, and the value."""
     if isinstance(value, list):
-        number, entries = (8, map(_string, value)) if isinstance(value[0], str) else (5, (struct.pack("<i", e) for e in value))
+        number, entries = (
+            (8, map(_string, value)) if isinstance(value[0], str) else (5, (struct.pack("<i", e) for e in value))
+        )
         return struct.pack("<IIQ", 9, number, len(value)) + b"".join(entries)
     if isinstance(value, str):
         return struct.pack("<I", 8) + _string(value)
