@@ -11,9 +11,9 @@ from waterfill.evaluate.conventions import CONVENTIONS, Convention, convention
 from waterfill.evaluate.divergence import Divergence, divergence
 from waterfill.evaluate.kld_file import KldFile
 from waterfill.evaluate.perplexity import Perplexity, perplexity
-from waterfill.evaluate.records import Estimate, Record
 from waterfill.evaluate.store import Cache, ReferenceStore, evaluation_key
 from waterfill.evaluate.text import begin_token, default_context, token_ids, windows
+from waterfill.records import Estimate, Record
 
 __all__ = [
     "CONVENTIONS",

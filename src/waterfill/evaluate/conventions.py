@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from waterfill.errors import WaterfillError
-from waterfill.evaluate.text import positions, windows
+from waterfill.evaluate.text import windows
 
 CONVENTIONS = ("gptq", "strided", "llama.cpp", "decode")
 USUAL_CONTEXTS = {"llama.cpp": 512}
@@ -67,6 +66,11 @@ class Convention:
             parts[:, 0] = self.bos
         return [Window(number, part, first) for number, part in enumerate(parts)]
 
+    def first_windows(self, ids: Tensor, count: int) -> Tensor:
+        """The tokens of the first `count` windows."""
+        stride = self.stride or self.context
+        return ids[: (count - 1) * stride + self.context] if len(ids) >= self.context else ids
+
     def _strides(self, ids: Tensor) -> list[Window]:
         assert self.stride is not None
         windows(ids, min(self.context, max(2, len(ids))))  # refuses what cannot be cut
@@ -83,13 +87,13 @@ class Convention:
 
 def convention(
     name: str = "gptq",
-    model: Any = None,
+    limit: int | None = None,
     *,
     context: int | None = None,
     stride: int | None = None,
     bos: int | None = None,
 ) -> Convention:
-    """The convention of a name, with its usual context, or the model's number of positions if that is less.
+    """The convention of a name, with its usual context, or `limit`, the model's number of positions, if that is less.
 
     `bos` is the token that the tokenizer begins texts with, if it does (`text.begin_token`); only `llama.cpp` asks.
     Raises WaterfillError for an unknown name, or a stride that is impossible or not asked for.
@@ -98,7 +102,7 @@ def convention(
         raise WaterfillError(f"{name!r} is no convention; choose one of {', '.join(CONVENTIONS)}")
     if context is None:
         usual = USUAL_CONTEXTS.get(name, USUAL_CONTEXT)
-        context = min(usual, (model is not None and positions(model)) or usual)
+        context = min(usual, limit or usual)
     if name != "strided":
         if stride is not None:
             raise WaterfillError(f"a stride of {stride} was given, but only the convention 'strided' has one; drop it")

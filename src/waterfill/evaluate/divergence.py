@@ -18,7 +18,6 @@ from waterfill.errors import WaterfillError
 from waterfill.evaluate.conventions import Convention, Window, convention
 from waterfill.evaluate.expected import Exact, Expected, Scores, score
 from waterfill.evaluate.journal import Journal
-from waterfill.evaluate.records import Record
 from waterfill.evaluate.scoring import Progress, prepare, score_windows, standard_error, window_logits
 from waterfill.evaluate.statistics import (
     KlStatistics,
@@ -28,6 +27,8 @@ from waterfill.evaluate.statistics import (
     perplexity_statistics,
     token_statistics,
 )
+from waterfill.evaluate.text import positions
+from waterfill.records import Record
 
 COLUMNS = len(Scores._fields)
 
@@ -105,7 +106,7 @@ def divergence(
     WaterfillError for a text shorter than one window, a context longer than a model's, vocabularies that differ, or
     logits that are not finite.
     """
-    how = _convention(convention, model, context=context, stride=stride, bos=bos)
+    how = _convention(convention, positions(model), context=context, stride=stride, bos=bos)
     cut = how.cut(ids)
     stored = reference if isinstance(reference, Stored) else None
     for each in [model] if stored is not None else [reference, model]:

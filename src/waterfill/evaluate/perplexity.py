@@ -15,7 +15,6 @@ from torch import Tensor
 
 from waterfill.evaluate.conventions import Window, convention
 from waterfill.evaluate.journal import Journal
-from waterfill.evaluate.records import Record
 from waterfill.evaluate.scoring import (
     Progress,
     check_finite,
@@ -26,6 +25,8 @@ from waterfill.evaluate.scoring import (
     token_error,
     window_logits,
 )
+from waterfill.evaluate.text import positions
+from waterfill.records import Record
 
 COLUMNS = 1  # of the scores of a window
 
@@ -71,7 +72,7 @@ def perplexity(
     The loss is taken in float32 whatever the model's dtype. Raises WaterfillError for a text shorter than one window, a
     context longer than the model's, or logits that are not finite.
     """
-    how = _convention(convention, model, context=context, stride=stride, bos=bos)
+    how = _convention(convention, positions(model), context=context, stride=stride, bos=bos)
     cut = how.cut(ids)
     prepare(model, cut)
 

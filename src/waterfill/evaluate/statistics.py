@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from waterfill.evaluate.records import Estimate, Record
+from waterfill.records import Estimate, Record
 
 
 @dataclass(frozen=True)
