@@ -80,9 +80,13 @@ def quantise(source: Path, out: Path, kind: str, threads: int = 1) -> Path:
     """The GGUF file `source` in one of llama.cpp's types, by llama.cpp itself."""
     import llama_cpp
 
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = FILE_TYPES[kind], threads
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters)):
+    failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))  # before `quiet` goes away
+    if failed:
         raise RuntimeError(f"llama.cpp could not write {out.name} as {kind}")
     return out
 

@@ -78,7 +78,9 @@ class TopK:
     """The k likeliest tokens with their probabilities, and what can be said of the rest.
 
     Over the rest, KL is at least what merging them into one token gives, and at most what it would be if all of their
-    probability lay where the model's is least. Between the two, sampled tokens give an estimate without bias.
+    probability lay where the model's is least. Between the two, sampled tokens give an estimate without bias: with
+    u = q / p, Σ p ln(p/q) = Σ p (u - 1 - ln u) + Σ p - Σ q, where the last two sums are known and the first, of second
+    order and never negative, is the one to sample.
     """
 
     logits: Tensor  # [targets, k], in the model's dtype
@@ -105,19 +107,20 @@ class TopK:
         rest_q = others.exp().sum(dim=-1)
         rest = here.rest.to(log_q.dtype)
         log_p_sampled = here.sampled_logits.to(log_q.dtype) - here.log_sum[:, None].to(log_q.dtype)
-        ratios = log_p_sampled - log_q.gather(1, sampled)
+        log_u = log_q.gather(1, sampled) - log_p_sampled
+        excess = log_u.expm1() - log_u
         low = (kept + torch.xlogy(rest, rest) - torch.xlogy(rest, rest_q)).clamp_(min=0)
         least = log_q.scatter(1, tokens, torch.inf).amin(dim=-1)
         high = torch.where(rest > 0, kept - here.rest_entropy.to(log_q.dtype) - rest * least, kept)
         scores = _scores(
-            kept + rest * ratios.mean(dim=-1),
+            kept + rest - rest_q + rest * excess.mean(dim=-1),
             here.top,
             logits,
             log_q,
             targets.to(device),
             here.log_sum - here.target_logits.to(here.log_sum.dtype),
         )
-        variance = rest.square() * ratios.var(dim=-1) / ratios.shape[-1]
+        variance = rest.square() * excess.var(dim=-1) / excess.shape[-1]
         return scores._replace(
             kl_low=low.cpu().double(), kl_high=high.cpu().double(), kl_variance=variance.cpu().double()
         )

@@ -1,0 +1,160 @@
+"""Are waterfill's figures those that people know, llama-perplexity's and lm-evaluation-harness's, on equal weights?
+
+The example model is written as GGUF (F32, Q8_0, Q4_0). llama.cpp's figures are those of the program llama-perplexity
+where there is one (`--llama-perplexity PATH`), else of a replica of its algorithm on llama-cpp-python's logits; the
+report says which. Needs `waterfill[eval,gguf]`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from common import EXAMPLE_MODEL, Report, _version, held_out_text, parse_arguments
+from gguf_file import quantise, write_gguf
+from llama_perplexity import DELTA_QUANTILES, KL_QUANTILES, PPL_LINES, Program, Replica, find_program
+from waterfill.api import load_tokenizer
+from waterfill.checkpoint import open_checkpoint
+from waterfill.evaluate import Cache, Divergence, KldFile, convention, divergence, perplexity, token_ids
+from waterfill.loading import load_checkpoint
+from waterfill.runtime.gguf import load_gguf
+
+CONTEXT = 512
+LAST_DIGIT = 1.0  # units: rounding alone is half of one
+
+
+def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    program_option = {"type": Path, "metavar": "PATH", "help": "the program; on the PATH when not given"}
+    arguments = parse_arguments(__doc__, llama_perplexity=program_option)
+    chunks = 8 if arguments.quick else 40
+    report = Report("waterfill's figures against llama.cpp's and lm-evaluation-harness's")
+    report.note(", ".join(f"{name} {_version(name)}" for name in ("llama_cpp_python", "lm_eval")))
+    text = held_out_text(report)
+    with tempfile.TemporaryDirectory() as folder:
+        some = Path(folder) / "text.txt"
+        some.write_text(text.read_text("utf-8")[: 4000 * chunks], "utf-8")
+        models = {"F32": write_gguf(EXAMPLE_MODEL, Path(folder) / "F32.gguf")}
+        for kind in ("Q8_0", "Q4_0"):
+            models[kind] = quantise(models["F32"], Path(folder) / f"{kind}.gguf", kind)
+        program = find_program(arguments.llama_perplexity)
+        llama_cpp: Program | Replica
+        if program is None:
+            llama_cpp = Replica(Path(folder), some, chunks)
+            report.note("llama-perplexity: not found; a replica of its algorithm on llama-cpp-python's logits instead")
+        else:
+            llama_cpp = Program(program, Path(folder), some, chunks)
+            report.note("llama-perplexity: the program itself")
+        same_engine(report, llama_cpp, models, some, chunks)
+        if isinstance(llama_cpp, Program):
+            other_engine(report, llama_cpp, models["F32"], some, chunks)
+        references(report, models, some, chunks, Path(folder))
+    report.save(arguments.json)
+
+
+def same_engine(report: Report, llama_cpp: Program | Replica, models: dict[str, Path], text: Path, chunks: int) -> None:
+    """Every figure of llama-perplexity beside ours, llama.cpp computing the logits of both."""
+    rows: list[list[Any]] = []
+    for kind, path in models.items():
+        model, tokenizer = load_gguf(path)
+        ids = token_ids(tokenizer, text)[: chunks * CONTEXT]
+        ours = perplexity(model, ids, convention="llama.cpp")
+        printed = llama_cpp.perplexity(path)
+        figures = {"ppl": ours.ppl, "ppl ±": ours.ppl * ours.nll_token_stderr}
+        rows += [[kind, name, *printed[name], value, _units(value, printed[name])] for name, value in figures.items()]
+    for kind in ("Q8_0", "Q4_0"):
+        printed, file = llama_cpp.divergence(models["F32"], models[kind])
+        model, _ = load_gguf(models[kind])
+        base = KldFile(file)
+        measured = divergence(base, model, base.ids, context=base.context, convention="llama.cpp")
+        figures = as_printed(measured)
+        assert figures.keys() == printed.keys(), figures.keys() ^ printed.keys()
+        rows += [[kind, name, *printed[name], value, _units(value, printed[name])] for name, value in figures.items()]
+    columns = ["model", "figure", "llama.cpp", "last digit", "waterfill", "last digits apart"]
+    report.table("llama-perplexity and waterfill on the same logits", columns, rows, key="same_logits")
+    worst = max(row[-1] for row in rows)
+    report.criterion("figures_compared", len(rows), ">= 80", len(rows) >= 80)
+    report.criterion("largest_difference_in_last_digits", worst, f"<= {LAST_DIGIT}", worst <= LAST_DIGIT)
+
+
+def other_engine(report: Report, llama_cpp: Program, path: Path, text: Path, chunks: int) -> None:
+    """transformers computes ours, from the safetensors file. llama.cpp's cache of keys and values is 16-bit unless it
+    is told otherwise."""
+    model = load_checkpoint(open_checkpoint(EXAMPLE_MODEL))
+    ids = token_ids(load_tokenizer(EXAMPLE_MODEL), text)[: chunks * CONTEXT]
+    ours = perplexity(model, ids, convention="llama.cpp")
+    wide = llama_cpp.perplexity(path, "-ctk", "f32", "-ctv", "f32", "-fa", "off")
+    usual = llama_cpp.perplexity(path)
+    rows = [["32-bit cache", wide["ppl"][0], ours.ppl], ["16-bit cache", usual["ppl"][0], ours.ppl]]
+    report.table("perplexity, F32", ["llama.cpp's cache", "llama.cpp", "transformers"], rows, key="engines")
+    apart = _units(ours.ppl, wide["ppl"])
+    report.criterion("transformers_against_llama_cpp_in_last_digits", apart, f"<= {LAST_DIGIT}", apart <= LAST_DIGIT)
+
+
+def references(report: Report, models: dict[str, Path], text: Path, chunks: int, folder: Path) -> None:
+    """The model against itself, and what storing a reference does to the KL."""
+    base = load_checkpoint(open_checkpoint(EXAMPLE_MODEL))
+    ids = token_ids(load_tokenizer(EXAMPLE_MODEL), text)[: min(chunks, 16) * CONTEXT]
+    packed, _ = load_gguf(models["Q4_0"])
+    how = convention("llama.cpp", context=CONTEXT)
+    cut = how.cut(ids)
+    itself = divergence(base, base, ids, convention="llama.cpp")
+    report.criterion("kl_of_the_model_against_itself", itself.kl_max, "== 0", itself.kl_max == 0)
+    report.criterion("agreement_with_itself", itself.top1_agreement, "== 1", itself.top1_agreement == 1)
+    live = divergence(base, packed, ids, convention="llama.cpp")
+    rows = [["live", None, live.kl, live.kl, live.kl, 0.0]]
+    all_bytes = sum(len(window.targets) for window in cut) * 8192 * 4
+    for share in (1.01, 0.25, 0.0625):
+        store = Cache(folder / str(share), int(share * all_bytes)).reference("key")
+        store.fill(base, cut, how)
+        known = divergence(store, packed, ids, convention="llama.cpp")
+        form = known.reference
+        rows.append([form.form, form.kept, known.kl, form.kl_low, form.kl_high, form.kl_sampling_stderr])
+        if form.form == "exact":
+            report.criterion("stored_reference_changes_nothing", known.kl - live.kl, "== 0", known.kl == live.kl)
+        else:
+            errors = abs(known.kl - live.kl) / form.kl_sampling_stderr
+            report.criterion(f"top_{form.kept}_within_standard_errors", errors, "<= 4", errors <= 4)
+            inside = form.kl_low <= live.kl <= form.kl_high
+            report.criterion(f"top_{form.kept}_within_bounds", inside, "== True", inside)
+    columns = ["reference", "kept", "KL", "at least", "at most", "sampling error"]
+    report.table("a stored reference, Q4_0 against F32", columns, rows, key="references")
+    whole = perplexity(base, ids[:2048], context=CONTEXT)
+    decoded = perplexity(base, ids[:2048], context=CONTEXT, convention="decode")
+    apart = abs(decoded.nll - whole.nll)
+    report.criterion("decode_mode_against_one_pass_nats", apart, "<= 1e-6", apart <= 1e-6)
+
+
+def as_printed(measured: Divergence) -> dict[str, float]:
+    """Our figures under llama-perplexity's names and in its units."""
+    ppl, kl, token = measured.perplexity_statistics, measured.kl_statistics, measured.token_statistics
+    figures: dict[str, float] = {}
+    for key, (name, _, error) in PPL_LINES.items():
+        estimate = getattr(ppl, key)
+        figures[name] = 100 * estimate if error is None else estimate.value
+        if error is not None:
+            figures[f"{name} ±"] = estimate.error
+    figures |= {"Mean    KLD": kl.mean.value, "Mean    KLD ±": kl.mean.error}
+    figures |= {name: getattr(kl, _field(at)) for at, name in KL_QUANTILES.items()}
+    figures |= {"Mean    Δp": 100 * token.mean.value, "Mean    Δp ±": 100 * token.mean.error}
+    figures |= {name: 100 * getattr(token, _field(at)) for at, name in DELTA_QUANTILES.items()}
+    figures |= {"RMS Δp": 100 * token.rms.value, "RMS Δp ±": 100 * token.rms.error}
+    return figures | {"Same top p": 100 * token.same_top.value, "Same top p ±": 100 * token.same_top.error}
+
+
+def _field(percent: float) -> str:
+    named = {100: "maximum", 50: "median", 0: "minimum"}
+    return named.get(percent, f"percentile_{percent:g}".replace(".", "_"))
+
+
+def _units(value: float, printed: tuple[float, float]) -> float:
+    return abs(value - printed[0]) / printed[1]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
