@@ -45,6 +45,10 @@ class Subject(ABC):
     def load(self, dtype: torch.dtype | None = None) -> Any:
         """The model, ready to be evaluated; `dtype` of the activations of a packed one, None for the usual."""
 
+    def load_to_run(self) -> Any:
+        """The model as users run it."""
+        return self.load()
+
     @abstractmethod
     def tokenizer(self) -> Any:
         """Raises WaterfillError where there is none."""
@@ -88,6 +92,9 @@ class CheckpointSubject(Subject):
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
         return load_checkpoint(self.checkpoint)
+
+    def load_to_run(self) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype="auto").eval()
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.path)
