@@ -8,6 +8,9 @@ from typing import Any
 import click
 
 _SECTIONS = {
+    "On a text": ("against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
+    "Tasks": ("tasks", "shots", "limit", "chat_template"),
+    "Efficiency": ("efficiency", "prompt_tokens", "new_tokens"),
     "Budget (exactly one)": ("size", "bits", "max_kl"),
     "Choices": ("gain", "keep", "tie", "uniform", "codecs"),
     "Sensitivities": ("probe", "text", "sequences", "length", "seed", "method", "sensitivity"),

@@ -188,7 +188,19 @@ def inspect(artifact: Path, every: bool, as_json: bool) -> None:
 @click.option(
     "--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="Measure on the first windows only."
 )
-@click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
+@click.option("--batch", type=int, metavar="N", help="Windows, or questions, per forward pass (1).")
+@click.option(
+    "--tasks",
+    metavar="NAMES",
+    multiple=True,
+    help="Tasks of lm-eval, presets (knowledge, alignment, efficiency), files of JSON lines; with commas.",
+)
+@click.option("--shots", type=click.IntRange(min=0), metavar="N", help="Examples before each question.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask the first questions of each task only.")
+@click.option("--chat-template", is_flag=True, help="Put questions into the model's chat template.")
+@click.option("--efficiency", is_flag=True, help="Measure memory and speed, in processes of their own.")
+@click.option("--prompt-tokens", type=int, metavar="N", help="Tokens to read, with --efficiency (256).")
+@click.option("--new-tokens", type=int, metavar="N", help="Tokens to write, with --efficiency (128).")
 @click.option("--statistics", is_flag=True, help="Show the three tables of llama-perplexity --kl-divergence as well.")
 @click.option("--no-cache", is_flag=True, help="Keep nothing on disk: neither the original's predictions nor scores.")
 @_revision
@@ -196,7 +208,8 @@ def inspect(artifact: Path, every: bool, as_json: bool) -> None:
 def evaluate(model: str, statistics: bool, no_cache: bool, as_json: bool, **options: Any) -> None:
     """Measure MODEL: an artifact, a Hugging Face directory or hub id, or a GGUF file.
 
-    With --text perplexity, and with --against as well KL divergence and top-1 agreement, beside the prediction.
+    With --text perplexity, and with --against as well KL divergence and top-1 agreement, beside the prediction. With
+    --tasks scores in benchmarks, with --efficiency memory and speed.
     """
     with show.progress() as progress:
         result = waterfill.evaluate(model, cache=not no_cache, progress=progress, **_given(options))

@@ -8,8 +8,9 @@ open_subject ──► text: tokens ──► reference's predictions (stored, o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 
 import waterfill
 from waterfill import native
+from waterfill.efficiency import Efficiency
+from waterfill.efficiency import efficiency as run_efficiency
 from waterfill.errors import WaterfillError
 from waterfill.evaluate import (
     Cache,
@@ -35,7 +38,9 @@ from waterfill.evaluate import (
 )
 from waterfill.evaluate.divergence import COLUMNS as DIVERGENCE_COLUMNS
 from waterfill.evaluate.journal import Journal
+from waterfill.evaluate.local_tasks import SUFFIX as TASK_SUFFIX
 from waterfill.evaluate.perplexity import COLUMNS as PERPLEXITY_COLUMNS
+from waterfill.evaluate.tasks import EFFICIENCY, TaskResults, names_of, run_tasks, task_specs
 from waterfill.kernels.native import FLOAT_ACTIVATIONS
 from waterfill.loading import read_plan
 from waterfill.pack import PLAN_FILE
@@ -64,6 +69,9 @@ class Evaluation(Record):
     tokens: int | None = None  # scored
     divergence: Divergence | None = None
     perplexity: Perplexity | None = None  # without a reference
+    tasks: TaskResults | None = None
+    tasks_reference: TaskResults | None = None
+    efficiency: Efficiency | None = None
 
 
 def evaluate(
@@ -77,6 +85,13 @@ def evaluate(
     max_windows: int | None = None,
     batch: int = 1,
     cache: bool = True,
+    tasks: str | Sequence[str] = (),
+    shots: int | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    efficiency: bool = False,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -84,39 +99,80 @@ def evaluate(
 
     Args:
         against: the model that it was packed from: KL divergence, top-1 agreement and both perplexities, beside the
-            prediction. Also a file of `llama-perplexity --kl-divergence-base`, which has its text in it.
+            prediction, and its own scores in the tasks. Also a file of `llama-perplexity --kl-divergence-base`, which
+            has its text in it.
         text: file to measure on.
         context: tokens per window; the convention's own, or the model's positions, if that is less, when None.
         convention: "gptq", "strided", "llama.cpp" or "decode".
         stride: tokens between windows, in the convention "strided".
         max_windows: measure on the first windows only.
+        batch: windows, or questions, at a time.
         cache: keep the reference's predictions on disk for the next time, and continue an interrupted run.
+        tasks: names of lm-eval, presets ("knowledge", "alignment", "efficiency"), files of JSON lines.
+        shots: examples before each question; the task's own number when None.
+        limit: ask only the first questions of each task.
+        chat_template: put questions into the model's chat template.
+        efficiency: measure memory and speed, with `prompt_tokens` read and `new_tokens` written.
         revision: branch, tag or commit of a hub model.
 
     Raises:
         WaterfillError: a bad model, text or option, or two models that do not go together.
     """
+    names = names_of(tasks)
+    efficiency = efficiency or EFFICIENCY in names
+    specs = task_specs(names)
+    if text is None and not specs and not efficiency and not _is_kld(against):
+        raise WaterfillError(
+            "there is nothing to measure; give a text, tasks or efficiency (--text, --tasks, --efficiency)"
+        )
     subject = open_subject(model, revision=revision)
     run = _Run(Cache.default() if cache else None, batch, progress)
-    if against is not None and Path(against).suffix == KLD_SUFFIX:
+    reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision)
+    measured = Evaluation(size_bytes=subject.size_bytes)
+    if _is_kld(against):
         if text is not None:
             raise WaterfillError(f"{against} has its text in it; leave out the other one")
-        return _evaluation(subject, _against_file(subject, KldFile(Path(against)), max_windows, run))
-    if text is None:
-        raise WaterfillError("there is nothing to measure; give a text")
-    reference = None if against is None else open_subject(against, revision=revision)
-    ids = _ids(subject, reference, Path(text))  # before minutes of loading
-    how = _how(reference or subject, convention, context, stride)
-    if max_windows is not None:
-        ids = how.first_windows(ids, max_windows)
+        file = KldFile(Path(str(against)))
+        measured = _compared(subject, _against_file(subject, file, max_windows, run))
+    elif text is not None:
+        ids = _ids(subject, reference, Path(text))  # before minutes of loading
+        how = _how(reference or subject, convention, context, stride)
+        if max_windows is not None:
+            ids = how.first_windows(ids, max_windows)
+        measured = _on_text(subject, reference, ids, how, run)
+    if specs:
+        options = {"shots": shots, "limit": limit, "chat_template": chat_template}
+        dtype = None if reference is None else reference.dtype()
+        asked, original = (
+            None if each is None else _tasks(each, dtype, names, specs, run, **options) for each in (subject, reference)
+        )
+        measured = replace(measured, tasks=asked, tasks_reference=original)
+    if efficiency:
+        measured = replace(
+            measured,
+            efficiency=run_efficiency(
+                model,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                revision=revision,
+                progress=run.step("running"),
+            ),
+        )
+    return measured
+
+
+def _on_text(subject: Subject, reference: Subject | None, ids: torch.Tensor, how: Convention, run: _Run) -> Evaluation:
     if reference is not None:
-        return _evaluation(subject, _divergence(reference, subject, ids, how, run))
-    measured = _perplexity(subject, ids, how, run)
-    size_bytes = subject.size_bytes
-    return Evaluation(size_bytes, measured.ppl, context=measured.context, tokens=measured.tokens, perplexity=measured)
+        return _compared(subject, _divergence(reference, subject, ids, how, run))
+    alone = _perplexity(subject, ids, how, run)
+    return Evaluation(subject.size_bytes, alone.ppl, context=alone.context, tokens=alone.tokens, perplexity=alone)
 
 
-def _evaluation(subject: Subject, measured: Divergence) -> Evaluation:
+def _is_kld(against: str | Path | None) -> bool:
+    return against is not None and Path(against).suffix == KLD_SUFFIX
+
+
+def _compared(subject: Subject, measured: Divergence) -> Evaluation:
     known = subject.kind == PACKED and (subject.path / PLAN_FILE).exists()
     predicted = read_plan(subject.path).predicted if known else None
     return Evaluation(
@@ -247,3 +303,30 @@ def _ids(subject: Subject, reference: Subject | None, text: Path) -> torch.Tenso
             "give the model that the artifact was packed from"
         )
     return ids
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def _tasks(
+    subject: Subject, dtype: torch.dtype | None, names: Sequence[str], specs: Sequence[Any], run: _Run, **options: Any
+) -> TaskResults:
+    """Answers are kept under a name that says who was asked what, until all are there."""
+    journal = None
+    if run.cache is not None:
+        files = [_digest(Path(name).read_bytes()) for name in names if name.endswith(TASK_SUFFIX)]
+        key = _digest(repr((subject.fingerprint, str(dtype), names, files, options, waterfill.__version__)).encode())
+        journal = run.cache.journal_path(f"tasks-{key}")
+    return run_tasks(
+        subject.load(dtype),
+        subject.tokenizer(),
+        specs,
+        batch=run.batch,
+        journal=journal,
+        progress=run.progress,
+        **options,
+    )
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()

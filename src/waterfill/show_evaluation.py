@@ -13,7 +13,9 @@ from waterfill.budget import format_size
 from waterfill.show import plain_table
 
 if TYPE_CHECKING:  # they import torch, which the command line does without until a command runs
+    from waterfill.efficiency import Efficiency
     from waterfill.evaluate import Divergence, Estimate, Perplexity
+    from waterfill.evaluate.tasks import TaskResults, TaskScore
     from waterfill.evaluation import Evaluation
 
 CONVENTION_NAMES = {"gptq": "GPTQ convention", "llama.cpp": "llama.cpp's convention", "decode": "decode mode"}
@@ -28,7 +30,11 @@ def view(result: Evaluation, *, statistics: bool = False) -> RenderableType:
             parts += ["", *_blocks(result.divergence)]
     if result.perplexity is not None:
         parts += _perplexity(result, result.perplexity)
-    return Group(*parts)
+    if result.tasks is not None:
+        parts += ["", _tasks(result.tasks, result.tasks_reference)]
+    if result.efficiency is not None:
+        parts += ["", *_efficiency(result.efficiency)]
+    return Group(*(parts if parts[0] else parts[1:]))
 
 
 def record(result: Evaluation) -> dict[str, Any]:
@@ -39,6 +45,10 @@ def record(result: Evaluation) -> dict[str, Any]:
         fields |= {**result.divergence.to_dict(), **predicted}
     if result.perplexity is not None:
         fields |= result.perplexity.to_dict()
+    for name in ("tasks", "tasks_reference", "efficiency"):
+        part = getattr(result, name)
+        if part is not None:
+            fields[name] = part.to_dict()
     return {**fields, "size_bytes": result.size_bytes}
 
 
@@ -63,11 +73,49 @@ def _divergence(result: Evaluation, measured: Divergence) -> Iterator[Renderable
 
 
 def _perplexity(result: Evaluation, measured: Perplexity) -> Iterator[RenderableType]:
-    table = plain_table(("", "left"), ("", "right"))
+    table = plain_table(("on this text", "left"), ("", "right"))
     table.add_row("perplexity", f"{measured.ppl:.4f} ± {measured.ppl * measured.nll_stderr:.2g}")
     table.add_row("weight files", format_size(result.size_bytes))
     yield table
     yield Text(_measured_on(measured), style="dim")
+
+
+def _tasks(results: TaskResults, original: TaskResults | None) -> Table:
+    others = {} if original is None else {(s.task, s.metric, s.filter): s for s in original.scores}
+    columns = [("task", "left"), ("metric", "left"), ("shots", "right"), ("questions", "right"), ("score", "right")]
+    table = plain_table(*columns, *([("original", "right")] if original is not None else []))
+    for score in results.scores:
+        name = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+        counts = ("" if count is None else str(count) for count in (score.shots, score.samples))
+        other = others.get((score.task, score.metric, score.filter))
+        table.add_row(score.task, name, *counts, _score(score), *([] if other is None else [_score(other)]))
+    return table
+
+
+def _score(score: TaskScore) -> str:
+    return f"{score.value:.4f}" if score.stderr is None else f"{score.value:.4f} ± {score.stderr:.4f}"
+
+
+def _efficiency(measured: Efficiency) -> Iterator[RenderableType]:
+    table = plain_table(("efficiency", "left"), ("", "right"))
+    table.add_row("weight files", f"{measured.size_bytes:,} bytes ({format_size(measured.size_bytes)})")
+    table.add_row("bits per weight, all files and tensors", f"{measured.bits_per_weight:.3f}")
+    table.add_row("peak memory before loading", format_size(measured.memory_start_bytes))
+    table.add_row("  after loading", format_size(measured.memory_load_bytes))
+    table.add_row("  after the prompt", format_size(measured.memory_prefill_bytes))
+    table.add_row("  after generation", format_size(measured.memory_generation_bytes))
+    table.add_row(f"  after generation, batch {measured.batch}", format_size(measured.memory_batch_bytes))
+    table.add_row("time to first token", f"{measured.first_token_s:.3g} s")
+    table.add_row("tokens per second", f"{measured.tokens_per_s:.1f}")
+    table.add_row(f"tokens per second, batch {measured.batch}", f"{measured.tokens_per_s_batch:.1f}")
+    joule = measured.energy_j_per_token
+    table.add_row("energy per token", "this machine does not tell" if joule is None else f"{joule:.3g} J")
+    yield table
+    yield Text(
+        f"{measured.prompt_tokens} tokens read, {measured.new_tokens} written, greedily; "
+        f"{measured.threads} threads, {measured.dtype}",
+        style="dim",
+    )
 
 
 def _measured_on(measured: Divergence | Perplexity) -> str:

@@ -111,8 +111,15 @@ class GgufModel:
         logits = self._decode(input_ids.tolist(), start, last)
         return Output(logits, Past(sequences, start + tokens, past_key_values.capacity) if use_cache else None)
 
-    def generate(self, ids: Sequence[int], max_new_tokens: int, ends: Sequence[int] = ()) -> list[int]:
-        """The likeliest continuation of token ids, greedily, up to one of the tokens `ends`, which is left out."""
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        ends: Sequence[int] = (),
+        ended: Callable[[list[int]], bool] = lambda said: False,
+    ) -> list[int]:
+        """The likeliest continuation of token ids, greedily, up to one of the tokens `ends`, which is left out, or to
+        where `ended` holds."""
         output = self(torch.tensor([list(ids)]), use_cache=True, last=True)
         said: list[int] = []
         while len(said) < max_new_tokens:
@@ -120,6 +127,8 @@ class GgufModel:
             if token in ends:
                 break
             said.append(token)
+            if ended(said):
+                break
             assert output.past_key_values is not None
             if output.past_key_values.tokens >= output.past_key_values.capacity:
                 break
