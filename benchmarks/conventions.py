@@ -7,19 +7,23 @@ report says which. Needs `waterfill[eval,gguf]`.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from lm_eval.tasks import TaskManager
 
+import waterfill
 from common import EXAMPLE_MODEL, Report, _version, held_out_text, parse_arguments
 from gguf_file import quantise, write_gguf
 from llama_perplexity import DELTA_QUANTILES, KL_QUANTILES, PPL_LINES, Program, Replica, find_program
 from waterfill.api import load_tokenizer
 from waterfill.checkpoint import open_checkpoint
 from waterfill.evaluate import Cache, Divergence, KldFile, convention, divergence, perplexity, token_ids
+from waterfill.evaluate.local_tasks import read_task
 from waterfill.loading import load_checkpoint
 from waterfill.runtime.gguf import load_gguf
 
@@ -53,6 +57,7 @@ def main() -> None:
         if isinstance(llama_cpp, Program):
             other_engine(report, llama_cpp, models["F32"], some, chunks)
         references(report, models, some, chunks, Path(folder))
+        word_perplexity(report, models["F32"], some, Path(folder))
     report.save(arguments.json)
 
 
@@ -127,6 +132,37 @@ def references(report: Report, models: dict[str, Path], text: Path, chunks: int,
     decoded = perplexity(base, ids[:2048], context=CONTEXT, convention="decode")
     apart = abs(decoded.nll - whole.nll)
     report.criterion("decode_mode_against_one_pass_nats", apart, "<= 1e-6", apart <= 1e-6)
+
+
+def word_perplexity(report: Report, gguf: Path, text: Path, folder: Path) -> None:
+    """The figures of lm-eval's `wikitext` on local documents: its own `hf` model against `waterfill eval --tasks`."""
+    import lm_eval
+
+    documents = folder / "documents.jsonl"
+    whole = text.read_text("utf-8")
+    pieces = [whole[start : start + 6000] for start in range(0, min(len(whole), 48_000), 6000)]
+    documents.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), "utf-8")
+    own = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(EXAMPLE_MODEL), "dtype": "float32", "device": "cpu"},
+        tasks=[read_task(documents)],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+    )
+    expected = {key.partition(",")[0]: value for key, value in own["results"]["documents"].items()}
+    rows = []
+    for name, model in (("transformers", EXAMPLE_MODEL), ("llama.cpp, F32", gguf)):
+        found = waterfill.evaluate(model, tasks=[str(documents)], cache=False)
+        assert found.tasks is not None
+        for score in found.tasks.scores:
+            apart = abs(score.value / expected[score.metric] - 1)
+            rows.append([name, score.metric, expected[score.metric], score.value, apart])
+    columns = ["model", "figure", "lm-eval's hf model", "waterfill", "relative difference"]
+    report.table("lm-eval's figures for documents", columns, rows, key="documents")
+    same = max(row[-1] for row in rows if row[0] == "transformers")
+    other = max(row[-1] for row in rows if row[0] != "transformers")
+    report.criterion("word_perplexity_against_lm_eval_relative", same, "<= 1e-9", same <= 1e-9)
+    report.criterion("word_perplexity_through_llama_cpp_relative", other, "<= 1e-3", other <= 1e-3)
 
 
 def as_printed(measured: Divergence) -> dict[str, float]:

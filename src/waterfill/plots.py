@@ -1,4 +1,4 @@
-"""Figures of evaluations. Each function returns a matplotlib figure and shows nothing: a notebook does, or `savefig`."""
+"""Figures of evaluations. Each function returns a matplotlib figure and shows nothing: a notebook does that."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plot_kl_percentiles(evaluations: Mapping[str, Evaluation]) -> Any:
     figure, axes = _figure()
     for label, divergence in known.items():
         fields = divergence.kl_statistics.to_dict()
-        values = [fields.get(name, fields.get(f"percentile_{name.replace('.', '_')}")) for name in _PERCENTILES]
+        values = [fields[name if name.isalpha() else f"percentile_{name.replace('.', '_')}"] for name in _PERCENTILES]
         positive = [value if value > 0 else float("nan") for value in values]
         axes.plot(range(len(values)), positive, marker="o", label=label)
     axes.set_xticks(range(len(_PERCENTILES)), [n if n.isalpha() else f"{n} %" for n in _PERCENTILES], rotation=45)

@@ -23,7 +23,7 @@ from waterfill.runtime.gguf import GgufModel
 AT_A_TIME = 32  # requests between two reports of progress
 USUAL_LENGTH = 2048  # tokens at a time, of models that do not say
 
-Progress = Callable[[int, int], None]
+_KINDS = {"loglikelihood": "choices", "loglikelihood_rolling": "documents", "generate_until": "answers"}
 
 
 def harness_model(model: Any, tokenizer: Any, batch: int, progress: Callable[[str, int, int], None] | None) -> Any:
@@ -49,16 +49,21 @@ def without_bars() -> Iterator[None]:
 
 
 class _Reporting:
-    """Hands requests on some at a time, so that progress can be told."""
+    """Hands requests on some at a time, so that progress can be told and answers are kept as they come."""
 
     progress: Callable[[str, int, int], None] | None
+    cache_hook: Any  # the harness's: takes answers where they are kept
 
     def some_at_a_time(self, kind: str, answer: Callable[[Any], list[Any]], requests: Sequence[Any]) -> list[Any]:
         results: list[Any] = []
         for start in range(0, len(requests), AT_A_TIME):
-            results += answer(list(requests[start : start + AT_A_TIME]))
+            some = list(requests[start : start + AT_A_TIME])
+            answers = answer(some)
+            for request, given in zip(some, answers, strict=True):
+                self.cache_hook.add_partial(kind, request.args, given)
+            results += answers
             if self.progress is not None:
-                self.progress(f"tasks: {kind}", len(results), len(requests))
+                self.progress(f"tasks: {_KINDS[kind]}", len(results), len(requests))
         return results
 
 
@@ -72,13 +77,13 @@ class Transformers(_Reporting, HFLM):  # type: ignore[misc]  # the harness is un
         self.progress = progress
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return self.some_at_a_time("choices", super().loglikelihood, requests)
+        return self.some_at_a_time("loglikelihood", super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        return self.some_at_a_time("documents", super().loglikelihood_rolling, requests)
+        return self.some_at_a_time("loglikelihood_rolling", super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        return self.some_at_a_time("answers", super().generate_until, requests)
+        return self.some_at_a_time("generate_until", super().generate_until, requests)
 
 
 class Gguf(_Reporting, TemplateLM):  # type: ignore[misc]
@@ -108,13 +113,17 @@ class Gguf(_Reporting, TemplateLM):  # type: ignore[misc]
         return ids
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return self.some_at_a_time("choices", super().loglikelihood, requests)
+        return self.some_at_a_time("loglikelihood", super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
-        return self.some_at_a_time("documents", lambda some: [self._rolling(*each.args) for each in some], requests)
+        return self.some_at_a_time(
+            "loglikelihood_rolling", lambda some: [self._rolling(*each.args) for each in some], requests
+        )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        return self.some_at_a_time("answers", lambda some: [self._continue(*each.args) for each in some], requests)
+        return self.some_at_a_time(
+            "generate_until", lambda some: [self._continue(*each.args) for each in some], requests
+        )
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         return [self._score(context, continuation) for _, context, continuation in requests]
