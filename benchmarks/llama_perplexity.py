@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 CONTEXT = 512
+RUNS = 6
 Printed = dict[str, tuple[float, float]]  # what was printed, and a unit of its last digit
 
 # name in waterfill's results: (what llama-perplexity calls it, digits of the value, digits of its error)
@@ -49,7 +50,7 @@ class Program:
 
     def perplexity(self, model: Path, *options: str) -> Printed:
         """The final estimate, "ppl" and "ppl ±"."""
-        said = self._run(model, "-f", str(self._text), *options)
+        said = self._run(model, "Final estimate:", "-f", str(self._text), *options)
         found = re.search(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}", said)
         assert found, said[-2000:]
         return {"ppl": _printed(found, 1), "ppl ±": _printed(found, 3)}
@@ -58,22 +59,28 @@ class Program:
         """All lines of the report by name, errors by name and " ±"; the file of the base."""
         file = self._folder / f"{base.stem}.kld"
         if not file.exists():
-            self._run(base, "-f", str(self._text), "--kl-divergence-base", str(file))
-        said = self._run(model, "--kl-divergence-base", str(file), "--kl-divergence")
+            self._run(base, "Final estimate:", "-f", str(self._text), "--kl-divergence-base", str(file))
+        said = self._run(model, "Same top p:", "--kl-divergence-base", str(file), "--kl-divergence")
         lines: Printed = {}
         report = said[said.index("====== Perplexity statistics") :]
-        for line in report[: report.index("\n", report.index("Same top p:"))].splitlines():
+        end = report.index("Same top p:")
+        for line in [*report[:end].splitlines(), report[end:].partition("\n")[0]]:
             if found := re.match(rf"\s*(.*?)\s*: +{_NUMBER}%?(?: ± +{_NUMBER}| *%)?", line):
                 lines[found[1]] = _printed(found, 2)
                 if found[4]:
                     lines[f"{found[1]} ±"] = _printed(found, 4)
         return lines, file
 
-    def _run(self, model: Path, *options: str) -> str:
+    def _run(self, model: Path, last: str, *options: str) -> str:
+        """All that it says. Its log is written by a thread that may not get to the end before the program has ended:
+        then it is run again, until the `last` line is there."""
         sizes = ["-c", str(CONTEXT), "-b", str(CONTEXT), "-ub", str(CONTEXT), "--chunks", str(self._chunks), "-t", "1"]
-        command = [str(self._path), "-m", str(model), *sizes, *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout + done.stderr
+        for _ in range(RUNS):
+            command = [str(self._path), "-m", str(model), *sizes, *options]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            if last in done.stdout + done.stderr:
+                return done.stdout + done.stderr
+        raise RuntimeError(f"{self._path.name} did not print {last!r}: {done.stderr[-2000:]}")
 
 
 def _printed(found: re.Match[str], group: int) -> tuple[float, float]:
