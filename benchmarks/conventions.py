@@ -19,10 +19,10 @@ from lm_eval.tasks import TaskManager
 import waterfill
 from common import EXAMPLE_MODEL, Report, _version, held_out_text, parse_arguments
 from gguf_file import quantise, write_gguf
-from llama_perplexity import DELTA_QUANTILES, KL_QUANTILES, PPL_LINES, Program, Replica, find_program
+from llama_perplexity import Program, Replica, as_printed, find_program
 from waterfill.api import load_tokenizer
 from waterfill.checkpoint import open_checkpoint
-from waterfill.evaluate import Cache, Divergence, KldFile, convention, divergence, perplexity, token_ids
+from waterfill.evaluate import Cache, KldFile, convention, divergence, perplexity, token_ids
 from waterfill.evaluate.local_tasks import read_task
 from waterfill.loading import load_checkpoint
 from waterfill.runtime.gguf import load_gguf
@@ -163,28 +163,6 @@ def word_perplexity(report: Report, gguf: Path, text: Path, folder: Path) -> Non
     other = max(row[-1] for row in rows if row[0] != "transformers")
     report.criterion("word_perplexity_against_lm_eval_relative", same, "<= 1e-9", same <= 1e-9)
     report.criterion("word_perplexity_through_llama_cpp_relative", other, "<= 1e-3", other <= 1e-3)
-
-
-def as_printed(measured: Divergence) -> dict[str, float]:
-    """Our figures under llama-perplexity's names and in its units."""
-    ppl, kl, token = measured.perplexity_statistics, measured.kl_statistics, measured.token_statistics
-    figures: dict[str, float] = {}
-    for key, (name, _, error) in PPL_LINES.items():
-        estimate = getattr(ppl, key)
-        figures[name] = 100 * estimate if error is None else estimate.value
-        if error is not None:
-            figures[f"{name} ±"] = estimate.error
-    figures |= {"Mean    KLD": kl.mean.value, "Mean    KLD ±": kl.mean.error}
-    figures |= {name: getattr(kl, _field(at)) for at, name in KL_QUANTILES.items()}
-    figures |= {"Mean    Δp": 100 * token.mean.value, "Mean    Δp ±": 100 * token.mean.error}
-    figures |= {name: 100 * getattr(token, _field(at)) for at, name in DELTA_QUANTILES.items()}
-    figures |= {"RMS Δp": 100 * token.rms.value, "RMS Δp ±": 100 * token.rms.error}
-    return figures | {"Same top p": 100 * token.same_top.value, "Same top p ±": 100 * token.same_top.error}
-
-
-def _field(percent: float) -> str:
-    named = {100: "maximum", 50: "median", 0: "minimum"}
-    return named.get(percent, f"percentile_{percent:g}".replace(".", "_"))
 
 
 def _units(value: float, printed: tuple[float, float]) -> float:

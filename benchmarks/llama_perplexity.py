@@ -2,7 +2,7 @@
 
 The program is found on the PATH or named by `--llama-perplexity`. It is not part of llama-cpp-python, but its source is
 (vendor/llama.cpp/tools/perplexity). The replica follows that source in numpy, 16-bit file, float32 sums and clipping
-included, and shares no code with waterfill.
+included; nothing of waterfill's computes in it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+
+from waterfill.evaluate import Divergence
 
 CONTEXT = 512
 RUNS = 6
@@ -161,9 +163,10 @@ class Replica:
             tokens = np.array(model.tokenize(self._text, add_bos=True, special=False))[: self._chunks * CONTEXT]
             windows = tokens[: len(tokens) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
             logits, targets, first = [], [], CONTEXT // 2
+            adds_bos = llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(model.model))
             for window in windows:
                 model.reset()
-                model.eval(window.tolist())
+                model.eval([model.token_bos() if adds_bos else window[0].item(), *window[1:].tolist()])
                 logits.append(model.scores[first : CONTEXT - 1].copy())
                 targets.append(window[first + 1 :])
             self._logits[path] = np.concatenate(logits), np.concatenate(targets), windows
@@ -183,6 +186,28 @@ class Replica:
             out.write(b"_logits_" + np.array([CONTEXT, vocabulary, len(windows)], "<i4").tobytes())
             out.write(windows.astype("<i4").tobytes() + np.concatenate([head, codes, padding], axis=1).tobytes())
         return scale * codes.astype(np.float32) + floor
+
+
+def as_printed(measured: Divergence) -> dict[str, float]:
+    """Our figures under llama-perplexity's names and in its units."""
+    ppl, kl, token = measured.perplexity_statistics, measured.kl_statistics, measured.token_statistics
+    figures: dict[str, float] = {}
+    for key, (name, _, error) in PPL_LINES.items():
+        estimate = getattr(ppl, key)
+        figures[name] = 100 * estimate if error is None else estimate.value
+        if error is not None:
+            figures[f"{name} ±"] = estimate.error
+    figures |= {"Mean    KLD": kl.mean.value, "Mean    KLD ±": kl.mean.error}
+    figures |= {name: getattr(kl, _field(at)) for at, name in KL_QUANTILES.items()}
+    figures |= {"Mean    Δp": 100 * token.mean.value, "Mean    Δp ±": 100 * token.mean.error}
+    figures |= {name: 100 * getattr(token, _field(at)) for at, name in DELTA_QUANTILES.items()}
+    figures |= {"RMS Δp": 100 * token.rms.value, "RMS Δp ±": 100 * token.rms.error}
+    return figures | {"Same top p": 100 * token.same_top.value, "Same top p ±": 100 * token.same_top.error}
+
+
+def _field(percent: float) -> str:
+    named = {100: "maximum", 50: "median", 0: "minimum"}
+    return named.get(percent, f"percentile_{percent:g}".replace(".", "_"))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-QUESTIONS, ANSWERS, DOCUMENTS = 8, 5, 3
+QUESTIONS, ANSWERS, DOCUMENTS = 8, 4, 2
 
 
 def source_text() -> str:

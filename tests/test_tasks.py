@@ -88,7 +88,7 @@ def test_answers_are_generated_greedily(files: dict[str, Path], loaded: tuple[An
     for line in files["line"].read_text().splitlines():
         record = json.loads(line)
         ids = tokenizer(record["prompt"], return_tensors="pt")["input_ids"]
-        said = model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :]
+        said = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
         answer = tokenizer.decode(said, skip_special_tokens=True).partition("\n")[0]
         right.append(answer.strip() == record["answer"].strip())
     (score,) = found.scores
