@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +193,16 @@ def test_scores_survive_an_interruption(damage: bytes, tmp_path: Path) -> None:
     assert len(reads) == WINDOWS - 4
     assert perplexity(model, ids, context=CONTEXT, journal=Journal(path, 1)) == whole
     assert len(reads) == WINDOWS - 4
+
+
+def test_forgotten_journals_are_removed(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    for name, age_days in (("old", 31), ("young", 29)):
+        Journal(cache.journal_path(name), 1).add(0, torch.zeros(1, 2, dtype=torch.float64))
+        then = time.time() - age_days * 24 * 3600
+        os.utime(cache.journal_path(name), (then, then))
+    cache.journal_path("new")
+    assert [file.name for file in (tmp_path / "scores").iterdir()] == ["young"]
 
 
 def test_a_journal_drops_what_is_altered(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 _SECTIONS = {
-    "On a text": ("against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
+    "On a text": ("text_file", "against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
     "Tasks": ("tasks", "shots", "limit", "chat_template"),
     "Efficiency": ("efficiency", "prompt_tokens", "new_tokens"),
     "Budget (exactly one)": ("size", "bits", "max_kl"),

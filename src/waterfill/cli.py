@@ -177,7 +177,7 @@ def inspect(artifact: Path, every: bool, as_json: bool) -> None:
 @commands.command(name="eval")
 @_model
 @click.option("--against", metavar="MODEL", help="The model that it was packed from, or a .kld file of llama.cpp.")
-@click.option("--text", type=_FILE, help="Text to measure on.")
+@click.option("--text", "text_file", type=_FILE, help="Text to measure on.")
 @click.option(
     "--convention",
     type=click.Choice(["gptq", "strided", "llama.cpp", "decode"]),
@@ -205,14 +205,16 @@ def inspect(artifact: Path, every: bool, as_json: bool) -> None:
 @click.option("--no-cache", is_flag=True, help="Keep nothing on disk: neither the original's predictions nor scores.")
 @_revision
 @_json
-def evaluate(model: str, statistics: bool, no_cache: bool, as_json: bool, **options: Any) -> None:
+def evaluate(
+    model: str, text_file: Path | None, statistics: bool, no_cache: bool, as_json: bool, **options: Any
+) -> None:
     """Measure MODEL: an artifact, a Hugging Face directory or hub id, or a GGUF file.
 
     With --text perplexity, and with --against as well KL divergence and top-1 agreement, beside the prediction. With
     --tasks scores in benchmarks, with --efficiency memory and speed.
     """
     with show.progress() as progress:
-        result = waterfill.evaluate(model, cache=not no_cache, progress=progress, **_given(options))
+        result = waterfill.evaluate(model, text=text_file, cache=not no_cache, progress=progress, **_given(options))
     if as_json:
         _print_json(show_evaluation.record(result))
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -32,6 +33,7 @@ from waterfill.evaluate.scoring import Progress, check_finite, prepare, score_wi
 FOLDER_VARIABLE = "WATERFILL_CACHE"
 LIMIT_VARIABLE = "WATERFILL_CACHE_SIZE"
 LIMIT_BYTES = 4_000_000_000
+FORGOTTEN_S = 30 * 24 * 3600.0
 FREE_SHARE = 0.5  # of the disk's free space that references may take
 LARGEST_KEPT = 4096
 SMALLEST_KEPT = 64  # with fewer, a reference is not worth storing
@@ -61,8 +63,12 @@ class Cache:
         return ReferenceStore(self.folder / "references" / key, self.limit_bytes)
 
     def journal_path(self, key: str) -> Path:
-        """File for the scores of an evaluation under way."""
-        return self.folder / "scores" / key
+        """File for the scores of an evaluation under way. What nobody came back to for a month is removed."""
+        scores = self.folder / "scores"
+        for file in scores.iterdir() if scores.is_dir() else ():
+            if file.stat().st_mtime < time.time() - FORGOTTEN_S:
+                file.unlink(missing_ok=True)
+        return scores / key
 
 
 def evaluation_key(ids: Tensor, how: Convention, *whose: str) -> str:
@@ -122,6 +128,8 @@ class ReferenceStore:
             if self.form == "none":
                 return False
             missing = missing[1:]
+            if progress is not None:
+                progress(len(cut) - len(missing), len(cut))
         done = len(cut) - len(missing)
         score_windows(
             missing,
