@@ -8,6 +8,7 @@ report says which. Needs `waterfill[eval,gguf]`.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def same_engine(report: Report, llama_cpp: Program | Replica, models: dict[str, 
         ours = perplexity(model, ids, convention="llama.cpp")
         printed = llama_cpp.perplexity(path)
         figures = {"ppl": ours.ppl, "ppl ±": ours.ppl * ours.nll_token_stderr}
-        rows += [[kind, name, *printed[name], value, _units(value, printed[name])] for name, value in figures.items()]
+        rows += [row(kind, name, printed[name], value) for name, value in figures.items()]
     for kind in ("Q8_0", "Q4_0"):
         printed, file = llama_cpp.divergence(models["F32"], models[kind])
         model, _ = load_gguf(models[kind])
@@ -78,8 +79,8 @@ def same_engine(report: Report, llama_cpp: Program | Replica, models: dict[str, 
         measured = divergence(base, model, base.ids, context=base.context, convention="llama.cpp")
         figures = as_printed(measured)
         assert figures.keys() == printed.keys(), figures.keys() ^ printed.keys()
-        rows += [[kind, name, *printed[name], value, _units(value, printed[name])] for name, value in figures.items()]
-    columns = ["model", "figure", "llama.cpp", "last digit", "waterfill", "last digits apart"]
+        rows += [row(kind, name, printed[name], value) for name, value in figures.items()]
+    columns = ["model", "figure", "llama.cpp", "waterfill", "last digits apart"]
     report.table("llama-perplexity and waterfill on the same logits", columns, rows, key="same_logits")
     worst = max(row[-1] for row in rows)
     report.criterion("figures_compared", len(rows), ">= 80", len(rows) >= 80)
@@ -94,8 +95,9 @@ def other_engine(report: Report, llama_cpp: Program, path: Path, text: Path, chu
     ours = perplexity(model, ids, convention="llama.cpp")
     wide = llama_cpp.perplexity(path, "-ctk", "f32", "-ctv", "f32", "-fa", "off")
     usual = llama_cpp.perplexity(path)
-    rows = [["32-bit cache", wide["ppl"][0], ours.ppl], ["16-bit cache", usual["ppl"][0], ours.ppl]]
-    report.table("perplexity, F32", ["llama.cpp's cache", "llama.cpp", "transformers"], rows, key="engines")
+    rows = [row(name, "ppl", printed["ppl"], ours.ppl) for name, printed in (("32-bit", wide), ("16-bit", usual))]
+    columns = ["llama.cpp's cache", "figure", "llama.cpp", "transformers", "last digits apart"]
+    report.table("F32, llama.cpp and transformers", columns, rows, key="engines")
     apart = _units(ours.ppl, wide["ppl"])
     report.criterion("transformers_against_llama_cpp_in_last_digits", apart, f"<= {LAST_DIGIT}", apart <= LAST_DIGIT)
 
@@ -163,6 +165,12 @@ def word_perplexity(report: Report, gguf: Path, text: Path, folder: Path) -> Non
     other = max(row[-1] for row in rows if row[0] != "transformers")
     report.criterion("word_perplexity_against_lm_eval_relative", same, "<= 1e-9", same <= 1e-9)
     report.criterion("word_perplexity_through_llama_cpp_relative", other, "<= 1e-3", other <= 1e-3)
+
+
+def row(kind: str, name: str, printed: tuple[float, float], value: float) -> list[Any]:
+    """A figure with the digits that llama.cpp prints, ours with one more."""
+    digits = round(-math.log10(printed[1]))
+    return [kind, name, f"{printed[0]:.{digits}f}", f"{value:.{digits + 1}f}", _units(value, printed)]
 
 
 def _units(value: float, printed: tuple[float, float]) -> float:

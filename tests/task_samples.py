@@ -43,5 +43,5 @@ def generation(folder: Path) -> Path:
 
 def documents(folder: Path) -> Path:
     text = source_text()
-    pieces = [text[start : start + 2500] for start in range(0, 2500 * DOCUMENTS, 2500)]
+    pieces = [text[start : start + 1500] for start in range(0, 1500 * DOCUMENTS, 1500)]
     return write_lines(folder / "documents.jsonl", [{"text": piece} for piece in pieces])

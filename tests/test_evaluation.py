@@ -45,7 +45,11 @@ def test_the_reference_is_read_once(work: Path, ref_llama: Path, monkeypatch: py
     assert not list((Cache.default().folder / "scores").iterdir())
 
 
-def test_an_interrupted_evaluation_continues(work: Path, ref_llama: Path) -> None:
+@pytest.mark.parametrize("size", ["4GB", "10kB"])  # the original's predictions are on disk, and they are not
+def test_an_interrupted_evaluation_continues(
+    size: str, work: Path, ref_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATERFILL_CACHE_SIZE", size)
     whole = measured(work, ref_llama)
     seen: list[tuple[str, int, int]] = []
 
@@ -91,7 +95,7 @@ def test_a_model_against_itself(command: Command, work: Path, ref_llama: Path) -
 def test_perplexity_alone_is_that_of_a_comparison(
     convention: str, command: Command, work: Path, ref_llama: Path
 ) -> None:
-    options = ["--text", work / "text.py", "--context", "32", "--windows", "3", "--convention", convention, "--json"]
+    options = ["--text", work / "text.py", "--context", "16", "--windows", "2", "--convention", convention, "--json"]
     alone = command("eval", ref_llama, *options).record
     both = command("eval", work / "packed", "--against", ref_llama, *options).record
     assert alone["ppl"] == pytest.approx(both["ppl_reference"], rel=1e-6)

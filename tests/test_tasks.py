@@ -197,6 +197,36 @@ def test_tasks_that_are_not_there(loaded: tuple[Any, Any], monkeypatch: pytest.M
 
 
 @needs_harness
+def test_a_chat_template_that_is_not_there(files: dict[str, Path], loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(WaterfillError, match="a chat template was asked for, but the model's tokenizer has none"):
+        run_tasks(*loaded, [read_task(files["line"])], chat_template=True)
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FileNotFoundError("no such data set"), r"the data of a task cannot be had \(no such data set\)"),
+        (ModuleNotFoundError("No module named 'langdetect'"), r"needs more than is installed \(No module named 'langd"),
+        (AssertionError("too long"), r"lm-eval refuses these tasks \(too long\)"),
+    ],
+)
+def test_what_the_harness_refuses(
+    error: Exception,
+    sentence: str,
+    files: dict[str, Path],
+    loaded: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
+    with pytest.raises(WaterfillError, match=sentence):
+        run_tasks(*loaded, [read_task(files["line"])])
+
+
+@needs_harness
 @pytest.mark.slow
 def test_presets_name_tasks_of_lm_eval() -> None:
     manager = TaskManager()

@@ -236,14 +236,11 @@ def _perplexity(subject: Subject, ids: torch.Tensor, how: Convention, run: _Run)
 def _divergence(reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Divergence:
     dtype = reference.dtype()
     known = _stored(reference, ids, how, run, dtype)
-    journal = None
-    if known is None:
-        known = reference.load()
-    else:
-        whose = (reference.fingerprint, known.form, str(known.kept), subject.fingerprint, str(dtype))
-        journal = run.journal(ids, how, DIVERGENCE_COLUMNS, *whose)
+    form, kept = ("live", None) if known is None else (known.form, known.kept)
+    whose = (reference.fingerprint, form, str(kept), subject.fingerprint, str(dtype))
+    journal = run.journal(ids, how, DIVERGENCE_COLUMNS, *whose)
     measured = divergence(
-        known,
+        reference.load() if known is None else known,
         subject.load(dtype),
         ids,
         **_arguments(how),

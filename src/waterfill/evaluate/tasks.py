@@ -112,6 +112,8 @@ def run_tasks(
 
     from waterfill.evaluate.harness import harness_model, without_bars
 
+    if chat_template and not getattr(tokenizer, "chat_template", None):
+        raise WaterfillError("a chat template was asked for, but the model's tokenizer has none; leave it out")
     own = [spec for spec in specs if isinstance(spec, str)]
     manager = TaskManager(include_defaults=bool(own))
     unknown = [name for name in own if not manager.match_tasks([name])]
@@ -133,6 +135,10 @@ def run_tasks(
                 use_cache=None if journal is None else str(journal),
                 fewshot_random_seed=SEED,
             )
+    except ImportError as error:
+        raise WaterfillError(f"a task needs more than is installed ({first_line(error)}); install it") from error
+    except AssertionError as error:  # the harness's way to refuse
+        raise WaterfillError(f"lm-eval refuses these tasks ({first_line(error)}); choose others") from error
     except OSError as error:  # what `datasets` raises for data that it cannot find or download
         raise WaterfillError(f"the data of a task cannot be had ({first_line(error)}); check the network") from error
     if journal is not None:
