@@ -28,8 +28,9 @@ from waterfill.budget import Budget
 from waterfill.checkpoint import Checkpoint, open_checkpoint
 from waterfill.codecs import get_codec, scale_exponent
 from waterfill.estimators import group_power, matrix_view
-from waterfill.evaluate import windows
-from waterfill.evaluate.scoring import score_windows, standard_error
+from waterfill.evaluate import convention, windows
+from waterfill.evaluate.conventions import Window
+from waterfill.evaluate.scoring import score_windows, standard_error, window_logits
 from waterfill.hadamard import groups
 from waterfill.loss import Gain
 from waterfill.plan import Plan, TensorPlan
@@ -169,17 +170,23 @@ def with_gain(unbiased: Tensor, weight: Tensor, rho: float) -> Tensor:
 
 def divergences(reference: Any, models: Sequence[Any], parts: Tensor) -> list[Measured]:
     """KL of every model from the reference on windows `[windows, context]`; the reference's work is shared."""
-    scores = torch.stack(score_windows([reference, *models], parts, _window_kl, batch=1, progress=None))
-    return [Measured(float(kl.mean()), standard_error(kl)) for kl in scores.unbind(1)]
+    how = convention("gptq", context=parts.shape[1])
+
+    def score(some: Sequence[Window]) -> list[Tensor]:
+        expected, *given = [window_logits(model, some, how) for model in (reference, *models)]
+        return [_window_kl(*rows) for rows in zip(expected, *given, strict=True)]
+
+    scores = score_windows(how.cut(parts.flatten()), score, batch=1, progress=None)
+    columns = [[window[column] for window in scores] for column in range(len(models))]
+    return [Measured(float(torch.cat(kl).mean()), standard_error(kl)) for kl in columns]
 
 
-def _window_kl(expected: Tensor, *rest: Tensor) -> Tensor:
-    """Logits of the reference, then of the models, `[positions, vocabulary]`, then the targets, which KL does not need;
-    returns float64 `[models, positions]`."""
+def _window_kl(expected: Tensor, *given: Tensor) -> Tensor:
+    """Of logits of the reference and of the models, `[positions, vocabulary]`: float64 `[models, positions]`."""
     log_p = F.log_softmax(expected, dim=-1)
     p = log_p.exp()
     # Float32 is enough here: rounding is random, and a mean over thousands of positions leaves less than 1e-7 nats.
-    return torch.stack([_kl(log_p, p, given) for given in rest[:-1]])
+    return torch.stack([_kl(log_p, p, rows) for rows in given])
 
 
 def _kl(log_p: Tensor, p: Tensor, given: Tensor) -> Tensor:

@@ -45,6 +45,11 @@ CHAPTERS = {
         "`uniform` is one grid for all matrices that takes no more bits than the method it stands beside, `allotted` "
         "the plan within the same bits.",
     ),
+    "conventions": (
+        "Figures that people know",
+        "What llama-perplexity prints against what waterfill computes on the same weights and windows, in units of the "
+        "last digit printed; and lm-eval's figures for documents against those of `waterfill eval --tasks`.",
+    ),
     "allocation": ("Allocation", ""),
     "footprint": ("Memory and time of planning and packing", ""),
     "rate_distortion": (

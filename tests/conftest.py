@@ -87,5 +87,11 @@ def work(tmp_path_factory: pytest.TempPathFactory, ref_llama: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What evaluations keep stays out of the user's folder, and out of other tests."""
+    monkeypatch.setenv("WATERFILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

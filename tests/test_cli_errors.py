@@ -57,7 +57,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["inspect", "missing"], r"missing is not a directory; give the directory that `waterfill pack` wrote"),
     (["inspect", "MODEL"], r"does not begin as a waterfill shard does; give a directory"),
     (["inspect", "WORK"], r"model\.safetensors cannot be read .*No such file"),
-    (["eval", "WORK/packed", "--against", "MODEL"], r"Missing option '--text'"),
+    (["eval", "WORK/packed", "--against", "MODEL"], r"there is nothing to measure; give a text, tasks or efficiency"),
     (["eval", "WORK/packed", "--against", "MODEL", "--text", "missing.txt"], r"File 'missing\.txt' does not exist"),
     (["eval", "WORK/packed", "--against", "OTHER", "--text", "WORK/text.py"], r"has no tokenizer"),
     (["eval", "WORK/packed", "--against", "MODEL", "--text", "WORK/latin.txt"], r"latin\.txt cannot be read as UTF-8"),

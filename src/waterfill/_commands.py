@@ -8,8 +8,11 @@ from typing import Any
 import click
 
 _SECTIONS = {
+    "On a text": ("text_file", "against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
+    "Tasks": ("tasks", "shots", "limit", "chat_template"),
+    "Efficiency": ("efficiency", "prompt_tokens", "new_tokens"),
     "Budget (exactly one)": ("size", "bits", "max_kl", "lossless"),
-    "Choices": ("gain", "keep", "tie", "uniform", "codecs"),
+    "Choices": ("gain", "keep", "tie", "uniform", "purpose", "codecs"),
     "Sensitivities": ("probe", "text", "sequences", "length", "seed", "method", "sensitivity"),
     "Text": ("prompt", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
 }

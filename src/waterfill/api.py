@@ -6,28 +6,24 @@ plan ──► pack ──► load ──► generate
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
-
-import torch
-import transformers
+from typing import Literal, TypedDict, Unpack, cast
 
 from waterfill.architecture import Architecture, Kept, Matrix, describe
 from waterfill.artifact import RAW, check_target, open_artifact
 from waterfill.budget import Budget, parse_size
-from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, open_checkpoint
+from waterfill.checkpoint import Checkpoint, open_checkpoint
 from waterfill.codecs import LOSSLESS
-from waterfill.errors import ArtifactError, BudgetError, WaterfillError
-from waterfill.evaluate import Divergence, default_context, divergence, token_ids
-from waterfill.evaluate import windows as text_windows
+from waterfill.errors import BudgetError, WaterfillError
+from waterfill.evaluation import Evaluation, evaluate
 from waterfill.kept import coded_bytes
+from waterfill.loading import load, load_checkpoint, load_tokenizer, read_plan
 from waterfill.loss import Gain
 from waterfill.menu import CodedBytes, Purpose
-from waterfill.pack import PLAN_FILE, SENSITIVITY_FILE, pack_plan
+from waterfill.pack import SENSITIVITY_FILE, pack_plan
 from waterfill.plan import Plan
 from waterfill.planner import EVERYTHING, Request, make_lossless_plan, make_plan
 from waterfill.probe import Probe, probe_tokens
@@ -36,9 +32,19 @@ from waterfill.sensitivity import Method, Sensitivity, measure
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
 
-_log = logging.getLogger(__name__)
 
-FLOAT32_SHARE = 0.4  # of the free memory that a float32 copy of the model may take; else it keeps its own dtype
+__all__ = [
+    "Evaluation",
+    "Inspection",
+    "evaluate",
+    "inspect",
+    "load",
+    "load_tokenizer",
+    "pack",
+    "plan",
+    "read_plan",
+    "sensitivity",
+]
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -141,123 +147,6 @@ def pack(
     return made
 
 
-def load(artifact: str | Path, *, dtype: torch.dtype | None = None, verify: bool = True) -> Any:
-    """The packed model as a transformers model, ready for `generate` and pipelines; its weights stay packed.
-
-    Args:
-        dtype: of the activations; the checkpoint's own when None.
-        verify: compare every byte with its digest first.
-
-    Raises:
-        ArtifactError: torn, altered or of an unknown version.
-    """
-    path = Path(artifact)
-    open_artifact(path, verify=verify)
-    config = transformers.AutoConfig.from_pretrained(path)
-    config.quantization_config["verified"] = True
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype="auto" if dtype is None else dtype
-    ).eval()
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in the directory of a checkpoint or artifact; WaterfillError if there is none."""
-    absent = WaterfillError(
-        f"{path} has no tokenizer that transformers can load; put the files of the model's tokenizer there"
-    )
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # each tokenizer class fails in its own way on files that are absent or damaged
-        raise absent from error
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise absent  # without files some classes make a tokenizer that knows no text
-    return tokenizer
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An artifact measured against the model it was packed from."""
-
-    ppl: float  # GPTQ convention at this context
-    ppl_reference: float
-    kl: float  # KL(reference || packed), nats per token
-    kl_stderr: float
-    top1_agreement: float
-    predicted_kl: float | None
-    predicted_low: float | None
-    predicted_high: float | None
-    size_bytes: int
-    context: int
-    tokens: int
-    divergence: Divergence
-
-
-def evaluate(
-    artifact: str | Path,
-    against: str | Path,
-    text: str | Path,
-    *,
-    context: int | None = None,
-    max_windows: int | None = None,
-    batch: int = 1,
-    revision: str | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Perplexity, KL divergence and top-1 agreement on a text file, beside the prediction.
-
-    Args:
-        context: tokens per window; 2048 or the model's positions, if that is less, when None.
-        max_windows: measure on the first windows only.
-    """
-    path = Path(artifact)
-    stored = open_artifact(path, verify=True)
-    checkpoint = open_checkpoint(against, revision=revision)
-    ids = _common_ids(checkpoint.path, path, Path(text))  # before minutes of loading
-    reference = _load_checkpoint(checkpoint)
-    packed = load(path, dtype=reference.dtype, verify=False)
-    context = context or default_context(reference)
-    if max_windows is not None:
-        ids = text_windows(ids, context)[:max_windows].flatten()
-    measured = divergence(
-        reference,
-        packed,
-        ids,
-        context=context,
-        batch=batch,
-        progress=None if progress is None else lambda done, total: progress("measuring", done, total),
-    )
-    predicted = read_plan(path).predicted if (path / PLAN_FILE).exists() else None
-    return Evaluation(
-        ppl=measured.ppl,
-        ppl_reference=measured.ppl_reference,
-        kl=measured.kl,
-        kl_stderr=measured.kl_stderr,
-        top1_agreement=measured.top1_agreement,
-        predicted_kl=predicted.kl if predicted else None,
-        predicted_low=predicted.kl_low if predicted else None,
-        predicted_high=predicted.kl_high if predicted else None,
-        size_bytes=stored.size_bytes,
-        context=measured.context,
-        tokens=measured.tokens,
-        divergence=measured,
-    )
-
-
-def _common_ids(checkpoint: Path, artifact: Path, text: Path) -> torch.Tensor:
-    """Token ids of a text, on which the tokenizers of a model and of its artifact have to agree."""
-    ids = token_ids(load_tokenizer(checkpoint), text)
-    try:
-        tokenizer = load_tokenizer(artifact)
-    except WaterfillError:
-        return ids  # the model may have got its tokenizer after it was packed
-    if not torch.equal(ids, token_ids(tokenizer, text)):
-        raise WaterfillError(
-            f"{artifact} and {checkpoint} have tokenizers that cut {text} into different tokens; "
-            "give the model that the artifact was packed from"
-        )
-    return ids
-
-
 @dataclass(frozen=True)
 class Inspection:
     """What is in an artifact: the plan it was packed by, and what was measured while packing."""
@@ -274,13 +163,6 @@ def inspect(artifact: str | Path, *, verify: bool = True) -> Inspection:
     stored = open_artifact(path, verify=verify)
     measured = {name: tensor.t2 for name, tensor in stored.tensors.items() if tensor.codec not in (RAW, LOSSLESS)}
     return Inspection(path, stored.size_bytes, read_plan(path), measured)
-
-
-def read_plan(artifact: Path) -> Plan:
-    """The plan that an artifact was packed by."""
-    if not (artifact / PLAN_FILE).exists():
-        raise ArtifactError(f"{artifact} has no {PLAN_FILE}; give a directory that `waterfill pack` wrote")
-    return Plan.load(artifact / PLAN_FILE)
 
 
 def _plan(
@@ -355,7 +237,7 @@ def _measure(
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     tokenizer = load_tokenizer(checkpoint.path) if text else None  # before minutes of loading
-    model = _load_checkpoint(checkpoint)
+    model = load_checkpoint(checkpoint)
     tokens = probe_tokens(model, tokenizer, probe, step("sampling a probe"))
     return measure(
         model,
@@ -373,29 +255,3 @@ def _measure(
         },
         progress=step("measuring sensitivities"),
     )
-
-
-def _load_checkpoint(checkpoint: Checkpoint) -> Any:
-    """The original model: in float32, where products are exact enough and CPUs are fast, unless memory forbids it.
-
-    Raises CheckpointError for NaN or infinite weights, whose traces in the model's outputs would name no tensor.
-    """
-    for tensor in checkpoint.tensors.values():
-        if tensor.dtype in WEIGHT_DTYPES:
-            check_finite(checkpoint.read(tensor.name), tensor.name, tensor.file)
-    weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    dtype: torch.dtype | str = torch.float32
-    if 4 * weights > FLOAT32_SHARE * _free_memory_bytes():
-        dtype = "auto"
-        _log.warning("%s is measured in its own dtype: a float32 copy would not fit in memory", checkpoint.path)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=dtype, experts_implementation="eager"
-    ).eval()
-
-
-def _free_memory_bytes() -> float:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    except (OSError, StopIteration):
-        return math.inf

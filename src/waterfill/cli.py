@@ -23,9 +23,10 @@ import click
 from rich.console import Console
 
 import waterfill
-from waterfill import show, show_doctor
+from waterfill import show, show_doctor, show_evaluation
 from waterfill._commands import OrderedGroup, combined
 from waterfill.errors import WaterfillError, first_line
+from waterfill.records import finite
 
 if TYPE_CHECKING:
     from waterfill.runtime.generate import Sampling
@@ -183,27 +184,50 @@ def inspect(artifact: Path, every: bool, as_json: bool) -> None:
 
 
 @commands.command(name="eval")
-@_artifact
-@click.option("--against", metavar="MODEL", required=True, help="The model that it was packed from.")
-@click.option("--text", type=_FILE, required=True, help="Text to measure on.")
-@click.option("--context", type=int, metavar="N", help="Tokens per window (2048, or the model's limit).")
+@_model
+@click.option("--against", metavar="MODEL", help="The model that it was packed from, or a .kld file of llama.cpp.")
+@click.option("--text", "text_file", type=_FILE, help="Text to measure on.")
+@click.option(
+    "--convention",
+    type=click.Choice(["gptq", "strided", "llama.cpp", "decode"]),
+    help="How the text is cut and scored; gptq (default) scores all of every window.",
+)
+@click.option("--context", type=int, metavar="N", help="Tokens per window (2048, llama.cpp 512, or the model's limit).")
+@click.option("--stride", type=int, metavar="N", help="Tokens between windows, with --convention strided (512).")
 @click.option(
     "--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="Measure on the first windows only."
 )
-@click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
+@click.option("--batch", type=int, metavar="N", help="Windows, or questions, per forward pass (1).")
+@click.option(
+    "--tasks",
+    metavar="NAMES",
+    multiple=True,
+    help="Tasks of lm-eval, presets (knowledge, alignment, efficiency), files of JSON lines; with commas.",
+)
+@click.option("--shots", type=click.IntRange(min=0), metavar="N", help="Examples before each question.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Ask the first questions of each task only.")
+@click.option("--chat-template", is_flag=True, help="Put questions into the model's chat template.")
+@click.option("--efficiency", is_flag=True, help="Measure memory and speed, in processes of their own.")
+@click.option("--prompt-tokens", type=int, metavar="N", help="Tokens to read, with --efficiency (256).")
+@click.option("--new-tokens", type=int, metavar="N", help="Tokens to write, with --efficiency (128).")
+@click.option("--statistics", is_flag=True, help="Show the three tables of llama-perplexity --kl-divergence as well.")
+@click.option("--no-cache", is_flag=True, help="Keep nothing on disk: neither the original's predictions nor scores.")
 @_revision
 @_json
-def evaluate(artifact: Path, against: str, text: Path, as_json: bool, **options: Any) -> None:
-    """Measure ARTIFACT against the model it was packed from.
+def evaluate(
+    model: str, text_file: Path | None, statistics: bool, no_cache: bool, as_json: bool, **options: Any
+) -> None:
+    """Measure MODEL: an artifact, a Hugging Face directory or hub id, or a GGUF file.
 
-    Perplexity, KL divergence and top-1 agreement on a text, beside the prediction.
+    With --text perplexity, and with --against as well KL divergence and top-1 agreement, beside the prediction. With
+    --tasks scores in benchmarks, with --efficiency memory and speed.
     """
     with show.progress() as progress:
-        result = waterfill.evaluate(artifact, against, text, progress=progress, **_given(options))
+        result = waterfill.evaluate(model, text=text_file, cache=not no_cache, progress=progress, **_given(options))
     if as_json:
-        _print_json(show.evaluation_record(result))
+        _print_json(show_evaluation.record(result))
     else:
-        _out().print(show.evaluation_view(result))
+        _out().print(show_evaluation.view(result, statistics=statistics))
 
 
 @commands.command()
@@ -316,7 +340,7 @@ def _note(sentence: str) -> None:
 
 
 def _print_json(record: Mapping[str, Any]) -> None:
-    click.echo(json.dumps(show.finite(record), allow_nan=False))
+    click.echo(json.dumps(finite(record), allow_nan=False))
 
 
 class _Log(logging.Handler):

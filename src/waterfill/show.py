@@ -26,7 +26,7 @@ from rich.text import Text
 from waterfill.budget import format_size
 
 if TYPE_CHECKING:  # they import torch, which the command line does without until a command runs
-    from waterfill.api import Evaluation, Inspection
+    from waterfill.api import Inspection
     from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
     from waterfill.runtime.generate import GenerationStats
 
@@ -51,24 +51,6 @@ def plan_view(plan: Plan, *, every: bool = False, measured_t2: Mapping[str, floa
 def inspection_view(inspection: Inspection, *, every: bool = False) -> RenderableType:
     """What is in an artifact: the plan it was packed by, beside what was measured while packing."""
     return plan_view(inspection.plan, every=every, measured_t2=inspection.measured_t2)
-
-
-def evaluation_view(result: Evaluation) -> RenderableType:
-    """Prediction beside measurement."""
-    if result.predicted_kl is None:
-        predicted = "-"
-    elif result.predicted_low is None or result.predicted_high is None:
-        predicted = "out of range"
-    else:
-        predicted = f"{result.predicted_kl:.4g} ({result.predicted_low:.3g} to {result.predicted_high:.3g})"
-    table = _table(("", "left"), ("packed", "right"), ("predicted", "right"), ("original", "right"))
-    table.add_row("KL, nats per token", f"{result.kl:.4g} ± {result.kl_stderr:.2g}", predicted, "")
-    table.add_row("perplexity", f"{result.ppl:.3f}", "", f"{result.ppl_reference:.3f}")
-    top1_stderr = 100 * result.divergence.top1_stderr
-    table.add_row("top-1 agreement, %", f"{100 * result.top1_agreement:.2f} ± {top1_stderr:.2g}", "", "")
-    table.add_row("weight files", format_size(result.size_bytes), "", "")
-    measured_on = f"{result.tokens:,} tokens in windows of {result.context} (GPTQ convention)"
-    return Group(table, Text(measured_on, style="dim"))
 
 
 def generation_line(stats: GenerationStats) -> str:
@@ -192,7 +174,7 @@ class _FittedTable:
         yield self._table(columns)
 
     def _table(self, columns: Sequence[_Column]) -> Table:
-        table = _table(*((column.title, column.justify) for column in columns))
+        table = plain_table(*((column.title, column.justify) for column in columns))
         for tensor in self.tensors:
             table.add_row(*(column.cell(tensor) for column in columns))
         return table
@@ -220,7 +202,7 @@ def _kept_table(kept: Sequence[KeptPlan], *, every: bool) -> Table:
     for tensor in kept:
         kinds.setdefault(tensor.name if every or len(kept) <= MAX_ROWS else _kind(tensor.name), []).append(tensor)
     titles = ("count", "bytes", "of the original")
-    table = _table(("tensors", "left"), ("dtype", "left"), *((title, "right") for title in titles))
+    table = plain_table(("tensors", "left"), ("dtype", "left"), *((title, "right") for title in titles))
     for name, members in kinds.items():
         size_bytes, original = sum(t.size_bytes for t in members), sum(t.original_bytes for t in members)
         share = f"{100 * size_bytes / original:.1f} %" if original else "-"
@@ -238,7 +220,7 @@ def _kind_table(tensors: Iterable[TensorPlan]) -> Table:
     for tensor in tensors:
         kinds.setdefault(_kind(tensor.name), []).append(tensor)
     titles = ("count", "bits", "least", "most", "bytes", "KL")
-    table = _table(("matrices", "left"), *((title, "right") for title in titles))
+    table = plain_table(("matrices", "left"), *((title, "right") for title in titles))
     for kind, members in kinds.items():
         size_bytes = sum(t.size_bytes for t in members)
         rates = [t.rate_bits for t in members]
@@ -254,7 +236,7 @@ def _kind_table(tensors: Iterable[TensorPlan]) -> Table:
     return table
 
 
-def _table(*columns: tuple[str, Any]) -> Table:
+def plain_table(*columns: tuple[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for title, justify in columns:
         table.add_column(title, justify=justify, no_wrap=True)
@@ -278,21 +260,6 @@ def inspection_record(inspection: Inspection) -> dict[str, Any]:
     return {"path": str(inspection.path), **record, "size_bytes": inspection.size_bytes}
 
 
-def evaluation_record(result: Evaluation) -> dict[str, Any]:
-    """An evaluation as one JSON object: everything measured, and what was predicted."""
-    predicted = {name: getattr(result, name) for name in ("predicted_kl", "predicted_low", "predicted_high")}
-    return {**asdict(result.divergence), **predicted, "size_bytes": result.size_bytes}
-
-
 def generation_record(stats: GenerationStats) -> dict[str, Any]:
     """Counts and times of a generation."""
     return {**asdict(stats), "tokens_per_second": stats.tokens_per_second}
-
-
-def finite(value: Any) -> Any:
-    """`value` with null in the place of NaN and infinity, which JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

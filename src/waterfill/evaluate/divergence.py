@@ -1,25 +1,63 @@
 """How far a packed model's predictions are from the original's: KL divergence, top-1 agreement, perplexity of both.
 
-The same windows flow through both models, a batch at a time; nothing is kept but four numbers per token. The figures
-are those of `llama-perplexity --kl-divergence`, on the windows and targets of the GPTQ perplexity convention.
+windows -> the reference's predictions (a model, or `Stored` ones) and the model's -> `Scores` of each target -> means,
+and the statistics of `llama-perplexity --kl-divergence`. Nothing is kept but seven numbers per token.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from waterfill.evaluate.scoring import Progress, check_finite, rows_in_scratch, score_windows, standard_error
-from waterfill.evaluate.text import windows
+from waterfill.errors import WaterfillError
+from waterfill.evaluate.conventions import Convention, Window, convention
+from waterfill.evaluate.expected import Exact, Expected, Scores, score
+from waterfill.evaluate.journal import Journal
+from waterfill.evaluate.scoring import Progress, prepare, score_windows, standard_error, window_logits
+from waterfill.evaluate.statistics import (
+    KlStatistics,
+    PerplexityStatistics,
+    TokenStatistics,
+    kl_statistics,
+    perplexity_statistics,
+    token_statistics,
+)
+from waterfill.evaluate.text import positions
+from waterfill.records import Record
+
+COLUMNS = len(Scores._fields)
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A reference whose predictions have been computed before: `store.ReferenceStore`, `kld_file.KldFile`."""
+
+    form: str
+    kept: int | None
+    vocabulary: int
+
+    def expected(self, window: Window) -> Expected:
+        """Its predictions at the scored positions of a window."""
 
 
 @dataclass(frozen=True)
-class Divergence:
+class ReferenceForm(Record):
+    """What was known of the reference's predictions, and what that does to `kl`."""
+
+    form: str  # "live" and "exact": all logits; "top-k"; "llama.cpp": 16-bit log-probabilities
+    kept: int | None  # tokens per position that "top-k" knows
+    kl_low: float  # the exact mean KL lies between these two for certain; `kl` itself where all logits are known
+    kl_high: float
+    kl_sampling_stderr: float  # standard error of `kl` as an estimate of the exact mean on this text; 0 likewise
+
+
+@dataclass(frozen=True)
+class Divergence(Record):
     """A model against its reference on one text. KL is KL(reference || model) over the vocabulary, nats per token.
 
     Standard errors (`…_stderr`) take windows as the independent units from 8 windows on, below that tokens.
@@ -36,78 +74,101 @@ class Divergence:
     ppl_reference: float
     log_ppl_ratio: float  # ln(ppl / ppl_reference): the rise of the loss, nats per token
     log_ppl_ratio_stderr: float  # of the paired differences, so the two models' covariance is accounted for
-    tokens: int  # positions scored: windows * (context - 1)
+    tokens: int  # positions scored
     windows: int
     context: int  # tokens per window
+    convention: str
+    stride: int | None  # of the convention `strided`
+    bos: int | None  # token that replaced the first of each window, in the convention `llama.cpp`
+    perplexity_statistics: PerplexityStatistics  # these three are the blocks of llama-perplexity
+    kl_statistics: KlStatistics
+    token_statistics: TokenStatistics
+    reference: ReferenceForm
 
 
 def divergence(
-    reference: Any, model: Any, ids: Tensor, *, context: int, batch: int = 1, progress: Progress | None = None
+    reference: Any,
+    model: Any,
+    ids: Tensor,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+    convention: str = "gptq",
+    stride: int | None = None,
+    bos: int | None = None,
+    journal: Journal | None = None,
 ) -> Divergence:
     """Compare a causal language model with its reference on token ids [tokens], `batch` windows at a time.
 
-    Both stay in memory together, their logits one batch at a time. A model against itself has a KL of exactly 0 and an
-    agreement of 1. `progress(done, total)` counts windows. Raises WaterfillError for a text shorter than one window, a
-    context longer than a model's, vocabularies that differ, or logits that are not finite.
+    `reference` is a model, which then stays in memory together with the other, or what `Stored` describes. A model
+    against itself has a KL of exactly 0 and an agreement of 1. The other arguments are those of `perplexity`. Raises
+    WaterfillError for a text shorter than one window, a context longer than a model's, vocabularies that differ, or
+    logits that are not finite.
     """
-    parts = windows(ids, context)
-    scored = score_windows([reference, model], parts, _compare, batch=batch, progress=progress)
-    return _summary(_Scores(*map(torch.stack, zip(*scored, strict=True))), context)
+    how = _convention(convention, positions(model), context=context, stride=stride, bos=bos)
+    cut = how.cut(ids)
+    stored = reference if isinstance(reference, Stored) else None
+    for each in [model] if stored is not None else [reference, model]:
+        prepare(each, cut)
+
+    def compare(some: Sequence[Window]) -> list[Tensor]:
+        expected: Sequence[Expected]
+        if stored is not None:
+            expected, vocabulary = [stored.expected(window) for window in some], stored.vocabulary
+        else:
+            rows = window_logits(reference, some, how)
+            expected, vocabulary = [Exact(logits) for logits in rows], rows[0].shape[-1]
+        given = window_logits(model, some, how)
+        _check_same_vocabulary(vocabulary, given[0].shape[-1])
+        trios = zip(expected, given, some, strict=True)
+        return [score(known, logits, window.targets) for known, logits, window in trios]
+
+    scores = score_windows(cut, compare, batch=batch, progress=progress, journal=journal)
+    form, kept = (stored.form, stored.kept) if stored is not None else ("live", None)
+    return _summary([Scores(*each) for each in scores], how, form, kept)
 
 
-class _Scores(NamedTuple):
-    """What the scored positions leave behind: float64 [positions] of one window, [windows, positions] of all."""
-
-    kl: Tensor
-    agrees: Tensor  # 1 where both models rank the same token first, else 0
-    nll: Tensor
-    nll_reference: Tensor
+_convention = convention  # `divergence` has a parameter of that name
 
 
-def _compare(expected: Tensor, given: Tensor, targets: Tensor) -> _Scores:
-    """Score the reference's and the model's logits [positions, vocab] at targets [positions], some rows at a time."""
-    rows = rows_in_scratch(given.shape[-1], 4 * 8)  # two log-probabilities, their difference, one probability
-    pieces = zip(expected.split(rows), given.split(rows), targets.split(rows), strict=True)
-    scores = _Scores(*map(torch.cat, zip(*(_compare_rows(*piece) for piece in pieces), strict=True)))
-    check_finite(scores.nll_reference, "the reference")
-    check_finite(scores.nll, "the model")
-    check_finite(scores.kl, "one of the two models")
-    return scores
+def _check_same_vocabulary(reference: int, model: int) -> None:
+    if reference != model:
+        raise WaterfillError(
+            f"the models predict over {reference} and {model} tokens; compare models with one vocabulary"
+        )
 
 
-def _compare_rows(expected: Tensor, given: Tensor, targets: Tensor) -> _Scores:
-    device = given.device
-    expected, targets = expected.to(device), targets.to(device)
-    # KL is second order in the difference of the log-probabilities, so float32 would drown small ones in rounding;
-    # Apple's GPUs have nothing wider.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    log_p = F.log_softmax(expected, dim=-1, dtype=dtype)
-    log_q = F.log_softmax(given, dim=-1, dtype=dtype)
-    scores = _Scores(
-        kl=(log_p - log_q).mul_(log_p.exp()).sum(dim=-1).clamp_(min=0),  # rounding alone can make it negative
-        agrees=expected.argmax(dim=-1) == given.argmax(dim=-1),
-        nll=F.nll_loss(log_q, targets, reduction="none"),
-        nll_reference=F.nll_loss(log_p, targets, reduction="none"),
-    )
-    return _Scores(*(score.cpu().double() for score in scores))
-
-
-def _summary(scores: _Scores, context: int) -> Divergence:
-    rise = scores.nll - scores.nll_reference
-    median, p99 = np.quantile(scores.kl.numpy(), [0.5, 0.99])
+def _summary(windows: Sequence[Scores], how: Convention, form: str, kept: int | None) -> Divergence:
+    every = Scores(*map(torch.cat, zip(*windows, strict=True)))
+    rise = [each.nll - each.nll_reference for each in windows]
+    kl = kl_statistics(every.kl)
     return Divergence(
-        kl=float(scores.kl.mean()),
-        kl_stderr=standard_error(scores.kl),
-        kl_median=float(median),
-        kl_p99=float(p99),
-        kl_max=float(scores.kl.max()),
-        top1_agreement=float(scores.agrees.mean()),
-        top1_stderr=standard_error(scores.agrees),
-        ppl=float(scores.nll.mean().exp()),
-        ppl_reference=float(scores.nll_reference.mean().exp()),
-        log_ppl_ratio=float(rise.mean()),
+        kl=kl.mean.value,
+        kl_stderr=standard_error([each.kl for each in windows]),
+        kl_median=kl.median,
+        kl_p99=kl.percentile_99,
+        kl_max=kl.maximum,
+        top1_agreement=float(every.agrees.mean()),
+        top1_stderr=standard_error([each.agrees for each in windows]),
+        ppl=float(every.nll.mean().exp()),
+        ppl_reference=float(every.nll_reference.mean().exp()),
+        log_ppl_ratio=float(torch.cat(rise).mean()),
         log_ppl_ratio_stderr=standard_error(rise),
-        tokens=rise.numel(),
-        windows=len(rise),
-        context=context,
+        tokens=len(every.kl),
+        windows=len(windows),
+        context=how.context,
+        convention=how.name,
+        stride=how.stride,
+        bos=how.bos,
+        perplexity_statistics=perplexity_statistics(every.nll, every.nll_reference),
+        kl_statistics=kl,
+        token_statistics=token_statistics(every.nll, every.nll_reference, every.agrees),
+        reference=ReferenceForm(
+            form=form,
+            kept=kept,
+            kl_low=float(every.kl_low.mean()),
+            kl_high=float(every.kl_high.mean()),
+            kl_sampling_stderr=math.sqrt(float(every.kl_variance.sum())) / len(every.kl),
+        ),
     )

@@ -1,11 +1,11 @@
-"""Perplexity in the GPTQ convention: exp of the mean cross-entropy over non-overlapping windows.
+"""Perplexity: exp of the mean negative log-likelihood of a text's tokens, in one of the conventions people quote.
 
-Token ids flow in windows through the model (`scoring.score_windows`); each window leaves one negative log-likelihood
-per target, and the mean over all targets of all windows is the figure.
+token ids -> Convention.cut -> windows -> scoring.score_windows: one negative log-likelihood per target -> their mean
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,49 +13,96 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from waterfill.evaluate.scoring import Progress, check_finite, rows_in_scratch, score_windows, standard_error
-from waterfill.evaluate.text import windows
+from waterfill.evaluate.conventions import Window, convention
+from waterfill.evaluate.journal import Journal
+from waterfill.evaluate.scoring import (
+    Progress,
+    check_finite,
+    prepare,
+    rows_in_scratch,
+    score_windows,
+    standard_error,
+    token_error,
+    window_logits,
+)
+from waterfill.evaluate.text import positions
+from waterfill.records import Record
+
+COLUMNS = 1  # of the scores of a window
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Record):
     """How well a model predicts a text."""
 
     ppl: float
     nll: float  # mean negative log-likelihood, nats per token; ppl = exp(nll)
     nll_stderr: float  # windows are the independent units from 8 windows on, below that tokens
-    tokens: int  # targets scored: windows * (context - 1)
+    tokens: int  # targets scored
     windows: int
     context: int  # tokens per window
     convention: str = "gptq"
+    stride: int | None = None  # of the convention `strided`
+    bos: int | None = None  # token that replaced the first of each window, in the convention `llama.cpp`
+    nll_token_stderr: float = float("nan")  # tokens as units, as llama.cpp has it; ppl times this is its "+/-"
 
 
 def perplexity(
-    model: Any, ids: Tensor, *, context: int, batch: int = 1, progress: Progress | None = None
+    model: Any,
+    ids: Tensor,
+    *,
+    context: int | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+    convention: str = "gptq",
+    stride: int | None = None,
+    bos: int | None = None,
+    journal: Journal | None = None,
 ) -> Perplexity:
-    """Perplexity of a causal language model on token ids [tokens], `batch` windows of `context` tokens at a time.
+    """Perplexity of a causal language model on token ids [tokens], `batch` windows at a time.
 
-    The loss is taken in float32 whatever the model's dtype. `progress(done, total)` counts windows. Raises
-    WaterfillError for a text shorter than one window, a context longer than the model's, or logits that are not finite.
+    Args:
+        context: tokens per window; the convention's own, or the model's positions, if that is less, when None.
+        progress: called with (windows done, windows in all).
+        convention: "gptq", "strided", "llama.cpp" or "decode"; see `conventions`.
+        stride: tokens between windows, in the convention "strided".
+        bos: token that texts begin with, if the tokenizer adds one; only "llama.cpp" asks.
+        journal: where scores are kept, so that an interrupted run continues.
+
+    The loss is taken in float32 whatever the model's dtype. Raises WaterfillError for a text shorter than one window, a
+    context longer than the model's, or logits that are not finite.
     """
-    parts = windows(ids, context)
-    scores = score_windows([model], parts, _negative_log_likelihood, batch=batch, progress=progress)
-    nll = torch.stack(scores)
-    mean = nll.mean()
+    how = _convention(convention, positions(model), context=context, stride=stride, bos=bos)
+    cut = how.cut(ids)
+    prepare(model, cut)
+
+    def score(some: Sequence[Window]) -> list[Tensor]:
+        logits = window_logits(model, some, how)
+        return [negative_log_likelihood(rows, window.targets) for rows, window in zip(logits, some, strict=True)]
+
+    scores = [each[0] for each in score_windows(cut, score, batch=batch, progress=progress, journal=journal)]
+    nll = torch.cat(scores)
     return Perplexity(
-        ppl=float(mean.exp()),
-        nll=float(mean),
-        nll_stderr=standard_error(nll),
+        ppl=float(nll.mean().exp()),
+        nll=float(nll.mean()),
+        nll_stderr=standard_error(scores),
         tokens=nll.numel(),
-        windows=len(parts),
-        context=context,
+        windows=len(cut),
+        context=how.context,
+        convention=how.name,
+        stride=how.stride,
+        bos=how.bos,
+        nll_token_stderr=token_error(nll),
     )
 
 
-def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) in nats, float64 [positions], of logits [positions, vocab] and targets [positions]."""
+_convention = convention  # `perplexity` has a parameter of that name
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) in nats, float64 [1, targets], of logits [targets, vocab] and token ids [targets]."""
     rows = rows_in_scratch(logits.shape[-1], 2 * 4)  # the widened logits and their log-softmax
     pieces = zip(logits.split(rows), targets.to(logits.device).split(rows), strict=True)
     nll = torch.cat([F.cross_entropy(some.float(), wanted, reduction="none") for some, wanted in pieces])
     check_finite(nll, "the model")
-    return nll.cpu().double()
+    return nll.cpu().double()[None]

@@ -1,53 +1,80 @@
 """What perplexity and divergence share: models run over windows in bounded memory, and error bars.
 
-windows [windows, context] -> score_windows: logits [context - 1, vocab] of each model -> score, window by window
-scores [windows, context - 1] -> standard_error
+windows -> score_windows: logits [targets, vocab] of each window -> score, window by window -> scores [columns, targets]
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from waterfill.errors import WaterfillError
+from waterfill.evaluate.conventions import Convention, Window, batches, stacked
+from waterfill.evaluate.journal import Journal
 from waterfill.evaluate.text import positions
 
 Progress = Callable[[int, int], None]  # called with (windows done, windows in all)
-Score = TypeVar("Score")
+Score = Callable[[Sequence[Window]], list[Tensor]]
 
 SCRATCH_BYTES = 64 << 20  # bound on the widened copies of logits that are alive at a time
 ENOUGH_WINDOWS = 8  # fewer say too little about the spread between windows
 
 
 def score_windows(
-    models: Sequence[Any],
-    parts: Tensor,
-    score: Callable[..., Score],
-    *,
-    batch: int,
-    progress: Progress | None,
-) -> list[Score]:
-    """Run windows [windows, context] through every model, `batch` at a time, and score them one by one.
+    cut: Sequence[Window], score: Score, *, batch: int, progress: Progress | None, journal: Journal | None = None
+) -> list[Tensor]:
+    """Scores, float64 [columns, targets], of every window, in order: `score` gets some windows of one shape at a time.
 
-    Each window becomes `score(logits of the first model, …, targets)` with logits [context - 1, vocab] in the model's
-    dtype and on its device, and targets [context - 1]. One batch of logits per model is alive at a time. The models
-    are put into evaluation mode. Raises WaterfillError when the windows do not fit a model, or vocabularies differ.
+    What the journal holds already is not computed again, and what is computed is added to it at once. Raises
+    WaterfillError for a batch below 1.
     """
     if batch < 1:
         raise WaterfillError(f"a batch of {batch} windows was asked for; choose at least 1")
-    for model in models:
-        _check_fits(model, parts)
-        model.eval()
-    scores: list[Score] = []
-    for some in parts.split(batch):
-        scores += _score_batch(models, some, score)
+    scores: dict[int, Tensor] = dict(journal.read()) if journal is not None else {}
+    missing = [window for window in cut if window.number not in scores]
+    for some in batches(missing, batch):
+        for window, result in zip(some, score(some), strict=True):
+            scores[window.number] = result
+            if journal is not None:
+                journal.add(window.number, result)
         if progress is not None:
-            progress(len(scores), len(parts))
-    return scores
+            progress(len(scores), len(cut))
+    return [scores[window.number] for window in cut]
+
+
+def window_logits(model: Any, some: Sequence[Window], how: Convention) -> list[Tensor]:
+    """What a model predicts where windows of one shape are scored: logits [targets, vocab] of each, in the model's
+    dtype and on its device."""
+    ids, first = stacked(some).to(model.device), some[0].first
+    with torch.inference_mode():
+        if not how.decodes:
+            logits = model(input_ids=ids, use_cache=False).logits
+            return [row[first:-1] for row in logits]
+        past, steps = None, []
+        for step in range(ids.shape[1] - 1):
+            output = model(input_ids=ids[:, step : step + 1], past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            if step >= first:
+                steps.append(output.logits[:, -1])
+        return list(torch.stack(steps, dim=1))
+
+
+def prepare(model: Any, cut: Sequence[Window]) -> None:
+    """Put a model into evaluation mode. Raises WaterfillError when it cannot read the windows."""
+    context, limit = max(len(window.ids) for window in cut), positions(model)
+    if limit is not None and context > limit:
+        raise WaterfillError(f"a context of {context} tokens was asked for, but the model has {limit}; choose fewer")
+    highest = max(int(window.ids.max()) for window in cut)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    if highest >= vocabulary:
+        raise WaterfillError(
+            f"the text holds token {highest}, but the model knows {vocabulary} tokens; use the model's own tokenizer"
+        )
+    model.eval()
 
 
 def rows_in_scratch(vocabulary: int, entry_bytes: int) -> int:
@@ -55,14 +82,23 @@ def rows_in_scratch(vocabulary: int, entry_bytes: int) -> int:
     return max(1, SCRATCH_BYTES // (vocabulary * entry_bytes))
 
 
-def standard_error(scores: Tensor) -> float:
-    """Standard error of the mean of scores [windows, targets], float64.
+def standard_error(scores: Sequence[Tensor]) -> float:
+    """Standard error of the mean over all targets of scores, float64 [targets] of each window.
 
-    Tokens of one window are correlated, so from 8 windows on the window means are the independent units; below that
-    tokens are, which understates the error. NaN for a single score.
+    Tokens of one window are correlated, so from 8 windows on windows are the independent units; below that tokens are,
+    which understates the error. NaN for a single score.
     """
-    units = scores.mean(dim=1) if len(scores) >= ENOUGH_WINDOWS else scores.flatten()
-    return float(units.std()) / math.sqrt(len(units)) if len(units) > 1 else math.nan
+    if len(scores) < ENOUGH_WINDOWS:
+        return token_error(torch.cat(list(scores)))
+    total = sum(len(window) for window in scores)
+    mean = torch.cat(list(scores)).mean()
+    squares = sum(float((window - mean).sum()) ** 2 for window in scores)
+    return math.sqrt(squares * len(scores) / (len(scores) - 1)) / total
+
+
+def token_error(scores: Tensor) -> float:
+    """Standard error of the mean of scores, float64 [targets], as if they were independent, which understates it."""
+    return float(scores.std()) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
 
 
 def check_finite(scores: Tensor, whose: str) -> None:
@@ -71,31 +107,4 @@ def check_finite(scores: Tensor, whose: str) -> None:
         raise WaterfillError(
             f"{whose} gives NaN or infinite logits; "
             "check its weights, and run it in float32 or bfloat16 rather than float16"
-        )
-
-
-def _score_batch(models: Sequence[Any], some: Tensor, score: Callable[..., Score]) -> list[Score]:
-    """Scores of a batch of windows [batch, context]; the logits are freed on return."""
-    with torch.inference_mode():
-        logits = [model(input_ids=some.to(model.device), use_cache=False).logits for model in models]
-        _check_same_vocabulary(logits)
-        return [score(*(each[row, :-1] for each in logits), window[1:]) for row, window in enumerate(some)]
-
-
-def _check_fits(model: Any, parts: Tensor) -> None:
-    context, limit = parts.shape[1], positions(model)
-    if limit is not None and context > limit:
-        raise WaterfillError(f"a context of {context} tokens was asked for, but the model has {limit}; choose fewer")
-    highest, vocabulary = int(parts.max()), int(model.config.get_text_config().vocab_size)
-    if highest >= vocabulary:
-        raise WaterfillError(
-            f"the text holds token {highest}, but the model knows {vocabulary} tokens; use the model's own tokenizer"
-        )
-
-
-def _check_same_vocabulary(logits: Sequence[Tensor]) -> None:
-    sizes = [each.shape[-1] for each in logits]
-    if len(set(sizes)) > 1:
-        raise WaterfillError(
-            f"the models predict over {' and '.join(map(str, sizes))} tokens; compare models with one vocabulary"
         )

@@ -1,8 +1,6 @@
-"""From a text file to windows of token ids, in the GPTQ convention that published perplexities follow.
+"""From a text file to windows of token ids.
 
-    file -> token_ids: the whole text, tokenised once -> windows [windows, context]: non-overlapping, the tail dropped
-
-A window of `context` tokens scores `context - 1` targets. Figures taken with different contexts do not compare.
+file -> token_ids: the whole text, tokenised once -> windows [windows, context]: non-overlapping, the tail dropped
 """
 
 from __future__ import annotations
@@ -29,6 +27,12 @@ def token_ids(tokenizer: Any, path: str | Path) -> Tensor:
         raise WaterfillError(f"{path} cannot be read as UTF-8 text ({error}); name a plain-text file") from error
     # verbose=False: the text is longer than the model's context on purpose, the tokenizer's warning would mislead.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def begin_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before every text by itself; None if it does not."""
+    bos, ids = tokenizer.bos_token_id, tokenizer("a", verbose=False)["input_ids"]
+    return int(bos) if bos is not None and ids and ids[0] == bos else None
 
 
 def default_context(model: Any) -> int:

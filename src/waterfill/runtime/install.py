@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from waterfill import kernels

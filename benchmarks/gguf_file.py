@@ -1,0 +1,182 @@
+"""A Llama checkpoint with a byte-level BPE tokenizer as a GGUF file, and llama.cpp's own quantised versions of it.
+
+    python benchmarks/gguf_file.py MODEL OUT.gguf [--type F32|F16|Q8_0|Q4_0|…]
+
+Small on purpose: the models of this repository, not all of the world's. Tensors have ggml's names; rows of q and k are
+reordered, because ggml's rotary embedding of this architecture turns neighbouring coordinates where transformers turns
+halves. F32 holds a bf16 checkpoint exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+ALIGNMENT = 32
+DTYPES = {"F32": (0, np.float32), "F16": (1, np.float16)}  # ggml's number of a tensor type, and numpy's of its entries
+FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25}
+NORMAL, CONTROL = 1, 3  # kinds of tokens
+
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--type", choices=[*DTYPES, *FILE_TYPES], default="F16")
+    arguments = parser.parse_args()
+    if arguments.type in DTYPES:
+        write_gguf(arguments.model, arguments.out, arguments.type)
+    else:
+        whole = write_gguf(arguments.model, arguments.out.with_suffix(".F32.gguf"), "F32")
+        quantise(whole, arguments.out, arguments.type)
+        whole.unlink()
+
+
+def write_gguf(model: Path, out: Path, kind: str = "F32", *, add_bos: bool | None = None) -> Path:
+    """Write the Llama in directory `model`; matrices as F32 or F16, norms as F32. `add_bos` as the tokenizer has it."""
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    if config["model_type"] != "llama":
+        raise SystemExit(f"{model} is a {config['model_type']}; only Llama models are converted here")
+    tensors = {_ggml_name(name): _rows(name, tensor, config) for name, tensor in _weights(model).items()}
+    metadata = {**_shapes(config), **_vocabulary(model, config, add_bos)}
+    infos, data, offset = bytearray(), [], 0
+    for name, tensor in tensors.items():
+        number, dtype = DTYPES["F32" if tensor.ndim == 1 else kind]
+        stored = tensor.astype(dtype).tobytes()
+        infos += _string(name) + struct.pack(f"<I{tensor.ndim}Q", tensor.ndim, *tensor.shape[::-1])
+        infos += struct.pack("<IQ", number, offset)
+        data.append(stored + bytes(-len(stored) % ALIGNMENT))
+        offset += len(data[-1])
+    header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
+    for key, value in metadata.items():
+        header += _string(key) + _typed(value)
+    header += infos
+    out.write_bytes(header + bytes(-len(header) % ALIGNMENT) + b"".join(data))
+    return out
+
+
+def quantise(source: Path, out: Path, kind: str, threads: int = 1) -> Path:
+    """The GGUF file `source` in one of llama.cpp's types, by llama.cpp itself."""
+    import llama_cpp
+
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = FILE_TYPES[kind], threads
+    failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))  # before `quiet` goes away
+    if failed:
+        raise RuntimeError(f"llama.cpp could not write {out.name} as {kind}")
+    return out
+
+
+def _weights(model: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _ggml_name(name: str) -> str:
+    stem = name.removesuffix(".weight")
+    if stem in OTHER_NAMES:
+        return f"{OTHER_NAMES[stem]}.weight"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{LAYER_NAMES[part]}.weight"
+
+
+def _rows(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> np.ndarray:
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    count = next((heads[part] for part in heads if part in name), None)
+    if count is not None:  # [heads, 2 halves, pairs, in] -> [heads, pairs, 2, in]
+        rows, width = tensor.shape
+        tensor = tensor.reshape(count, 2, rows // count // 2, width).transpose(1, 2).reshape(rows, width)
+    return tensor.float().numpy()
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, Any]:
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
+    return {
+        "general.architecture": "llama",
+        "general.name": "converted",
+        "general.alignment": ALIGNMENT,
+        "llama.vocab_size": config["vocab_size"],
+        "llama.block_count": config["num_hidden_layers"],
+        "llama.context_length": config["max_position_embeddings"],
+        "llama.embedding_length": config["hidden_size"],
+        "llama.feed_forward_length": config["intermediate_size"],
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": config["num_key_value_heads"],
+        "llama.attention.key_length": head,
+        "llama.attention.value_length": head,
+        "llama.rope.dimension_count": head,
+        "llama.rope.freq_base": float(theta),
+        "llama.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+    }
+
+
+def _vocabulary(model: Path, config: dict[str, Any], add_bos: bool | None) -> dict[str, Any]:
+    """A byte-level BPE tokenizer as llama.cpp has it. Without tokenizer.json there is none."""
+    if not (model / "tokenizer.json").exists():
+        return {"tokenizer.ggml.model": "no_vocab"}
+    tokenizer = json.loads((model / "tokenizer.json").read_text("utf-8"))
+    bpe = tokenizer["model"]
+    words = dict(sorted((number, word) for word, number in bpe["vocab"].items()))
+    special = {token["id"]: token["content"] for token in tokenizer["added_tokens"] if token["special"]}
+    words |= special
+    tokens = [words.get(number, f"[unused{number}]") for number in range(config["vocab_size"])]
+    processor = json.dumps(tokenizer["post_processor"] or {})
+    begins = any(json.dumps(token) in processor for token in special.values())
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [CONTROL if number in special else NORMAL for number in range(len(tokens))],
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]],
+        "tokenizer.ggml.bos_token_id": config["bos_token_id"],
+        "tokenizer.ggml.eos_token_id": config["eos_token_id"],
+        "tokenizer.ggml.add_bos_token": begins if add_bos is None else add_bos,
+    }
+
+
+def _string(value: str) -> bytes:
+    data = value.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _typed(value: Any) -> bytes:
+    """ggml's number of a value's type, and the value."""
+    if isinstance(value, list):
+        number, entries = (
+            (8, map(_string, value)) if isinstance(value[0], str) else (5, (struct.pack("<i", e) for e in value))
+        )
+        return struct.pack("<IIQ", 9, number, len(value)) + b"".join(entries)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + _string(value)
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    return struct.pack("<II", 4, value) if isinstance(value, int) else struct.pack("<If", 6, value)
+
+
+if __name__ == "__main__":
+    main()

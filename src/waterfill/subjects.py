@@ -1,0 +1,156 @@
+"""What can be evaluated, each kind behind the same few attributes: artifacts, checkpoints and GGUF files.
+
+open_subject("packed" | "org/model" | "model.gguf") -> Subject: sizes and fingerprint at once, `load` and
+`tokenizer` when they are needed
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+
+from waterfill.artifact import open_artifact
+from waterfill.artifact.manifest import MANIFEST
+from waterfill.checkpoint import CONFIG, WEIGHT_DTYPES, open_checkpoint
+from waterfill.errors import WaterfillError
+from waterfill.evaluate.text import positions
+from waterfill.hf import QUANT_METHOD
+from waterfill.loading import load, load_checkpoint, load_tokenizer, measuring_dtype
+from waterfill.runtime.gguf import SUFFIX, GgufModel, GgufTokenizer
+
+PACKED, CHECKPOINT, GGUF = "packed", "checkpoint", "gguf"
+_SAMPLE_BYTES = 1 << 20
+
+
+class Subject(ABC):
+    """A model on disk."""
+
+    kind: str
+    path: Path
+    size_bytes: int  # of the weight files
+    weights: int  # numbers in all tensors, those that are packed counted as the model sees them
+    fingerprint: str  # of the weights
+    positions: int | None  # tokens that the model can read at most
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype | None = None) -> Any:
+        """The model, ready to be evaluated; `dtype` of the activations of a packed one, None for the usual."""
+
+    def load_to_run(self) -> Any:
+        """The model as users run it."""
+        return self.load()
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """Raises WaterfillError where there is none."""
+
+    def dtype(self) -> torch.dtype | None:
+        """What `load` computes in when nothing else is asked for; None for the model's own."""
+        return None
+
+
+class PackedSubject(Subject):
+    """What `waterfill pack` wrote. Opening it compares every byte with its digest."""
+
+    kind = PACKED
+
+    def __init__(self, path: Path) -> None:
+        stored = open_artifact(path, verify=True)
+        self.path, self.size_bytes = path, stored.size_bytes
+        self.weights = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
+        self.fingerprint = blake2b((path / MANIFEST).read_bytes(), digest_size=16).hexdigest()
+        self.positions = _positions(path)
+
+    def load(self, dtype: torch.dtype | None = None) -> Any:
+        return load(self.path, dtype=dtype, verify=False)
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.path)
+
+
+class CheckpointSubject(Subject):
+    """A Hugging Face directory or hub id."""
+
+    kind = CHECKPOINT
+
+    def __init__(self, source: str | Path, revision: str | None) -> None:
+        self.checkpoint = open_checkpoint(source, revision=revision)
+        tensors = self.checkpoint.tensors.values()
+        self.path, self.fingerprint = self.checkpoint.path, self.checkpoint.fingerprint
+        self.size_bytes = sum(file.stat().st_size for file in {tensor.file for tensor in tensors})
+        self.weights = sum(math.prod(tensor.shape) for tensor in tensors if tensor.dtype in WEIGHT_DTYPES)
+        self.positions = _positions(self.path)
+
+    def load(self, dtype: torch.dtype | None = None) -> Any:
+        return load_checkpoint(self.checkpoint)
+
+    def load_to_run(self) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype="auto").eval()
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.path)
+
+    def dtype(self) -> torch.dtype | None:
+        return measuring_dtype(self.checkpoint)
+
+
+class GgufSubject(Subject):
+    """A file that llama.cpp runs."""
+
+    kind = GGUF
+
+    def __init__(self, path: Path) -> None:
+        self._model = GgufModel(path)  # mapped: costs little until it computes
+        self.path, self.size_bytes, self.weights = path, self._model.size_bytes, self._model.weights
+        self.positions = positions(self._model)
+
+    @cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """Of the file's size and samples of it."""
+        digest = blake2b(str(self.size_bytes).encode(), digest_size=16)
+        with self.path.open("rb") as file:
+            for part in range(16):
+                file.seek(part * self.size_bytes // 16)
+                digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+    def load(self, dtype: torch.dtype | None = None) -> Any:
+        return self._model
+
+    def tokenizer(self) -> Any:
+        return GgufTokenizer(self._model)
+
+
+def open_subject(source: str | Path, *, revision: str | None = None) -> Subject:
+    """An artifact, a checkpoint (local directory or hub id) or a GGUF file. Raises WaterfillError for anything else."""
+    path = Path(source)
+    if path.suffix == SUFFIX:
+        return GgufSubject(path)
+    return PackedSubject(path) if _is_packed(path) else CheckpointSubject(source, revision)
+
+
+def _is_packed(path: Path) -> bool:
+    if (path / MANIFEST).exists():
+        return True
+    try:
+        config = json.loads((path / CONFIG).read_text("utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _positions(path: Path) -> int | None:
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise WaterfillError(f"transformers does not know the model of {path} ({error}); check its {CONFIG}") from error
+    return positions(SimpleNamespace(config=config))
