@@ -51,6 +51,12 @@ CHAPTERS = {
         "last digit printed; and lm-eval's figures for documents against those of `waterfill eval --tasks`.",
     ),
     "allocation": ("Allocation", ""),
+    "lossless": (
+        "Lossless coding",
+        "Share of the weights' bytes that is left, headers of streams included, beside the entropy of exponents (sign "
+        "and mantissa as they are, trailing zeros of mantissas for nothing) and beside ZipNN, both with one thread. "
+        "float16 weights that were bfloat16 take less than that entropy: their mantissas' lower bits are mostly zero.",
+    ),
     "footprint": ("Memory and time of planning and packing", ""),
     "rate_distortion": (
         "Entropy-coded trellis quantisation",

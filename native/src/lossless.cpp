@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kMostPlanes = 4, kWorth = 32;  // a plane is coded if that saves more than 1 / kWorth of it
 constexpr int kLogBits = 16;
+constexpr uint8_t kLeastBytes[4] = {0, 0, 1, 0};  // kLeastState
 constexpr int64_t kMostTableBytes = 2 + 32 + 384;
 
 // log2 of 1 … 4096 in 16-bit fractions. No value lies near the middle of two: the same on every machine.
@@ -189,6 +190,10 @@ int64_t encode_fast(const uint8_t* symbols, int64_t count, int lanes, const uint
     }
     uint32_t x[kMostLanes];
     for (int lane = 0; lane < lanes; ++lane) x[lane] = kLeastState;
+    if (frequencies[symbols[0]] == kSlots) {  // no word is ever written
+        for (int lane = 0; lane < lanes; ++lane) std::memcpy(out + 4 * lane, kLeastBytes, 4);
+        return 4 * lanes;
+    }
     uint8_t* const end = out + 4 * lanes + 2 * count;  // words are written backwards, and moved
     uint8_t* at = end;
     for (int64_t i = count - lanes; i >= 0; i -= lanes)
@@ -287,7 +292,14 @@ bool decode_exact(const Functions& f, const uint8_t* in, int64_t bytes, int item
         const int64_t head = take_table(at, size, frequencies);
         if (head < 0 || !make_table(frequencies, table)) return false;
         uint8_t* out = decoded + p * padded;
-        if (!rans_decode(f, at + head, size - head, lanes, table, padded, out)) return false;
+        if (frequencies[at[0]] == kSlots) {  // one symbol, which changes no state: so it is with weights of fewer bits
+            if (size - head != 4 * lanes) return false;
+            for (int lane = 0; lane < lanes; ++lane)
+                if (std::memcmp(at + head + 4 * lane, kLeastBytes, 4)) return false;
+            std::memset(out, at[0], size_t(count));
+        } else if (!rans_decode(f, at + head, size - head, lanes, table, padded, out)) {
+            return false;
+        }
         plane[p] = out;
         at += size;
     }
