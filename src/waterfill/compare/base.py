@@ -1,12 +1,11 @@
 """What comparing is made of: methods, what each gives back, and one row of the table per method.
 
-A method takes a `Subject` and returns a `Candidate`: dense weights in the model's own modules, and every byte that
-stores them. Methods are found by name (`select`); packages add theirs with `register`.
+A method takes a `Subject`, gives back its matrices one by one, and says how many bytes store them. Methods are found by name (`select`); packages add theirs with `register`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import metadata
@@ -34,14 +33,17 @@ class Subject:
     model: Any  # the original
     sensitivity: Sensitivity
     calibration: Tensor | None = None  # token ids [sequences, length] for the methods that need activations
-    memory: dict[str, Any] = field(default_factory=dict, repr=False)  # what several methods share, as second moments
+    memory: dict[str, Any] = field(default_factory=dict, repr=False)  # what several methods share: second moments
+
+
+Put = Callable[[str, Tensor], None]
+"""Takes a matrix by its name, float32 [out, in], as a method gives it back. What is not put stays as it was."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model as a method gives it back."""
+    """What a method says of the model whose matrices it has `put`."""
 
-    weights: Mapping[str, Tensor]  # by name of the matrix, float32 [out, in]; what is absent stays as it was
     size_bytes: int  # one weight file with everything that the method stores, headers and kept tensors included
     bits: float  # stored bits per weight of the matrices
     predicted: tuple[float, float, float | None] | None = None  # KL, its lower and its upper bound
@@ -55,7 +57,7 @@ class Method:
     name: str  # as it is asked for
     title: str  # as tables call it
     family: str  # the library
-    run: Callable[[Subject], Candidate]
+    run: Callable[[Subject, Put], Candidate]
     package: str | None = None  # distribution whose version belongs to the result
     calibrated: bool = False  # whether it looks at activations, not at the weights alone
     options: str = ""  # what else decides the result, for the cache
@@ -84,6 +86,7 @@ class Row:
     kl_stderr: float | None = None
     top1_agreement: float | None = None
     ppl: float | None = None
+    ppl_reference: float | None = None
     predicted_kl: float | None = None  # of our own plans
     predicted_low: float | None = None
     predicted_high: float | None = None
