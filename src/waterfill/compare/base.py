@@ -1,6 +1,7 @@
 """What comparing is made of: methods, what each gives back, and one row of the table per method.
 
-A method takes a `Subject`, gives back its matrices one by one, and says how many bytes store them. Methods are found by name (`select`); packages add theirs with `register`.
+A method takes a `Subject`, gives back its matrices one by one, and says how many bytes store them. Methods are found
+by name (`select`); packages add theirs with `register`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from waterfill.architecture import Architecture
 from waterfill.budget import Budget
@@ -57,7 +58,7 @@ def predicted_curve(
 
 def between(curve: tuple[CurvePoint, ...], size_bytes: float) -> float | None:
     """The curve's predicted KL at a size, log-linear between its points; None outside of them."""
-    for left, right in zip(curve, curve[1:], strict=False):
+    for left, right in pairwise(curve):
         if left.size_bytes <= size_bytes <= right.size_bytes:
             share = (size_bytes - left.size_bytes) / (right.size_bytes - left.size_bytes)
             return math.exp((1 - share) * math.log(left.kl) + share * math.log(right.kl))

@@ -86,7 +86,8 @@ def _layer(matrix: Matrix) -> str:
 
 def _solver(package: Any, config: Any, module: nn.Linear, bits: int) -> Any:
     group = GROUP if module.in_features % GROUP == 0 else -1
-    solver = _quietly(package.GPTQ, module, config(bits=bits, group_size=group, desc_act=False))
+    settings = _quietly(config, bits=bits, group_size=group, desc_act=False, offload_to_disk=False)
+    solver = _quietly(package.GPTQ, module, settings)
     solver.quantizer.configure(perchannel=True)
     return solver
 
@@ -127,10 +128,10 @@ def _buffers(matrix: Matrix, bits: int, group: int) -> dict[str, Buffer]:
     }
 
 
-def _quietly(function: Callable[..., Any], *arguments: Any) -> Any:
+def _quietly(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Without the library's tables and bars on standard output."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return function(*arguments)
+        return function(*arguments, **options)
 
 
 for _bits in BITS:

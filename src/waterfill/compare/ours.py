@@ -34,9 +34,7 @@ def pack_and_decode(subject: Subject, plan: Plan, put: Put, progress: Step | Non
     """Pack into a temporary directory, and decode what lies there."""
     step = None if progress is None else lambda _, done, total: progress(done, total)
     with TemporaryDirectory(prefix="waterfill-compare-") as folder:
-        out = pack_plan(
-            plan, subject.checkpoint, subject.architecture, Path(folder) / "packed", progress=step
-        )
+        out = pack_plan(plan, subject.checkpoint, subject.architecture, Path(folder) / "packed", progress=step)
         artifact = open_artifact(out, verify=False)
         decode(artifact, put)
         predicted = plan.predicted

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from waterfill.artifact import Buffer
 from waterfill.compare.base import Method, Unavailable, register
 from waterfill.compare.stored import Stored, run_quantiser, stored
 
 HQQ_GROUP = 64  # its own default
 TORCHAO_GROUP = 32
-_MISSING = "{0} is not installed; pip install 'waterfill[compare]'"
+_MISSING = "{0} is not installed; pip install {1}"
 
 
 def library(name: str, package: str) -> Any:
@@ -31,7 +32,8 @@ def library(name: str, package: str) -> Any:
             return import_module(name)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == name.partition(".")[0]:
-            raise Unavailable(_MISSING.format(package)) from error
+            extra = package if package == "gptqmodel" else "'waterfill[compare]'"  # which asks for a torch of its own
+            raise Unavailable(_MISSING.format(package, extra)) from error
         raise Unavailable(f"{package} needs {error.name}, which is not installed") from error
     except (ImportError, OSError, RuntimeError) as error:
         raise Unavailable(f"{package} cannot be imported ({error})") from error
@@ -99,15 +101,20 @@ def torchao_int8(weight: Tensor) -> Stored:
 
 
 def torchao_int4(weight: Tensor) -> Stored:
-    """Int4 weights in groups of 32, in the layout of its CPU kernels; read back through a product with the identity."""
+    """Int4 weights in groups of 32 with zero points. Charged at 4 bits, though torchao's layout for CPUs takes 8."""
     if weight.shape[1] % TORCHAO_GROUP:
         raise Unavailable(f"rows are not whole groups of {TORCHAO_GROUP}")
-    options = {"group_size": TORCHAO_GROUP, "int4_packing_format": "opaque"}
-    quantised = _torchao(weight, "Int4WeightOnlyConfig", **options)
-    eye = torch.eye(weight.shape[1], dtype=torch.bfloat16)
-    return stored(
-        nn.functional.linear(eye, quantised).T, {"qdata": quantised.qdata, "scales": quantised.scale_and_zero}
+    package = library("torchao.quantization", "torchao")
+    quantised = _torchao(
+        weight,
+        "IntxWeightOnlyConfig",
+        weight_dtype=vars(torch)["int4"],  # torch's own stubs lack it
+        granularity=package.PerGroup(TORCHAO_GROUP),
+        mapping_type=package.MappingType.ASYMMETRIC,
     )
+    codes = Buffer("qdata", "U8", (-(-weight.numel() // 2),))
+    kept = {"qdata": codes, "scale": quantised.scale, "zero_point": quantised.zero_point}
+    return stored(quantised.dequantize(), kept)
 
 
 def _torchao(weight: Tensor, config: str, **options: object) -> Any:

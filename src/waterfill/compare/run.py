@@ -3,7 +3,7 @@
     subject + methods + budgets ──► cases ──► (cached?) weights into a copy of the model ──► divergence ──► rows
                                       └──► one more case per peer: our plan within its bytes
 
-The copy's matrices are replaced method by method, its code never; so what differs between two rows is the weights alone.
+The copy's matrices are replaced method by method, its code never: what differs between two rows is the weights alone.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def compare_methods(
     context: int,
     methods: Sequence[Method],
     ours: Sequence[str] = OURS[:1],
-    budgets: Sequence[Budget] = tuple(Budget(bits=bits) for bits in DEFAULT_BITS),
+    budgets: Sequence[Budget],
     request: Request | None = None,
     match: bool = True,
     batch: int = 1,
@@ -199,9 +199,7 @@ class _Bench:
 
             candidate = method.run(self.subject, put)
         step = None if self.progress is None else self._step(method.title)
-        found = divergence(
-            self.subject.model, model, self.ids, context=self.context, batch=self.batch, progress=step
-        )
+        found = divergence(self.subject.model, model, self.ids, context=self.context, batch=self.batch, progress=step)
         self.ppl_reference = found.ppl_reference
         predicted = candidate.predicted or (None, None, None)
         return replace(

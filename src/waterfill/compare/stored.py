@@ -1,4 +1,4 @@
-"""What a method stores, to the byte: a weight file with every buffer, its header, and the tensors that stay as they are.
+"""What a method stores, to the byte: a weight file with all its buffers, a header, and the tensors that it leaves alone.
 
 All methods are charged the same way: one safetensors file with their own buffers. Formats that keep more beside them
 (GGUF's metadata, padding and float32 norms) are not charged for it.
@@ -121,5 +121,3 @@ def original_bytes(architecture: Architecture) -> int:
     """Bytes of the same tensors in the checkpoint's dtypes."""
     matrices = sum(math.prod(m.shape) * WEIGHT_DTYPES[m.dtype].itemsize for m in architecture.matrices)
     return matrices + sum(buffer.size_bytes for buffer in kept_buffers(architecture))
-
-

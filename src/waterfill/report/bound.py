@@ -20,10 +20,7 @@ def mse_distortion(relative_error: float, rho: float) -> float:
     """
     e = relative_error
     a, b, c = rho * rho * (1 - e), 1 - 2 * e * rho, -e
-    if a == 0:
-        tau = -c / b
-    else:
-        tau = (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
+    tau = (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a) if a else -c / b
     return tau / (1 + tau)
 
 

@@ -47,7 +47,9 @@ def bytes_by_layer(report: Report, units: Sequence[Unit]) -> Markup:
     others.append(("headers", rest, "names, shapes, checksums of the weight files"))
     most = max([sum(unit.size_bytes for unit in row) for row in rows.values()] + [kept, rest])
     pitch = 26 if len(rows) <= TALL_ROWS else 15
-    plot = Plot("Bytes by layer and matrix", pitch * (len(rows) + len(others)), Scale(0, most), Scale(0, 1), 88, 66, 2, 2)
+    plot = Plot(
+        "Bytes by layer and matrix", pitch * (len(rows) + len(others)), Scale(0, most), Scale(0, 1), 88, 66, 2, 2
+    )
     for number_, (label, row) in enumerate(rows.items()):
         top = number_ * pitch
         plot.add(_row_label(label, top, pitch))
@@ -60,7 +62,9 @@ def bytes_by_layer(report: Report, units: Sequence[Unit]) -> Markup:
     for number_, (label, size_bytes, said) in enumerate(others, len(rows)):
         top = number_ * pitch
         plot.add(_row_label(label, top, pitch))
-        plot.add(mark(_block(plot, 0, size_bytes, top, pitch), f"{label}\n{format_size(size_bytes)}\n{said}", "block f0s2"))
+        plot.add(
+            mark(_block(plot, 0, size_bytes, top, pitch), f"{label}\n{format_size(size_bytes)}\n{said}", "block f0s2")
+        )
         plot.add(_row_value(format_size(size_bytes), size_bytes / most, top, pitch))
     return plot.svg("bars")
 
@@ -91,7 +95,16 @@ def bits_map(units: Sequence[Unit]) -> Markup:
     shown = {key: 8 * sum(u.size_bytes for u in some) / sum(u.weights for u in some) for key, some in cells.items()}
     low, high = min(shown.values()), max(shown.values())
     pitch = 28 if len(layers) <= TALL_ROWS else 15
-    plot = Plot("Bits per weight by layer and kind of matrix", pitch * len(layers), Scale(0, len(kinds)), Scale(0, 1), 58, 4, 26, 2)
+    plot = Plot(
+        "Bits per weight by layer and kind of matrix",
+        pitch * len(layers),
+        Scale(0, len(kinds)),
+        Scale(0, 1),
+        58,
+        4,
+        26,
+        2,
+    )
     for column, kind in enumerate(kinds):
         label = kind.rpartition(".")[2].removesuffix("_proj")
         plot.add(tag("text", label, x=plot.px(column + 0.5), y=-9, class_="label", text_anchor="middle"))
@@ -105,12 +118,25 @@ def bits_map(units: Sequence[Unit]) -> Markup:
             share = (bits - low) / (high - low) if high > low else 0.5
             step = min(6, int(7 * share))
             shape = [
-                tag("rect", x=plot.px(column), y=line * pitch + 1, width=f"{100 / len(kinds) - 0.5:.3f}%", height=pitch - 3, rx=3)
+                tag(
+                    "rect",
+                    x=plot.px(column),
+                    y=line * pitch + 1,
+                    width=f"{100 / len(kinds) - 0.5:.3f}%",
+                    height=pitch - 3,
+                    rx=3,
+                )
             ]
             if pitch > 20:
                 at = plot.px(column + 0.5 - 0.0025 * len(kinds))
-                shape.append(tag("text", f"{bits:.2f}", x=at, y=line * pitch + pitch / 2, dy="0.3em", text_anchor="middle"))
-            said = about(some[0]) if len(some) == 1 else f"{layer}, {kind}\n{len(some)} matrices\n{bits:.3f} bits per weight"
+                shape.append(
+                    tag("text", f"{bits:.2f}", x=at, y=line * pitch + pitch / 2, dy="0.3em", text_anchor="middle")
+                )
+            said = (
+                about(some[0])
+                if len(some) == 1
+                else f"{layer}, {kind}\n{len(some)} matrices\n{bits:.3f} bits per weight"
+            )
             plot.add(mark(tag("g", shape), said, f"cell h{step}"))
     return plot.svg("map")
 
@@ -132,7 +158,9 @@ def water_level(units: Sequence[Unit]) -> Markup:
     ends = [(a, level + 0.5 * math.log2(a)) for a in (x.low, x.high)]
     plot.curve(_clipped(ends, y, x), "theory")
     for unit, a in zip(shown, per_weight, strict=True):
-        plot.dot(a, unit.bits, f"{about(unit)}\nsensitivity {number(unit.alpha)} nats per unit of noise", unit.place.colour)
+        plot.dot(
+            a, unit.bits, f"{about(unit)}\nsensitivity {number(unit.alpha)} nats per unit of noise", unit.place.colour
+        )
     return plot.svg()
 
 
@@ -172,7 +200,9 @@ def promise(report: Report) -> Markup:
     plot = Plot("Promised and measured loss", 52 * lines, Scale(0, right), Scale(0, 1), 78, 14, 0, 40)
     plot.x_axis("KL divergence, nats per token")
     plot.add(_row_label("promised", 0, 52))
-    interval = f"{number(predicted.kl_low)} to {number(high)}" if predicted.kl_high else "no upper bound: beyond the range"
+    interval = (
+        f"{number(predicted.kl_low)} to {number(high)}" if predicted.kl_high else "no upper bound: beyond the range"
+    )
     width = f"{100 * (plot.x(high) - plot.x(predicted.kl_low)):.3f}%"
     bar = tag("rect", x=plot.px(predicted.kl_low), width=width, y=16, height=20, rx=10, class_="interval")
     tick = tag("line", x1=plot.px(predicted.kl), x2=plot.px(predicted.kl), y1=12, y2=40, class_="stroke")
@@ -226,16 +256,24 @@ def pareto(report: Report) -> Markup:
     plot.curve([(p.size_bytes, p.kl) for p in inside], "ours")
     for p in curve:
         interval = f"{number(p.kl_low)} to {number(p.kl_high)}" if p.kl_high else "beyond the range of promises"
-        plot.dot(p.size_bytes, p.kl, f"plan of {p.bits:.2f} bits per weight\n{format_size(p.size_bytes)}\nKL {number(p.kl)} ({interval})", "plan", 3)
+        plot.dot(
+            p.size_bytes,
+            p.kl,
+            f"plan of {p.bits:.2f} bits per weight\n{format_size(p.size_bytes)}\nKL {number(p.kl)} ({interval})",
+            "plan",
+            3,
+        )
     families = list(dict.fromkeys(row.family for row in peers))
     for row in peers:
         assert row.kl is not None
-        said = f"{row.title}\n{format_size(row.size_bytes or 0)}, {row.bits or 0:.2f} bits per weight\nKL {number(row.kl)} ± {number(row.kl_stderr or 0, 2)}"
+        loss = f"KL {number(row.kl)} ± {number(row.kl_stderr or 0, 2)}"
+        said = f"{row.title}\n{format_size(row.size_bytes or 0)}, {row.bits or 0:.2f} bits per weight\n{loss}"
         style = FAMILY_MARKS[families.index(row.family) % len(FAMILY_MARKS)]
         plot.dot(row.size_bytes or 0, row.kl, said, f"peer {style}", 5)
-    found = report.divergence
-    loss, said = (found.kl, f"measured KL {number(found.kl)}") if found else (report.plan.predicted.kl, "promised KL " + number(report.plan.predicted.kl))
-    plot.dot(report.size_bytes, loss, f"this model\n{format_size(report.size_bytes)}\n{said}", "here", 8)
+    here = report.divergence or report.plan.predicted
+    how = "measured" if report.divergence else "promised"
+    said = f"this model\n{format_size(report.size_bytes)}\n{how} KL {number(here.kl)}"
+    plot.dot(report.size_bytes, here.kl, said, "here", 8)
     return plot.svg()
 
 
@@ -257,8 +295,13 @@ def bound_gap(units: Sequence[Unit]) -> Markup:
     plot.x_axis("bits per weight as stored")
     for unit, gap in zip(shown, gaps, strict=True):
         ideal = unit.bits - gap
-        said = f"{unit.name}\n{unit.codec}, {unit.bits:.3f} bits per weight\nbound at this noise: {ideal:.3f}\n{gap:.3f} bits above it"
-        plot.dot(unit.bits, gap, said, unit.place.colour)
+        lines = (
+            unit.name,
+            f"{unit.codec}, {unit.bits:.3f} bits per weight",
+            f"bound at this noise: {ideal:.3f}",
+            f"{gap:.3f} bits above it",
+        )
+        plot.dot(unit.bits, gap, "\n".join(lines), unit.place.colour)
     return plot.svg()
 
 

@@ -1,15 +1,15 @@
-"""Everything that a report says, as plain data: gathered from an artifact alone, and from measurements if there are any."""
+"""Everything that a report says, as plain data: from an artifact alone, and from measurements if there are any."""
 
 from __future__ import annotations
 
 import math
-import os.path
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Sample:
     @property
     def agree(self) -> int:
         """Characters that both continuations have in common from their beginning."""
-        return len(os.path.commonprefix([self.original, self.packed]))
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.original, self.packed, strict=False)))
 
 
 @dataclass(frozen=True)
@@ -205,5 +205,3 @@ def planned_with(plan: Plan) -> str:
         options.append(f"--probe {probe['kind']}")
     options += [f"--{name} {probe[name]}" for name in ("method", "sequences", "length", "seed") if name in probe]
     return " ".join(options)
-
-

@@ -28,7 +28,13 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": format_size, "number": number, "percent": _percent, "elements": math.prod}
+    environment.filters |= {
+        "size": format_size,
+        "number": number,
+        "percent": _percent,
+        "elements": math.prod,
+        "breakable": _breakable,
+    }
     folder = resources.files("waterfill.report") / "template"
     plan = report.plan
     payload = sum(tensor.size_bytes for tensor in plan.tensors)
@@ -72,6 +78,11 @@ def _inside(report: Report) -> bool | None:
     if found is None or predicted.kl_high is None:
         return None
     return predicted.kl_low - 2 * found.kl_stderr <= found.kl <= predicted.kl_high + 2 * found.kl_stderr
+
+
+def _breakable(name: str) -> Markup:
+    """A name that a narrow column may break at its dots."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _percent(value: float, digits: int = 2) -> str:

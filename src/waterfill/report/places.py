@@ -4,7 +4,8 @@
     model.layers.3.mlp.experts.up_proj.7   layer 3, kind mlp.experts.up_proj, family mlp
     model.embed_tokens                     no layer
 
-Names alone decide: the first number is the layer, further ones are experts. A family has one hue, its kinds shades of it.
+Names alone decide: the first number is the layer, further ones are experts. A family has one hue, its kinds have its
+shades.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ UNITS = 1000  # horizontal units of a nested drawing
 def tag(name: str, content: str | Markup | Iterable[Markup] = "", **attributes: object) -> Markup:
     """An element; `_` in attribute names stands for `-`, a trailing one is dropped (`class_`), None is left out."""
     given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items() if value is not None
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
+        for key, value in attributes.items()
+        if value is not None
     )
     inner = escape(content) if isinstance(content, str) else Markup("").join(content)
     return Markup(f"<{name}{given}>{inner}</{name}>")
