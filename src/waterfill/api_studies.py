@@ -176,7 +176,7 @@ def report(
         divergence=found,
         text=None if text is None else Path(text).name,
         samples=samples,
-        peers=_peers(plan.fingerprint, ids, context),
+        compared=_compared(plan.fingerprint, ids, context),
         original=None if original is None else str(original),
     )
     facts = replace(facts, path=page)
@@ -282,12 +282,13 @@ def _samples(
     return tuple(samples)
 
 
-def _peers(fingerprint: str, ids: torch.Tensor | None, context: int | None) -> tuple[Row, ...]:
+def _compared(fingerprint: str, ids: torch.Tensor | None, context: int | None) -> tuple[Row, ...]:
     """What `compare` has measured of this model: on these tokens if there are any, else on the text it saw most of."""
-    groups: dict[tuple[str, int], dict[str, Row]] = {}
+    groups: dict[tuple[str, int], dict[tuple[str, str], Row]] = {}
     for key, row in Results(fingerprint).rows():
-        if row.family != "waterfill" and row.kl is not None:
-            groups.setdefault((str(key.get("text")), int(key.get("context", 0))), {})[row.method] = row
+        if row.kl is not None:
+            plan = str(key.get("options")) if row.family == "waterfill" else ""
+            groups.setdefault((str(key.get("text")), int(key.get("context", 0))), {})[row.method, plan] = row
     if ids is not None:
         wanted = blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest(), context or 0
         return tuple(groups.get(wanted, {}).values())

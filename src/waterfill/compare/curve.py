@@ -13,7 +13,30 @@ from waterfill.errors import BudgetError
 from waterfill.planner import Request, make_plan
 from waterfill.sensitivity import Sensitivity
 
-CURVE_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0)
+CURVE_BITS = (
+    1.5,
+    1.75,
+    2.0,
+    2.25,
+    2.5,
+    2.75,
+    3.0,
+    3.25,
+    3.5,
+    3.75,
+    4.0,
+    4.25,
+    4.5,
+    5.0,
+    5.5,
+    6.0,
+    6.5,
+    7.0,
+    7.5,
+    8.0,
+    8.25,
+    8.5,
+)
 
 
 @dataclass(frozen=True)

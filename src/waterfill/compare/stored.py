@@ -1,4 +1,4 @@
-"""What a method stores, to the byte: a weight file with all its buffers, a header, and the tensors that it leaves alone.
+"""What a method stores, to the byte: a weight file with all its buffers, header, and the tensors that it leaves alone.
 
 All methods are charged the same way: one safetensors file with their own buffers. Formats that keep more beside them
 (GGUF's metadata, padding and float32 norms) are not charged for it.

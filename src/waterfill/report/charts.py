@@ -11,10 +11,10 @@ from waterfill.budget import format_size
 from waterfill.report.bound import ideal_bits, mse_distortion
 from waterfill.report.facts import Report
 from waterfill.report.places import Unit
-from waterfill.report.svg import Plot, Scale, mark, number, tag
+from waterfill.report.svg import Plot, Scale, mark, number, outline, superscript, tag
 
 TALL_ROWS = 40  # more rows than this are drawn thinner
-FAMILY_MARKS = ("p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7")  # classes of the style sheet, one per library
+FAMILIES = 8  # libraries that have a colour of their own
 
 
 def about(unit: Unit) -> str:
@@ -176,7 +176,7 @@ def _power(value: float) -> str:
     """10⁻⁵ and the like."""
     exponent = math.floor(math.log10(value) + 1e-9)
     mantissa = value / 10.0**exponent
-    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    power = f"10{superscript(exponent)}"
     return power if abs(mantissa - 1) < 1e-6 else f"{mantissa:.2g}·{power}"
 
 
@@ -240,8 +240,9 @@ def pareto(report: Report) -> Markup:
     if len(curve) < 2:
         return Markup("")
     peers = [row for row in report.peers if row.kl and row.size_bytes]
-    losses = [p.kl for p in curve] + [row.kl or 0 for row in peers] + [p.kl for p in report.bound if p.kl > 0]
-    sizes = [p.size_bytes for p in curve] + [row.size_bytes or 0 for row in peers] + [report.size_bytes]
+    found = [*report.ours, *peers]
+    losses = [p.kl for p in curve] + [row.kl or 0 for row in found] + [p.kl for p in report.bound if p.kl > 0]
+    sizes = [p.size_bytes for p in curve] + [row.size_bytes or 0 for row in found] + [report.size_bytes]
     floor = max(min(losses), min(p.kl for p in curve) / 4)
     x = Scale(min(sizes) / 1.04, max(sizes) * 1.04, logarithmic=True)
     y = Scale(floor / 1.3, min(max(losses) * 1.3, 20.0), logarithmic=True)
@@ -268,8 +269,13 @@ def pareto(report: Report) -> Markup:
         assert row.kl is not None
         loss = f"KL {number(row.kl)} ± {number(row.kl_stderr or 0, 2)}"
         said = f"{row.title}\n{format_size(row.size_bytes or 0)}, {row.bits or 0:.2f} bits per weight\n{loss}"
-        style = FAMILY_MARKS[families.index(row.family) % len(FAMILY_MARKS)]
-        plot.dot(row.size_bytes or 0, row.kl, said, f"peer {style}", 5)
+        family = families.index(row.family)
+        plot.shape(row.size_bytes or 0, row.kl, said, f"peer p{family % FAMILIES}", family)
+    for row in report.ours:
+        kl = f"KL {number(row.kl or 0)} ± {number(row.kl_stderr or 0, 2)}, promised {number(row.predicted_kl or 0)}"
+        plot.dot(
+            row.size_bytes or 0, row.kl or 0, f"plan, measured\n{format_size(row.size_bytes or 0)}\n{kl}", "done", 4.5
+        )
     here = report.divergence or report.plan.predicted
     how = "measured" if report.divergence else "promised"
     said = f"this model\n{format_size(report.size_bytes)}\n{how} KL {number(here.kl)}"
@@ -277,10 +283,14 @@ def pareto(report: Report) -> Markup:
     return plot.svg()
 
 
-def pareto_families(report: Report) -> list[tuple[str, str]]:
-    """(class, library) of the peers in the chart."""
+def pareto_families(report: Report) -> list[tuple[Markup, str]]:
+    """(key of the legend, library) of the peers in the chart."""
     families = dict.fromkeys(row.family for row in report.peers if row.kl and row.size_bytes)
-    return [(FAMILY_MARKS[i % len(FAMILY_MARKS)], family) for i, family in enumerate(families)]
+    keys = []
+    for number_, family in enumerate(families):
+        drawing = tag("svg", [outline(number_, 5)], viewBox="-6.5 -6.5 13 13", width=13, height=13, aria_hidden="true")
+        keys.append((tag("span", [drawing], class_=f"peer p{number_ % FAMILIES}"), family))
+    return keys
 
 
 def bound_gap(units: Sequence[Unit]) -> Markup:

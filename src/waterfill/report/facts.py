@@ -17,7 +17,7 @@ from waterfill.architecture import Architecture, Kept, Matrix
 from waterfill.artifact import RAW, Artifact
 from waterfill.budget import Budget
 from waterfill.compare.base import Row
-from waterfill.compare.curve import CurvePoint, predicted_curve
+from waterfill.compare.curve import CurvePoint, between, predicted_curve
 from waterfill.evaluate import Divergence
 from waterfill.loss import Coefficients
 from waterfill.pack import PLAN_FILE, SENSITIVITY_FILE
@@ -26,6 +26,7 @@ from waterfill.planner import MARGINS, Request
 from waterfill.report.bound import ideal_bytes, least_loss
 from waterfill.sensitivity import Sensitivity
 
+ON_CURVE = 1.1  # of the curve, that a plan may promise to lose and still be one of the best
 PACKAGES = ("waterfill", "torch", "transformers", "safetensors", "tokenizers")
 
 
@@ -66,7 +67,8 @@ class Report:
     divergence: Divergence | None  # measured, where the original and a text were given
     text: str | None  # name of that text
     samples: tuple[Sample, ...]
-    peers: tuple[Row, ...]  # of `waterfill compare`, where it has been run on this model
+    ours: tuple[Row, ...]  # the best plans that `waterfill compare` has measured on this model
+    peers: tuple[Row, ...]  # and the other methods
     versions: Mapping[str, str]
     commands: tuple[str, ...]
     written: str  # UTC date
@@ -81,7 +83,7 @@ def gather(
     divergence: Divergence | None = None,
     text: str | None = None,
     samples: Sequence[Sample] = (),
-    peers: Sequence[Row] = (),
+    compared: Sequence[Row] = (),
     original: str | None = None,
 ) -> Report:
     """The report of an opened artifact; nothing of the original is needed."""
@@ -101,7 +103,8 @@ def gather(
         divergence=divergence,
         text=text,
         samples=tuple(samples),
-        peers=tuple(peers),
+        ours=tuple(row for row in compared if row.family == "waterfill" and _best(row, curve)),
+        peers=tuple(row for row in compared if row.family != "waterfill"),
         versions=versions(),
         commands=_commands(plan, artifact.path.name, original, text, divergence),
         written=datetime.now(UTC).date().isoformat(),
@@ -151,6 +154,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _best(row: Row, curve: tuple[CurvePoint, ...]) -> bool:
+    """Whether a plan of ours lies on the curve; those from part of the codecs, or uniform ones, lie above it."""
+    expected = between(curve, row.size_bytes or 0)
+    return expected is not None and (row.predicted_kl or math.inf) <= ON_CURVE * expected
 
 
 def _request(plan: Plan) -> Request:

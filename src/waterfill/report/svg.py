@@ -76,13 +76,37 @@ def number(value: float, digits: int = 3) -> str:
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
     exponent = math.floor(math.log10(abs(value)))
-    if -5 <= exponent < 6:
+    if -4 <= exponent < 6:
         text = f"{value:.{max(0, digits - 1 - exponent)}f}"
         text = text.rstrip("0").rstrip(".") if "." in text else text
     else:
         mantissa = f"{value / 10.0**exponent:.{digits - 1}f}"
-        text = f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
+        text = f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}·10{superscript(exponent)}"
     return text.replace("-", "−")
+
+
+def superscript(exponent: int) -> str:
+    """⁻⁵ and the like."""
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+# Outlines within one unit of the origin, which tell libraries apart without their colours.
+SHAPES = (
+    "M-.85-.85H.85V.85H-.85Z",
+    "M0-1.2L1.2 0L0 1.2L-1.2 0Z",
+    "M0-1.15L1.1 .8H-1.1Z",
+    "M0 1.15L1.1-.8H-1.1Z",
+    "M-.38-1.1H.38V-.38H1.1V.38H.38V1.1H-.38V.38H-1.1V-.38H-.38Z",
+    "M-1.15 0L.8-1.1V1.1Z",
+    "M1.15 0L-.8-1.1V1.1Z",
+    "M0-1.1L1.05-.34L.65 .9H-.65L-1.05-.34Z",
+)
+
+
+def outline(number_: int, radius: float) -> Markup:
+    """One of `SHAPES` around the origin."""
+    path = tag("path", d=SHAPES[number_ % len(SHAPES)], vector_effect="non-scaling-stroke", class_="shape")
+    return tag("g", [path], transform=f"scale({radius:g})")
 
 
 @dataclass
@@ -145,6 +169,11 @@ class Plot:
     def dot(self, x: float, y: float, said: str, class_: str, radius: float = 5.5) -> None:
         """A mark that can be pointed at and focused; `said` is what it tells, one fact per line."""
         self.add(mark(tag("circle", cx=self.px(x), cy=self.py(y), r=radius), said, class_))
+
+    def shape(self, x: float, y: float, said: str, class_: str, number_: int, radius: float = 5) -> None:
+        """A mark like `dot`, with an outline of its own."""
+        place = tag("svg", [outline(number_, radius)], x=self.px(x), y=self.py(y), class_="inner")
+        self.add(mark(place, said, class_))
 
     def svg(self, class_: str = "") -> Markup:
         """The drawing, inside the element that gives it its margins and scrolls if need be."""
