@@ -291,8 +291,10 @@ def _compared(fingerprint: str, ids: torch.Tensor | None, context: int | None) -
             groups.setdefault((str(key.get("text")), int(key.get("context", 0))), {})[row.method, plan] = row
     if ids is not None:
         wanted = blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest(), context or 0
-        return tuple(groups.get(wanted, {}).values())
-    return tuple(max(groups.values(), key=len).values()) if groups else ()
+        rows = groups.get(wanted, {})
+    else:
+        rows = max(groups.values(), key=len, default={})
+    return tuple(sorted(rows.values(), key=lambda row: (row.family, row.size_bytes or 0, row.method)))
 
 
 def _step(progress: api.Progress | None, what: str) -> Callable[[int, int], None] | None:

@@ -19,8 +19,8 @@ def mse_distortion(relative_error: float, rho: float) -> float:
     Inverts `waterfill.loss.relative_error`: a gain other than the least-squares one adds noise that costs no bits.
     """
     e = relative_error
-    a, b, c = rho * rho * (1 - e), 1 - 2 * e * rho, -e
-    tau = (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a) if a else -c / b
+    a, b = rho * rho * (1 - e), 1 - 2 * e * rho  # a tau² + b tau = e
+    tau = 2 * e / (b + math.sqrt(b * b + 4 * a * e))
     return tau / (1 + tau)
 
 
