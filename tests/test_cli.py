@@ -24,7 +24,7 @@ from commands import SCALAR, Command
 from waterfill import cli, kernels
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-COMMANDS = ["plan", "pack", "inspect", "eval", "generate", "chat", "doctor"]
+COMMANDS = ["plan", "pack", "inspect", "eval", "compare", "report", "generate", "chat", "doctor"]
 PROBE = ["--sequences", "4", "--length", "64"]
 
 
@@ -68,7 +68,7 @@ def test_help_of_every_command_names_what_the_documentation_does(command: Comman
         assert (found.code, found.err) == (0, "")
         assert max(map(len, found.out.splitlines())) <= 80
         options[name] = set(re.findall(r"--[a-z][a-z0-9-]+", found.out)) - {"--save", "--help", "--json"}
-        if name in ("plan", "inspect", "eval", "generate"):
+        if name in ("plan", "inspect", "eval", "compare", "report", "generate"):
             assert options[name] == set(re.findall(r"--[a-z][a-z0-9-]+", sections()[name])) - {"--save", "--json"}
     assert options["pack"] - options["plan"] == {"--plan", "--overwrite"}
     assert options["chat"] ^ options["generate"] == {"--system", "--prompt"}

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import waterfill
 from commands import Command
+from test_cli import documented, shape
 from waterfill import api, loss
 from waterfill.artifact import open_artifact
 from waterfill.compare import Row
@@ -344,6 +345,9 @@ def test_the_command_writes_the_page(command: Command, work: Path, ref_llama: Pa
     assert (result.code, result.err) == (0, "")
     assert result.out.startswith(f"{page}\nref-llama in 2.997 MB: promised KL ")
     assert "measured" not in result.out
+    assert shape(command(*arguments, "--json").record | {"versions": {}, "curve": [], "bound": [], "commands": []}) == (
+        shape(documented("report") | {"versions": {}, "curve": [], "bound": [], "commands": []})
+    )
     measured = ["--original", ref_llama, "--text", work / "text.py", "--context", "64", "--windows", "3"]
     record = command(*arguments, *measured, "--prompt", "x =", "--max-new-tokens", "3", "--json").record
     assert record["path"] == str(page)
