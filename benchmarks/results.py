@@ -45,6 +45,12 @@ CHAPTERS = {
         "`uniform` is one grid for all matrices that takes no more bits than the method it stands beside, `allotted` "
         "the plan within the same bits.",
     ),
+    "compare": (
+        "Every method at true bytes, and the theorem under test",
+        "![KL against bytes](images/compare.png)\n\nBeside every method stands our plan within the method's bytes, "
+        "planned without data. Methods called calibrated have seen text of the kind that is measured on. In the second "
+        "figure every point is one packed model.\n\n![Predicted and measured KL](images/theorem.png)",
+    ),
     "allocation": ("Allocation", ""),
     "footprint": ("Memory and time of planning and packing", ""),
     "kernels": (
