@@ -2,7 +2,8 @@
 
 The comparison: `waterfill compare` on the example model at 2.5 to 8 bits, with every method that its registry knows.
 Our plans are data-free: planned from text that the model samples itself. Beside every peer stands our plan within the
-peer's bytes. Calibrated peers (GPTQ, GGUF with an importance matrix) see text of the kind that is measured on, ours does not.
+peer's bytes. Calibrated peers (GPTQ, GGUF with an importance matrix) see text of the kind that is measured on; our
+plans do not.
 
 The theorem: variants of the packed model (uniform and allotted, several families of codecs, many budgets), each packed,
 decoded and measured; predicted from sensitivities on other text of the same kind.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -83,9 +84,12 @@ def main() -> None:
     arguments = parse_arguments(
         __doc__,
         figures={"type": Path, "default": FIGURES, "metavar": "FOLDER"},
+        windows={"type": int, "metavar": "N", "help": "measure on this many windows instead"},
         fresh={"action": "store_true", "help": "neither use nor keep results of other runs"},
     )
     setup = QUICK if arguments.quick else FULL
+    if arguments.windows:
+        setup = replace(setup, windows=arguments.windows)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.fresh:
             os.environ["XDG_CACHE_HOME"] = folder
@@ -130,7 +134,7 @@ def measured_on(opened: Opened, tokens: Tensor, kind: str) -> Sensitivity:
     return measure(opened.model, matrices, tokens, fingerprint=opened.checkpoint.fingerprint, probe=about)
 
 
-# -------------------------------------------------------------------------------------------------------- the comparison
+# ------------------------------------------------------------------------------------------------------ the comparison
 
 
 def compare(report: Report, subject: Subject, ids: Tensor, setup: Setup) -> Comparison:
@@ -194,7 +198,7 @@ def draw_comparison(found: Comparison, path: Path) -> None:
     plot(found).savefig(path, facecolor="white")
 
 
-# ----------------------------------------------------------------------------------------------------------- the theorem
+# --------------------------------------------------------------------------------------------------------- the theorem
 
 
 def theorem(report: Report, subject: Subject, ids: Tensor, setup: Setup) -> list[Variant]:

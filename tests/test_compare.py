@@ -236,6 +236,14 @@ def test_results_are_found_again(subject: Subject, ids: Tensor) -> None:
     assert ran == ["a"] * 4 + ["b"] * 2, "calibration tokens matter to calibrated methods only"
 
 
+def test_what_is_kept_is_part_of_a_result(subject: Subject, ids: Tensor) -> None:
+    ran, make = counted()
+    kept = describe(subject.checkpoint, ["*mlp*"])
+    for some in (subject, replace(subject, architecture=kept), subject):
+        compared(some, ids, make("a"))
+    assert ran == ["a", "a"]
+
+
 def test_a_broken_off_comparison_goes_on(subject: Subject, ids: Tensor) -> None:
     ran, make = counted()
 

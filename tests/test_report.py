@@ -15,14 +15,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import models
 import waterfill
 from commands import Command
+from plans import SCALAR, plan_for
 from test_cli import documented, shape
 from waterfill import api, loss
 from waterfill.artifact import open_artifact
+from waterfill.budget import Budget
 from waterfill.compare import Row
 from waterfill.compare.cache import Results
 from waterfill.errors import WaterfillError
+from waterfill.planner import Request, make_plan
 from waterfill.report import Report, Sample, facts, gather, render
 from waterfill.report.bound import ideal_bits, least_loss, mse_distortion
 from waterfill.report.charts import gap_bits, rows_of
@@ -211,6 +215,40 @@ def test_long_models_have_one_mark_for_the_experts_of_a_layer(report: Report) ->
     text = Page(html).text
     assert all(t.name in text for t in many)
     assert len(Page(html).all("g", "mark")) < 200
+
+
+@pytest.mark.parametrize(
+    ("build", "request_"),
+    [
+        (models.tiny_mixtral, {"budget": Budget(bits=4.0)}),
+        (models.tiny_gpt2, {"budget": Budget(bits=4.0)}),
+        (models.tiny_llama, {"budget": Budget(bits=16.0), "codecs": ("raw",)}),
+        (models.tiny_llama, {"budget": Budget(bits=1.6), "codecs": ("higgs-p1-n2", "higgs-p1-n4")}),
+        (models.tiny_llama, {"budget": Budget(bits=5.0), "keep": ("*mlp*",)}),
+    ],
+    ids=["experts", "conv1d", "nothing lost", "no promise", "kept"],
+)
+def test_other_models_and_other_plans(build: Any, request_: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = build(tmp_path / "model")
+    plan = plan_for(checkpoint, **request_)
+    waterfill.pack(checkpoint, tmp_path / "out", plan=plan)
+    made = waterfill.report(tmp_path / "out")
+    page = Page(made.path.read_text("utf-8"))
+    for tensor in (*plan.tensors, *plan.kept):
+        assert tensor.name in page.text
+    assert "nan" not in page.text.lower().split()
+    assert made.size_bytes == plan.size_bytes
+    again = make_plan(
+        "model",
+        facts.architecture_of(plan),
+        facts.sensitivity_of(tmp_path / "out", plan),
+        Request(**{"codecs": SCALAR, **request_}),
+    )
+    assert again.tensors == plan.tensors, "an artifact tells all that planning needs"
+    assert (again.size_bytes, again.kept) == (plan.size_bytes, plan.kept)
+    assert again.predicted.kl_low == pytest.approx(plan.predicted.kl_low, abs=1e-12)
+    if plan.predicted.kl_high is None:
+        assert "beyond the range where promises hold" in page.text
 
 
 def test_places_follow_names() -> None:

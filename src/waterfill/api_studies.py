@@ -177,7 +177,7 @@ def report(
         text=None if text is None else Path(text).name,
         samples=samples,
         compared=_compared(plan.fingerprint, ids, context),
-        original=None if original is None else str(original),
+        original=original is not None,
     )
     facts = replace(facts, path=page)
     page.parent.mkdir(parents=True, exist_ok=True)

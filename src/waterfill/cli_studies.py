@@ -62,6 +62,10 @@ def compare(
     Every method stores the same matrices; KL divergence is measured on a text. Results are kept and reused.
     """
     start_s = time.perf_counter()
+    if plot is not None:
+        from waterfill.compare.plot import check
+
+        check()
     chosen = _console.given(options)
     for name, values in (("sizes", _listed(sizes)), ("methods", _listed(methods))):
         if values:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from waterfill.artifact import Buffer
 from waterfill.compare.base import Method, Unavailable, register
 from waterfill.compare.stored import Stored, run_quantiser, stored
+from waterfill.errors import first_line
 
 HQQ_GROUP = 64  # its own default
 TORCHAO_GROUP = 32
@@ -27,6 +29,8 @@ def library(name: str, package: str) -> Any:
     """Import a peer, quietly; Unavailable with one sentence where that fails."""
     from importlib import import_module
 
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what is missing of a library's own extras is not the user's business
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return import_module(name)
@@ -36,7 +40,9 @@ def library(name: str, package: str) -> Any:
             raise Unavailable(_MISSING.format(package, extra)) from error
         raise Unavailable(f"{package} needs {error.name}, which is not installed") from error
     except (ImportError, OSError, RuntimeError) as error:
-        raise Unavailable(f"{package} cannot be imported ({error})") from error
+        raise Unavailable(f"{package} cannot be imported ({first_line(error)})") from error
+    finally:
+        logging.disable(before)
 
 
 # -------------------------------------------------------------------------------------------------------- bitsandbytes

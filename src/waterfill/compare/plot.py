@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from waterfill.budget import format_size
@@ -19,16 +20,21 @@ STYLES = (
 )  # fmt: skip
 
 
+def check() -> None:
+    """Raise WaterfillError where matplotlib is not installed: before minutes of measuring, not after."""
+    if find_spec("matplotlib") is None:
+        raise WaterfillError("plots need matplotlib; pip install 'waterfill[plot]'")
+
+
 def plot(comparison: Comparison) -> Figure:
     """Measured methods with their error bars, and the curve that our plans promise with its interval.
 
     Raises WaterfillError where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    except ImportError as error:
-        raise WaterfillError("plots need matplotlib; pip install 'waterfill[plot]'") from error
+    check()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     figure = Figure(figsize=(9.6, 6.0), dpi=150, layout="constrained")
     axes = figure.subplots()
     _draw_curve(axes, comparison)

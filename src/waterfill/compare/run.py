@@ -143,6 +143,8 @@ class _Bench:
         self.results = Results(self.subject.checkpoint.fingerprint)
         whole = self.ids[: len(self.ids) // self.context * self.context]
         self.text = blake2b(whole.numpy().tobytes(), digest_size=8).hexdigest()
+        names = "\n".join(matrix.name for matrix in self.subject.architecture.matrices)
+        self.matrices = blake2b(names.encode(), digest_size=8).hexdigest()  # what is kept is no part of a method
         tokens = self.subject.calibration
         self.calibration = None if tokens is None else blake2b(tokens.numpy().tobytes(), digest_size=8).hexdigest()
 
@@ -153,6 +155,7 @@ class _Bench:
             "method": method.name,
             "options": method.options,
             "version": method.version,
+            "matrices": self.matrices,
             "calibration": self.calibration if method.calibrated else None,
             "dtype": str(self.subject.model.dtype),
             "text": self.text,

@@ -84,7 +84,7 @@ def gather(
     text: str | None = None,
     samples: Sequence[Sample] = (),
     compared: Sequence[Row] = (),
-    original: str | None = None,
+    original: bool = False,
 ) -> Report:
     """The report of an opened artifact; nothing of the original is needed."""
     measured = {name: tensor.t2 for name, tensor in artifact.tensors.items() if tensor.codec != RAW}
@@ -172,9 +172,11 @@ def _weights(plan: Plan) -> int:
 
 def _config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What tells a model from others, under its usual names."""
-    text = {**config, **(config.get("text_config") or {})}
+    inner = config.get("text_config")
+    text = {**config, **(inner if isinstance(inner, dict) else {})}
+    names = config.get("architectures")
     wanted = {
-        "architecture": (text.get("architectures") or [text.get("model_type")])[0],
+        "architecture": names[0] if isinstance(names, list) and names else config.get("model_type"),
         "layers": text.get("num_hidden_layers", text.get("n_layer")),
         "hidden size": text.get("hidden_size", text.get("n_embd")),
         "vocabulary": text.get("vocab_size"),
@@ -184,13 +186,13 @@ def _config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _commands(
-    plan: Plan, name: str, original: str | None, text: str | None, divergence: Divergence | None
+    plan: Plan, name: str, original: bool, text: str | None, divergence: Divergence | None
 ) -> tuple[str, ...]:
     """What to type to come by the same bytes and the same figures."""
-    model, out = shlex.quote(original or plan.model), shlex.quote(name)
+    model, out = shlex.quote(plan.model), shlex.quote(name)  # as the plan has it: a local path is nobody's business
     lines = [
         f"pip install waterfill=={versions().get('waterfill', '')}".rstrip("="),
-        f"waterfill pack {model} {out} --plan {shlex.quote(PLAN_FILE)}",
+        f"waterfill pack {model} again --plan {shlex.quote(f'{name}/{PLAN_FILE}')}",
     ]
     if divergence is not None and text is not None:
         lines.append(
