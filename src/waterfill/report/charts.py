@@ -14,6 +14,7 @@ from waterfill.report.places import Unit
 from waterfill.report.svg import Plot, Scale, mark, number, outline, superscript, tag
 
 TALL_ROWS = 40  # more rows than this are drawn thinner
+DWARFS, MAX_LINES = 3, 10  # times the largest layer, that a bar may have in one line; lines that it may have
 FAMILIES = 8  # libraries that have a colour of their own
 
 
@@ -39,39 +40,57 @@ def rows_of(units: Sequence[Unit]) -> dict[str, list[Unit]]:
 
 
 def bytes_by_layer(report: Report, units: Sequence[Unit]) -> Markup:
-    """A bar per layer, cut into its matrices; widths are bytes."""
-    rows = rows_of(units)
+    """A bar per layer, cut into its matrices; widths are bytes. A bar that dwarfs the layers takes several lines."""
     kept = sum(tensor.size_bytes for tensor in report.plan.kept)
-    rest = report.size_bytes - kept - sum(unit.size_bytes for unit in units)
-    others = [("kept as it is", kept, f"{len(report.plan.kept)} tensors that are no matrices, or kept on request")]
-    others.append(("headers", rest, "names, shapes, checksums of the weight files"))
-    most = max([sum(unit.size_bytes for unit in row) for row in rows.values()] + [kept, rest])
-    pitch = 26 if len(rows) <= TALL_ROWS else 15
-    plot = Plot(
-        "Bytes by layer and matrix", pitch * (len(rows) + len(others)), Scale(0, most), Scale(0, 1), 88, 66, 2, 2
+    headers = report.size_bytes - kept - sum(unit.size_bytes for unit in units)
+    rows = [
+        (label, [(unit.size_bytes, about(unit), unit.place.colour) for unit in row])
+        for label, row in rows_of(units).items()
+    ]
+    others = (
+        ("kept as it is", kept, f"{len(report.plan.kept)} tensors that are no matrices, or kept on request"),
+        ("headers", headers, "names, shapes and checksums of the weight files"),
     )
-    for number_, (label, row) in enumerate(rows.items()):
-        top = number_ * pitch
+    for label, size_bytes, said in others:
+        rows.append((label, [(size_bytes, f"{label}\n{format_size(size_bytes)}\n{said}", "f0s2")]))
+    totals = [sum(size for size, *_ in blocks) for _, blocks in rows]
+    most = _line_bytes(totals, [bool(row[0].place.layer) for row in rows_of(units).values()])
+    pitch = 26 if len(rows) <= TALL_ROWS else 15
+    lines = [max(1, math.ceil(total / most - 1e-9)) for total in totals]
+    plot = Plot("Bytes by layer and matrix", pitch * sum(lines), Scale(0, most), Scale(0, 1), 88, 66, 2, 2)
+    top = 0
+    for (label, blocks), total, count in zip(rows, totals, lines, strict=True):
         plot.add(_row_label(label, top, pitch))
         start = 0
-        for unit in row:
-            shape = _block(plot, start, unit.size_bytes, top, pitch)
-            plot.add(mark(shape, about(unit), f"block {unit.place.colour}"))
-            start += unit.size_bytes
-        plot.add(_row_value(format_size(start), start / most, top, pitch))
-    for number_, (label, size_bytes, said) in enumerate(others, len(rows)):
-        top = number_ * pitch
-        plot.add(_row_label(label, top, pitch))
-        plot.add(
-            mark(_block(plot, 0, size_bytes, top, pitch), f"{label}\n{format_size(size_bytes)}\n{said}", "block f0s2")
-        )
-        plot.add(_row_value(format_size(size_bytes), size_bytes / most, top, pitch))
+        for size_bytes, said, colour in blocks:
+            plot.add(mark(_block(plot, start, size_bytes, most, top, pitch), said, f"block {colour}"))
+            start += size_bytes
+        top += pitch * count
+        plot.add(_row_value(format_size(total), total / most - (count - 1), top - pitch, pitch))
     return plot.svg("bars")
 
 
-def _block(plot: Plot, start: int, size_bytes: int, top: float, pitch: int) -> Markup:
-    width = max(plot.x(size_bytes), 0.0015)
-    return tag("rect", x=plot.px(start), width=f"{100 * width:.3f}%", y=top + 2, height=pitch - 5, rx=2)
+def _line_bytes(totals: Sequence[int], layers: Sequence[bool]) -> float:
+    """Bytes of a whole line: the longest bar's, or twice the largest layer's where all of them would be too short."""
+    inside = [total for total, layer in zip(totals, layers, strict=False) if layer]
+    longest = max(*totals, 1)
+    if not inside or longest <= DWARFS * max(inside):
+        return longest
+    return max(2 * max(inside), longest / MAX_LINES)
+
+
+def _block(plot: Plot, start: int, size_bytes: int, most: float, top: float, pitch: int) -> Markup:
+    """A run of bytes of a bar, on every line that it touches."""
+    parts = []
+    line, end = int(start // most), start + size_bytes
+    while True:
+        first, last = max(start, line * most), min(end, (line + 1) * most)
+        width = max((last - first) / most, 0.0015)
+        place = {"x": plot.px(first - line * most), "y": top + line * pitch + 2}
+        parts.append(tag("rect", width=f"{100 * width:.3f}%", height=pitch - 5, rx=2, **place))
+        line += 1
+        if line * most >= end:
+            return tag("g", parts)
 
 
 def _row_label(label: str, top: float, pitch: int) -> Markup:
