@@ -357,6 +357,8 @@ def test_the_command(command: Command, work: Path, ref_llama: Path, tmp_path: Pa
     assert "waterfill, 3 bits" in table.out
     assert "189 tokens of text.py in windows of 64" in table.out
     assert table.err.startswith("compared in ")
+    assert "ratio" not in table.out
+    assert "ratio: that over the method's" in command(*arguments).out
 
 
 @pytest.mark.parametrize(

@@ -19,22 +19,33 @@ if TYPE_CHECKING:  # they import torch, which the command line does without unti
 
 def comparison_view(found: Comparison) -> RenderableType:
     """Measured methods by size, then those that cannot run here, with their reasons."""
+    matched = any(row.ours_kl is not None for row in found.measured)
+    titles = ["bytes", "bits", "KL", "±", "top-1 %", "ppl", "promised", *(["ours", "ratio"] if matched else [])]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("method", no_wrap=True)
-    for title in ("bytes", "bits", "KL", "±", "promised", "top-1 %", "ppl", "ours", "ratio"):
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for row in found.measured:
-        table.add_row(*_cells(row), style="bold" if row.family == "waterfill" else "")
+        table.add_row(*_cells(row)[: 1 + len(titles)], style="bold" if row.family == "waterfill" else "")
     lines: list[RenderableType] = [table, ""]
     lines += [Text(f"{row.title}: {row.note}", "dim") for row in found.measured if row.note]
     lines += [Text(f"{row.title} was not measured: {row.problem}", "yellow") for row in found.rows if row.problem]
-    about = f"{found.model}, {format_size(found.original_bytes)}"
-    if found.ppl_reference is not None:
-        about += f", perplexity {found.ppl_reference:.3f}"
-    about += f"; {found.tokens:,} tokens of {found.text} in windows of {found.context}. "
-    about += "ours: KL of our plan within the method's bytes; ratio: that over the method's. * calibrated on text."
-    lines.append(Text(about, "dim"))
+    lines.append(Text(_about(found, matched), "dim"))
     return Group(*lines)
+
+
+def _about(found: Comparison, matched: bool) -> str:
+    """What the figures are of, and what the columns mean."""
+    perplexity = "" if found.ppl_reference is None else f", perplexity {found.ppl_reference:.3f}"
+    sentences = [
+        f"{found.model}, {format_size(found.original_bytes)}{perplexity}; "
+        f"{found.tokens:,} tokens of {found.text} in windows of {found.context}."
+    ]
+    if matched:
+        sentences.append("ours: KL of our plan within the method's bytes; ratio: that over the method's.")
+    if any(row.calibrated for row in found.measured):
+        sentences.append("*: calibrated on text.")
+    return " ".join(sentences)
 
 
 def _cells(row: Row) -> list[str]:
@@ -47,9 +58,9 @@ def _cells(row: Row) -> list[str]:
         f"{row.bits:.3f}",
         f"{row.kl:.4g}",
         f"{row.kl_stderr:.2g}",
-        promised,
         f"{100 * (row.top1_agreement or 0.0):.2f}",
         f"{row.ppl:.3f}",
+        promised,
         "" if row.ours_kl is None else f"{row.ours_kl:.4g}",
         "" if row.ratio is None else f"{row.ratio:.2f}",
     ]

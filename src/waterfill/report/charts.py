@@ -86,8 +86,8 @@ def _block(plot: Plot, start: int, size_bytes: int, most: float, top: float, pit
     while True:
         first, last = max(start, line * most), min(end, (line + 1) * most)
         width = max((last - first) / most, 0.0015)
-        place = {"x": plot.px(first - line * most), "y": top + line * pitch + 2}
-        parts.append(tag("rect", width=f"{100 * width:.3f}%", height=pitch - 5, rx=2, **place))
+        x, y = plot.px(first - line * most), top + line * pitch + 2
+        parts.append(tag("rect", x=x, y=y, width=f"{100 * width:.3f}%", height=pitch - 5, rx=2))
         line += 1
         if line * most >= end:
             return tag("g", parts)
