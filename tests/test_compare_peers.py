@@ -13,7 +13,7 @@ import models
 from plans import sensitivity_of
 from waterfill.architecture import describe
 from waterfill.checkpoint import open_checkpoint
-from waterfill.compare import Subject, Unavailable, ggml, gptq, peers
+from waterfill.compare import Subject, Unavailable, ggml, gptq, mixtures, peers
 from waterfill.compare.moments import second_moments
 from waterfill.compare.stored import Stored
 
@@ -109,6 +109,40 @@ def test_gguf_of_a_model_says_what_did_not_fit(subject: Subject) -> None:
     ggml.run("Q4_K", subject, weighted.__setitem__, weighted=True)
     same = {name for name in weights if torch.equal(weights[name], weighted[name])}
     assert same == {"model.embed_tokens"}, "there is no importance of token embeddings"
+
+
+@pytest.mark.usefixtures("_ggml")
+def test_mixtures_are_llama_cpps_own(ref_llama: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(ref_llama)
+    subject = Subject("ref", checkpoint, describe(checkpoint), None, None)  # type: ignore[arg-type]
+    types = mixtures.chosen_types("Q4_K_M", subject)
+    assert types.pop("model.embed_tokens") == "Q6_K", "it is the head too"
+    large = {name for name, kind in types.items() if kind == "Q6_K"}
+    assert {name.rpartition(".")[2] for name in large} == {"v_proj", "down_proj"}
+    assert 0 < len(large) < 12, "in some layers only"
+    assert set(types.values()) == {"Q4_K", "Q6_K"}
+    small = mixtures.chosen_types("Q3_K_S", subject)
+    assert set(small.values()) == {"Q3_K", "Q6_K"}
+    other = open_checkpoint(models.tiny_gpt2(tmp_path / "gpt2"))
+    with pytest.raises(Unavailable, match="llama and mistral models"):
+        mixtures.chosen_types("Q4_K_M", Subject("gpt2", other, describe(other), None, None))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("_ggml")
+def test_a_mixture_is_charged_for_its_types(subject: Subject) -> None:
+    weights: dict[str, Tensor] = {}
+    found = mixtures.run("Q4_K_M", subject, weights.__setitem__)
+    assert len(weights) == 15
+    types = mixtures.chosen_types("Q4_K_M", subject)
+    assert found.note.startswith("a mixture of ")
+    parameters = dict(subject.model.named_parameters())
+    payload = 0
+    for matrix in subject.architecture.matrices:
+        expected = ggml.quantise(parameters[matrix.parameter].detach(), types[matrix.name])
+        assert torch.equal(weights[matrix.name], expected.weight)
+        payload += expected.size_bytes
+    assert found.bits == pytest.approx(8 * payload / sum(weight.numel() for weight in weights.values()))
+    assert found.size_bytes > payload
 
 
 def test_second_moments_are_those_of_the_inputs(subject: Subject) -> None:

@@ -11,7 +11,7 @@ curve.py     what our plans promise over a range of sizes
 plot.py      KL against bytes
 """
 
-from waterfill.compare import ggml, gptq, peers, rounding
+from waterfill.compare import ggml, gptq, mixtures, peers, rounding
 from waterfill.compare.base import Candidate, Method, Row, Subject, Unavailable, known, register, select
 from waterfill.compare.curve import CurvePoint, predicted_curve
 from waterfill.compare.run import DEFAULT_BITS, OURS, Comparison, compare_methods, record
@@ -30,6 +30,7 @@ __all__ = [
     "ggml",
     "gptq",
     "known",
+    "mixtures",
     "peers",
     "predicted_curve",
     "record",
