@@ -21,7 +21,7 @@ import pytest
 import models
 import waterfill
 from commands import SCALAR, Command
-from waterfill import cli, kernels
+from waterfill import _console, kernels
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 COMMANDS = ["plan", "pack", "inspect", "eval", "compare", "report", "generate", "chat", "doctor"]
@@ -112,7 +112,7 @@ def test_the_table_fits_and_cuts_nothing(
         monkeypatch.setenv("COLUMNS", str(columns))
     text = command("plan", ref_llama, "--bits", "3.5", *SCALAR, "--sensitivity", work / "plan.sensitivity.json").out
     lines = text.splitlines()
-    assert max(map(len, lines)) <= (columns or cli.PIPED_WIDTH)
+    assert max(map(len, lines)) <= (columns or _console.PIPED_WIDTH)
     titles = lines[0].split()
     assert titles[0] == "matrix"
     assert titles[-1] == "KL"
