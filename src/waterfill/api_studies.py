@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -187,8 +188,6 @@ def report(
 
 def _methods(patterns: Sequence[str]) -> tuple[tuple[str, ...], tuple[Method, ...]]:
     """Our own methods, and the peers, that the patterns name."""
-    from fnmatch import fnmatchcase
-
     ours = tuple(name for name in OURS if any(fnmatchcase(name, pattern) for pattern in patterns))
     rest = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in OURS)]
     everything = [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in known())]

@@ -87,7 +87,8 @@ def compare_methods(
     """
     request = request or Request(Budget(bits=16.0))
     bench = _Bench(subject, ids, context, batch, progress)
-    cases = [_budget_case(subject, request, name, budget) for name in ours for budget in budgets]
+    packing = _step(progress, "packing")
+    cases = [_budget_case(subject, request, name, budget, packing) for name in ours for budget in budgets]
     cases += list(methods)
     rows: list[Row] = []
     for number, case in enumerate(cases):
@@ -116,13 +117,15 @@ def compare_methods(
     )
 
 
-def _budget_case(subject: Subject, request: Request, name: str, budget: Budget) -> Method | Row:
+def _budget_case(
+    subject: Subject, request: Request, name: str, budget: Budget, packing: Callable[[int, int], None] | None
+) -> Method | Row:
     """One of our methods at a budget, or the row that says why there is no such plan."""
     request = replace(request, budget=budget, uniform=name == OURS[1])
     asked = f"{budget.bits:g} bits" if budget.bits is not None else f"{budget.size_bytes:,} bytes"
     title = f"waterfill{', uniform' if request.uniform else ''}, {asked}"
     try:
-        return packed(plan_for(subject, request), title=title, name=name)
+        return packed(plan_for(subject, request), title=title, name=name, progress=packing)
     except BudgetError as error:
         return Row(name, title, "waterfill", None, False, problem=first_line(error))
 
@@ -187,7 +190,8 @@ class _Bench:
             plan = plan_for(self.subject, request)
         except BudgetError:
             return row
-        ours = self.row(packed(plan, title="waterfill", name="waterfill"))
+        packing = _step(self.progress, "packing")
+        ours = self.row(packed(plan, title="waterfill", name="waterfill", progress=packing))
         return replace(row, ours_size_bytes=ours.size_bytes, ours_kl=ours.kl, ours_kl_stderr=ours.kl_stderr)
 
     def _measure(self, method: Method, row: Row) -> Row:
@@ -201,8 +205,14 @@ class _Bench:
                 matrix_view(parameters[matrix.parameter], matrix).copy_(weight)
 
             candidate = method.run(self.subject, put)
-        step = None if self.progress is None else self._step(method.title)
-        found = divergence(self.subject.model, model, self.ids, context=self.context, batch=self.batch, progress=step)
+        found = divergence(
+            self.subject.model,
+            model,
+            self.ids,
+            context=self.context,
+            batch=self.batch,
+            progress=_step(self.progress, "measuring"),
+        )
         self.ppl_reference = found.ppl_reference
         predicted = candidate.predicted or (None, None, None)
         return replace(
@@ -228,10 +238,9 @@ class _Bench:
             own.copy_(original)
         return self._copy
 
-    def _step(self, title: str) -> Callable[[int, int], None]:
-        assert self.progress is not None
-        progress = self.progress
-        return lambda done, total: progress(title, done, total)
+
+def _step(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(what, done, total)
 
 
 def _ahead(row: Row) -> bool:
