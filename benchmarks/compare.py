@@ -18,6 +18,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Setup:
     codecs: tuple[str, ...]  # of our plans; all when empty
 
 
-FULL = Setup(40, 64, CONTEXT, ("*",), DEFAULT_BITS, ())
+FULL = Setup(60, 64, CONTEXT, ("*",), DEFAULT_BITS, ())
 QUICK = Setup(2, 4, 128, ("rtn-4", "hqq-4", "bnb-nf4", "gguf-q[34]_k"), (3.0, 4.0), ("higgs-p1-*", "higgs-p2-n16"))
 
 
@@ -203,7 +204,7 @@ def draw_comparison(found: Comparison, path: Path) -> None:
 
 def theorem(report: Report, subject: Subject, ids: Tensor, setup: Setup) -> list[Variant]:
     """Pack, decode and measure every variant; say in which range of bits predictions hold."""
-    cases = [*uniform_cases(subject, setup), *allotted_cases(subject, setup)]
+    cases = list({c[2].options: c for c in [*allotted_cases(subject, setup), *uniform_cases(subject, setup)]}.values())
     found = compare_methods(
         subject,
         ids,
@@ -276,7 +277,13 @@ def allotted_cases(subject: Subject, setup: Setup) -> list[tuple[str, str, Metho
 
 
 def case(subject: Subject, request: Request, title: str) -> Method:
-    return packed(plan_for(subject, request), title=title, name=title.replace(" ", "-").replace(",", ""))
+    """A plan to pack. Plans that give every matrix the same are one case, whatever they were asked for: what tells them
+    apart, `options`, is then the same."""
+    plan = plan_for(subject, request)
+    chosen = blake2b(" ".join(tensor.codec for tensor in plan.tensors).encode(), digest_size=8).hexdigest()
+    method = packed(plan, title=title, name=title.replace(" ", "-").replace(",", ""))
+    gains = blake2b(repr([tensor.rho for tensor in plan.tensors]).encode(), digest_size=8).hexdigest()
+    return replace(method, options=f"{chosen} {gains}")
 
 
 def families(wanted: Sequence[str]) -> dict[str, list[str]]:
