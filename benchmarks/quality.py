@@ -1,12 +1,14 @@
 """Quality at equal stored bits: HIGGS against INT3 and INT4 rounded to nearest, NF4 and HQQ, all on groups of 64.
 
 Every method quantises the same matrices (with the embedding, which is also the head) and is charged for all that it has
-to store: indices, scales, zeros. HIGGS gets the stored bits of the method it is compared with, never more: once with
+to store: indices, scales, zeros, tables (`waterfill.compare` has the methods). HIGGS gets the stored bits of the method
+it is compared with, never more: once with
 one grid for all matrices, once with bits allotted by the sensitivities of a probe that the model samples itself.
 
     INT        round to nearest, fp16 scale; symmetric, with an integer zero point, or with an fp16 minimum
     NF4        bitsandbytes; fp32 absmax, or 8-bit absmax ("double quantisation")
-    HQQ        hqq's own defaults, groups along the input (axis 1) or the output (axis 0); fp16 scale and zero
+    HQQ        hqq's own defaults, groups along the input (axis 1) or the output (axis 0); fp16 scale and zero; ten
+               3-bit indices take 32 bits
 
 NF4 and HQQ are left out where their packages are not installed.
 """
@@ -14,10 +16,8 @@ NF4 and HQQ are left out where their packages are not installed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from torch import Tensor
 from common import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
 from models import Subject, decoded_copy, measure_sensitivity, open_subject, split_windows
 from waterfill.budget import Budget
+from waterfill.compare import Unavailable
+from waterfill.compare.peers import bnb_4bit, hqq
+from waterfill.compare.rounding import round_to_nearest
+from waterfill.compare.stored import Quantiser
 from waterfill.estimators import matrix_view
 from waterfill.evaluate import Divergence, divergence
 from waterfill.grids import available
@@ -33,24 +37,12 @@ from waterfill.planner import Request, make_plan
 from waterfill.sensitivity import Sensitivity
 
 CONTEXT = 512
-GROUP = 64
 ALLOTTED_BITS = 3.25
 ALLOTTED_GOAL = 0.6  # KL of the allotted model over that of the uniform one
 SCALAR_GRIDS = tuple(f"higgs-p1-n{n}" for p, n in available() if p == 1)
 
 PEER_COLUMNS = ["method", "bits", "KL", "stderr", "ppl", "uniform grid", "uniform bits", "uniform KL", "uniform ppl"]
 PEER_COLUMNS += ["allotted bits", "allotted KL", "allotted ppl"]
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A matrix as a method gives it back, and what the method stores for it."""
-
-    weight: Tensor  # float32 [out, in]
-    size_bits: float
-
-
-Quantiser = Callable[[Tensor], Rounded]
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ def compare_peers(report: Report, bench: Bench) -> None:
     for name, quantiser in PEERS.items():
         try:
             model, bits = rounded_copy(bench.subject, quantiser)
-        except ImportError as error:
+        except Unavailable as error:
             rows.append([f"{name}: not measured ({error})", *[None] * (len(PEER_COLUMNS) - 1)])
             continue
         if bits not in ours:
@@ -144,66 +136,10 @@ def rounded_copy(subject: Subject, quantiser: Quantiser) -> tuple[torch.nn.Modul
     for matrix in subject.architecture.matrices:
         weight = matrix_view(parameters[matrix.parameter], matrix)
         rounded = quantiser(weight)
-        bits += rounded.size_bits
+        bits += 8 * rounded.size_bytes
         weights += weight.numel()
         weight.copy_(rounded.weight)
     return result, bits / weights
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The peers
-
-
-def round_to_nearest(weight: Tensor, bits: int, zero: Literal["none", "integer", "minimum"]) -> Rounded:
-    """Uniform levels per group. Scales and integer zero points as in GPTQ's and AWQ's baselines, a minimum as in GGUF's
-    Q4_1; scales and minima in fp16."""
-    groups = weight.reshape(-1, GROUP)
-    top = 2**bits - 1
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    if zero == "none":
-        high = torch.maximum(high, -low)
-        low = -high
-    elif zero == "integer":  # an integer can stand for zero only if zero lies within
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = half((high - low) / top).clamp_min(torch.finfo(torch.float16).tiny)
-    if zero == "minimum":
-        low = half(low)
-        rounded = ((groups - low) / scale).round().clamp(0, top) * scale + low
-    else:
-        offset = torch.full_like(low, (top + 1) // 2) if zero == "none" else (-low / scale).round().clamp(0, top)
-        rounded = ((groups / scale + offset).round().clamp(0, top) - offset) * scale
-    zero_bits = {"none": 0, "integer": bits, "minimum": 16}[zero]
-    return Rounded(rounded.view_as(weight), bits * weight.numel() + (16 + zero_bits) * len(groups))
-
-
-def nf4(weight: Tensor, *, double: bool) -> Rounded:
-    """bitsandbytes' NF4; with `double`, absmax in 8 bits, and a scale for every 256 of them."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    codes, state = quantize_4bit(weight, blocksize=GROUP, compress_statistics=double, quant_type="nf4")
-    stored = [codes, state.absmax, *([state.state2.absmax, state.offset] if double else [])]
-    size_bits = 8 * sum(part.numel() * part.element_size() for part in stored)
-    return Rounded(dequantize_4bit(codes, state).float(), size_bits)
-
-
-def hqq(weight: Tensor, bits: int, axis: int) -> Rounded:
-    """Half-quadratic quantisation as in hqq's `hqq_base_quant_config`: the zero is rounded at 4 bits only.
-
-    Its 3-bit indices are charged at 3 bits, though hqq packs ten of them into 32.
-    """
-    from hqq.core.quantize import Quantizer
-
-    codes, meta = Quantizer.quantize(
-        weight, nbits=bits, group_size=GROUP, axis=axis, round_zero=bits == 4, device="cpu"
-    )
-    meta |= {"scale": half(meta["scale"]), "zero": half(meta["zero"]), "compute_dtype": torch.float32}
-    size_bits = bits * weight.numel() + 16 * (meta["scale"].numel() + meta["zero"].numel())
-    return Rounded(Quantizer.dequantize(codes, meta), size_bits)
-
-
-def half(values: Tensor) -> Tensor:
-    """As fp16 holds them."""
-    return values.half().float()
 
 
 PEERS: dict[str, Quantiser] = {
@@ -213,8 +149,8 @@ PEERS: dict[str, Quantiser] = {
         for label, zero in (("symmetric", "none"), ("zero point", "integer"), ("minimum", "minimum"))
     },
     **{f"HQQ{bits} axis {axis}": partial(hqq, bits=bits, axis=axis) for bits in (3, 4) for axis in (1, 0)},
-    "NF4": partial(nf4, double=False),
-    "NF4 double": partial(nf4, double=True),
+    "NF4": partial(bnb_4bit, kind="nf4", double=False),
+    "NF4 double": partial(bnb_4bit, kind="nf4", double=True),
 }
 
 

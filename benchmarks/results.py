@@ -50,6 +50,12 @@ CHAPTERS = {
         "What llama-perplexity prints against what waterfill computes on the same weights and windows, in units of the "
         "last digit printed; and lm-eval's figures for documents against those of `waterfill eval --tasks`.",
     ),
+    "compare": (
+        "Every method at true bytes, and the theorem under test",
+        "![KL against bytes](images/compare.png)\n\nBeside every method stands our plan within the method's bytes, "
+        "planned without data. Methods called calibrated have seen text of the kind that is measured on. In the second "
+        "figure every point is one packed model.\n\n![Predicted and measured KL](images/theorem.png)",
+    ),
     "allocation": ("Allocation", ""),
     "lossless": (
         "Lossless coding",
@@ -64,7 +70,7 @@ CHAPTERS = {
         "this machine's instruction sets; the peers decode indices alone, without a trellis and without scales. What "
         "quantised weights can be compressed to: [compressibility.md](compressibility.md).",
     ),
-    "fuzz_streams": ("DamagedError streams", "Every case goes through the reference and every native decoder."),
+    "fuzz_streams": ("Damaged streams", "Every case goes through the reference and every native decoder."),
     "kernels": (
         "Kernels",
         "Sections measured one after the other; this virtual machine's DRAM reads at 25 to 38 GB/s from one minute to "

@@ -12,4 +12,5 @@ run pack "$model" "$out/packed" --plan "$out/plan.json"
 run inspect "$out/packed"
 text=$(python -c "import argparse; print(argparse.__file__)")  # Python source, as the model was trained on
 run eval "$out/packed" --against "$model" --text "$text" --context 512 --windows 24
+run report "$out/packed" --original "$model" --text "$text" --context 512 --windows 24 --prompt "def read_file(path):"
 run generate "$out/packed" --prompt "def read_file(path):" --max-new-tokens 64 --seed 1

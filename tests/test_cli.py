@@ -21,10 +21,10 @@ import pytest
 import models
 import waterfill
 from commands import SCALAR, Command
-from waterfill import cli, kernels
+from waterfill import _console, kernels
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-COMMANDS = ["plan", "pack", "inspect", "eval", "generate", "chat", "doctor"]
+COMMANDS = ["plan", "pack", "inspect", "eval", "compare", "report", "generate", "chat", "doctor"]
 PROBE = ["--sequences", "4", "--length", "64"]
 
 
@@ -68,7 +68,7 @@ def test_help_of_every_command_names_what_the_documentation_does(command: Comman
         assert (found.code, found.err) == (0, "")
         assert max(map(len, found.out.splitlines())) <= 80
         options[name] = set(re.findall(r"--[a-z][a-z0-9-]+", found.out)) - {"--save", "--help", "--json"}
-        if name in ("plan", "inspect", "eval", "generate"):
+        if name in ("plan", "inspect", "eval", "compare", "report", "generate"):
             assert options[name] == set(re.findall(r"--[a-z][a-z0-9-]+", sections()[name])) - {"--save", "--json"}
     assert options["pack"] - options["plan"] == {"--plan", "--overwrite"}
     assert options["chat"] ^ options["generate"] == {"--system", "--prompt"}
@@ -112,7 +112,7 @@ def test_the_table_fits_and_cuts_nothing(
         monkeypatch.setenv("COLUMNS", str(columns))
     text = command("plan", ref_llama, "--bits", "3.5", *SCALAR, "--sensitivity", work / "plan.sensitivity.json").out
     lines = text.splitlines()
-    assert max(map(len, lines)) <= (columns or cli.PIPED_WIDTH)
+    assert max(map(len, lines)) <= (columns or _console.PIPED_WIDTH)
     titles = lines[0].split()
     assert titles[0] == "matrix"
     assert titles[-1] == "KL"

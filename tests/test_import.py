@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import waterfill
-from waterfill import api
+from waterfill import api, api_studies
 
 HELP = """
 import sys
@@ -80,11 +80,12 @@ def test_every_public_name_is_there() -> None:
         waterfill.quantise  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["plan", "pack", "sensitivity", "evaluate"])
+@pytest.mark.parametrize("name", ["plan", "pack", "sensitivity", "evaluate", "compare", "report"])
 def test_a_verb_wins_over_the_module_of_its_name(name: str) -> None:
     module = import_module(f"waterfill.{name}")
     assert isinstance(module, ModuleType)
-    assert getattr(waterfill, name) is getattr(api, name)
+    home = api_studies if name in ("compare", "report") else api
+    assert getattr(waterfill, name) is getattr(home, name)
 
 
 def test_names_can_be_replaced_and_put_back() -> None:

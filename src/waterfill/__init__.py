@@ -7,6 +7,8 @@ The main path, in call order:
     model = waterfill.load("out")                         # hf.py: a transformers model that runs from its codes
     waterfill.generate(model, tokenizer, "Once upon")     # runtime/generate.py
     waterfill.evaluate("out", "org/model", "text.txt")    # evaluate/: prediction beside measurement
+    waterfill.report("out", original="org/model")         # report/: one page that says it all
+    waterfill.compare("org/model", "text.txt")            # compare/: beside other methods, at equal bytes
 
 Importing waterfill also teaches transformers to load artifacts with `AutoModelForCausalLM.from_pretrained("out")`. It
 imports neither torch nor transformers: the verbs do when they are used, and the plug-in joins transformers when that is
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
         plan,
         sensitivity,
     )
+    from waterfill.api_studies import compare, report
+    from waterfill.compare import Comparison
     from waterfill.plan import Plan
+    from waterfill.report import Report
     from waterfill.runtime.generate import generate
 
 __version__ = "0.1.0"
@@ -39,17 +44,21 @@ __all__ = [
     "ArtifactError",
     "BudgetError",
     "CheckpointError",
+    "Comparison",
     "Evaluation",
     "Inspection",
     "Plan",
+    "Report",
     "WaterfillError",
     "__version__",
+    "compare",
     "evaluate",
     "generate",
     "inspect",
     "load",
     "pack",
     "plan",
+    "report",
     "sensitivity",
 ]
 
@@ -57,6 +66,13 @@ _API = ("Evaluation", "Inspection", "evaluate", "inspect", "load", "pack", "plan
 
 export_lazily(
     __name__,
-    {**dict.fromkeys(_API, "waterfill.api"), "Plan": "waterfill.plan", "generate": "waterfill.runtime.generate"},
+    {
+        **dict.fromkeys(_API, "waterfill.api"),
+        **dict.fromkeys(("compare", "report"), "waterfill.api_studies"),
+        "Comparison": "waterfill.compare",
+        "Plan": "waterfill.plan",
+        "Report": "waterfill.report",
+        "generate": "waterfill.runtime.generate",
+    },
 )
 after_import("transformers.quantizers", lambda: import_module("waterfill.hf"))

@@ -9,29 +9,26 @@ Help and usage errors are quick: what imports torch or transformers, which take 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 import waterfill
-from waterfill import show, show_doctor, show_evaluation
+from waterfill import cli_studies, show, show_doctor, show_evaluation
 from waterfill._commands import OrderedGroup, combined
+from waterfill._console import given as _given
+from waterfill._console import note as _note
+from waterfill._console import out as _out
+from waterfill._console import print_json as _print_json
 from waterfill.errors import WaterfillError, first_line
-from waterfill.records import finite
 
 if TYPE_CHECKING:
     from waterfill.runtime.generate import Sampling
-
-PIPED_WIDTH = 200  # of tables that no terminal limits
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
@@ -230,6 +227,10 @@ def evaluate(
         _out().print(show_evaluation.view(result, statistics=statistics))
 
 
+commands.add_command(cli_studies.compare)
+commands.add_command(cli_studies.report)
+
+
 @commands.command()
 @_artifact
 @click.option("--prompt", "-p", required=True, help="Text to continue.")
@@ -287,11 +288,6 @@ def doctor(as_json: bool) -> None:
 # ------------------------------------------------------------------------------------------------------ what is common
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that stand on the command line."""
-    return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
-
-
 def _sampling(options: dict[str, Any]) -> Sampling:
     from waterfill.runtime.generate import Sampling
 
@@ -327,20 +323,6 @@ def _stream(stream: Any, pieces: list[str] | None = None, *, after: str = "") ->
         finally:
             click.echo()
     _note(show.generation_line(stream.stats))
-
-
-def _out() -> Console:
-    limited = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if limited else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
-
-
-def _note(sentence: str) -> None:
-    """What is not part of the result."""
-    click.echo(click.style(sentence, dim=True), err=True)
-
-
-def _print_json(record: Mapping[str, Any]) -> None:
-    click.echo(json.dumps(finite(record), allow_nan=False))
 
 
 class _Log(logging.Handler):

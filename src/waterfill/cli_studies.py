@@ -1,0 +1,126 @@
+"""The commands that study a model: `compare` and `report`. `cli` has the others, and puts these among them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+import waterfill
+from waterfill import _console, show, show_compare
+from waterfill._commands import SectionedCommand
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_NEW = click.Path(path_type=Path)
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("model")
+@click.option("--text", type=_FILE, required=True, help="Text to measure on.")
+@click.option("--size", "sizes", metavar="SIZES", multiple=True, help="Sizes of our plans, e.g. 2.5GB,3GB. Repeatable.")
+@click.option("--bits", metavar="LIST", multiple=True, help="Bits per weight of our plans (2.5,3,3.5,4,5,6,8).")
+@click.option(
+    "--methods",
+    metavar="NAMES",
+    multiple=True,
+    help="Names or patterns, e.g. 'waterfill,hqq-*'; '*' is all. Repeatable.",
+)
+@click.option("--no-match", is_flag=True, help="Without our plan at the bytes of every peer.")
+@click.option("--plot", type=_NEW, help="Draw KL against bytes into this file, e.g. a png, svg or pdf.")
+@click.option("--context", type=int, metavar="N", help="Tokens per window (2048, or the model's limit).")
+@click.option("--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="The first windows only.")
+@click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
+@click.option("--gain", type=click.Choice(["auto", "mse", "unbiased"]), help="Gain of our reconstructions.")
+@click.option("--keep", metavar="GLOB", multiple=True, help="Keep matching tensors, for every method. Repeatable.")
+@click.option("--codec", "codecs", metavar="NAME", multiple=True, help="Codecs of our plans. Repeatable.")
+@click.option(
+    "--probe", type=click.Choice(["self", "random"]), help="Measure sensitivities, and calibrate peers, on this."
+)
+@click.option("--calibration", type=_FILE, help="Measure sensitivities, and calibrate peers, on this text instead.")
+@click.option("--sequences", type=int, metavar="N", help="Sequences of the probe (32).")
+@click.option("--length", type=int, metavar="N", help="Tokens per sequence (512).")
+@click.option("--seed", type=int, metavar="N", help="Of the probe (0).")
+@click.option("--sensitivity", type=_FILE, help="Reuse what an earlier `plan --save` measured.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def compare(
+    model: str,
+    text: Path,
+    sizes: Sequence[str],
+    bits: Sequence[str],
+    methods: Sequence[str],
+    no_match: bool,
+    plot: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare MODEL's plans with other methods, at true bytes.
+
+    Every method stores the same matrices; KL divergence is measured on a text. Results are kept and reused.
+    """
+    start_s = time.perf_counter()
+    if plot is not None:
+        from waterfill.compare.plot import check
+
+        check()
+    chosen = _console.given(options)
+    for name, values in (("sizes", _listed(sizes)), ("methods", _listed(methods))):
+        if values:
+            chosen[name] = values
+    if bits:
+        chosen["bits"] = [_number(value) for value in _listed(bits)]
+    with show.progress() as progress:
+        found = waterfill.compare(model, text, match=not no_match, progress=progress, **chosen)
+    if plot is not None:
+        from waterfill.compare.plot import plot as draw
+
+        draw(found).savefig(plot)
+    if as_json:
+        from waterfill.compare import record
+
+        _console.print_json(record(found))
+    else:
+        _console.out().print(show_compare.comparison_view(found))
+    _console.note(f"compared in {show.duration(time.perf_counter() - start_s)}")
+    if plot is not None:
+        _console.note(f"drawn as {plot}")
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--original", metavar="MODEL", help="The model that it was packed from: shows what both write.")
+@click.option("--text", type=_FILE, help="Text to measure on, beside --original.")
+@click.option("--context", type=int, metavar="N", help="Tokens per window (2048, or the model's limit).")
+@click.option("--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="The first windows only.")
+@click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
+@click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="What both models continue. Repeatable.")
+@click.option("--max-new-tokens", type=int, metavar="N", help="Length of what they write (64).")
+@click.option("--output", type=_NEW, help="The page; ARTIFACT.html when not given.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def report(artifact: Path, as_json: bool, **options: Any) -> None:
+    """Write one HTML page about ARTIFACT: bytes, bits, promise, measurement.
+
+    The page needs no network. With --original and --text, what was lost is measured.
+    """
+    with show.progress() as progress:
+        made = waterfill.report(artifact, progress=progress, **_console.given(options))
+    if as_json:
+        _console.print_json(show_compare.report_record(made))
+    else:
+        _console.out().print(show_compare.report_view(made))
+
+
+def _listed(values: Sequence[str]) -> list[str]:
+    """The items of comma-separated lists."""
+    return [item.strip() for value in values for item in value.split(",") if item.strip()]
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a number", param_hint="--bits") from None
