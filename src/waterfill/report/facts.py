@@ -194,12 +194,11 @@ def _commands(
         f"pip install waterfill=={versions().get('waterfill', '')}".rstrip("="),
         f"waterfill pack {model} again --plan {shlex.quote(f'{name}/{PLAN_FILE}')}",
     ]
+    measured = ""
     if divergence is not None and text is not None:
-        lines.append(
-            f"waterfill eval {out} --against {model} --text {shlex.quote(text)} --context {divergence.context} "
-            f"--windows {divergence.windows}"
-        )
-    return (*lines, f"waterfill report {out}" + (f" --original {model}" if original else ""))
+        measured = f" --text {shlex.quote(text)} --context {divergence.context} --windows {divergence.windows}"
+        lines.append(f"waterfill eval {out} --against {model}{measured}")
+    return (*lines, f"waterfill report {out}" + (f" --original {model}{measured}" if original else ""))
 
 
 def planned_with(plan: Plan) -> str:
