@@ -86,6 +86,7 @@ def write_page(results: Mapping[str, Any], used: Mapping[str, Any], path: Path) 
     ]
     names = {"tensor": "INT4 tensor", "row": "INT4 row", "g128": "INT4 g128", "g64": "INT4 g64", "g32": "INT4 g32"}
     shares = {"nf4": "NF4 g64", "q4": "Q4_0", "p1n16": "HIGGS p1-n16", "p2n16": "HIGGS p2-n16"}
+    shares |= {"8tensor": "INT8 tensor", "8g64": "INT8 g64"}
     shares |= {"p2n64": "HIGGS p2-n64", "p2n256": "HIGGS p2-n256", **names}
     values: dict[str, Any] = {f"int4_{key}": f"{sizes[name]['entropy']:.2f}" for key, name in names.items()}
     values |= {f"saved_{key}": sizes[name]["saved by the best"] for key, name in shares.items()}
@@ -102,8 +103,15 @@ def write_page(results: Mapping[str, Any], used: Mapping[str, Any], path: Path) 
     }
     values |= {"zstd1_n64": n64["zstd -1"], "stored_n64": n64["stored"]}
     values |= {"int4_row_had": f"{sizes[rotated]['entropy']:.2f}", "row_had_kl": equal[rotated]["KL"]}
-    values |= {"row_bytes": equal["INT4 row"]["best coded"], "row_kl": equal["INT4 row"]["KL"]}
-    values |= {"nf4_bytes": equal["NF4 g64"]["stored bytes"], "nf4_kl": equal["NF4 g64"]["KL"]}
+    values["row_kl"] = equal["INT4 row"]["KL"]
+    one, all_rates = "trellis, one rate, at that KL", "trellis, allotted, at that KL"
+    values["over_row"] = equal["INT4 row"]["best coded"] / equal["INT4 row"][one] - 1
+    for key in ("g128", "nf4", "q4", "p2n256"):
+        values[f"over_{key}"] = equal[shares[key]]["stored bytes"] / equal[shares[key]][one] - 1
+    known = [row for row in equal.values() if row[one] is not None and row[all_rates] is not None]
+    values["nearest"] = max(known, key=lambda row: row["one rate / coded"])["method"]
+    allotting = [1 - row[all_rates] / row[one] for row in known]
+    values["allot_low"], values["allot_high"] = min(allotting), max(allotting)
     page = TEMPLATE.read_text("utf-8").format(
         **values,
         weights=results["weights"],
