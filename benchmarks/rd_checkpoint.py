@@ -45,7 +45,7 @@ def measure_checkpoint(report: Report, quick: bool) -> None:
             rows.append(row(purpose, "load", size_bytes, measure(load, out)))
     columns = ["purpose", "step", "artifact MB", "time s", "peak MB", "anonymous MB", "file MB"]
     name = "tiny, not Llama-3.2-1B" if quick else "Llama-3.2-1B"
-    title = f"{name}: random weights at {BITS:g} bits, {torch.get_num_threads()} threads, each step in a process of its own"
+    title = f"{name}: random weights at {BITS:g} bits, {torch.get_num_threads()} threads, each step in its own process"
     report.table(title, columns, rows, key="checkpoint")
 
 
