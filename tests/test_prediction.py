@@ -91,13 +91,15 @@ def test_estimates_at_or_below_zero(alpha: float, beta: float, gain: str, dense:
         assert 0 <= plan.predicted.kl_low <= plan.predicted.kl
     if alpha <= 0 and beta <= 0:
         plan = planned(dense, sensitivity, gain=gain, max_kl=0.02)
-        assert {codecs_of(plan)[name] for name in names} == {"higgs-p4-n8"}  # the smallest, as they lose nothing
+        assert {codecs_of(plan)[name] for name in names} == {
+            "trellis-s64-r0.3125"
+        }  # the smallest, as they lose nothing
 
 
 def test_nothing_is_sensitive(dense: Architecture) -> None:
     tensors = {matrix.name: Coefficients(0.0, 0.0) for matrix in dense.matrices}
     sensitivity = sensitivity_of(dense, tensors=tensors)
-    assert set(codecs_of(planned(dense, sensitivity, max_kl=0.0)).values()) == {"higgs-p4-n8"}
+    assert set(codecs_of(planned(dense, sensitivity, max_kl=0.0)).values()) == {"trellis-s64-r0.3125"}
     assert planned(dense, sensitivity, bits=5.0).predicted.kl == 0
 
 

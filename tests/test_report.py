@@ -22,7 +22,7 @@ from plans import SCALAR, plan_for
 from test_cli import documented, shape
 from waterfill import api, loss
 from waterfill.artifact import open_artifact
-from waterfill.budget import Budget
+from waterfill.budget import Budget, format_size
 from waterfill.compare import Row
 from waterfill.compare.cache import Results
 from waterfill.errors import WaterfillError
@@ -381,7 +381,8 @@ def test_the_command_writes_the_page(command: Command, work: Path, ref_llama: Pa
     arguments = ["report", work / "packed", "--output", page]
     result = command(*arguments)
     assert (result.code, result.err) == (0, "")
-    assert result.out.startswith(f"{page}\nref-llama in 2.997 MB: promised KL ")
+    size = format_size(api.read_plan(work / "packed").size_bytes)
+    assert result.out.startswith(f"{page}\nref-llama in {size}: promised KL ")
     assert "measured" not in result.out
     assert shape(command(*arguments, "--json").record | {"versions": {}, "curve": [], "bound": [], "commands": []}) == (
         shape(documented("report") | {"versions": {}, "curve": [], "bound": [], "commands": []})

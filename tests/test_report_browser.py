@@ -13,6 +13,7 @@ import pytest
 
 from waterfill import api
 from waterfill.artifact import open_artifact
+from waterfill.budget import format_size
 from waterfill.compare import Row
 from waterfill.report import Report, Sample, gather, render
 
@@ -66,7 +67,7 @@ def page(request: pytest.FixtureRequest, browser: Any, page_file: Path) -> Itera
 
 def test_it_fits_and_its_charts_have_their_marks(page: Any, work: Path) -> None:
     matrices = len(api.read_plan(work / "packed").tensors)
-    assert page.title() == "ref-llama in 2.997 MB: waterfill report"
+    assert page.title() == f"ref-llama in {format_size(api.read_plan(work / 'packed').size_bytes)}: waterfill report"
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, "nothing sticks out sideways"
     marks = {name: page.locator(f"#{name} .mark").count() for name in ("bytes", "map", "level", "promise", "bound")}
     assert marks == {
