@@ -291,7 +291,8 @@ def families(wanted: Sequence[str]) -> dict[str, list[str]]:
     from fnmatch import fnmatchcase
 
     shape = (1024, 1024)
-    menu = [name for name in CODECS if not wanted or any(fnmatchcase(name, pattern) for pattern in wanted)]
+    coded = [f"trellis-s{states}-r{rate}.0000" for states in (8, 64) for rate in range(2, 7)]
+    menu = [name for name in (*CODECS, *coded) if not wanted or any(fnmatchcase(name, pattern) for pattern in wanted)]
     found: dict[str, list[str]] = {}
     for name in sorted(menu, key=lambda name: get_codec(name).menu_point(shape).rate_bits):
         if get_codec(name).menu_point(shape).rate_bits >= 1.45:  # below, nothing that anybody would use
