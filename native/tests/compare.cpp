@@ -161,7 +161,7 @@ std::vector<uint8_t> stream_of(int64_t rows, int64_t width, int lanes, int symbo
     for (int i = 0; i < 12 * symbols; ++i)
         table[size_t(i / 8)] |= uint8_t((frequencies[size_t(i / 12)] >> (i % 12) & 1) << (i % 8));
     append(table.data(), int64_t(table.size()));
-    for (int s = 0; levels && s < symbols; ++s) out.push_back(uint8_t(rng()));
+    for (int s = 0; levels && s < symbols; ++s) out.push_back(uint8_t(rng() % 255 + 129));  // never -128
     for (int64_t i = 0; i < (raw * count + 7) / 8; ++i) out.push_back(uint8_t(rng()));
     std::vector<uint8_t> bytes(size_t(4 * lanes + 2 * count));
     const int64_t size = wf_rans_encode(coded.data(), count, lanes, frequencies.data(), bytes.data(), int64_t(bytes.size()));
