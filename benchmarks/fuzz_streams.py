@@ -1,4 +1,4 @@
-"""DamagedError and lying streams through every decoder: the same answer from all, or a refusal from all, never a crash.
+"""Damaged and lying streams through every decoder: the same answer from all, or a refusal from all, never a crash.
 
 rANS and trellis streams are mutated (`stream_mutations.py`) and judged (`tests/stream_cases.py`) by the numpy reference
 and by the native decoders of every instruction set of the machine, which read and write beside pages that may not be
