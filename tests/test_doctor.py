@@ -22,6 +22,8 @@ from waterfill.kernels import native as native_kernels
 
 needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
 
+EXTRAS = {"bench", "compare", "eval", "gguf", "grids", "plot"}
+
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -45,7 +47,7 @@ def test_the_record_is_the_documented_one(command: Command) -> None:
     record = result.record
     assert (result.code, result.err) == (0, "")
     expected = documented("doctor")
-    assert set(record["extras"]) == set(expected.pop("extras")) == {"bench", "grids"}
+    assert set(record["extras"]) == set(expected.pop("extras")) == EXTRAS
     assert shape({**record, "extras": 0}) == shape({**expected, "extras": 0})
     assert record["waterfill"] == waterfill.__version__
     assert record["torch"] == torch.__version__
@@ -163,10 +165,11 @@ def test_wrong_products_are_found(
 def test_optional_extras(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda package: None if package in ("hqq", "transformers") else "1")
     record = command("doctor", "--json").record
-    assert record["extras"] == {"bench": ["hqq"], "grids": []}
+    assert record["extras"] == {**dict.fromkeys(EXTRAS, []), "compare": ["hqq"]}
     assert record["transformers"] is None
     text = command("doctor").out
-    assert line(text, "extras") == "bench lacks hqq, grids is installed"
+    assert "compare lacks hqq, " in line(text, "extras")
+    assert line(text, "extras").endswith("grids is installed, plot is installed")
     assert "transformers is not installed" in text
 
 
