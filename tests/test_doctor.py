@@ -165,7 +165,7 @@ def test_wrong_products_are_found(
 def test_optional_extras(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda package: None if package in ("hqq", "transformers") else "1")
     record = command("doctor", "--json").record
-    assert record["extras"] == {**dict.fromkeys(EXTRAS, []), "compare": ["hqq"]}
+    assert record["extras"] == {**{extra: [] for extra in EXTRAS}, "compare": ["hqq"]}
     assert record["transformers"] is None
     text = command("doctor").out
     assert "compare lacks hqq, " in line(text, "extras")
