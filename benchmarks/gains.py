@@ -29,8 +29,8 @@ from models import (
 )
 from small_gpt2 import QUICK, Training, small_gpt2
 from waterfill.artifact import RAW
-from waterfill.codecs import get_codec
-from waterfill.loss import GAINS, Gain, gain_rho, predicted_kl
+from waterfill.loss import GAINS, Gain, gain_rho
+from waterfill.menu import planned_kl
 from waterfill.plan import Plan
 from waterfill.sensitivity import Sensitivity
 
@@ -86,8 +86,7 @@ def regained(plan: Plan, sensitivity: Sensitivity, gain: Gain) -> Plan:
         if tensor.codec != RAW:
             c = sensitivity.tensors[tensor.name]
             rho = gain_rho(gain, c)
-            kl = predicted_kl(c, get_codec(tensor.codec).distortion(tensor.shape), rho)
-            tensor = replace(tensor, rho=rho, kl=kl)
+            tensor = replace(tensor, rho=rho, kl=planned_kl(tensor, c, rho))
         tensors.append(tensor)
     predicted = replace(plan.predicted, kl=math.fsum(tensor.kl for tensor in tensors))
     return replace(plan, gain=gain, tensors=tuple(tensors), predicted=predicted)

@@ -33,9 +33,7 @@ from models import (
     uniform_plan,
 )
 from waterfill.architecture import Matrix
-from waterfill.artifact import RAW
-from waterfill.codecs import get_codec
-from waterfill.loss import predicted_kl
+from waterfill.menu import planned_kl
 from waterfill.plan import Plan, TensorPlan
 from waterfill.planner import REGIME_KL
 from waterfill.sensitivity import Sensitivity
@@ -130,11 +128,7 @@ def measure_points(
 
 def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> float:
     """KL of a plan by the coefficients of a probe, which need not be the one that made the plan."""
-    return sum(
-        predicted_kl(sensitivity.tensors[tensor.name], get_codec(tensor.codec).distortion(tensor.shape), tensor.rho)
-        for tensor in tensors
-        if tensor.codec != RAW
-    )
+    return sum(planned_kl(tensor, sensitivity.tensors[tensor.name], tensor.rho) for tensor in tensors)
 
 
 def report_points(report: Report, points: Sequence[Point]) -> None:

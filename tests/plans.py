@@ -73,7 +73,8 @@ def assert_sound(plan: Plan, architecture: Architecture, sensitivity: Sensitivit
         assert (tensor.alpha, tensor.beta) == (c.alpha, c.beta)
         assert tensor.rho == gain_rho(plan.gain, c)  # type: ignore[arg-type]
         assert tensor.t2 == relative_error(t2, tensor.rho)
-        assert tensor.kl == predicted_kl(c, t2, tensor.rho)
+        along = 0.0 if tensor.codec == RAW else get_codec(tensor.codec).along(tensor.shape)
+        assert tensor.kl == predicted_kl(c, t2, tensor.rho, along)
         assert tensor.size_bytes == tensor.spec().size_bytes
         assert tensor.rate_bits == 8 * tensor.size_bytes / tensor.weights
         assert (tensor.shape, tensor.role, tensor.dtype) == (matrix.shape, matrix.role, matrix.dtype)

@@ -12,9 +12,9 @@ import pytest
 
 from plans import assert_sound, codecs_of, planned, sensitivity_of
 from waterfill.architecture import Architecture
-from waterfill.codecs import get_codec
 from waterfill.errors import WaterfillError
-from waterfill.loss import GAINS, Coefficients, predicted_kl
+from waterfill.loss import GAINS, Coefficients
+from waterfill.menu import planned_kl
 from waterfill.plan import Plan
 from waterfill.planner import MARGINS, REGIME_KL, predict
 
@@ -36,9 +36,7 @@ def test_interval_joins_the_probes_margin_and_the_sampling_errors(dense: Archite
     )
     widened = predict(plan.tensors, noisy)
     plain = predict(plan.tensors, exact)
-    alphas_share = one.kl - predicted_kl(
-        Coefficients(0.0, one.beta), get_codec(one.codec).distortion(one.shape), one.rho
-    )
+    alphas_share = one.kl - planned_kl(one, Coefficients(0.0, one.beta), one.rho)
     assert plain.kl_high is not None
     assert widened.kl_high == pytest.approx(plain.kl_high + 2 * alphas_share)
     assert widened.kl_low == pytest.approx(plain.kl_low - 2 * alphas_share)

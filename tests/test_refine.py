@@ -43,7 +43,7 @@ def slopes_of(plan: Plan) -> list[float]:
     for tensor, rate in zip(plan.tensors, rates_of(plan), strict=True):
         c, step = Coefficients(tensor.alpha, tensor.beta), 0.05
         points = [get_codec(f"trellis-s64-r{r:.4f}").menu_point(tensor.shape) for r in (rate - step, rate + step)]
-        losses = [predicted_kl(c, point.t2, tensor.rho) for point in points]
+        losses = [predicted_kl(c, point.t2, tensor.rho, point.along) for point in points]
         slopes.append((losses[0] - losses[1]) / (points[1].size_bytes - points[0].size_bytes))
     return slopes
 
@@ -65,7 +65,7 @@ def test_the_exact_solver_on_a_fine_menu_agrees(dense: Architecture, bits: float
     found = allocate(menus.choices, limit)
     points = refine(menus, found.choices, (), room_bytes=limit - found.size_bytes)
     loss = math.fsum(
-        predicted_kl(sensitivity.tensors[m.name], p.t2, t.rho)
+        predicted_kl(sensitivity.tensors[m.name], p.t2, t.rho, p.along)
         for m, p, t in zip(dense.matrices, points, menus.plans(points), strict=True)
     )
     assert sum(point.size_bytes for point in points) <= limit
@@ -80,7 +80,8 @@ def test_at_high_rates_the_closed_form_holds(dense: Architecture) -> None:
     core = [
         codec.core_rate(t.shape) for codec, t in zip(codecs, plan.tensors, strict=True) if isinstance(codec, Trellis)
     ]
-    expected = [0.5 * math.log2(tensor.alpha / tensor.weights) for tensor in plan.tensors]
+    cost = [tensor.alpha + tensor.beta / tensor.shape[1] for tensor in plan.tensors]  # of noise in any direction
+    expected = [0.5 * math.log2(c / tensor.weights) for c, tensor in zip(cost, plan.tensors, strict=True)]
     deviation = np.array(core) - np.array(expected)
     assert deviation.std() < 0.03
 

@@ -52,11 +52,15 @@ def projection(t2: float, rho: float) -> float:
     return (1 - t2) / (1 - t2 + rho * t2)
 
 
-def predicted_kl(coefficients: Coefficients, t2: float, rho: float) -> float:
-    """Both terms, KL in nats per token. Negative estimates are noise about zero, and count as zero."""
+def predicted_kl(coefficients: Coefficients, t2: float, rho: float, along: float = 0.0) -> float:
+    """Both terms, KL in nats per token. Negative estimates are noise about zero, and count as zero.
+
+    `along` is the share of the noise that lies along the weights, and is a random error of scale: 0 where a codec's
+    gain is exact in every group, 1/n where it is that of many groups of n weights.
+    """
     u = projection(t2, rho)
-    tau = t2 / (1 - t2)
-    return max(coefficients.alpha, 0.0) * u * u * tau + max(coefficients.beta, 0.0) * (1 - u) ** 2
+    noise = u * u * t2 / (1 - t2)
+    return max(coefficients.alpha, 0.0) * noise + max(coefficients.beta, 0.0) * ((1 - u) ** 2 + along * noise)
 
 
 def relative_error(t2: float, rho: float) -> float:

@@ -80,7 +80,7 @@ class Menus:
             beta=c.beta,
             rho=rho,
             t2=relative_error(point.t2, rho),
-            kl=predicted_kl(c, point.t2, rho),
+            kl=predicted_kl(c, point.t2, rho, point.along),
             role=matrix.role,
             dtype=matrix.dtype,
             parameter=matrix.parameter,
@@ -124,7 +124,7 @@ def make_menus(
         c = coefficients[matrix.name]
         rho = gain_rho(gain, c)
         points.append(known[key])
-        choices.append(tuple(Choice(p.size_bytes, predicted_kl(c, p.t2, rho)) for p in known[key]))
+        choices.append(tuple(Choice(p.size_bytes, predicted_kl(c, p.t2, rho, p.along)) for p in known[key]))
     return Menus(
         matrices=matrices,
         stored_shapes=tuple((m.shape[1], m.shape[0]) if m.transposed else m.shape for m in matrices),
@@ -183,6 +183,14 @@ def _point(codec: str, matrix: Matrix) -> MenuPoint:
 
 CodedBytes = Callable[[Kept | Matrix], int | None]
 """How many bytes a tensor takes when it is coded losslessly; None if it cannot be."""
+
+
+def planned_kl(tensor: TensorPlan, coefficients: Coefficients, rho: float) -> float:
+    """Predicted loss of a planned matrix by these coefficients and this gain, nats per token."""
+    if tensor.codec in (RAW, LOSSLESS):
+        return 0.0
+    codec = get_codec(tensor.codec)
+    return predicted_kl(coefficients, codec.distortion(tensor.shape), rho, codec.along(tensor.shape))
 
 
 def kept_plans(architecture: Architecture, coded_bytes: CodedBytes | None = None) -> tuple[KeptPlan, ...]:

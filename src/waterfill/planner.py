@@ -15,12 +15,11 @@ from fnmatch import fnmatchcase
 
 from waterfill.allocate import Allocation, allocate, certificate, feasible_bytes, smallest
 from waterfill.architecture import Architecture
-from waterfill.artifact import RAW, SHARD_BYTES, lay_out
+from waterfill.artifact import SHARD_BYTES, lay_out
 from waterfill.budget import Budget
-from waterfill.codecs import LOSSLESS, get_codec
 from waterfill.errors import BudgetError, WaterfillError
-from waterfill.loss import Coefficients, Gain, predicted_kl
-from waterfill.menu import CodedBytes, Menus, Purpose, coded_where_smaller, kept_plans, make_menus
+from waterfill.loss import Coefficients, Gain
+from waterfill.menu import CodedBytes, Menus, Purpose, coded_where_smaller, kept_plans, make_menus, planned_kl
 from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
 from waterfill.refine import refine
 from waterfill.sensitivity import Sensitivity
@@ -125,8 +124,7 @@ def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Predicti
 
 def _stderr(tensor: TensorPlan, c: Coefficients) -> float:
     """Of the tensor's loss, which for a given gain is linear in alpha and beta."""
-    t2 = 0.0 if tensor.codec in (RAW, LOSSLESS) else get_codec(tensor.codec).distortion(tensor.shape)
-    return predicted_kl(Coefficients(c.alpha_stderr, c.beta_stderr), t2, tensor.rho)
+    return planned_kl(tensor, Coefficients(c.alpha_stderr, c.beta_stderr), tensor.rho)
 
 
 @dataclass(frozen=True)

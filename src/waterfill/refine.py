@@ -167,4 +167,4 @@ def _point(menus: Menus, i: int, states: int, rate: float) -> MenuPoint:
 
 def _loss(menus: Menus, i: int, point: MenuPoint) -> float:
     c = menus.coefficients[i]
-    return predicted_kl(c, point.t2, gain_rho(menus.gain, c))
+    return predicted_kl(c, point.t2, gain_rho(menus.gain, c), point.along)

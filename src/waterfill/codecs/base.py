@@ -45,6 +45,7 @@ class MenuPoint:
     size_bytes: int  # all buffers: indices, scales, padding
     rate_bits: float  # 8 * size_bytes / weights
     t2: float  # relative squared error with MSE scales, ||W' - W||^2 / ||W||^2
+    along: float = 0.0  # share of the noise along the weights (`loss.predicted_kl`)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class Codec(ABC):
     def distortion(self, shape: Shape) -> float:
         """Expected t2 of a Gaussian matrix of this shape with MSE scales."""
 
+    def along(self, shape: Shape) -> float:
+        """Share of the noise that lies along the weights; 0 where the gain is exact in every group."""
+        return 0.0
+
     @abstractmethod
     def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
         """Encode a matrix, or any block of its rows where each row has its `row_bytes`: finite, fp32/fp16/bf16.
@@ -112,7 +117,8 @@ class Codec(ABC):
 
     def menu_point(self, shape: Shape) -> MenuPoint:
         size_bytes = sum(buffer_bytes(buffer) for buffer in self.layout(shape).values())
-        return MenuPoint(self.name, size_bytes, 8 * size_bytes / math.prod(shape), self.distortion(shape))
+        rate_bits = 8 * size_bytes / math.prod(shape)
+        return MenuPoint(self.name, size_bytes, rate_bits, self.distortion(shape), self.along(shape))
 
 
 class _RowEncoder(Encoder):

@@ -62,6 +62,9 @@ class Trellis(Codec):
     def distortion(self, shape: Shape) -> float:
         return curve(self.states).t2(self.core_rate(shape))
 
+    def along(self, shape: Shape) -> float:
+        return len(groups(shape[1])) / shape[1]  # the gain is that of a whole stream
+
     def core_rate(self, shape: Shape) -> float:
         """Bits per weight that are left for symbols when side information is taken off, never less than 0.01."""
         weights = math.prod(shape)
