@@ -69,7 +69,7 @@ def test_help_and_usage_errors_import_nothing_large(arguments: list[str], code: 
 
 
 def test_verbs_wait_for_their_first_use() -> None:
-    run(FIRST_USE)
+    assert run(FIRST_USE) == "", "its assertions hold"
 
 
 def test_every_public_name_is_there() -> None:
@@ -108,4 +108,4 @@ def test_names_can_be_replaced_and_put_back() -> None:
     ],
 )
 def test_transformers_knows_the_plug_in_whatever_is_imported_first(order: str) -> None:
-    run(order + REGISTERED)
+    assert run(order + REGISTERED) == "", "its assertions hold"

@@ -98,9 +98,6 @@ WF_EXPORT int wf_rans_decode(int isa, const uint8_t* in, int64_t bytes, int lane
 WF_EXPORT int wf_trellis_search(int isa, int states, const float* x, int64_t count, int lanes, int least, int most,
                                 int16_t* out);
 
-/* Rows of each stream of a matrix of that width. */
-WF_EXPORT int64_t wf_stream_rows(int64_t width);
-
 /* All streams of a matrix -> levels plus 128 as bytes, or `wide` plus 32768 in two bytes, [rows][width], and fp16 scales
  * [rows][groups]. -3 - i: stream i is damaged. */
 WF_EXPORT int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows,

@@ -26,6 +26,12 @@ uint32_t little_endian(const uint8_t* p) {
     return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
 }
 
+// The first damaged stream is the one that is named, whichever thread finds one first.
+void lower(std::atomic<int64_t>& least, int64_t value) {
+    for (int64_t now = least.load(); value < now && !least.compare_exchange_weak(now, value);) {
+    }
+}
+
 }  // namespace
 
 int64_t wf_rans_encode(const uint8_t* symbols, int64_t count, int lanes, const uint16_t* frequencies, uint8_t* out,
@@ -49,8 +55,6 @@ int wf_trellis_search(int isa, int states, const float* x, int64_t count, int la
     return 0;
 }
 
-int64_t wf_stream_rows(int64_t width) { return stream_rows(width); }
-
 int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows, int64_t width,
                           uint8_t* codes, uint16_t* scales) {
     const Functions* f = functions(isa);
@@ -66,11 +70,7 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
         uint8_t* levels = scratch(kLevels, padded_count(weights, &lanes) * (wide ? 2 : 1));
         const bool good = from >= 4 * streams && from <= to && to <= bytes &&
                           decode_stream(*f, shape, count, arena + from, to - from, levels, scales + first * groups);
-        if (!good) {
-            for (int64_t worst = failed.load(); i < worst && !failed.compare_exchange_weak(worst, i);) {
-            }
-            return;
-        }
+        if (!good) return lower(failed, i);
         if (wide) {
             const int16_t* level = reinterpret_cast<const int16_t*>(levels);
             uint8_t* out = codes + 2 * first * width;
@@ -111,8 +111,7 @@ int64_t wf_lossless_decode(int isa, int item_bytes, const uint8_t* streams, cons
     parallel(parts, [&](int64_t i) {
         const int64_t first = i * kStreamElements, part = least(kStreamElements, count - first);
         if (!decode_exact(*f, streams + starts[size_t(i)], sizes[i], item_bytes, part, numbers + item_bytes * first))
-            for (int64_t worst = failed.load(); i < worst && !failed.compare_exchange_weak(worst, i);) {
-            }
+            lower(failed, i);
     });
     return failed == INT64_MAX ? 0 : -3 - failed.load();
 }

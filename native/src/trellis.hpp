@@ -28,12 +28,12 @@ struct Search {
     using Floats = typename Isa::Floats;
 
     // Nearest level of each subset (z0, z1) to x, and its squared distance.
-    static void candidates(const float* x, int offset, int least, int most, float (&cost)[4][kSearchLanes], int16_t* found) {
+    static void candidates(const float* x, int least, int most, float (&cost)[4][kSearchLanes], int16_t* found) {
         constexpr float round = 12582912.0f;  // 1.5 * 2^23
         for (int subset = 0; subset < 4; ++subset) {
             const int z0 = subset & 1, parity = (subset >> 1) ^ z0;
-            // j = 2i + parity; p = 8i + 4 parity + offset
-            const float sign = z0 ? -1.0f : 1.0f, origin = float(4 * parity + offset);
+            // j = 2i + parity; p = 8i + 4 parity + 1
+            const float sign = z0 ? -1.0f : 1.0f, origin = float(4 * parity + 1);
             const float low = float(-floor_half(parity - least)), high = float(floor_half(most - parity));
             for (int lane = 0; lane < kSearchLanes; ++lane) {
                 const float target = sign * x[lane] - origin;
@@ -72,7 +72,7 @@ struct Search {
             for (int64_t t = 0; t < steps; ++t) {
                 alignas(64) float target[kSearchLanes] = {}, cost[4][kSearchLanes];
                 std::memcpy(target, x + t * lanes + first, size_t(width) * sizeof(float));
-                candidates(target, 1, least, most, cost, found + t * 4 * kSearchLanes);
+                candidates(target, least, most, cost, found + t * 4 * kSearchLanes);
                 auto& now = metric[t & 1];
                 auto& next = metric[(t & 1) ^ 1];
                 Floats c[4];

@@ -65,7 +65,6 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_rans_encode": (c_int64, [c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int64]),
     "wf_rans_decode": (c_int, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p]),
     "wf_trellis_search": (c_int, [c_int, c_int, c_void_p, c_int64, c_int, c_int, c_int, c_void_p]),
-    "wf_stream_rows": (c_int64, [c_int64]),
     "wf_trellis_decode": (c_int64, [c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]),
     "wf_lossless_capacity": (c_int64, [c_int]),
     "wf_lossless_encode": (c_int, [c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),

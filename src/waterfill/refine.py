@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from waterfill.artifact import RAW
 from waterfill.codecs import MenuPoint, Trellis, get_codec
 from waterfill.codecs.trellis import LEAST_RATE, MOST_RATE, RATE_DIGITS
 from waterfill.loss import gain_rho, predicted_kl
@@ -28,7 +30,7 @@ Floats = npt.NDArray[np.float64]
 
 GRID = 16  # points per bit on which slopes are taken
 UNIT = 10.0**-RATE_DIGITS
-BISECTIONS = 60
+BISECTIONS = 40
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _sources(menus: Menus, points: Sequence[MenuPoint], ties: Sequence[Sequence[
     groups = [tuple(tie) for tie in ties] + [(i,) for i in range(len(points)) if i not in tied]
     sources = []
     for group in groups:
-        codec = get_codec(points[group[0]].codec) if points[group[0]].codec != "raw" else None
+        codec = get_codec(points[group[0]].codec) if points[group[0]].codec != RAW else None
         if isinstance(codec, Trellis) and codec.states in menus.any_rate:
             sources.append(_source(menus, group, codec.states))
     return sources
@@ -161,8 +163,12 @@ def _rate(point: MenuPoint) -> float:
 
 
 def _point(menus: Menus, i: int, states: int, rate: float) -> MenuPoint:
-    rate = min(max(rate, LEAST_RATE), MOST_RATE)
-    return get_codec(f"trellis-s{states}-r{rate:.{RATE_DIGITS}f}").menu_point(menus.matrices[i].shape)
+    return _point_of(menus.matrices[i].shape, states, min(max(rate, LEAST_RATE), MOST_RATE))
+
+
+@lru_cache(maxsize=1 << 16)  # matrices of a model have few shapes
+def _point_of(shape: tuple[int, int], states: int, rate: float) -> MenuPoint:
+    return get_codec(f"trellis-s{states}-r{rate:.{RATE_DIGITS}f}").menu_point(shape)
 
 
 def _loss(menus: Menus, i: int, point: MenuPoint) -> float:
