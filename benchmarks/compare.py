@@ -93,7 +93,7 @@ def main() -> None:
         setup = replace(setup, windows=arguments.windows)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.fresh:
-            os.environ["XDG_CACHE_HOME"] = folder
+            os.environ["WATERFILL_CACHE"] = folder
         run(setup, None if arguments.quick else arguments.figures, arguments.json)
 
 

@@ -50,7 +50,7 @@ REQUEST = Request(Budget(bits=16.0), codecs=SCALAR)
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("WATERFILL_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("WATERFILL_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def report(work: Path) -> Report:
 def full(report: Report, work: Path, ref_llama: Path) -> Report:
     """The same with everything else that there can be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(work / "no-cache"))
+        patch.setenv("WATERFILL_CACHE", str(work / "no-cache"))
         made = waterfill.report(
             work / "packed",
             output=work / "full.html",

@@ -189,12 +189,7 @@ def _plan(
     if given is None:
         measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options))
     else:
-        measured = given if isinstance(given, Sensitivity) else Sensitivity.load(Path(given))
-        if measured.fingerprint != checkpoint.fingerprint:
-            raise WaterfillError(
-                f"the sensitivities are of other weights (fingerprint {measured.fingerprint}) than {checkpoint.path} "
-                f"holds ({checkpoint.fingerprint}); measure them again"
-            )
+        measured = given_sensitivity(given, checkpoint)
     sizes = _coded_bytes(checkpoint, architecture.kept, progress)
     return make_plan(name, architecture, measured, request, sizes), measured, architecture
 
@@ -224,6 +219,17 @@ def _coded_bytes(checkpoint: Checkpoint, kept: Sequence[Kept], progress: Progres
         return coded_bytes(checkpoint, tensor, step if isinstance(tensor, Kept) else None)
 
     return size
+
+
+def given_sensitivity(given: str | Path | Sensitivity, checkpoint: Checkpoint) -> Sensitivity:
+    """Sensitivities that were measured before; WaterfillError if they are not of these weights."""
+    measured = given if isinstance(given, Sensitivity) else Sensitivity.load(Path(given))
+    if measured.fingerprint != checkpoint.fingerprint:
+        raise WaterfillError(
+            f"the sensitivities are of other weights (fingerprint {measured.fingerprint}) than {checkpoint.path} "
+            f"holds ({checkpoint.fingerprint}); measure them again"
+        )
+    return measured
 
 
 def _measure(

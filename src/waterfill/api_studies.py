@@ -22,7 +22,7 @@ from waterfill.artifact import open_artifact
 from waterfill.budget import Budget, parse_size
 from waterfill.checkpoint import Checkpoint, open_checkpoint
 from waterfill.compare import DEFAULT_BITS, OURS, Comparison, Method, Row, Subject, compare_methods, known, select
-from waterfill.compare.cache import Results, cache_folder
+from waterfill.compare.cache import Results, comparisons_folder
 from waterfill.errors import WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, token_ids
 from waterfill.evaluate import windows as text_windows
@@ -206,21 +206,15 @@ def _measured(
     calibrated: bool,
 ) -> tuple[Sensitivity, torch.Tensor | None]:
     """Sensitivities, and the tokens that calibrated peers see: those of the same probe. Both are kept on disk."""
-    given = options.get("sensitivity")
-    if given is not None and not isinstance(given, Sensitivity):
-        given = Sensitivity.load(Path(given))
-    if given is not None and given.fingerprint != checkpoint.fingerprint:
-        raise WaterfillError(
-            f"the sensitivities are of other weights (fingerprint {given.fingerprint}) than {checkpoint.path} holds "
-            f"({checkpoint.fingerprint}); measure them again"
-        )
+    wanted = options.get("sensitivity")
+    given = None if wanted is None else api.given_sensitivity(wanted, checkpoint)
     if given is not None and not calibrated:
         return given, None
     text = options.get("calibration")
     chosen = {key: options[key] for key in ("sequences", "length", "seed") if key in options}
     kind = "text" if text else options.get("probe", "self")
     probe = Probe(kind=kind, text=Path(text) if text else None, **chosen)
-    folder = cache_folder() / checkpoint.fingerprint / "probes"
+    folder = comparisons_folder() / checkpoint.fingerprint / "probes"
     digest = "" if text is None else blake2b(Path(text).read_bytes(), digest_size=8).hexdigest()
     identity = f"{kind}-{probe.sequences}-{probe.length}-{probe.seed}-{digest}".rstrip("-")
     tokens_file = folder / f"{identity}.tokens.json"

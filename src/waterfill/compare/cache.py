@@ -10,21 +10,22 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from waterfill._cache import cache_folder
 from waterfill.compare.base import Row
 
 VERSION = 1  # of what is stored, and of how peers are called; raise it when either changes
 
 
-def cache_folder() -> Path:
-    """Of all comparisons: below XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "waterfill" / "compare"
+def comparisons_folder() -> Path:
+    """Of all comparisons."""
+    return cache_folder() / "compare"
 
 
 class Results:
     """The results of one model, by its fingerprint."""
 
     def __init__(self, fingerprint: str) -> None:
-        self.folder = cache_folder() / fingerprint
+        self.folder = comparisons_folder() / fingerprint
 
     def get(self, key: Mapping[str, Any]) -> Row | None:
         """The row that was stored under exactly this key."""

@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from waterfill._cache import cache_folder
 from waterfill.budget import parse_size
 from waterfill.errors import WaterfillError
 from waterfill.evaluate.conventions import Convention, Window
 from waterfill.evaluate.expected import SAMPLED, Exact, Expected, TopK, condense
 from waterfill.evaluate.scoring import Progress, check_finite, prepare, score_windows, window_logits
 
-FOLDER_VARIABLE = "WATERFILL_CACHE"
 LIMIT_VARIABLE = "WATERFILL_CACHE_SIZE"
 LIMIT_BYTES = 4_000_000_000
 FORGOTTEN_S = 30 * 24 * 3600.0
@@ -53,10 +53,8 @@ class Cache:
     def default(cls) -> Cache:
         """The user's cache folder, or WATERFILL_CACHE; as much as WATERFILL_CACHE_SIZE says. Raises WaterfillError for
         a size that is none."""
-        named = os.environ.get(FOLDER_VARIABLE)
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         limit = os.environ.get(LIMIT_VARIABLE)
-        return cls(Path(named) if named else base / "waterfill", parse_size(limit) if limit else LIMIT_BYTES)
+        return cls(cache_folder(), parse_size(limit) if limit else LIMIT_BYTES)
 
     def reference(self, key: str) -> ReferenceStore:
         """What is stored under a key: all, some or nothing of it."""
