@@ -15,6 +15,7 @@ _SECTIONS = {
     "Choices": ("gain", "keep", "tie", "uniform", "purpose", "codecs"),
     "Sensitivities": ("probe", "text", "sequences", "length", "seed", "method", "sensitivity"),
     "Text": ("prompt", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
+    "Running": ("memory", "draft", "lookup"),
 }
 
 Decorator = Callable[[Any], Any]

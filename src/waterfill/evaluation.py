@@ -84,6 +84,7 @@ def evaluate(
     stride: int | None = None,
     max_windows: int | None = None,
     batch: int = 1,
+    memory: str | int | None = None,
     cache: bool = True,
     tasks: str | Sequence[str] = (),
     shots: int | None = None,
@@ -107,6 +108,7 @@ def evaluate(
         stride: tokens between windows, in the convention "strided".
         max_windows: measure on the first windows only.
         batch: windows, or questions, at a time.
+        memory: what the process may take in all, as for `load`.
         cache: keep the reference's predictions on disk for the next time, and continue an interrupted run.
         tasks: names of lm-eval, presets ("knowledge", "alignment", "efficiency"), files of JSON lines.
         shots: examples before each question; the task's own number when None.
@@ -125,7 +127,7 @@ def evaluate(
         raise WaterfillError(
             "there is nothing to measure; give a text, tasks or efficiency (--text, --tasks, --efficiency)"
         )
-    subject = open_subject(model, revision=revision)
+    subject = open_subject(model, revision=revision, memory=memory)
     run = _Run(Cache.default() if cache else None, batch, progress)
     reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision)
     measured = Evaluation(size_bytes=subject.size_bytes)
@@ -139,6 +141,7 @@ def evaluate(
         how = _how(reference or subject, convention, context, stride)
         if max_windows is not None:
             ids = how.first_windows(ids, max_windows)
+        subject.logits = batch * how.context
         measured = _on_text(subject, reference, ids, how, run)
     if specs:
         options = {"shots": shots, "limit": limit, "chat_template": chat_template}

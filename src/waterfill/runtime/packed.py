@@ -1,14 +1,15 @@
 """Modules that hold packed weights: they replace a model's own, in place, and multiply through the kernels.
 
 A packed module owns the buffers of its tensor under the names that the artifact gives them (`<module>.scales`), so that
-any safetensors loader fills them. Entropy-coded streams are decoded to levels when they are loaded (`arrange`).
+any safetensors loader fills them. Entropy-coded streams are decoded to levels when they are loaded (`arrange`). A
+streamed module has no buffers: its `source` multiplies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -22,6 +23,19 @@ from waterfill.errors import WaterfillError
 _DTYPES = {"F16": torch.float16, "U8": torch.uint8}
 
 
+class Source(Protocol):
+    """A matrix whose codes are elsewhere than in the module."""
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T: `[..., in]` -> `[..., out]`, of the dtype of x."""
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 `[...]` -> float32 `[..., in]`."""
+
+    def dense(self) -> torch.Tensor:
+        """W itself, float32 `[out, in]`."""
+
+
 class DecodedOnUse:
     """Stands for a packed weight: knows its dtype, device and shape; decodes the matrix only when computed with."""
 
@@ -29,13 +43,13 @@ class DecodedOnUse:
         self._matrix = matrix
 
     dtype = property(lambda self: self._matrix.dtype)
-    device = property(lambda self: next(self._matrix.buffers()).device)
+    device = property(lambda self: next((b.device for b in self._matrix.buffers()), torch.device("cpu")))
     shape = property(lambda self: torch.Size(self._matrix.stored_shape))
     ndim = 2
 
     def decode(self) -> torch.Tensor:
         """float `[out, in]`, or `[in, out]` where the model keeps it so."""
-        weight = kernels.dense(self._matrix.packed).to(self._matrix.dtype)
+        weight = self._matrix.dense().to(self._matrix.dtype)
         return weight.T if self._matrix.transposed else weight
 
     def __getattr__(self, name: str) -> Any:
@@ -57,12 +71,24 @@ class PackedMatrix(nn.Module):
     streams: torch.Tensor  # uint8 [bytes], in place of the two until they are decoded
     layout = kernels.STORED  # of the two buffers
     transposed = False  # whether the model's own parameter is [in, out]
+    streamed = False
+    source: Source | None = None  # of a streamed matrix, once the model is loaded
 
-    def attach(self, codec: TableCodec | Trellis, shape: tuple[int, int], exponent: int, dtype: torch.dtype) -> None:
-        """Declare the matrix and make room for its buffers, on the meta device until they are loaded."""
+    def attach(
+        self,
+        codec: TableCodec | Trellis,
+        shape: tuple[int, int],
+        exponent: int,
+        dtype: torch.dtype,
+        *,
+        streamed: bool = False,
+    ) -> None:
+        """Declare the matrix and, unless it is streamed, make room for its buffers, on the meta device until they are
+        loaded."""
+        self.streamed = streamed
         self.stored, self.shape, self.exponent, self.dtype = codec, shape, exponent, dtype
         self.codec = codec.levels if isinstance(codec, Trellis) else codec  # that it is multiplied from
-        for key, part in codec.layout(shape).items():
+        for key, part in codec.layout(shape).items() if not streamed else ():
             self.register_buffer(key, torch.empty(part.shape, dtype=_DTYPES[part.dtype], device="meta"))
 
     @property
@@ -73,6 +99,18 @@ class PackedMatrix(nn.Module):
     @property
     def packed(self) -> kernels.Packed:
         return kernels.Packed(self.codec, self.scales, self.codes, self.exponent, self.shape, self.layout)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T: `[..., in]` -> `[..., out]`, of the dtype of x."""
+        return kernels.matmul(x, self.packed) if self.source is None else self.source.multiply(x)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 `[...]` -> float32 `[..., in]`."""
+        return kernels.rows(self.packed, ids) if self.source is None else self.source.rows(ids)
+
+    def dense(self) -> torch.Tensor:
+        """W itself, float32 `[out, in]`."""
+        return kernels.dense(self.packed) if self.source is None else self.source.dense()
 
     def arrange(self) -> None:
         """Exchange the buffers, once they are loaded, for the ones that the kernels multiply from."""
@@ -125,7 +163,7 @@ class PackedLinear(PackedMatrix):
         return self.shape[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = kernels.matmul(x, self.packed)
+        y = self.multiply(x)
         return y if self.bias is None else y + self.bias
 
 
@@ -141,7 +179,7 @@ class PackedEmbedding(PackedMatrix):
         return self.shape[1]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return kernels.rows(self.packed, ids).to(self.dtype)
+        return self.rows(ids).to(self.dtype)
 
 
 class TiedHead(nn.Module):
@@ -154,7 +192,7 @@ class TiedHead(nn.Module):
         self.out_features, self.in_features = embedding.shape
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = kernels.matmul(x, self._embedding[0].packed)
+        y = self._embedding[0].multiply(x)
         return y if self.bias is None else y + self.bias
 
 
