@@ -64,6 +64,7 @@ class Outcome:
     stderr: str
     elapsed_s: float
     killed: bool  # for want of memory
+    timed_out: bool
     peaks: Peaks
 
     def answer(self) -> dict[str, Any]:
@@ -73,8 +74,11 @@ class Outcome:
             if isinstance(content, dict):
                 return content
         said = self.stderr.strip().splitlines()
-        how = "was killed at its memory limit" if self.killed else f"ended with status {self.status}"
-        raise LimitError(f"the process {how}" + (f": {said[-1]}" if said and not self.killed else ""))
+        if self.killed:
+            raise LimitError("the process was killed at its memory limit")
+        if self.timed_out:
+            raise LimitError(f"the process had not ended after {self.elapsed_s:.0f} s")
+        raise LimitError(f"the process ended with status {self.status}" + (f": {said[-1]}" if said else ""))
 
 
 def run_limited(
@@ -105,9 +109,11 @@ def run_limited(
         done = threading.Event()
         watcher = threading.Thread(target=_watch, args=(process.pid, groups.get("memory"), peaks, done))
         watcher.start()
+        timed_out = False
         try:
             stdout, stderr = process.communicate(json.dumps(request), timeout_s)
         except subprocess.TimeoutExpired:
+            timed_out = True
             process.kill()
             stdout, stderr = process.communicate()
         finally:
@@ -118,7 +124,7 @@ def run_limited(
         killed = "memory" in groups and _was_killed(groups["memory"])
         if "memory" in groups:
             peaks.group = _first_number(groups["memory"], "memory.max_usage_in_bytes", "memory.peak")
-    return Outcome(process.returncode, stdout, stderr, elapsed_s, killed, peaks)
+    return Outcome(process.returncode, stdout, stderr, elapsed_s, killed, timed_out, peaks)
 
 
 @lru_cache(maxsize=8)

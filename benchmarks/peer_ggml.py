@@ -105,6 +105,10 @@ def gaussian_rows(width: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((QUANTISED_ROWS, width), dtype=np.float32) * 0.02
 
 
+def bits_per_weight(kind: str, width: int = 4096) -> float:
+    return 8 * float(ggml().ggml_row_size(TYPES[kind], width)) / width
+
+
 def relative_error(kind: str, width: int = 4096) -> float:
     """|decoded - weights|^2 / |weights|^2 of Gaussian weights."""
     codes, weights = quantised_rows(kind, width), gaussian_rows(width)

@@ -84,8 +84,10 @@ class Store:
 
         return self._opened(self._made(f"example-{'draft' if draft else 'streamed'}", make))
 
-    def gguf(self, name: str, kind: str, write: Callable[[dict[str, Any]], dict[str, Any]]) -> tuple[Path, float]:
-        """(file, relative error of its type); `write` answers requests as `stream_peers.py` does."""
+    def gguf(
+        self, name: str, kind: str, write: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> tuple[Path, float, float]:
+        """(file, bits per weight and relative error of its type); `write` answers requests as `stream_peers.py` does."""
 
         def make(path: Path) -> None:
             path.mkdir()
@@ -93,14 +95,14 @@ class Store:
             (path / "answer.json").write_text(json.dumps(write(request)))
 
         path = self._made(f"{name}-{kind}", make)
-        return path / "model.gguf", json.loads((path / "answer.json").read_text())["t2"]
+        answer = json.loads((path / "answer.json").read_text())
+        return path / "model.gguf", answer["bits"], answer["t2"]
 
     def _plan(self, name: str, kind: str) -> Plan:
         checkpoint, options = self.checkpoint(name), KINDS[kind]
-        sensitivity = even_sensitivity(checkpoint)
         if kind != CODED:
             options = options | {"max_kl": self._plan(name, CODED).predicted.kl}
-        return waterfill.plan(checkpoint, sensitivity=sensitivity, **options)
+        return waterfill.plan(checkpoint, sensitivity=even_sensitivity(checkpoint), **options)
 
     def _made(self, name: str, make: Callable[[Path], Any]) -> Path:
         path = self.folder / name

@@ -63,12 +63,12 @@ def llama_cpp(request: Request) -> Request:
 
 
 def gguf(request: Request) -> Request:
-    from peer_ggml import relative_error, write_gguf
+    from peer_ggml import bits_per_weight, relative_error, write_gguf
 
     kind = request["kind"]
     with Path(request["out"]).open("wb") as file:
-        size_bytes = write_gguf(file, kind, request["shapes"])
-    return {"size_bytes": size_bytes, "t2": relative_error(kind)}
+        write_gguf(file, kind, request["shapes"])
+    return {"bits": bits_per_weight(kind), "t2": relative_error(kind)}
 
 
 PEERS = {"accelerate": accelerate, "airllm": airllm, "llama.cpp": llama_cpp, "gguf": gguf}
