@@ -21,6 +21,7 @@ import torch
 
 import waterfill
 from common import EXAMPLE_MODEL, Report, median_spread, parse_arguments
+from limits import process_memory
 from make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
 from waterfill.codecs import get_codec
 from waterfill.codecs.base import BLOCK_WEIGHTS
@@ -101,7 +102,7 @@ def measure(step: Callable[..., None], *arguments: Any) -> Footprint:
     sender.close()
     anonymous = file = 0
     while not receiver.poll(SAMPLE_S):
-        status = _status(process.pid)
+        status = process_memory(process.pid)
         anonymous = max(anonymous, status.get("RssAnon", 0))
         file = max(file, status.get("RssFile", 0))
     try:
@@ -116,17 +117,7 @@ def measure(step: Callable[..., None], *arguments: Any) -> Footprint:
 def _run(sender: Connection, step: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     start = time.perf_counter()
     step(*arguments)
-    sender.send((time.perf_counter() - start, _status("self")["VmHWM"]))
-
-
-def _status(process: int | str | None) -> dict[str, int]:
-    """The memory figures of /proc/PID/status, in bytes; none once the process has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    fields = (line.split() for line in lines if line.endswith(" kB"))
-    return {name.rstrip(":"): 1024 * int(value) for name, value, _ in fields}
+    sender.send((time.perf_counter() - start, process_memory("self")["VmHWM"]))
 
 
 def measure_encoding(report: Report, repetitions: int) -> None:

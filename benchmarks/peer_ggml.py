@@ -26,6 +26,19 @@ REPACKED = ("Q4_0", "Q4_K", "Q2_K")  # types that ggml has a layout of its own f
 QUANTISED_ROWS = 256
 
 
+class TypeTraits(ctypes.Structure):
+    """The beginning of ggml_type_traits."""
+
+    _fields_ = (
+        ("type_name", c_char_p),
+        ("blck_size", c_int64),
+        ("blck_size_interleave", c_int64),
+        ("type_size", c_size_t),
+        ("is_quantized", c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)),
+    )
+
+
 class InitParams(ctypes.Structure):
     """ggml_init_params."""
 
@@ -42,6 +55,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_build_forward_expand": (None, [c_void_p, c_void_p]),
     "ggml_row_size": (c_size_t, [c_int, c_int64]),
     "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "ggml_get_type_traits": (POINTER(TypeTraits), [c_int]),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, [c_void_p, c_void_p]),
     "ggml_backend_buffer_free": (None, [c_void_p]),
     "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
@@ -81,11 +95,26 @@ def ggml() -> Any:
 @lru_cache(maxsize=64)
 def quantised_rows(kind: str, width: int) -> np.ndarray:
     """uint8 `[256, bytes of a row]` of Gaussian weights."""
-    lib = ggml()
-    weights = np.random.default_rng(0).standard_normal((QUANTISED_ROWS, width), dtype=np.float32) * 0.02
+    lib, weights = ggml(), gaussian_rows(width)
     codes = np.empty((QUANTISED_ROWS, lib.ggml_row_size(TYPES[kind], width)), np.uint8)
     lib.ggml_quantize_chunk(TYPES[kind], weights.ctypes.data, codes.ctypes.data, 0, QUANTISED_ROWS, width, None)
     return codes
+
+
+def gaussian_rows(width: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((QUANTISED_ROWS, width), dtype=np.float32) * 0.02
+
+
+def bits_per_weight(kind: str, width: int = 4096) -> float:
+    return 8 * float(ggml().ggml_row_size(TYPES[kind], width)) / width
+
+
+def relative_error(kind: str, width: int = 4096) -> float:
+    """|decoded - weights|^2 / |weights|^2 of Gaussian weights."""
+    codes, weights = quantised_rows(kind, width), gaussian_rows(width)
+    decoded = np.empty_like(weights)
+    ggml().ggml_get_type_traits(TYPES[kind]).contents.to_float(codes.ctypes.data, decoded.ctypes.data, weights.size)
+    return float(np.square(decoded - weights).sum(dtype=np.float64) / np.square(weights).sum(dtype=np.float64))
 
 
 class Ggml(Products):
@@ -177,22 +206,33 @@ class LlamaCpp:
 
     def load(self, kind: str, shapes: dict[str, Any], folder: str, threads: int) -> dict[str, int]:
         """Write a model of random weights, all matrices of one type, and load it; the bytes of its matrices."""
-        api, path = self._api, Path(folder) / f"{kind}.gguf"
+        path = Path(folder) / f"{kind}.gguf"
         with path.open("wb") as file:
             size_bytes = write_gguf(file, kind, shapes)
+        self.open(kind, str(path), threads)
+        path.unlink()  # mapped by now, if it is wanted
+        return {"size_bytes": size_bytes}
+
+    def open(self, name: str, path: str, threads: int, batch: int = 512, mode: str | None = None) -> None:
+        """Load a file as model `name`: as the build does by default, or with "mmap", "direct_io" or "none" of them."""
+        api = self._api
         options = api.llama_model_default_params()
-        model = api.llama_model_load_from_file(str(path).encode(), options)
+        if mode is not None:
+            if not hasattr(api, "LLAMA_LOAD_MODE_MMAP"):
+                raise RuntimeError("this build of llama.cpp does not let loading be chosen")
+            options.load_mode = getattr(api, f"LLAMA_LOAD_MODE_{mode.upper()}")
+            options.use_extra_bufts = False  # repacked weights are a copy in memory, whatever is mapped
+        model = api.llama_model_load_from_file(path.encode(), options)
         if not model:
-            raise RuntimeError(f"llama.cpp could not load {path.name}")
+            raise RuntimeError(f"llama.cpp could not load {Path(path).name}")
         settings = api.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = 512
+        settings.n_ctx = 512
+        settings.n_batch = settings.n_ubatch = batch
         settings.n_threads = settings.n_threads_batch = threads
         context = api.llama_init_from_model(model, settings)
         if not context:
             raise RuntimeError("llama.cpp could not make a context")
-        path.unlink()  # mapped by now, if it is wanted
-        self._models[kind] = context, api.llama_sampler_init_greedy()
-        return {"size_bytes": size_bytes}
+        self._models[name] = context, api.llama_sampler_init_greedy()
 
     def decode(self, kind: str, prompt: int, tokens: int) -> list[float]:
         """Seconds of each of `tokens` tokens after a prompt of so many, greedily."""

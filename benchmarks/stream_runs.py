@@ -1,0 +1,145 @@
+"""Runs for `streaming.py`: a worker under limits of memory and of reading, with nothing of its files in the page cache.
+
+Bench.ours(artifact, rate, …) ──► stream_worker.py ──┐
+Bench.peer(request, …)        ──► stream_peers.py  ──┴─ run_limited ──► Run: answer, seconds of a token, peaks
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import Report, median_spread
+from limits import LimitError, Limits, Outcome, Peaks, enforcement, evict, run_limited
+from stream_models import Artifact, Store
+from waterfill.budget import format_size
+
+HERE = Path(__file__).parent
+RATES = {"device": None, "0.5 GB/s": 0.5e9, "0.2 GB/s": 0.2e9}  # bytes a second that may be read
+MEMORY_SHARE = 1 / 3  # of the artifact
+PROMPT = list(range(1, 9))
+WARM_PASSES = 2  # the prompt's, and one more
+TIMEOUT_S = 1200.0
+MORE_MEMORY = 1.5  # that a peer is given once it was killed
+LARGEST_MEMORY = 16e9
+
+
+@dataclass(frozen=True)
+class Run:
+    """One worker that answered."""
+
+    answer: dict[str, Any]
+    seconds: Sequence[float]  # of passes, but for the first ones
+    peaks: Peaks
+    memory_bytes: int | None  # the limit that it ran under
+
+    @property
+    def token_s(self) -> float:
+        return median_spread(self.seconds)[0]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of resident memory, as the process and the one that watched it saw it."""
+        return max(self.answer["peak_bytes"] or 0, self.peaks.resident)
+
+
+@dataclass
+class Bench:
+    """How workers are run, and what is known of artifacts."""
+
+    report: Report
+    store: Store
+    quick: bool
+    peers_python: str
+    memory: int | str | None  # bytes; None: a share of the artifact, or the smallest; "none": all of it, without limit
+    _known: dict[Path, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._refused = enforcement(self.store.folder)
+        for reason in filter(None, self._refused.values()):
+            self.report.note(f"not enforced from outside: {reason}")
+
+    def rates(self) -> dict[str, float | None]:
+        """Those of `RATES` that can be had here; a quick run takes the fastest and the slowest."""
+        names = [name for name, rate in RATES.items() if rate is None or not self._refused["read"]]
+        return {name: RATES[name] for name in (names[:: len(names) - 1 or 1] if self.quick else names)}
+
+    def limit(self, *artifacts: Artifact) -> int | None:
+        """The memory that all of them are run in."""
+        if self.memory == "none":
+            return None
+        if self.memory is not None:
+            return int(self.memory)
+        shares = [int(MEMORY_SHARE * artifact.size_bytes) for artifact in artifacts]
+        return max(*shares, *map(self._smallest, artifacts))
+
+    def ours(
+        self,
+        artifact: Artifact,
+        rate: float | None,
+        tokens: int,
+        memory: int | None,
+        prompts: Sequence[Sequence[int]] = (PROMPT,),
+        **request: Any,
+    ) -> Run:
+        """Raises LimitError if it is killed or fails."""
+        request |= {"artifact": str(artifact.path), "memory": memory, "prompts": prompts}
+        request["tokens"] = tokens + WARM_PASSES
+        outcome = self._outcome("stream_worker.py", sys.executable, request, artifact.path, rate, memory)
+        answer = _checked(outcome)
+        seconds = [s for generation in answer["generations"] for s in generation["seconds"][WARM_PASSES:]]
+        return Run(answer, seconds, outcome.peaks, memory)
+
+    def peer(self, request: dict[str, Any], rate: float | None, tokens: int, memory: int | None) -> Run:
+        """A peer with more memory every time that it is killed. Raises LimitError if it fails in another way."""
+        request = {"prompt": PROMPT, "threads": torch.get_num_threads(), "tokens": tokens + WARM_PASSES, **request}
+        while True:
+            outcome = self._outcome("stream_peers.py", self.peers_python, request, Path(request["model"]), rate, memory)
+            if not (outcome.killed and memory is not None and memory * MORE_MEMORY < LARGEST_MEMORY):
+                answer = _checked(outcome)
+                return Run(answer, answer["seconds"][WARM_PASSES:], outcome.peaks, memory)
+            memory = int(memory * MORE_MEMORY)
+
+    def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A peer's answer to a request that writes files: without limits."""
+        return _checked(self._run("stream_peers.py", self.peers_python, request, Limits()))
+
+    def _smallest(self, artifact: Artifact) -> int:
+        """The least memory that an artifact can be streamed in, as the refusal of one byte says."""
+        if artifact.path not in self._known:
+            request = {"artifact": str(artifact.path), "memory": 1, "prompts": [], "tokens": 0}
+            answer = self._run("stream_worker.py", sys.executable, request, Limits()).answer()
+            if not answer.get("smallest_bytes"):
+                raise LimitError(f"the smallest memory is not known: {answer.get('error', 'a byte is enough')}")
+            self._known[artifact.path] = answer["smallest_bytes"]
+            self.report.note(f"{artifact.path.name}: at least {format_size(self._known[artifact.path])} of memory")
+        return self._known[artifact.path]
+
+    def _outcome(
+        self, script: str, python: str, request: Any, files: Path, rate: float | None, memory: int | None
+    ) -> Outcome:
+        evict(files)
+        limits = Limits(
+            memory_bytes=None if self._refused["memory"] else memory,
+            read_bytes_per_s=None if self._refused["read"] else rate,
+            disk=self.store.folder,
+        )
+        return self._run(script, python, request, limits)
+
+    def _run(self, script: str, python: str, request: Any, limits: Limits) -> Outcome:
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        command = [python, str(HERE / script)]
+        return run_limited(command, limits, request=request, env=environment, timeout_s=TIMEOUT_S)
+
+
+def _checked(outcome: Outcome) -> dict[str, Any]:
+    answer = outcome.answer()
+    if "error" in answer:
+        raise LimitError(answer["error"])
+    return answer

@@ -1,0 +1,250 @@
+"""Models that do not fit in memory: time per token of streamed weights, under limits enforced from outside.
+
+    stages       time per token against the slowest of reading, decoding and computing, each alone; peak memory
+    coded        entropy-coded against fixed-rate weights of equal predicted loss
+    peers        accelerate's disk offload, AirLLM and llama.cpp under the same limits
+    speculation  tokens guessed from the prompt, or by a draft, and verified in one pass over the weights
+    faults       damaged files, failing reads, interruptions
+
+Random weights in the shapes of Llama-3.2-1B and of a 3B model at 3 bits, in memory for a third of the artifact (or the
+least that is enough). Storage is the device's own, and slowed down to 0.5 and 0.2 GB/s; page caches are cold. Models
+are made once and kept in --folder, on a disk: 25 GB and an hour or more for all of them. Limits are control groups',
+which takes root; without them the report says so. Speeds want an idle machine.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import Report, median_spread, parse_arguments
+from kernel_peers import peers_python
+from limits import LimitError
+from stream_faults import measure_faults
+from stream_models import CODED, FAST, FIXED, KINDS, MODELS, QUICK_MODELS, Artifact, Store
+from stream_runs import Bench, Run
+from stream_speculation import measure_speculation
+from waterfill.budget import parse_size
+
+TOKENS, QUICK_TOKENS = 8, 3
+PEER_TOKENS, QUICK_PEER_TOKENS = 3, 1
+ROUNDS = 3  # of processes; one in a quick run
+STAGES_GOAL, CODED_GOAL, ACCELERATE_GOAL, LLAMA_CPP_GOAL = 1.15, 1.08, 5.0, 1.3
+STAGES = ("read_s", "decode_s", "compute_s")
+GGUF_TYPES = ("Q2_K", "Q3_K", "Q4_0")
+COMPARABLE = ("Q3_K", "Q4_0")  # the nearest types with more error than 3 bits entropy-coded, and with less
+OTHER_MODES = ("none", "direct_io")  # of llama.cpp, beside mapping
+
+
+def main() -> None:
+    folder = Path(os.environ.get("WATERFILL_CACHE") or tempfile.gettempdir()) / "waterfill-streaming"
+    arguments = parse_arguments(
+        __doc__,
+        only={"choices": list(SECTIONS), "nargs": "+", "metavar": "NAME", "help": f"of {', '.join(SECTIONS)}"},
+        folder={"type": Path, "default": folder, "help": "where models are kept, on the disk that is measured"},
+        models={"choices": list(MODELS), "nargs": "+", "default": list(MODELS), "help": "of 1b, 3b; not with --quick"},
+        memory={"default": None, "metavar": "SIZE", "help": "limit; `none` loads all of an artifact, to try it out"},
+        peers_python={"type": Path, "default": None, "metavar": "PATH", "help": "interpreter that has the peers"},
+    )
+    report = Report("models larger than memory")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    memory = arguments.memory if arguments.memory in (None, "none") else parse_size(arguments.memory)
+    store = Store(arguments.folder, report)
+    bench = Bench(report, store, arguments.quick, peers_python(arguments.peers_python), memory)
+    names = list(QUICK_MODELS) if arguments.quick else arguments.models
+    for section, measure in SECTIONS.items():
+        if section in (arguments.only or SECTIONS):
+            measure(bench, names)
+    report.save(arguments.json)
+
+
+def megabytes(size_bytes: int | None) -> float | None:
+    return None if size_bytes is None else round(size_bytes / 1e6)
+
+
+def key(*parts: str) -> str:
+    """The name of a criterion."""
+    return "_".join(parts).replace(" ", "_").replace("/", "_per_").replace(".", "_").lower()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def measure_stages(bench: Bench, names: list[str]) -> None:
+    rows: list[list[Any]] = []
+    for name in names:
+        artifact = bench.store.artifact(name, CODED)
+        memory = bench.limit(artifact)
+        runs: list[Run] = []
+        failures = 0
+        for storage, rate in bench.rates().items():
+            try:
+                some = [
+                    bench.ours(artifact, rate, QUICK_TOKENS if bench.quick else TOKENS, memory, stages=True)
+                    for _ in range(1 if bench.quick else ROUNDS)
+                ]
+            except LimitError as error:
+                bench.report.note(f"{name}, {storage}: {error}")
+                failures += 1
+                continue
+            runs += some
+            rows.append([name, storage, *stage_figures(bench, key(name, storage), some)])
+        if memory is not None:
+            report_memory(bench, name, memory, runs, failures)
+    columns = ["model", "storage", "tokens/s", "ms/token", "±", *(f"{stage.removesuffix('_s')} ms" for stage in STAGES)]
+    columns += ["over the slowest", "± of it", "limiting", "pinned MB", "peak MB", "group MB", "limit MB"]
+    bench.report.table("time per token, and of each stage alone", columns, rows, key="stages")
+
+
+def stage_figures(bench: Bench, name: str, runs: list[Run]) -> list[Any]:
+    """A row; the criterion on the time that overlapping leaves."""
+    token_s, spread_s = median_spread([s for run in runs for s in run.seconds])
+    head = [1 / token_s, 1e3 * token_s, 1e3 * spread_s]
+    last = runs[-1]
+    summary = last.answer["summary"] or {}
+    peaks = [megabytes(max(run.peak_bytes for run in runs)), megabytes(last.peaks.group), megabytes(last.memory_bytes)]
+    if any(run.answer["stages"] is None for run in runs):
+        return [*head, *[None] * 7, *peaks]
+    stages = [median_spread([1e3 * run.answer["stages"][stage] for run in runs])[0] for stage in STAGES]
+    ratio, spread = median_spread([run.token_s / max(run.answer["stages"][stage] for stage in STAGES) for run in runs])
+    holds = ratio <= STAGES_GOAL
+    bench.report.criterion(f"time_over_slowest_stage_{name}", ratio, f"<= {STAGES_GOAL}", holds)
+    return [*head, *stages, ratio, spread, summary.get("limiting"), megabytes(summary.get("pinned_bytes")), *peaks]
+
+
+def report_memory(bench: Bench, name: str, memory: int, runs: list[Run], failures: int) -> None:
+    peak = max((run.peak_bytes for run in runs), default=None)
+    bench.report.criterion(
+        f"peak_resident_bytes_{name}", peak, f"<= {memory}", peak is not None and peak <= memory and not failures
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Entropy-coded beside fixed rates
+
+
+def measure_coded(bench: Bench, names: list[str]) -> None:
+    rows: list[list[Any]] = []
+    for name in names:
+        artifacts = {kind: bench.store.artifact(name, kind) for kind in KINDS}
+        memory = bench.limit(*artifacts.values())
+        for storage, rate in bench.rates().items():
+            try:
+                rounds = [coded_round(bench, artifacts, rate, memory) for _ in range(1 if bench.quick else ROUNDS)]
+            except LimitError as error:
+                bench.report.note(f"{name}, {storage}: {error}")
+                continue
+            for kind, artifact in artifacts.items():
+                token_s, spread_s = median_spread([run.token_s for some in rounds for run in [some[kind]]])
+                ratio = median_spread([some[kind].token_s / some[CODED].token_s for some in rounds])[0]
+                size = [artifact.bits, artifact.t2, artifact.size_bytes / 1e6]
+                peak = megabytes(max(some[kind].peak_bytes for some in rounds))
+                rows.append([name, storage, kind, *size, 1e3 * token_s, 1e3 * spread_s, ratio, peak])
+            coded_criterion(bench, name, storage, rounds)
+    columns = ["model", "storage", "weights", "bits", "t²", "MB", "ms/token", "±", "times the coded ones'", "peak MB"]
+    bench.report.table("weights of equal predicted loss", columns, rows, key="coded")
+
+
+def coded_round(bench: Bench, artifacts: dict[str, Artifact], rate: float | None, memory: int | None) -> dict[str, Run]:
+    tokens = QUICK_TOKENS if bench.quick else TOKENS
+    return {kind: bench.ours(artifact, rate, tokens, memory) for kind, artifact in artifacts.items()}
+
+
+def coded_criterion(bench: Bench, name: str, storage: str, rounds: list[dict[str, Run]]) -> None:
+    """Against the faster of the fixed-rate artifacts. On a fast device equality is enough, within the spread."""
+    faster = [min(some[FIXED].token_s, some[FAST].token_s) / some[CODED].token_s for some in rounds]
+    ratio, spread = median_spread(faster)
+    if storage == "device":
+        goal, holds = f">= 1 - {spread:.2g}, the spread", ratio >= 1 - spread
+    else:
+        goal, holds = f">= {CODED_GOAL}", ratio >= CODED_GOAL
+    bench.report.criterion(key("coded_over_fixed", name, storage), ratio, goal, holds)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Peers
+
+
+def measure_peers(bench: Bench, names: list[str]) -> None:
+    rows: list[list[Any]] = []
+    for name in names:
+        artifact = bench.store.artifact(name, CODED)
+        memory = bench.limit(artifact)
+        peers = peer_requests(bench, name)
+        for storage, rate in bench.rates().items():
+            try:
+                ours = bench.ours(artifact, rate, QUICK_TOKENS if bench.quick else TOKENS, memory)
+            except LimitError as error:
+                bench.report.note(f"{name}, {storage}: {error}")
+                continue
+            rows.append([name, storage, "waterfill", artifact.bits, artifact.t2, *peer_figures(ours, ours)])
+            for peer, (request, bits, t2) in peers.items():
+                if rate is not None and request.get("mode") in OTHER_MODES:
+                    continue  # whole in memory: nothing is read for a token
+                try:
+                    run = bench.peer(request, rate, QUICK_PEER_TOKENS if bench.quick else PEER_TOKENS, memory)
+                except LimitError as error:
+                    bench.report.note(f"{peer}, {name}, {storage}: {error}")
+                    continue
+                rows.append([name, storage, peer, bits, t2, *peer_figures(run, ours)])
+                peer_criterion(bench, peer, name, storage, run.token_s / ours.token_s)
+    columns = ["model", "storage", "who", "bits", "t²", "s/token", "±", "times ours", "s/prompt", "peak MB"]
+    columns += ["of it anonymous", "limit MB"]
+    bench.report.table("under the same limits, more memory where a peer was killed", columns, rows, key="peers")
+
+
+def peer_requests(bench: Bench, name: str) -> dict[str, tuple[dict[str, Any], float, float | None]]:
+    """{peer: (request, bits per weight, relative error)} of all that can be run here."""
+    store = bench.store
+    peers: dict[str, tuple[dict[str, Any], float, float | None]] = {}
+    checkpoint = {"model": str(store.checkpoint(name))}
+    offload = str(store.folder / "offload")
+    peers["accelerate"] = {"peer": "accelerate", "folder": offload, **checkpoint}, 16.0, 0.0
+    airllm = {"peer": "airllm", "folder": str(store.folder / f"{name}-airllm"), **checkpoint}
+    try:
+        bench.prepare(airllm | {"tokens": 0})
+        peers["AirLLM"] = airllm, 16.0, 0.0
+    except LimitError as error:
+        bench.report.note(f"AirLLM is left out: {error}")
+    for kind in GGUF_TYPES[1:2] if bench.quick else GGUF_TYPES:
+        try:
+            file, bits, t2 = store.gguf(name, kind, bench.prepare)
+        except LimitError as error:
+            bench.report.note(f"llama.cpp is left out: {error}")
+            break
+        request = {"peer": "llama.cpp", "model": str(file)}
+        peers[f"llama.cpp {kind}"] = request | {"mode": "mmap"}, bits, t2
+        if kind == COMPARABLE[0]:
+            for mode in OTHER_MODES:
+                peers[f"llama.cpp {kind} {mode}"] = request | {"mode": mode}, bits, t2
+    return peers
+
+
+def peer_figures(run: Run, ours: Run) -> list[Any]:
+    token_s, spread_s = median_spread(run.seconds)
+    passes = run.answer.get("generations", [run.answer])[0]["seconds"]
+    memory = [megabytes(run.peak_bytes), megabytes(run.peaks.anonymous), megabytes(run.memory_bytes)]
+    return [token_s, spread_s, token_s / ours.token_s, passes[0], *memory]
+
+
+def peer_criterion(bench: Bench, peer: str, name: str, storage: str, ratio: float) -> None:
+    goals = {"accelerate": ACCELERATE_GOAL} | {f"llama.cpp {kind}": LLAMA_CPP_GOAL for kind in COMPARABLE}
+    if peer in goals:
+        goal = goals[peer]
+        bench.report.criterion(key("times_as_fast_as", peer, name, storage), ratio, f">= {goal}", ratio >= goal)
+
+
+SECTIONS = {
+    "stages": measure_stages,
+    "coded": measure_coded,
+    "peers": measure_peers,
+    "speculation": lambda bench, _: measure_speculation(bench),
+    "faults": lambda bench, _: measure_faults(bench),
+}
+
+
+if __name__ == "__main__":
+    main()
