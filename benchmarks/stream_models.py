@@ -87,7 +87,7 @@ class Store:
     def gguf(
         self, name: str, kind: str, write: Callable[[dict[str, Any]], dict[str, Any]]
     ) -> tuple[Path, float, float]:
-        """(file, bits per weight and relative error of its type); `write` answers requests as `stream_peers.py` does."""
+        """(file, bits per weight, relative error of its type); `write` answers requests as `stream_peers.py` does."""
 
         def make(path: Path) -> None:
             path.mkdir()
@@ -126,7 +126,7 @@ def shapes_of(name: str) -> dict[str, Any]:
 
 
 def even_sensitivity(path: Path) -> Sensitivity:
-    """Of a model in which noise costs the same everywhere, along the weights and across: KL is mean relative error."""
+    """Noise costs the same everywhere, along the weights and across: KL is mean relative error."""
     checkpoint = open_checkpoint(path)
     weights = {matrix.name: math.prod(matrix.shape) for matrix in describe(checkpoint).matrices}
     total = sum(weights.values())

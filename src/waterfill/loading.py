@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 LOADING = 1.05  # of the weights: what loading takes beyond them
 WORKING_BYTES = 150_000_000  # keys, values and activations of a short text
+MOST_FREE_BYTES = 1 << 50  # where nothing is known
 FREE_SHARE = 0.8  # of the free memory that a streamed model takes
 FLOAT32_SHARE = 0.4  # of the free memory that a float32 copy of the model may take; else it keeps its own dtype
 
@@ -34,6 +35,7 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     memory: str | int | None = None,
+    streamed: bool | None = None,
     logits: int = 1,
 ) -> Any:
     """The packed model as a transformers model, ready for `generate` and pipelines; its weights stay packed.
@@ -44,6 +46,7 @@ def load(
         dtype: of the activations; the checkpoint's own when None.
         verify: compare every byte with its digest first.
         memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None.
+        streamed: whether to stream; None streams what does not fit.
         logits: positions that logits are wanted of at a time, to reckon with where memory is short.
 
     Raises:
@@ -55,9 +58,10 @@ def load(
     opened = open_artifact(path, verify=False)
     free = process.free_bytes() if limit is None else limit - process.resident_bytes()
     needed = resident_size(opened)
-    streamed = needed > free
+    if streamed is None:
+        streamed = needed > free
     if streamed and limit is None:
-        limit = int(process.resident_bytes() + FREE_SHARE * free)
+        limit = int(process.resident_bytes() + FREE_SHARE * min(free, MOST_FREE_BYTES))
         _log.warning(
             "the model takes %.1f GB of memory and %.1f GB are free: streaming its weights from storage",
             needed / 1e9,

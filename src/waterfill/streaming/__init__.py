@@ -2,11 +2,12 @@
 
     artifact ──attach──► model whose packed modules have a source ──► Streamer ──► what is read, kept, multiplied
 
-`budget` says what of a limit on the process's memory is left for weights, `attach` builds the streamer.
+`attach` sees what a limit on the process's memory leaves for weights, and builds the streamer.
 """
 
-from waterfill.streaming.attach import attach, smallest_bytes
+from waterfill.streaming.limit import attach
+from waterfill.streaming.measure import measure_stages
 from waterfill.streaming.streamer import Streamer
 from waterfill.streaming.summary import Summary
 
-__all__ = ["Streamer", "Summary", "attach", "smallest_bytes"]
+__all__ = ["Streamer", "Summary", "attach", "measure_stages"]

@@ -15,7 +15,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ class Streamer:
         self._matrices = (*sequence, *others)
         self._order: list[StreamedMatrix] = list(sequence)
         self._seen: list[StreamedMatrix] = []  # in this pass
+        self._idle = False
         self._lock = threading.RLock()  # passes are one at a time: they share the ring
         chunks = [chunk for matrix in sequence for chunk in matrix.chunks]
         self.speeds, threads = calibrate(storage, chunks or [c for m in others for c in m.chunks])
@@ -89,6 +91,8 @@ class Streamer:
 
     def multiply(self, matrix: StreamedMatrix, x: torch.Tensor) -> torch.Tensor:
         """x W^T: `[..., in]` -> `[..., out]`, as `kernels.matmul`. Raises ArtifactError for a chunk that is damaged."""
+        if self._idle:
+            return x.new_zeros(*x.shape[:-1], matrix.shape[0])
         flat = x.reshape(-1, matrix.shape[1])
         if flat.dtype not in kernels.DTYPES:
             flat = flat.to(torch.float32)
@@ -248,6 +252,39 @@ class Streamer:
     def close(self) -> None:
         """Stop reading; the model cannot be run any more."""
         self._close()
+
+    # ------------------------------------------------------------------------------------------- what is measured
+
+    @property
+    def sequence(self) -> tuple[StreamedMatrix, ...]:
+        """The matrices of a pass, in order."""
+        return tuple(self._order)
+
+    def held(self, chunk: Chunk) -> ChunkData:
+        """A chunk in memory, read now if it is not kept."""
+        return self._kept.get(chunk) or self._read(chunk)
+
+    def read_alone(self) -> float:
+        """Seconds of a pass that only reads."""
+        with self._lock:
+            streamed = self._streamed()
+            self._follow()
+            for _ in range(2):  # the first fills the ring, as the pass before it does
+                start = time.perf_counter()
+                for chunk in streamed:
+                    assert self._ahead is not None
+                    self._ahead.give_back(self._ahead.take(chunk)[1])
+                elapsed = time.perf_counter() - start
+            return elapsed
+
+    @contextmanager
+    def without_weights(self) -> Iterator[None]:
+        """Products are zero and cost nothing meanwhile."""
+        self._idle = True
+        try:
+            yield
+        finally:
+            self._idle = False
 
     # ------------------------------------------------------------------------------------------- what is reported
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from waterfill.records import Record
 
@@ -21,15 +21,14 @@ class Summary(Record):
     multiply_s: float
     kept_bytes: int
     cached_bytes: int
+    limiting: str = field(init=False)  # storage, decode, multiply, or other: the model's own code
 
-    @property
-    def limiting(self) -> str:
-        """storage, decode, multiply, or other: the model's own code."""
-        if self.waiting_s > WAITING * self.elapsed_s:
-            return "storage"
+    def __post_init__(self) -> None:
         busy = {"decode": self.decode_s, "multiply": self.multiply_s}
         busy["other"] = self.elapsed_s - self.waiting_s - sum(busy.values())
-        return max(busy, key=lambda name: busy[name])
+        slowest = max(busy, key=lambda name: busy[name])
+        storage = self.waiting_s > WAITING * self.elapsed_s
+        object.__setattr__(self, "limiting", "storage" if storage else slowest)
 
     @property
     def short(self) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from waterfill import process
 from waterfill.artifact import Artifact, StoredTensor
-from waterfill.errors import WaterfillError
+from waterfill.errors import MemoryLimitError
 from waterfill.runtime.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, TiedHead
 from waterfill.streaming.chunks import StreamedMatrix
 from waterfill.streaming.storage import Storage
@@ -55,7 +55,7 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
         logits: positions whose logits are computed at a time; more than one where text is scored.
 
     Raises:
-        WaterfillError: the limit is below what the model needs at least; the message says how much that is.
+        MemoryLimitError: the limit is below what the model needs at least.
         ArtifactError: a matrix is damaged.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
@@ -69,10 +69,11 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
         fixed = held + ring + _context_bytes(model, context) + logits * _logit_bytes(model)
         if limit_bytes < fixed + LEAST_PASS_BYTES:
             least = math.ceil((fixed + LEAST_PASS_BYTES) / 1e6)
-            raise WaterfillError(
+            raise MemoryLimitError(
                 f"{limit_bytes / 1e6:.0f} MB are too little for {artifact.path}: streamed, it takes {least} MB at "
                 f"least ({held / 1e6:.0f} MB of them the interpreter and what is kept, "
-                f"{_context_bytes(model, context) / 1e6:.0f} MB a context of {context} tokens); give more"
+                f"{_context_bytes(model, context) / 1e6:.0f} MB a context of {context} tokens); give more",
+                smallest_bytes=1_000_000 * least,
             )
         per_pass = min(PASS_BYTES, max(LEAST_PASS_BYTES, (limit_bytes - fixed) // 4))
         _limit_passes(model, per_pass)
@@ -92,11 +93,6 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
         module.source = _Source(streamer, matrices[path])
     model.streaming = streamer
     return streamer
-
-
-def smallest_bytes(artifact: Artifact) -> int:
-    """Bytes of what is not packed, and so has to stay in memory, as it is stored."""
-    return sum(tensor.size_bytes for tensor in artifact.tensors.values() if tensor.codec in ("raw", "lossless"))
 
 
 def _tensors(modules: dict[str, PackedMatrix], artifact: Artifact) -> Sequence[tuple[str, StoredTensor]]:
