@@ -57,16 +57,17 @@ def load(
     limit = None if memory is None else memory if isinstance(memory, int) else parse_size(memory)
     opened = open_artifact(path, verify=False)
     free = process.free_bytes() if limit is None else limit - process.resident_bytes()
-    needed = resident_size(opened)
     if streamed is None:
+        needed = resident_size(opened)
         streamed = needed > free
-    if streamed and limit is None:
+        if streamed and limit is None:
+            _log.warning(
+                "the model takes %.1f GB of memory and %.1f GB are free: streaming its weights from storage",
+                needed / 1e9,
+                free / 1e9,
+            )
+    if limit is None:
         limit = int(process.resident_bytes() + FREE_SHARE * min(free, MOST_FREE_BYTES))
-        _log.warning(
-            "the model takes %.1f GB of memory and %.1f GB are free: streaming its weights from storage",
-            needed / 1e9,
-            free / 1e9,
-        )
     if verify:
         opened.verify(besides=packed_names(opened) if streamed else ())
     config = transformers.AutoConfig.from_pretrained(path)
@@ -78,7 +79,6 @@ def load(
     if streamed:
         from waterfill.streaming import attach
 
-        assert limit is not None
         attach(model, opened, limit, verify=verify, logits=logits)
     return model
 

@@ -73,8 +73,8 @@ class Storage:
             ) from error
         if got < want:
             raise ArtifactError(
-                f"{region.file}: it ends {want - got} bytes early, inside the {region.size_bytes} bytes at byte "
-                f"{region.offset_bytes}; fetch the artifact again, or pack again"
+                f"{region.file}: it ends {min(want - got, region.size_bytes)} bytes early, inside the "
+                f"{region.size_bytes} bytes at byte {region.offset_bytes}; fetch the artifact again, or pack again"
             )
         return slot.bytes[lead:want]
 
