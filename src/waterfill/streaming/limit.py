@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from waterfill.streaming.chunks import StreamedMatrix
 from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import SLOTS, Streamer
 
-CONTEXT = 2048  # tokens that room is kept for, where the model takes so many
+CONTEXT = 2048  # tokens that room is kept for, where the model takes so many and memory allows
+LEAST_CONTEXT = 256
 PASS_BYTES = 64 << 20  # of activations; longer prompts are read in several passes
 LEAST_PASS_BYTES = 4 << 20
 OVERHEAD_BYTES = 24 << 20  # what the interpreter and the C library take beyond what is counted
@@ -62,27 +63,13 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
     storage = Storage()
     try:
         matrices = {path: StreamedMatrix(tensor, storage) for path, tensor in _tensors(modules, artifact)}
-        process.release()
-        held = process.resident_bytes() + OVERHEAD_BYTES
-        ring = SLOTS * max(chunk.region.size_bytes for matrix in matrices.values() for chunk in matrix.chunks)
-        context = _context(model)
-        fixed = held + ring + _context_bytes(model, context) + logits * _logit_bytes(model)
-        if limit_bytes < fixed + LEAST_PASS_BYTES:
-            least = math.ceil((fixed + LEAST_PASS_BYTES) / 1e6)
-            raise MemoryLimitError(
-                f"{limit_bytes / 1e6:.0f} MB are too little for {artifact.path}: streamed, it takes {least} MB at "
-                f"least ({held / 1e6:.0f} MB of them the interpreter and what is kept, "
-                f"{_context_bytes(model, context) / 1e6:.0f} MB a context of {context} tokens); give more",
-                smallest_bytes=1_000_000 * least,
-            )
-        per_pass = min(PASS_BYTES, max(LEAST_PASS_BYTES, (limit_bytes - fixed) // 4))
-        _limit_passes(model, per_pass)
+        spare = _spare(model, artifact, matrices.values(), limit_bytes, logits)
         sequence, others = _order(model, modules, matrices)
         streamer = Streamer(
             storage,
             sequence,
             others,
-            spare_bytes=limit_bytes - fixed - per_pass + ring,
+            spare_bytes=spare,
             limit_bytes=limit_bytes - OVERHEAD_BYTES // 2,
             verify=verify,
         )
@@ -93,6 +80,29 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
         module.source = _Source(streamer, matrices[path])
     model.streaming = streamer
     return streamer
+
+
+def _spare(model: Any, artifact: Artifact, matrices: Collection[StreamedMatrix], limit_bytes: int, logits: int) -> int:
+    """Bytes that are left for weights. Part of what is there beyond the least goes to longer contexts and passes."""
+    process.release()
+    held = process.resident_bytes() + OVERHEAD_BYTES
+    ring = SLOTS * max(chunk.region.size_bytes for matrix in matrices for chunk in matrix.chunks)
+    per_token, most = _token_bytes(model), _context(model)
+    context = min(LEAST_CONTEXT, most)
+    least = held + ring + context * per_token + logits * _logit_bytes(model) + LEAST_PASS_BYTES
+    spare = limit_bytes - least
+    if spare < 0:
+        smallest = math.ceil(least / 1e6)
+        raise MemoryLimitError(
+            f"{limit_bytes / 1e6:.0f} MB are too little for {artifact.path}: streamed, it takes {smallest} MB at least "
+            f"({held / 1e6:.0f} MB of them the interpreter and what is kept, {context * per_token / 1e6:.0f} MB a "
+            f"context of {context} tokens); give more",
+            smallest_bytes=1_000_000 * smallest,
+        )
+    longer = min((most - context) * per_token, spare // 3)
+    wider = min(PASS_BYTES - LEAST_PASS_BYTES, (spare - longer) // 4)
+    _limit_passes(model, LEAST_PASS_BYTES + wider)
+    return spare - longer - wider
 
 
 def _tensors(modules: dict[str, PackedMatrix], artifact: Artifact) -> Sequence[tuple[str, StoredTensor]]:
@@ -123,12 +133,12 @@ def _context(model: Any) -> int:
     return CONTEXT if positions is None else min(CONTEXT, int(positions))
 
 
-def _context_bytes(model: Any, tokens: int) -> int:
-    """Keys and values of so many tokens."""
+def _token_bytes(model: Any) -> int:
+    """Keys and values of one token."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(tokens * config.num_hidden_layers * 2 * heads * head_dim * model.dtype.itemsize)
+    return int(config.num_hidden_layers * 2 * heads * head_dim * model.dtype.itemsize)
 
 
 def _logit_bytes(model: Any) -> int:

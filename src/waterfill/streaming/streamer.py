@@ -46,13 +46,12 @@ class Streamer:
         storage: where they are read from; closed with the streamer.
         sequence: those that every pass multiplies, in the order of execution.
         others: those that are read when they are asked for: rows of embeddings, experts.
-        spare_bytes: memory for the ring and for whatever is kept.
+        spare_bytes: memory for whatever is kept.
         limit_bytes: resident memory that the process is to stay below.
         verify: compare every matrix with its digest first.
 
     Raises:
         ArtifactError: a matrix is not what was packed.
-        WaterfillError: the memory does not suffice for the ring.
     """
 
     def __init__(
@@ -69,14 +68,13 @@ class Streamer:
         self._matrices = (*sequence, *others)
         self._order: list[StreamedMatrix] = list(sequence)
         self._seen: list[StreamedMatrix] = []  # in this pass
-        self._idle = False
+        self._idle = self._warned = False
         self._lock = threading.RLock()  # passes are one at a time: they share the ring
         chunks = [chunk for matrix in sequence for chunk in matrix.chunks]
         self.speeds, threads = calibrate(storage, chunks or [c for m in others for c in m.chunks])
-        ring = SLOTS * max((chunk.region.size_bytes for chunk in chunks), default=0)
-        budget = max(0, spare_bytes - ring)
-        self.residency = choose(chunks, budget, self.speeds)
-        self._cache_bytes = int(CACHE_SHARE * budget) if not self.residency.kept else 0
+        # Experts come first: how often each is used is not known, but all of them cannot be read for every token.
+        self._cache_bytes = int(CACHE_SHARE * spare_bytes) if _has_experts(others) else 0
+        self.residency = choose(chunks, spare_bytes - self._cache_bytes, self.speeds)
         self._cache: OrderedDict[Chunk, ChunkData] = OrderedDict()
         self._kept: dict[Chunk, ChunkData] = {}
         self._fill(verify)
@@ -225,6 +223,9 @@ class Streamer:
         excess = process.resident_bytes() - self._limit_bytes
         if excess > 0 and (self._kept or self._cache):
             self._shed(excess)
+        elif excess > 0 and not self._warned:
+            self._warned = True
+            _log.warning("%.0f MB above the limit, with no weights kept: the text has become too long", excess / 1e6)
 
     def _shed(self, excess: int) -> None:
         """Give up kept chunks, since something else (a long context, mostly) has grown."""
@@ -327,6 +328,10 @@ class Streamer:
         self._started_s = self._ended_s = time.perf_counter()
         if self._ahead is not None:
             self._ahead.bytes_read, self._ahead.reading_s = 0, 0.0
+
+
+def _has_experts(others: Sequence[StreamedMatrix]) -> bool:
+    return any(matrix.name.rpartition(".")[2].isdecimal() for matrix in others)
 
 
 def _close(ahead: ReadAhead | None, storage: Storage) -> None:
