@@ -36,8 +36,12 @@ class Source(Protocol):
         """W itself, float32 `[out, in]`."""
 
 
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
 class DecodedOnUse:
-    """Stands for a packed weight: knows its dtype, device and shape; decodes the matrix only when computed with."""
+    """Stands for a packed weight: knows its dtype, device and shape. Products with activations come from the codes; for
+    anything else that is computed with it the matrix is decoded."""
 
     def __init__(self, matrix: PackedMatrix) -> None:
         self._matrix = matrix
@@ -59,8 +63,21 @@ class DecodedOnUse:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if hasattr(nn.init, getattr(func, "__name__", "")):  # transformers: modules that also have computed buffers
             return (kwargs or {}).get("tensor", args[0] if args else None)
+        if (product := _product(func, *args, **(kwargs or {}))) is not None:
+            return product
         args, kwargs = tree_map(lambda x: x.decode() if isinstance(x, cls) else x, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _product(func: Any, x: Any, weight: Any = None, bias: Any = None, **others: Any) -> torch.Tensor | None:
+    """x W^T from the codes, where `func` computes that."""
+    if others or not isinstance(x, torch.Tensor) or not isinstance(weight, DecodedOnUse):
+        return None
+    matrix = weight._matrix
+    if func is not nn.functional.linear if not matrix.transposed else func not in _PRODUCTS:
+        return None
+    y = matrix.multiply(x)
+    return y if bias is None else y + bias
 
 
 class PackedMatrix(nn.Module):
@@ -197,7 +214,7 @@ class TiedHead(nn.Module):
 
 
 class PackedExperts(nn.ModuleList):
-    """The experts of one fused 3-D parameter: indexing decodes one expert's matrix, as the model's code expects."""
+    """The experts of one fused 3-D parameter, which the model's code indexes one by one."""
 
     def __init__(self, count: int, transposed: bool, dtype: torch.dtype) -> None:
         super().__init__([PackedMatrix() for _ in range(count)])
@@ -209,8 +226,8 @@ class PackedExperts(nn.ModuleList):
         return cast(PackedMatrix, self._modules[str(index)])
 
     def __getitem__(self, index: Any) -> Any:
-        """float `[out, in]`, or `[in, out]` where the model keeps it so."""
-        return self.expert(int(index)).weight.decode()
+        """One expert's weight, as if it were `[out, in]`, or `[in, out]` where the model keeps it so."""
+        return self.expert(int(index)).weight
 
 
 def pack_linear(module: nn.Module) -> PackedLinear:
