@@ -172,6 +172,22 @@ def test_ours_stands_beside_every_peer_within_its_bytes(subject: Subject, ids: T
     assert peer.ratio == peer.ours_kl / peer.kl
 
 
+def test_ours_is_planned_for_storage_or_for_memory(subject: Subject, ids: Tensor) -> None:
+    rounded = method("rounded", partial(round_to_nearest, bits=4, zero="none"))
+    found = {}
+    for purpose in ("storage", "memory"):
+        request = Request(Budget(bits=16.0), purpose=purpose)
+        found[purpose] = compared(subject, ids, rounded, ours=("waterfill",), match=True, request=request)
+        assert found[purpose].curve == predicted_curve(subject.architecture, subject.sensitivity, request)
+    storage, memory = (found[purpose].rows for purpose in ("storage", "memory"))
+    assert [row.title for row in memory] == ["waterfill, for memory, 4 bits", "ROUNDED"]
+    assert storage[0].title == "waterfill, 4 bits"
+    assert memory[0].predicted_kl > storage[0].predicted_kl, "fixed rates lose more for the same bytes"
+    assert memory[0].kl != storage[0].kl, "one is not taken for the other where results are kept"
+    assert memory[1].ours_kl != storage[1].ours_kl
+    assert memory[1].kl == storage[1].kl, "a peer is what it is"
+
+
 def test_a_peer_is_ahead_only_beyond_the_errors(subject: Subject, ids: Tensor) -> None:
     found = compared(subject, ids)
     row = Row("p", "P", "peer", None, False, 100, 1.0, 0.010, 0.001, ours_kl=0.02, ours_kl_stderr=0.001)
@@ -359,6 +375,15 @@ def test_the_command(command: Command, work: Path, ref_llama: Path, tmp_path: Pa
     assert table.err.startswith("compared in ")
     assert "ratio" not in table.out
     assert "ratio: that over the method's" in command(*arguments).out
+
+
+def test_the_purpose_reaches_the_plans(command: Command, work: Path, ref_llama: Path) -> None:
+    arguments = ["compare", ref_llama, "--text", work / "text.py", "--context", "64", "--windows", "1", "--json"]
+    arguments += ["--sensitivity", work / "plan.sensitivity.json", "--methods", "waterfill", "--bits", "0.1"]
+    storage, memory = command(*arguments).record, command(*arguments, "--for", "memory").record
+    assert memory["rows"][0]["title"] == "waterfill, for memory, 0.1 bits"
+    assert len({point["size_bytes"] for point in memory["curve"]}) > 2
+    assert memory["curve"] != storage["curve"]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ def combined(*options: Decorator) -> Decorator:
     return decorate
 
 
+purpose_option = click.option(
+    "--for",
+    "purpose",
+    type=click.Choice(["storage", "memory"]),
+    help="storage (default): entropy-coded, least loss for its bytes, decoded to a byte per weight when loaded; "
+    "memory: fixed rate, runs from its codes.",
+)
+
+
 def _quiet_transformers() -> None:
     """Its errors come as exceptions; its bars and warnings speak of other things than the user's command."""
     import transformers

@@ -28,6 +28,7 @@ from waterfill.evaluate import Divergence, default_context, divergence, token_id
 from waterfill.evaluate import windows as text_windows
 from waterfill.loading import load_checkpoint
 from waterfill.loss import Gain
+from waterfill.menu import Purpose
 from waterfill.planner import Request
 from waterfill.probe import Probe, probe_tokens
 from waterfill.report import Report, Sample, gather, render
@@ -46,6 +47,7 @@ class CompareOptions(TypedDict, total=False):
     gain: Gain
     keep: Sequence[str]
     codecs: Sequence[str]
+    purpose: Purpose  # storage or memory, as of `plan`
     probe: Literal["self", "random"]
     calibration: str | Path | None  # a text to measure sensitivities on, and to calibrate peers with, in their place
     sequences: int
@@ -101,6 +103,7 @@ def compare(
         gain=options.get("gain", "auto"),
         keep=tuple(options.get("keep", ())),
         codecs=tuple(options.get("codecs", ())),
+        purpose=options.get("purpose", "storage"),
     )
     return compare_methods(
         subject,

@@ -11,7 +11,7 @@ import click
 
 import waterfill
 from waterfill import _console, show, show_compare
-from waterfill._commands import SectionedCommand
+from waterfill._commands import SectionedCommand, purpose_option
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
@@ -35,6 +35,7 @@ _NEW = click.Path(path_type=Path)
 @click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
 @click.option("--gain", type=click.Choice(["auto", "mse", "unbiased"]), help="Gain of our reconstructions.")
 @click.option("--keep", metavar="GLOB", multiple=True, help="Keep matching tensors, for every method. Repeatable.")
+@purpose_option
 @click.option("--codec", "codecs", metavar="NAME", multiple=True, help="Codecs of our plans. Repeatable.")
 @click.option(
     "--probe", type=click.Choice(["self", "random"]), help="Measure sensitivities, and calibrate peers, on this."
