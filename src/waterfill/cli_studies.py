@@ -80,9 +80,7 @@ def compare(
 
         draw(found).savefig(plot)
     if as_json:
-        from waterfill.compare import record
-
-        _console.print_json(record(found))
+        _console.print_json(found.to_dict())
     else:
         _console.out().print(show_compare.comparison_view(found))
     _console.note(f"compared in {show.duration(time.perf_counter() - start_s)}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from waterfill.architecture import Architecture
 from waterfill.checkpoint import Checkpoint
 from waterfill.errors import WaterfillError
+from waterfill.records import Record
 from waterfill.sensitivity import Sensitivity
 
 
@@ -73,7 +74,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Record):
     """One method, measured; `problem` says why there are no figures."""
 
     method: str
@@ -101,6 +102,10 @@ class Row:
     def ratio(self) -> float | None:
         """Our KL over the method's, at no more bytes."""
         return self.ours_kl / self.kl if self.kl and self.ours_kl is not None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, and `ratio`."""
+        return {**super().to_dict(), "ratio": self.ratio}
 
 
 _METHODS: dict[str, Method] = {}

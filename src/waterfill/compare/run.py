@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -28,6 +28,7 @@ from waterfill.errors import BudgetError, first_line
 from waterfill.estimators import matrix_view
 from waterfill.evaluate import divergence
 from waterfill.planner import Request
+from waterfill.records import Record, frame
 
 Progress = Callable[[str, int, int], None]
 OURS = ("waterfill", "waterfill-uniform")
@@ -37,8 +38,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One model stored in many ways. `dataclasses.asdict` makes it JSON; `rows` makes a data frame."""
+class Comparison(Record):
+    """One model stored in many ways."""
 
     model: str
     fingerprint: str
@@ -60,6 +61,14 @@ class Comparison:
     def ahead(self) -> tuple[Row, ...]:
         """Peers that lose less than our plan within their bytes, by more than the two errors."""
         return tuple(row for row in self.measured if _ahead(row))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name; each row with its `ratio`."""
+        return {**super().to_dict(), "rows": [row.to_dict() for row in self.rows]}
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, one row per method."""
+        return frame(self.rows)
 
 
 def compare_methods(
@@ -248,9 +257,3 @@ def _ahead(row: Row) -> bool:
     if row.family == "waterfill" or row.kl is None or row.ours_kl is None:
         return False
     return row.kl + 2 * (row.kl_stderr or 0.0) < row.ours_kl - 2 * (row.ours_kl_stderr or 0.0)
-
-
-def record(comparison: Comparison) -> Mapping[str, Any]:
-    """A comparison as one JSON object; each row with its `ratio`."""
-    rows = [{**asdict(row), "ratio": row.ratio} for row in comparison.rows]
-    return {**asdict(comparison), "rows": rows}

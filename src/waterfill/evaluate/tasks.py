@@ -15,7 +15,7 @@ from typing import Any
 
 from waterfill.errors import WaterfillError, first_line
 from waterfill.evaluate.local_tasks import SUFFIX, read_task
-from waterfill.records import Record
+from waterfill.records import Record, frame
 
 EFFICIENCY = "efficiency"
 PRESETS: Mapping[str, tuple[str, ...]] = {
@@ -58,9 +58,7 @@ class TaskResults(Record):
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame, one row per score."""
-        import pandas
-
-        return pandas.DataFrame([score.to_dict() for score in self.scores])
+        return frame(self.scores)
 
 
 def names_of(tasks: str | Sequence[str]) -> tuple[str, ...]:
