@@ -174,6 +174,7 @@ def report(
             found = divergence(reference, packed, ids, context=context, batch=batch, progress=step)
         chosen = PROMPTS if prompts is None else tuple(prompts)
         samples = _samples(reference, packed, tokenizer, chosen, max_new_tokens, _step(progress, "sampling"))
+    compared, same_text = _compared(plan.fingerprint, ids, context)
     facts = gather(
         stored,
         plan,
@@ -181,7 +182,8 @@ def report(
         divergence=found,
         text=None if text is None else Path(text).name,
         samples=samples,
-        compared=_compared(plan.fingerprint, ids, context),
+        compared=compared,
+        same_text=same_text,
         original=original is not None,
     )
     facts = replace(facts, path=page)
@@ -275,19 +277,19 @@ def _samples(
     return tuple(samples)
 
 
-def _compared(fingerprint: str, ids: torch.Tensor | None, context: int | None) -> tuple[Row, ...]:
-    """What `compare` has measured of this model: on these tokens if there are any, else on the text it saw most of."""
+def _compared(fingerprint: str, ids: torch.Tensor | None, context: int | None) -> tuple[tuple[Row, ...], bool]:
+    """What `compare` has measured of this model, on these tokens if it has seen them (then True), else on the text that
+    it measured most methods on."""
     groups: dict[tuple[str, int], dict[tuple[str, str], Row]] = {}
     for key, row in Results(fingerprint).rows():
         if row.kl is not None:
             plan = str(key.get("options")) if row.family == "waterfill" else ""
             groups.setdefault((str(key.get("text")), int(key.get("context", 0))), {})[row.method, plan] = row
-    if ids is not None:
-        wanted = blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest(), context or 0
-        rows = groups.get(wanted, {})
-    else:
-        rows = max(groups.values(), key=len, default={})
-    return tuple(sorted(rows.values(), key=lambda row: (row.family, row.size_bytes or 0, row.method)))
+    here = (
+        None if ids is None else groups.get((blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest(), context or 0))
+    )
+    rows = here or max(groups.values(), key=len, default={})
+    return tuple(sorted(rows.values(), key=lambda row: (row.family, row.size_bytes or 0, row.method))), here is not None
 
 
 def _step(progress: api.Progress | None, what: str) -> Callable[[int, int], None] | None:

@@ -38,6 +38,8 @@ class Subject:
     memory: dict[str, Any] = field(default_factory=dict, repr=False)  # what several methods share: second moments
 
 
+OURS = ("waterfill", "waterfill-uniform")  # names of our own methods
+
 Put = Callable[[str, Tensor], None]
 """Takes a matrix by its name, float32 [out, in], as a method gives it back. What is not put stays as it was."""
 

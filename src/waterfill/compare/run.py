@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from waterfill.budget import Budget
-from waterfill.compare.base import Method, Row, Subject, Unavailable
+from waterfill.compare.base import OURS, Method, Row, Subject, Unavailable
 from waterfill.compare.cache import VERSION, Results
 from waterfill.compare.curve import CurvePoint, predicted_curve
 from waterfill.compare.ours import packed, plan_for
@@ -31,7 +31,6 @@ from waterfill.planner import Request
 from waterfill.records import Record, frame
 
 Progress = Callable[[str, int, int], None]
-OURS = ("waterfill", "waterfill-uniform")
 DEFAULT_BITS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 from waterfill.architecture import Architecture, Kept, Matrix
 from waterfill.artifact import RAW, Artifact
 from waterfill.budget import Budget
-from waterfill.compare.base import Row
+from waterfill.compare.base import OURS, Row
 from waterfill.compare.curve import CurvePoint, between, predicted_curve
 from waterfill.evaluate import Divergence
 from waterfill.loss import Coefficients
@@ -69,6 +69,7 @@ class Report:
     samples: tuple[Sample, ...]
     ours: tuple[Row, ...]  # the best plans that `waterfill compare` has measured on this model
     peers: tuple[Row, ...]  # and the other methods
+    same_text: bool  # whether it did so on the tokens of `divergence`
     versions: Mapping[str, str]
     commands: tuple[str, ...]
     written: str  # UTC date
@@ -84,6 +85,7 @@ def gather(
     text: str | None = None,
     samples: Sequence[Sample] = (),
     compared: Sequence[Row] = (),
+    same_text: bool = False,
     original: bool = False,
 ) -> Report:
     """The report of an opened artifact; nothing of the original is needed."""
@@ -103,8 +105,9 @@ def gather(
         divergence=divergence,
         text=text,
         samples=tuple(samples),
-        ours=tuple(row for row in compared if row.family == "waterfill" and _best(row, curve)),
+        ours=tuple(row for row in compared if row.method == OURS[0] and _best(row, curve)),
         peers=tuple(row for row in compared if row.family != "waterfill"),
+        same_text=same_text,
         versions=versions(),
         commands=_commands(plan, artifact.path.name, original, text, divergence),
         written=datetime.now(UTC).date().isoformat(),
@@ -157,7 +160,7 @@ def versions() -> dict[str, str]:
 
 
 def _best(row: Row, curve: tuple[CurvePoint, ...]) -> bool:
-    """Whether a plan of ours lies on the curve; those from part of the codecs, or uniform ones, lie above it."""
+    """Whether a plan of ours lies on the curve; those from part of the codecs, or for memory, lie above it."""
     expected = between(curve, row.size_bytes or 0)
     return expected is not None and (row.predicted_kl or math.inf) <= ON_CURVE * expected
 
