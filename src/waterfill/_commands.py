@@ -11,10 +11,12 @@ _SECTIONS = {
     "On a text": ("text_file", "against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
     "Tasks": ("tasks", "shots", "limit", "chat_template"),
     "Efficiency": ("efficiency", "prompt_tokens", "new_tokens"),
+    "Our plans": ("sizes", "rates"),
+    "Methods": ("methods", "no_match"),
     "Budget (exactly one)": ("size", "bits", "max_kl", "lossless"),
     "Choices": ("gain", "keep", "tie", "uniform", "purpose", "codecs"),
-    "Sensitivities": ("probe", "text", "sequences", "length", "seed", "method", "sensitivity"),
-    "Text": ("prompt", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
+    "Sensitivities": ("probe", "text", "calibration", "sequences", "length", "seed", "method", "sensitivity"),
+    "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
 }
 
 Decorator = Callable[[Any], Any]
