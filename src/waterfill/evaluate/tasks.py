@@ -177,7 +177,7 @@ def _scores(found: Mapping[str, Any]) -> Iterable[TaskScore]:
 def _harness() -> Any:
     """The package lm_eval, kept from talking."""
     try:
-        import lm_eval
+        import lm_eval.evaluator
         import lm_eval.models.huggingface
     except ImportError as error:
         raise WaterfillError(
@@ -185,4 +185,5 @@ def _harness() -> Any:
         ) from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm_eval.evaluator.get_git_commit_hash = lambda: None  # of the user's folder; git complains where that has none
     return lm_eval
