@@ -419,6 +419,15 @@ def test_what_compare_has_measured_is_shown(report: Report, work: Path, tmp_path
     assert not made.same_text
 
 
+def test_the_commands_are_what_was_asked_for(full: Report, report: Report) -> None:
+    name, text = full.name, full.text
+    measured = f"--text {text} --context 64 --windows 9"
+    assert f"waterfill eval {name} --against ref-llama {measured}" in full.commands
+    samples = "--prompt 'def f(' --prompt The --max-new-tokens 6"
+    assert full.commands[-1] == f"waterfill report {name} --original ref-llama {measured} {samples}"
+    assert report.commands[-1] == f"waterfill report {name}"
+
+
 def test_the_page_says_whether_methods_were_measured_on_its_text(full: Report, tmp_path: Path) -> None:
     results = Results(full.plan.fingerprint)
     row = replace(full.peers[0], method="other")

@@ -7,6 +7,7 @@ report    artifact (+ original + text) ──► Report, and its page (report/)
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -185,6 +186,7 @@ def report(
         compared=compared,
         same_text=same_text,
         original=original is not None,
+        options=_sample_options(prompts, max_new_tokens),
     )
     facts = replace(facts, path=page)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -275,6 +277,12 @@ def _samples(
         if step is not None:
             step(number + 1, len(prompts))
     return tuple(samples)
+
+
+def _sample_options(prompts: Sequence[str] | None, tokens: int) -> list[str]:
+    """What samples were asked for, as options of the command line."""
+    length = [] if tokens == SAMPLE_TOKENS else [f"--max-new-tokens {tokens}"]
+    return [*(f"--prompt {shlex.quote(prompt)}" for prompt in prompts or ()), *length]
 
 
 def _compared(fingerprint: str, ids: torch.Tensor | None, context: int | None) -> tuple[tuple[Row, ...], bool]:

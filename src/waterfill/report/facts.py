@@ -87,8 +87,12 @@ def gather(
     compared: Sequence[Row] = (),
     same_text: bool = False,
     original: bool = False,
+    options: Sequence[str] = (),
 ) -> Report:
-    """The report of an opened artifact; nothing of the original is needed."""
+    """The report of an opened artifact; nothing of the original is needed.
+
+    `original` says whether there was one; `options` is what else `waterfill report` was asked for, as it is typed.
+    """
     measured = {name: tensor.t2 for name, tensor in artifact.tensors.items() if tensor.codec != RAW}
     curve = predicted_curve(architecture_of(plan), sensitivity_of(artifact.path, plan), _request(plan))
     return Report(
@@ -109,7 +113,7 @@ def gather(
         peers=tuple(row for row in compared if row.family != "waterfill"),
         same_text=same_text,
         versions=versions(),
-        commands=_commands(plan, artifact.path.name, original, text, divergence),
+        commands=_commands(plan, artifact.path.name, original, text, divergence, options),
         written=datetime.now(UTC).date().isoformat(),
     )
 
@@ -189,7 +193,7 @@ def _config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _commands(
-    plan: Plan, name: str, original: bool, text: str | None, divergence: Divergence | None
+    plan: Plan, name: str, original: bool, text: str | None, divergence: Divergence | None, options: Sequence[str]
 ) -> tuple[str, ...]:
     """What to type to come by the same bytes and the same figures."""
     model, out = shlex.quote(plan.model), shlex.quote(name)  # as the plan has it: a local path is nobody's business
@@ -201,7 +205,8 @@ def _commands(
     if divergence is not None and text is not None:
         measured = f" --text {shlex.quote(text)} --context {divergence.context} --windows {divergence.windows}"
         lines.append(f"waterfill eval {out} --against {model}{measured}")
-    return (*lines, f"waterfill report {out}" + (f" --original {model}{measured}" if original else ""))
+    of_original = [f"--original {model}{measured}"] if original else []
+    return (*lines, " ".join([f"waterfill report {out}", *of_original, *options]))
 
 
 def planned_with(plan: Plan) -> str:
