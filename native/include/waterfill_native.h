@@ -99,7 +99,7 @@ WF_EXPORT int wf_trellis_search(int isa, int states, const float* x, int64_t cou
                                 int16_t* out);
 
 /* All streams of a matrix -> levels plus 128 as bytes, or `wide` plus 32768 in two bytes, [rows][width], and fp16 scales
- * [rows][groups]. -3 - i: stream i is damaged. */
+ * [rows][groups]. -3 - i: stream i is damaged, or what follows the last one is not zeros. */
 WF_EXPORT int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows,
                                     int64_t width, uint8_t* codes, uint16_t* scales);
 

@@ -19,7 +19,7 @@ import click
 
 import waterfill
 from waterfill import cli_run, cli_studies, show, show_doctor, show_evaluation
-from waterfill._commands import OrderedGroup, combined
+from waterfill._commands import OrderedGroup, combined, purpose_option
 from waterfill._console import given as _given
 from waterfill._console import note as _note
 from waterfill._console import out as _out
@@ -54,13 +54,7 @@ _plan_options = combined(
         multiple=True,
         help="One codec for the matching matrices of a module, e.g. '*.q_proj,*.k_proj,*.v_proj'. Repeatable.",
     ),
-    click.option(
-        "--for",
-        "purpose",
-        type=click.Choice(["storage", "memory"]),
-        help="storage (default): entropy-coded, least loss for its bytes, decoded to a byte per weight when loaded; "
-        "memory: fixed rate, runs from its codes.",
-    ),
+    purpose_option,
     click.option("--uniform", is_flag=True, help="One codec for all matrices, for comparison."),
     click.option(
         "--codec",
