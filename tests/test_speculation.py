@@ -81,7 +81,7 @@ def test_samples_follow_the_models_own_distribution(
 
 
 def test_a_draft_or_the_text_itself_but_not_both(artifacts: tuple[Path, Path]) -> None:
-    model = waterfill.load(artifacts[1])
+    model = waterfill.load(artifacts[1], dtype=torch.float32)
     tokenizer = waterfill.loading.load_tokenizer(artifacts[1])
     with pytest.raises(WaterfillError, match="give either draft or lookup"):
         waterfill.generate(model, tokenizer, "a", draft=model, lookup=3)
