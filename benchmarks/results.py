@@ -58,8 +58,9 @@ CHAPTERS = {
     ),
     "streaming": (
         "Models that do not fit in memory",
-        "Random weights in the shapes named, at 3 bits, streamed within the limits given: `group` is what the control group counts, page cache "
-        "included. `over the slowest` is the time of a token over the longest of reading, decoding and computing, each alone.",
+        "Random weights in the shapes named, at 3 bits, streamed within the limits given: `group` is what the control "
+        "group counts, page cache included. `over the slowest` is the time of a token over the longest of reading, "
+        "decoding and computing, each alone.",
     ),
     "allocation": ("Allocation", ""),
     "lossless": (
