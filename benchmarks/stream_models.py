@@ -45,6 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 EXAMPLE_BITS, DRAFT_BITS = 3.0, 2.0
 
+Ask = Callable[[dict[str, Any]], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -75,7 +77,7 @@ class Store:
     def example(self, draft: bool = False) -> Artifact:
         """The example model as it is streamed, or as its own draft."""
         if draft:
-            options: dict[str, Any] = {"bits": DRAFT_BITS, "purpose": "memory"}
+            options: dict[str, Any] = {"bits": DRAFT_BITS, "purpose": "memory", "codecs": ("fast",)}
         else:
             options = {"bits": EXAMPLE_BITS}
 

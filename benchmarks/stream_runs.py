@@ -91,16 +91,17 @@ class Bench:
         """Raises LimitError if it is killed or fails."""
         request |= {"artifact": str(artifact.path), "memory": memory, "prompts": prompts}
         request["tokens"] = tokens + WARM_PASSES
-        outcome = self._outcome("stream_worker.py", sys.executable, request, artifact.path, rate, memory)
+        outcome = self._outcome("stream_worker.py", sys.executable, request, [artifact.path], rate, memory)
         answer = _checked(outcome)
         seconds = [s for generation in answer["generations"] for s in generation["seconds"][WARM_PASSES:]]
         return Run(answer, seconds, outcome.peaks, memory)
 
     def peer(self, request: dict[str, Any], rate: float | None, tokens: int, memory: int | None) -> Run:
         """A peer with more memory every time that it is killed. Raises LimitError if it fails in another way."""
+        files = [Path(request[what]) for what in ("model", "folder") if what in request]
         request = {"prompt": PROMPT, "threads": torch.get_num_threads(), "tokens": tokens + WARM_PASSES, **request}
         while True:
-            outcome = self._outcome("stream_peers.py", self.peers_python, request, Path(request["model"]), rate, memory)
+            outcome = self._outcome("stream_peers.py", self.peers_python, request, files, rate, memory)
             if not (outcome.killed and memory is not None and memory * MORE_MEMORY < LARGEST_MEMORY):
                 answer = _checked(outcome)
                 return Run(answer, answer["seconds"][WARM_PASSES:], outcome.peaks, memory)
@@ -122,9 +123,10 @@ class Bench:
         return self._known[artifact.path]
 
     def _outcome(
-        self, script: str, python: str, request: Any, files: Path, rate: float | None, memory: int | None
+        self, script: str, python: str, request: Any, files: Sequence[Path], rate: float | None, memory: int | None
     ) -> Outcome:
-        evict(files)
+        for path in files:
+            evict(path)
         limits = Limits(
             memory_bytes=None if self._refused["memory"] else memory,
             read_bytes_per_s=None if self._refused["read"] else rate,
