@@ -24,6 +24,7 @@ from make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
 from waterfill.architecture import describe
 from waterfill.checkpoint import open_checkpoint
 from waterfill.loss import Coefficients
+from waterfill.pack import SENSITIVITY_FILE
 from waterfill.plan import Plan
 from waterfill.sensitivity import Sensitivity
 
@@ -44,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     FAST: {"purpose": "memory", "codecs": ("fast",)},
 }
 EXAMPLE_BITS, DRAFT_BITS = 3.0, 2.0
+EXAMPLE_PROBE = {"sequences": 16, "length": 128}
 
 Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -76,20 +78,18 @@ class Store:
 
     def example(self, draft: bool = False) -> Artifact:
         """The example model as it is streamed, or as its own draft."""
+        options: dict[str, Any] = {"bits": EXAMPLE_BITS, **EXAMPLE_PROBE}
         if draft:
-            options: dict[str, Any] = {"bits": DRAFT_BITS, "purpose": "memory", "codecs": ("fast",)}
-        else:
-            options = {"bits": EXAMPLE_BITS}
+            known = self.example().path / SENSITIVITY_FILE
+            options = {"bits": DRAFT_BITS, "purpose": "memory", "codecs": ("fast",), "sensitivity": known}
 
         def make(path: Path) -> None:
             waterfill.pack(EXAMPLE_MODEL, path, **options)
 
         return self._opened(self._made(f"example-{'draft' if draft else 'streamed'}", make))
 
-    def gguf(
-        self, name: str, kind: str, write: Callable[[dict[str, Any]], dict[str, Any]]
-    ) -> tuple[Path, float, float]:
-        """(file, bits per weight and relative error of its type); `write` answers requests as `stream_peers.py` does."""
+    def gguf(self, name: str, kind: str, write: Ask) -> tuple[Path, float, float]:
+        """(file, bits per weight, relative error of its type); `write` answers requests as `stream_peers.py` does."""
 
         def make(path: Path) -> None:
             path.mkdir()
