@@ -100,6 +100,11 @@ class Store:
         answer = json.loads((path / "answer.json").read_text())
         return path / "model.gguf", answer["bits"], answer["t2"]
 
+    def split(self, name: str, write: Ask) -> Path:
+        """The checkpoint in a file per layer, as AirLLM keeps it."""
+        request = {"peer": "airllm", "model": str(self.checkpoint(name)), "tokens": 0}
+        return self._made(f"{name}-airllm", lambda path: write(request | {"folder": str(path)}))
+
     def _plan(self, name: str, kind: str) -> Plan:
         checkpoint, options = self.checkpoint(name), KINDS[kind]
         if kind != CODED:
