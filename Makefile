@@ -5,10 +5,11 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test native-check lint check clean
+.PHONY: help demo report test native-check lint check clean
 
 help:
 	@echo "make demo   pack the small model in examples/, predict and measure its loss, generate text"
+	@echo "make report the same, and keep its page as docs/report.html"
 	@echo "make test   run the test suite"
 	@echo "make lint   formatting, lint and types"
 	@echo "make native-check   the C++ kernels of every instruction set against the scalar ones, with sanitizers"
@@ -21,6 +22,10 @@ $(VENV)/ready: pyproject.toml constraints.txt $(wildcard native/CMakeLists.txt n
 
 demo: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
+
+# With what `benchmarks/compare.py` has measured in the same cache folder, the page shows other methods too.
+report: demo
+	cp demo-out/packed.html docs/report.html
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses auto

@@ -133,7 +133,7 @@ def shapes_of(name: str) -> dict[str, Any]:
 
 
 def even_sensitivity(path: Path) -> Sensitivity:
-    """Of a model in which noise costs the same everywhere, along the weights and across: KL is mean relative error."""
+    """Noise costs the same everywhere, along the weights and across: KL is mean relative error."""
     checkpoint = open_checkpoint(path)
     weights = {matrix.name: math.prod(matrix.shape) for matrix in describe(checkpoint).matrices}
     total = sum(weights.values())

@@ -30,7 +30,7 @@ def measure_speculation(bench: Bench) -> None:
         "prompt look-up": {"lookup": LOOKUP},
         "low-bit draft": {"draft": str(draft.path)},
     }
-    tokens, memory = QUICK_TOKENS if quick else TOKENS, bench.limit(artifact)
+    tokens, memory = QUICK_TOKENS if quick else TOKENS, bench.limit(artifact, draft=str(draft.path))
     rate = artifact.size_bytes / (QUICK_PASS_S if quick else PASS_S)
     text_prompts = prompts(bench, QUICK_PROMPTS if quick else PROMPTS)
     report.note(f"speculation: {artifact.bits:.3g} bits, the draft {draft.bits:.3g}; read at {rate / 1e6:.3g} MB/s")

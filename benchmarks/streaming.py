@@ -98,7 +98,7 @@ def measure_stages(bench: Bench, names: list[str]) -> None:
         if memory is not None:
             report_memory(bench, name, memory, runs, failures)
     columns = ["model", "storage", "tokens/s", "ms/token", "±", *(f"{stage.removesuffix('_s')} ms" for stage in STAGES)]
-    columns += ["over the slowest", "± of it", "limiting", "pinned MB", "peak MB", "group MB", "limit MB"]
+    columns += ["over the slowest", "± of it", "limiting", "kept MB", "peak MB", "group MB", "limit MB"]
     bench.report.table("time per token, and of each stage alone", columns, rows, key="stages")
 
 
@@ -115,7 +115,7 @@ def stage_figures(bench: Bench, name: str, runs: list[Run]) -> list[Any]:
     ratio, spread = median_spread([run.token_s / max(run.answer["stages"][stage] for stage in STAGES) for run in runs])
     holds = ratio <= STAGES_GOAL
     bench.report.criterion(f"time_over_slowest_stage_{name}", ratio, f"<= {STAGES_GOAL}", holds)
-    return [*head, *stages, ratio, spread, summary.get("limiting"), megabytes(summary.get("pinned_bytes")), *peaks]
+    return [*head, *stages, ratio, spread, summary.get("limiting"), megabytes(summary.get("kept_bytes")), *peaks]
 
 
 def report_memory(bench: Bench, name: str, memory: int, runs: list[Run], failures: int) -> None:

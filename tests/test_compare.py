@@ -172,6 +172,15 @@ def test_ours_stands_beside_every_peer_within_its_bytes(subject: Subject, ids: T
     assert peer.ratio == peer.ours_kl / peer.kl
 
 
+def test_ours_is_planned_for_storage_or_for_memory(subject: Subject, ids: Tensor) -> None:
+    rounded = method("rounded", partial(round_to_nearest, bits=2, zero="none"))
+    requests = (Request(Budget(bits=16.0), purpose=purpose) for purpose in ("storage", "memory"))
+    storage, memory = (compared(subject, ids, rounded, match=True, request=request) for request in requests)
+    assert memory.curve[0].kl > storage.curve[0].kl, "fixed rates lose more for the same bytes"
+    assert memory.rows[0].ours_kl != storage.rows[0].ours_kl, "one is not taken for the other where results are kept"
+    assert memory.rows[0].kl == storage.rows[0].kl, "a peer is what it is"
+
+
 def test_a_peer_is_ahead_only_beyond_the_errors(subject: Subject, ids: Tensor) -> None:
     found = compared(subject, ids)
     row = Row("p", "P", "peer", None, False, 100, 1.0, 0.010, 0.001, ours_kl=0.02, ours_kl_stderr=0.001)
@@ -201,6 +210,24 @@ def test_the_curve_is_what_plans_promise(subject: Subject) -> None:
     assert curve[1].kl < middle < curve[0].kl
     assert between(curve, curve[1].size_bytes) == pytest.approx(curve[1].kl)
     assert between(curve, curve[0].size_bytes - 1) is None
+
+
+def test_a_comparison_is_plain_data(subject: Subject, ids: Tensor) -> None:
+    def fails(weight: Tensor) -> Any:
+        raise Unavailable("not here")
+
+    rounded = method("rounded", partial(round_to_nearest, bits=4, zero="none"))
+    found = compared(subject, ids, rounded, method("none", fails), match=True)
+    record = json.loads(found.to_json())
+    assert record == json.loads(json.dumps(found.to_dict()))
+    assert [row["ratio"] for row in record["rows"]] == [found.rows[0].ratio, None]
+    assert record["curve"][0]["kl"] == found.curve[0].kl
+    pytest.importorskip("pandas", reason="pandas is not installed: waterfill[eval]")
+    table = found.to_pandas()
+    assert list(table["method"]) == ["rounded", "none"]
+    assert list(table.columns) == [*Row.__dataclass_fields__, "ratio"]
+    assert table["kl"][0] == found.rows[0].kl
+    assert found.rows[0].to_pandas()["kl"] == found.rows[0].kl
 
 
 # ----------------------------------------------------------------------------------------------------- kept results
@@ -359,6 +386,15 @@ def test_the_command(command: Command, work: Path, ref_llama: Path, tmp_path: Pa
     assert table.err.startswith("compared in ")
     assert "ratio" not in table.out
     assert "ratio: that over the method's" in command(*arguments).out
+
+
+def test_the_purpose_reaches_the_plans(command: Command, work: Path, ref_llama: Path) -> None:
+    arguments = ["compare", ref_llama, "--text", work / "text.py", "--context", "64", "--windows", "1", "--json"]
+    arguments += ["--sensitivity", work / "plan.sensitivity.json", "--methods", "waterfill", "--bits", "0.1"]
+    storage, memory = command(*arguments).record, command(*arguments, "--for", "memory").record
+    assert memory["rows"][0]["title"] == "waterfill, for memory, 0.1 bits"
+    assert len({point["size_bytes"] for point in memory["curve"]}) > 2
+    assert memory["curve"] != storage["curve"]
 
 
 @pytest.mark.parametrize(

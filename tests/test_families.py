@@ -151,6 +151,20 @@ def test_generation_with_the_cache_is_generation_without(
     assert generated[0].shape == (2, 13)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "granite_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_are_multiplied_from_their_codes(
+    family: str, packed: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = waterfill.load(packed(family)[1])
+    expected = log_probabilities(model)
+
+    def refuse(matrix: PackedMatrix) -> torch.Tensor:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(PackedMatrix, "dense", refuse)
+    assert torch.equal(log_probabilities(model), expected)
+
+
 def test_streams_become_levels_when_they_are_loaded(
     packed: Callable[..., tuple[Path, Path]], caplog: pytest.LogCaptureFixture
 ) -> None:

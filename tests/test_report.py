@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from hashlib import blake2b
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import waterfill
 from commands import Command
 from plans import SCALAR, plan_for
 from test_cli import documented, shape
-from waterfill import api, loss
+from waterfill import api, api_studies, loss
 from waterfill.artifact import open_artifact
 from waterfill.budget import Budget, format_size
 from waterfill.compare import Row
@@ -415,6 +416,32 @@ def test_what_compare_has_measured_is_shown(report: Report, work: Path, tmp_path
     results.put({"method": "c", "text": "t2", "context": 64}, replace(row, method="c", kl=None, problem="no"))
     made = waterfill.report(work / "packed", output=tmp_path / "r.html")
     assert [peer.method for peer in made.peers] == ["a", "b"], "those of the text that most is known of"
+    assert not made.same_text
+
+
+def test_the_commands_are_what_was_asked_for(full: Report, report: Report) -> None:
+    name, text = full.name, full.text
+    measured = f"--text {text} --context 64 --windows 9"
+    assert f"waterfill eval {name} --against ref-llama {measured}" in full.commands
+    samples = "--prompt 'def f(' --prompt The --max-new-tokens 6"
+    assert full.commands[-1] == f"waterfill report {name} --original ref-llama {measured} {samples}"
+    assert report.commands[-1] == f"waterfill report {name}"
+
+
+def test_the_page_says_whether_methods_were_measured_on_its_text(full: Report, tmp_path: Path) -> None:
+    results = Results(full.plan.fingerprint)
+    row = replace(full.peers[0], method="other")
+    for name in ("other", "another"):
+        results.put({"method": name, "text": "another text", "context": 64}, replace(row, method=name))
+    ids = torch.arange(9 * 64)
+    compared, same = api_studies._compared(full.plan.fingerprint, ids, 64)
+    assert ([found.method for found in compared], same) == (["another", "other"], False)
+    digest = blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest()
+    results.put({"method": "here", "text": digest, "context": 64}, replace(row, method="here"))
+    compared, same = api_studies._compared(full.plan.fingerprint, ids, 64)
+    assert ([found.method for found in compared], same) == (["here"], True)
+    assert "but on another text than this model" in Page(render(full)).text
+    assert "on the same text" in " ".join(Page(render(replace(full, same_text=True))).text.split())
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,20 @@ def test_the_command(files: dict[str, Path], command: Command, work: Path) -> No
 
 
 @needs_harness
+def test_a_folder_without_git_is_not_complained_of(
+    files: dict[str, Path],
+    loaded: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    specs = [read_task(files["continuation"])]
+    monkeypatch.chdir(tmp_path)
+    run_tasks(*loaded, specs, limit=1)
+    assert "git" not in capfd.readouterr().err
+
+
+@needs_harness
 def test_results_are_a_table(files: dict[str, Path], loaded: tuple[Any, Any]) -> None:
     frame = run_tasks(*loaded, [read_task(files["continuation"])], limit=2).to_pandas()
     assert list(frame["metric"]) == ["acc", "acc_norm"]

@@ -251,3 +251,16 @@ def test_the_message_names_the_stream() -> None:
     streams[start + 5000] ^= 1
     with pytest.raises(ArtifactError, match="stream 1 of an entropy-coded matrix is damaged; fetch"):
         codec.to_levels(streams, shape)
+
+
+def test_what_follows_the_last_stream_has_to_be_zeros() -> None:
+    codec, shape = trellis(8, 1.0), (2 * stream_rows(2048), 2048)
+    streams = encoded(codec, gaussian(shape)).buffers["streams"].numpy()
+    padded = np.append(streams, np.zeros(2, np.uint8))
+    assert all(native_levels(codec, isa, padded, shape)[0] == 0 for isa in ISAS)
+    reference_levels(codec, padded, shape)
+    padded[-1] = 1
+    with pytest.raises(ArtifactError, match="stream 1 of an entropy-coded matrix is damaged") as refused:
+        reference_levels(codec, padded, shape)
+    assert "not zeros" in str(refused.value.__cause__)
+    assert [native_levels(codec, isa, padded, shape)[0] for isa in ISAS] == [-3 - 1] * len(ISAS)

@@ -15,7 +15,7 @@ extern "C" {
 #define WF_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define WF_VERSION 2
+#define WF_VERSION 3
 
 typedef struct wf_table wf_table;
 
@@ -99,9 +99,42 @@ WF_EXPORT int wf_trellis_search(int isa, int states, const float* x, int64_t cou
                                 int16_t* out);
 
 /* All streams of a matrix -> levels plus 128 as bytes, or `wide` plus 32768 in two bytes, [rows][width], and fp16 scales
- * [rows][groups]. -3 - i: stream i is damaged. */
+ * [rows][groups]. -3 - i: stream i is damaged, or what follows the last one is not zeros. */
 WF_EXPORT int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows,
                                     int64_t width, uint8_t* codes, uint16_t* scales);
+
+/* Consecutive rows of a matrix, in one of three forms: streams as an artifact has them (`states` > 0), codes as an artifact
+ * has them (`row_bytes` > 0; `word_indices` and `word_bytes` as in wf_arrange), or codes and scales in the kernels' layout. */
+typedef struct {
+    int64_t rows, width;
+    float step, unit;       /* as in wf_matrix */
+    const wf_table* table;  /* that the rows are multiplied with: of streams, the table of levels */
+    const uint8_t* data;    /* streams, or codes */
+    const uint16_t* scales; /* of codes */
+    int states, wide;
+    const uint32_t* ends;   /* of each stream, in bytes from `data` */
+    int word_indices, word_bytes;
+    int64_t row_bytes;
+} wf_chunk;
+
+/* Activations x [tokens][width], rotated and rounded once for all matrices whose tables take them in the same form, as
+ * that of `table` does. NULL when out of memory. */
+typedef struct wf_activations wf_activations;
+WF_EXPORT wf_activations* wf_activations_new(int isa, const wf_table* table, const void* x, int dtype, int64_t tokens,
+                                             int64_t width);
+WF_EXPORT void wf_activations_free(wf_activations* x);
+
+/* y[t * stride + r] = row r of the chunk times token t; y of `dtype`. Nanoseconds of all threads are added to
+ * nanoseconds[0], decoding, and [1], multiplying. -3 - i: stream i is damaged. */
+WF_EXPORT int64_t wf_chunk_multiply(int isa, const wf_chunk* chunk, const wf_activations* x, int dtype, void* y,
+                                    int64_t stride, int64_t* nanoseconds);
+
+/* A chunk -> the kernels' layout. -3 - i: stream i is damaged. */
+WF_EXPORT int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t* scales);
+
+/* sums[i] of the bytes between ends[i - 1], or 0, and ends[i], to find out that they were read otherwise than before; not
+ * part of any format. */
+WF_EXPORT int wf_checksums(const uint8_t* data, const uint32_t* ends, int64_t count, uint64_t* sums);
 
 /* Floating-point numbers of `item_bytes` bytes, 2 or 4, exactly: `count` numbers -> one stream per 2^18 of them, stream i
  * at out + i * capacity, its length in sizes[i]. `capacity` is what wf_lossless_capacity says, or more. */

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../include/waterfill_native.h"
+#include "arrange.hpp"
 #include "half.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
@@ -62,29 +63,6 @@ void prefer_huge_pages([[maybe_unused]] uint8_t* memory, [[maybe_unused]] int64_
     const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) / kPage * kPage;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // no harm where refused
 #endif
-}
-
-void unpack_row(const uint8_t* row, int64_t count, int n, int word_indices, int word_bytes, int64_t row_bytes,
-                uint16_t* out) {
-    if (!word_indices) {
-        const int bits = bits_of(n);
-        const uint32_t mask = (1u << bits) - 1;
-        uint64_t held = 0;
-        int have = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            while (have < bits) held |= uint64_t(*row++) << have, have += 8;
-            out[i] = uint16_t(std::min<uint32_t>(uint32_t(held) & mask, uint32_t(n) - 1));
-            held >>= bits, have -= bits;
-        }
-        return;
-    }
-    const uint8_t* end = row + row_bytes;
-    for (int64_t i = 0; i < count; i += word_indices, row += word_bytes) {
-        uint64_t word = 0;
-        std::memcpy(&word, row, size_t(std::min<int64_t>(word_bytes, end - row)));
-        for (int64_t k = i; k < std::min<int64_t>(count, i + word_indices); ++k, word /= uint64_t(n))
-            out[k] = uint16_t(word % uint64_t(n));
-    }
 }
 
 void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const float* points, int bias) {
@@ -197,53 +175,14 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
     const Functions* f = functions(isa);
     if (!f || word_bytes > 7) return -1;
     const Table& t = stored->table->view;
-    const int paired = stored->table->paired;
-    const int stored_p = paired ? 1 : t.p, stored_n = paired ? paired : t.n;
-    const int64_t rows = stored->rows, width = stored->width, groups = groups_of(width);
-    const int64_t count = codes_per_row(width, stored_p), chunks = chunks_per_row(width, t.p);
-    const Planes planes = planes_of(t.bits);
-    const int order = f->order(t);
-    const bool reorder = order > 1 && t.p == 1;
-    prefer_huge_pages(codes, wf_codes_bytes(stored_p, stored_n, rows, width));
-    const int64_t per_task = std::max<int64_t>(1, kTaskWeights / (kTile * width));
-    parallel(ceil_div(tiles_of(rows), per_task), [&](int64_t task) {
-        auto* index = reinterpret_cast<uint16_t*>(scratch(kIndices, 2 * (chunks + 1) * kChunk * 2));
-        for (int64_t tile = task * per_task; tile < std::min(tiles_of(rows), (task + 1) * per_task); ++tile) {
-            uint8_t* out = codes + tile * chunks * kTile * planes.bytes;
-            std::memset(out, 0, size_t(chunks * kTile * planes.bytes));
-            for (int r = 0; r < kTile; ++r) {
-                const int64_t row = tile * kTile + r;
-                for (int64_t g = 0; g < groups; ++g)
-                    scales[(tile * groups + g) * kTile + r] = row < rows ? stored->scales[row * groups + g] : uint16_t(0);
-                if (row >= rows) continue;
-                if (t.direct) {
-                    const int size = t.precision / 8;
-                    for (int64_t c = 0; c < chunks; ++c) {
-                        uint8_t* to = out + (c * kTile + r) * planes.bytes;
-                        const int64_t filled = least(kChunk, width - c * kChunk);
-                        std::memcpy(to, stored->codes + row * row_bytes + c * kChunk * size, size_t(filled * size));
-                        if (size == 2 || t.bias == 0)  // signed numbers: the upper bit turned over
-                            for (int64_t i = size - 1; i < filled * size; i += size) to[i] ^= 0x80;
-                        else
-                            std::memset(to + filled, t.bias, size_t(kChunk - filled));
-                    }
-                    continue;
-                }
-                unpack_row(stored->codes + row * row_bytes, count, stored_n, word_indices, word_bytes, row_bytes, index);
-                int64_t filled = count;
-                if (paired) {
-                    index[count] = 0;
-                    filled = ceil_div(count, 2);
-                    for (int64_t i = 0; i < filled; ++i)
-                        index[i] = uint16_t(index[2 * i] | index[2 * i + 1] << bits_of(paired));
-                }
-                for (int64_t i = 0; i < chunks * kChunk; ++i) {
-                    const int64_t from = reorder ? ordered_column(i, order) : i;
-                    if (from < filled)
-                        put_code(out + (i / kChunk * kTile + r) * planes.bytes, planes, int(i % kChunk), index[from]);
-                }
-            }
-        }
+    const int64_t rows = stored->rows, width = stored->width, tiles = tiles_of(rows), groups = groups_of(width);
+    const int64_t tile_bytes = chunks_per_row(width, t.p) * kTile * planes_of(t.bits).bytes;
+    const StoredRows m{stored->table, rows, width, stored->codes, stored->scales, word_indices, word_bytes, row_bytes};
+    prefer_huge_pages(codes, tiles * tile_bytes);
+    const int64_t per_task = most(1, kTaskWeights / (kTile * width));
+    parallel(ceil_div(tiles, per_task), [&](int64_t task) {
+        const int64_t first = task * per_task;
+        arrange_tiles(*f, m, first, least(tiles, first + per_task), codes + first * tile_bytes, scales + first * kTile * groups);
     });
     return 0;
 }

@@ -26,6 +26,10 @@ uint32_t little_endian(const uint8_t* p) {
     return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
 }
 
+bool zeros(const uint8_t* from, const uint8_t* to) {
+    return std::all_of(from, to, [](uint8_t byte) { return byte == 0; });
+}
+
 // The first damaged stream is the one that is named, whichever thread finds one first.
 void lower(std::atomic<int64_t>& least, int64_t value) {
     for (int64_t now = least.load(); value < now && !least.compare_exchange_weak(now, value);) {
@@ -69,6 +73,7 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
         int lanes;
         uint8_t* levels = scratch(kLevels, padded_count(weights, &lanes) * (wide ? 2 : 1));
         const bool good = from >= 4 * streams && from <= to && to <= bytes &&
+                          (i + 1 < streams || zeros(arena + to, arena + bytes)) &&
                           decode_stream(*f, shape, count, arena + from, to - from, levels, scales + first * groups);
         if (!good) return lower(failed, i);
         if (wide) {

@@ -1,4 +1,4 @@
-// How a packed matrix lies in memory while it is multiplied from.
+// How a packed matrix lies in memory while it is multiplied from (arrange.hpp brings it there).
 //
 // Rows are interleaved by four, so that a matrix is one sequential stream and four accumulators hide the latency of
 // the dot product. Codes come in chunks of 128 per row, each split into bit planes of 8, 4, 2 and 1 bits, whose fields
@@ -107,14 +107,6 @@ inline void chunk_codes(const uint8_t* chunk, Planes p, uint16_t (&code)[kChunk]
     }
     if (p.at1 >= 0)
         for (int i = 0; i < kChunk; ++i) code[i] |= uint16_t((chunk[p.at1 + i / 8] >> (i % 8) & 1) << shift);
-}
-
-// Adds code i to a chunk that was zero there.
-inline void put_code(uint8_t* chunk, Planes p, int i, uint32_t code) {
-    if (p.at8 >= 0) chunk[p.at8 + i] = uint8_t(code), code >>= 8;
-    if (p.at4 >= 0) chunk[p.at4 + i % 64] |= uint8_t((code & 15) << (i / 64 * 4)), code >>= 4;
-    if (p.at2 >= 0) chunk[p.at2 + i % 32] |= uint8_t((code & 3) << (i / 32 * 2)), code >>= 2;
-    if (p.at1 >= 0) chunk[p.at1 + i / 8] |= uint8_t((code & 1) << (i % 8));
 }
 
 }  // namespace

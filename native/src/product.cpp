@@ -13,27 +13,12 @@ namespace {
 
 constexpr int64_t kUnitTiles = 8;  // of work: what a gemm decodes together
 
-// A form of the activations: which order of columns, how many bits. Matrices that share it share the work.
-struct Form {
-    int order, precision, bias;
-    bool operator==(const Form& o) const { return order == o.order && precision == o.precision && bias == o.bias; }
-};
-
-Form form_of(const Functions& f, const wf_matrix& m) {
-    const Table& t = m.table->view;
-    return {f.order(t), t.precision, t.bias};
-}
-
 Prepared prepare(const Functions& f, const float* rows, int64_t tokens, int64_t width, Form form) {
     const int64_t padded = padded_width(width), groups = groups_of(width);
     uint8_t* data = scratch(kIntegers, tokens * padded * form.precision / 8);
     float* scales = scratch_floats(kIntegerScales, tokens * groups);
     int32_t* corrections = reinterpret_cast<int32_t*>(scratch(kCorrections, tokens * groups * 4));
-    each_row(tokens, width, [&](int64_t t) {
-        f.quantise(rows + t * width, width, form.order, form.precision, form.bias,
-                   data + t * padded * form.precision / 8, scales + t * groups, corrections + t * groups);
-    });
-    return {tokens, groups, padded, data, scales, corrections};
+    return quantise(f, rows, tokens, width, form, data, scales, corrections);
 }
 
 struct Part {  // of the work: one matrix
@@ -89,6 +74,18 @@ void multiply(const Functions& f, const std::vector<const wf_matrix*>& matrices,
 }
 
 }  // namespace
+
+Form form_of(const Functions& f, const Table& t) { return {f.order(t), t.precision, t.bias}; }
+
+Prepared quantise(const Functions& f, const float* rows, int64_t tokens, int64_t width, Form form, uint8_t* data,
+                  float* scales, int32_t* corrections) {
+    const int64_t padded = padded_width(width), groups = groups_of(width);
+    each_row(tokens, width, [&](int64_t t) {
+        f.quantise(rows + t * width, width, form.order, form.precision, form.bias,
+                   data + t * padded * form.precision / 8, scales + t * groups, corrections + t * groups);
+    });
+    return {tokens, groups, padded, data, scales, corrections};
+}
 
 Matrix view(const wf_matrix& m) { return {m.rows, m.width, m.step, m.unit, &m.table->view, m.codes, m.scales}; }
 
@@ -147,11 +144,11 @@ void products(const Functions& f, const wf_matrix* const* matrices, int count, c
     std::vector<bool> done(size_t(count), false);
     for (int first = 0; first < count; ++first) {
         if (done[size_t(first)]) continue;
-        const Form form = form_of(f, *matrices[first]);
+        const Form form = form_of(f, matrices[first]->table->view);
         std::vector<const wf_matrix*> same;
         std::vector<void*> results;
         for (int i = first; i < count; ++i) {
-            if (done[size_t(i)] || !(form_of(f, *matrices[i]) == form)) continue;
+            if (done[size_t(i)] || !(form_of(f, matrices[i]->table->view) == form)) continue;
             same.push_back(matrices[i]);
             results.push_back(y[i]);
             done[size_t(i)] = true;

@@ -28,6 +28,18 @@ void products(const Functions& f, const wf_matrix* const* matrices, int count, c
 // x rotated, [tokens][width], in memory that the next call reuses.
 const float* rotated(const Functions& f, const void* x, int dtype, int64_t tokens, int64_t width);
 
+// A form of the activations: which order of columns, how many bits. Matrices that share it share the work.
+struct Form {
+    int order, precision, bias;
+    bool operator==(const Form& o) const { return order == o.order && precision == o.precision && bias == o.bias; }
+};
+
+Form form_of(const Functions& f, const Table& t);
+
+// Rotated rows [tokens][width] -> integers, in memory of the caller's as `Prepared` says.
+Prepared quantise(const Functions& f, const float* rows, int64_t tokens, int64_t width, Form form, uint8_t* data,
+                  float* scales, int32_t* corrections);
+
 // `count` numbers of a WF_ dtype to floats, starting at number `from`.
 void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out);
 
@@ -35,7 +47,10 @@ void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out)
 void from_float(const float* x, int dtype, int64_t to, int64_t count, void* out);
 
 // Memory that a thread keeps, 64-byte aligned, since allocating a megabyte would cost more than a small product.
-enum Scratch { kRotated, kIntegers, kIntegerScales, kCorrections, kDecoded, kIndices, kSums, kLayer, kScores, kSymbols, kLevels, kScratchSlots };
+enum Scratch {
+    kRotated, kIntegers, kIntegerScales, kCorrections, kDecoded, kIndices, kSums, kLayer, kScores, kSymbols, kLevels,
+    kPartCodes, kPartScales, kPartSums, kScratchSlots
+};
 uint8_t* scratch(Scratch slot, int64_t bytes);
 inline float* scratch_floats(Scratch slot, int64_t count) {
     return reinterpret_cast<float*>(scratch(slot, count * int64_t(sizeof(float))));

@@ -28,7 +28,18 @@ int bits_of(int n) {
 
 struct Grid {
     int p, n, precision;
+    int digits = 0, word_bytes = 0;  // of radix words, or bit fields
 };
+
+int64_t row_bytes_of(const Grid& g, int64_t width) {
+    const int64_t count = (width + g.p - 1) / g.p;
+    if (!g.digits) return (count * bits_of(g.n) + 7) / 8;
+    uint64_t most = 1;  // of the last word, which takes the bytes that it needs
+    for (int64_t i = 0; i < count % g.digits; ++i) most *= uint64_t(g.n);
+    int64_t bytes = count / g.digits * g.word_bytes;
+    for (--most; most; most >>= 8) ++bytes;
+    return bytes;
+}
 
 struct Arranged {
     wf_table* table;
@@ -43,7 +54,7 @@ struct Arranged {
           codes(size_t(wf_codes_bytes(g.p, g.n, rows, width))),
           scales(size_t(wf_scales_count(rows, width))),
           matrix{rows, width, 0.01f, 1.0f, table, stored.data(), factors.data()} {
-        if (wf_arrange(isa, &matrix, 0, 0, row_bytes, codes.data(), scales.data())) std::abort();
+        if (wf_arrange(isa, &matrix, g.digits, g.word_bytes, row_bytes, codes.data(), scales.data())) std::abort();
         matrix.codes = codes.data();
         matrix.scales = scales.data();
     }
@@ -61,9 +72,10 @@ void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
         units[i] = int16_t(int(rng() % uint32_t(2 * limit + 1)) - limit);
         points[i] = 0.01f * float(units[i]);
     }
-    const int64_t row_bytes = ((width + g.p - 1) / g.p * bits_of(g.n) + 7) / 8;
+    const int64_t row_bytes = row_bytes_of(g, width);
     std::vector<uint8_t> stored(size_t(rows * row_bytes));
     for (auto& byte : stored) byte = uint8_t(rng());
+    for (size_t i = 1; g.n == 1 << 16 && i < stored.size(); i += 2) stored[i] = uint8_t(0x78 + rng() % 16);  // of 12 bits
     std::vector<uint16_t> factors(size_t(rows * groups_of(width)));
     for (auto& factor : factors) factor = uint16_t(0x3000 + rng() % 0x1000);  // 0.125 to 2
 
@@ -230,7 +242,8 @@ int main() {
     const Grid grids[] = {{1, 2, 8},   {1, 4, 8},    {1, 7, 8},    {1, 16, 8},   {1, 32, 16}, {1, 88, 16},
                           {1, 256, 16}, {2, 4, 8},    {2, 8, 8},    {2, 16, 8},   {2, 32, 8},  {2, 64, 8},
                           {2, 100, 8},  {2, 256, 8},  {2, 1024, 16}, {3, 512, 8}, {3, 4096, 16}, {4, 256, 8},
-                          {4, 4096, 8}};
+                          {4, 4096, 8}, {1, 256, 8},  {1, 1 << 16, 16},           {1, 3, 8, 5, 1},
+                          {1, 11, 8, 16, 7},          {1, 88, 16, 6, 5},          {2, 724, 16, 5, 6}};
     int scalar = 0;
     while (std::strcmp(wf_isa(scalar), "scalar")) ++scalar;
     wf_set_threads(2);

@@ -11,10 +11,13 @@ _SECTIONS = {
     "On a text": ("text_file", "against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
     "Tasks": ("tasks", "shots", "limit", "chat_template"),
     "Efficiency": ("efficiency", "prompt_tokens", "new_tokens"),
+    "Our plans": ("sizes", "rates"),
+    "Methods": ("methods", "no_match"),
     "Budget (exactly one)": ("size", "bits", "max_kl", "lossless"),
     "Choices": ("gain", "keep", "tie", "uniform", "purpose", "codecs"),
-    "Sensitivities": ("probe", "text", "sequences", "length", "seed", "method", "sensitivity"),
-    "Text": ("prompt", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
+    "Sensitivities": ("probe", "text", "calibration", "sequences", "length", "seed", "method", "sensitivity"),
+    "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
+    "Running": ("memory", "draft", "lookup"),
 }
 
 Decorator = Callable[[Any], Any]
@@ -58,6 +61,15 @@ def combined(*options: Decorator) -> Decorator:
         return function
 
     return decorate
+
+
+purpose_option = click.option(
+    "--for",
+    "purpose",
+    type=click.Choice(["storage", "memory"]),
+    help="storage (default): entropy-coded, least loss for its bytes, decoded to a byte per weight when loaded; "
+    "memory: fixed rate, runs from its codes.",
+)
 
 
 def _quiet_transformers() -> None:

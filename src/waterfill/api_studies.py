@@ -7,6 +7,7 @@ report    artifact (+ original + text) ──► Report, and its page (report/)
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -28,6 +29,7 @@ from waterfill.evaluate import Divergence, default_context, divergence, token_id
 from waterfill.evaluate import windows as text_windows
 from waterfill.loading import load_checkpoint
 from waterfill.loss import Gain
+from waterfill.menu import Purpose
 from waterfill.planner import Request
 from waterfill.probe import Probe, probe_tokens
 from waterfill.report import Report, Sample, gather, render
@@ -46,6 +48,7 @@ class CompareOptions(TypedDict, total=False):
     gain: Gain
     keep: Sequence[str]
     codecs: Sequence[str]
+    purpose: Purpose  # storage or memory, as of `plan`
     probe: Literal["self", "random"]
     calibration: str | Path | None  # a text to measure sensitivities on, and to calibrate peers with, in their place
     sequences: int
@@ -101,6 +104,7 @@ def compare(
         gain=options.get("gain", "auto"),
         keep=tuple(options.get("keep", ())),
         codecs=tuple(options.get("codecs", ())),
+        purpose=options.get("purpose", "storage"),
     )
     return compare_methods(
         subject,
@@ -171,6 +175,7 @@ def report(
             found = divergence(reference, packed, ids, context=context, batch=batch, progress=step)
         chosen = PROMPTS if prompts is None else tuple(prompts)
         samples = _samples(reference, packed, tokenizer, chosen, max_new_tokens, _step(progress, "sampling"))
+    compared, same_text = _compared(plan.fingerprint, ids, context)
     facts = gather(
         stored,
         plan,
@@ -178,8 +183,10 @@ def report(
         divergence=found,
         text=None if text is None else Path(text).name,
         samples=samples,
-        compared=_compared(plan.fingerprint, ids, context),
+        compared=compared,
+        same_text=same_text,
         original=original is not None,
+        options=_sample_options(prompts, max_new_tokens),
     )
     facts = replace(facts, path=page)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -272,19 +279,25 @@ def _samples(
     return tuple(samples)
 
 
-def _compared(fingerprint: str, ids: torch.Tensor | None, context: int | None) -> tuple[Row, ...]:
-    """What `compare` has measured of this model: on these tokens if there are any, else on the text it saw most of."""
+def _sample_options(prompts: Sequence[str] | None, tokens: int) -> list[str]:
+    """What samples were asked for, as options of the command line."""
+    length = [] if tokens == SAMPLE_TOKENS else [f"--max-new-tokens {tokens}"]
+    return [*(f"--prompt {shlex.quote(prompt)}" for prompt in prompts or ()), *length]
+
+
+def _compared(fingerprint: str, ids: torch.Tensor | None, context: int | None) -> tuple[tuple[Row, ...], bool]:
+    """What `compare` has measured of this model, on these tokens if it has seen them (then True), else on the text that
+    it measured most methods on."""
     groups: dict[tuple[str, int], dict[tuple[str, str], Row]] = {}
     for key, row in Results(fingerprint).rows():
         if row.kl is not None:
             plan = str(key.get("options")) if row.family == "waterfill" else ""
             groups.setdefault((str(key.get("text")), int(key.get("context", 0))), {})[row.method, plan] = row
-    if ids is not None:
-        wanted = blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest(), context or 0
-        rows = groups.get(wanted, {})
-    else:
-        rows = max(groups.values(), key=len, default={})
-    return tuple(sorted(rows.values(), key=lambda row: (row.family, row.size_bytes or 0, row.method)))
+    here = (
+        None if ids is None else groups.get((blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest(), context or 0))
+    )
+    rows = here or max(groups.values(), key=len, default={})
+    return tuple(sorted(rows.values(), key=lambda row: (row.family, row.size_bytes or 0, row.method))), here is not None
 
 
 def _step(progress: api.Progress | None, what: str) -> Callable[[int, int], None] | None:

@@ -8,27 +8,23 @@ Help and usage errors are quick: what imports torch or transformers, which take 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import waterfill
-from waterfill import cli_studies, show, show_doctor, show_evaluation
-from waterfill._commands import OrderedGroup, combined
+from waterfill import cli_run, cli_studies, show, show_doctor, show_evaluation
+from waterfill._commands import OrderedGroup, combined, purpose_option
 from waterfill._console import given as _given
 from waterfill._console import note as _note
 from waterfill._console import out as _out
 from waterfill._console import print_json as _print_json
 from waterfill.errors import WaterfillError, first_line
-
-if TYPE_CHECKING:
-    from waterfill.runtime.generate import Sampling
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
@@ -58,13 +54,7 @@ _plan_options = combined(
         multiple=True,
         help="One codec for the matching matrices of a module, e.g. '*.q_proj,*.k_proj,*.v_proj'. Repeatable.",
     ),
-    click.option(
-        "--for",
-        "purpose",
-        type=click.Choice(["storage", "memory"]),
-        help="storage (default): entropy-coded, least loss for its bytes, decoded to a byte per weight when loaded; "
-        "memory: fixed rate, runs from its codes.",
-    ),
+    purpose_option,
     click.option("--uniform", is_flag=True, help="One codec for all matrices, for comparison."),
     click.option(
         "--codec",
@@ -89,23 +79,6 @@ _plan_options = combined(
     ),
     click.option("--sensitivity", type=_FILE, help="Reuse what an earlier `plan --save` measured."),
     _revision,
-)
-_sampling_options = combined(
-    click.option("--max-new-tokens", type=int, metavar="N", help="Tokens to generate at most."),
-    click.option(
-        "--temperature", type=float, metavar="X", help="0 is greedy; as the model's own settings say when not given."
-    ),
-    click.option(
-        "--top-p",
-        type=float,
-        metavar="X",
-        help="Sample among the likeliest tokens that hold this probability; 1 is all.",
-    ),
-    click.option("--top-k", type=int, metavar="N", help="Sample among this many likeliest tokens; 0 is all."),
-    click.option(
-        "--repetition-penalty", type=float, metavar="X", help="Divides the score of tokens seen before; 1 is none."
-    ),
-    click.option("--seed", type=int, metavar="N", help="The same seed gives the same text."),
 )
 
 
@@ -195,6 +168,7 @@ def inspect(artifact: Path, every: bool, as_json: bool) -> None:
     "--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="Measure on the first windows only."
 )
 @click.option("--batch", type=int, metavar="N", help="Windows, or questions, per forward pass (1).")
+@click.option("--memory", metavar="SIZE", help="Stay below this, e.g. 1GB: stream an artifact that does not fit.")
 @click.option(
     "--tasks",
     metavar="NAMES",
@@ -231,44 +205,8 @@ commands.add_command(cli_studies.compare)
 commands.add_command(cli_studies.report)
 
 
-@commands.command()
-@_artifact
-@click.option("--prompt", "-p", required=True, help="Text to continue.")
-@_sampling_options
-@_json
-def generate(artifact: Path, prompt: str, as_json: bool, **sampling: Any) -> None:
-    """Continue a prompt, streaming the text."""
-    chosen = _sampling(sampling)
-    model, tokenizer = _load(artifact)
-    stream = waterfill.generate(model, tokenizer, prompt, chosen)
-    if as_json:
-        _print_json({"prompt": prompt, "text": "".join(stream), **show.generation_record(stream.stats)})
-    else:
-        _stream(stream, after=prompt)
-
-
-@commands.command()
-@_artifact
-@click.option("--system", help="System message.")
-@_sampling_options
-@_json
-def chat(artifact: Path, system: str | None, as_json: bool, **sampling: Any) -> None:
-    """Talk to ARTIFACT. An empty line or Ctrl-D ends the conversation, Ctrl-C an answer."""
-    chosen = _sampling({"max_new_tokens": 512, **_given(sampling)})
-    model, tokenizer = _load(artifact)
-    messages = [{"role": "system", "content": system}] if system else []
-    while said := _ask():
-        messages.append({"role": "user", "content": said})
-        stream = waterfill.generate(model, tokenizer, messages, chosen)
-        answer: list[str] = []
-        if as_json:
-            answer.extend(stream)
-        else:
-            with contextlib.suppress(KeyboardInterrupt):
-                _stream(stream, answer)
-        messages.append({"role": "assistant", "content": "".join(answer)})
-    if as_json:
-        _print_json({"messages": messages})
+commands.add_command(cli_run.generate)
+commands.add_command(cli_run.chat)
 
 
 @commands.command(cls=click.Command)  # without transformers: what is broken has to be shown
@@ -283,46 +221,6 @@ def doctor(as_json: bool) -> None:
     else:
         _out().print(show_doctor.view(found))
     sys.exit(0 if found.healthy else 1)
-
-
-# ------------------------------------------------------------------------------------------------------ what is common
-
-
-def _sampling(options: dict[str, Any]) -> Sampling:
-    from waterfill.runtime.generate import Sampling
-
-    return Sampling(**_given(options))
-
-
-def _load(artifact: Path) -> tuple[Any, Any]:
-    from waterfill.api import load_tokenizer
-
-    return waterfill.load(artifact), load_tokenizer(artifact)
-
-
-def _ask() -> str:
-    """The user's next line; empty at the end of the conversation."""
-    try:
-        return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
-    except EOFError:
-        return ""
-    except UnicodeDecodeError as error:
-        raise WaterfillError(f"standard input is not UTF-8 text ({error}); write it in UTF-8") from error
-
-
-def _stream(stream: Any, pieces: list[str] | None = None, *, after: str = "") -> None:
-    """Print a text as it comes, `after` the one that it continues; `pieces` collects it."""
-    with contextlib.closing(stream):
-        try:
-            for number, piece in enumerate(stream):
-                if after and number == 0:  # not earlier: what is logged until then would run into it
-                    click.echo(click.style(after, dim=True), nl=False)
-                click.echo(piece, nl=False)
-                if pieces is not None:
-                    pieces.append(piece)
-        finally:
-            click.echo()
-    _note(show.generation_line(stream.stats))
 
 
 class _Log(logging.Handler):

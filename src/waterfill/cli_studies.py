@@ -11,7 +11,7 @@ import click
 
 import waterfill
 from waterfill import _console, show, show_compare
-from waterfill._commands import SectionedCommand
+from waterfill._commands import SectionedCommand, purpose_option
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEW = click.Path(path_type=Path)
@@ -19,9 +19,11 @@ _NEW = click.Path(path_type=Path)
 
 @click.command(cls=SectionedCommand)
 @click.argument("model")
-@click.option("--text", type=_FILE, required=True, help="Text to measure on.")
+@click.option("--text", "text_file", type=_FILE, required=True, help="Text to measure on.")
 @click.option("--size", "sizes", metavar="SIZES", multiple=True, help="Sizes of our plans, e.g. 2.5GB,3GB. Repeatable.")
-@click.option("--bits", metavar="LIST", multiple=True, help="Bits per weight of our plans (2.5,3,3.5,4,5,6,8).")
+@click.option(
+    "--bits", "rates", metavar="LIST", multiple=True, help="Bits per weight of our plans (2.5,3,3.5,4,5,6,8)."
+)
 @click.option(
     "--methods",
     metavar="NAMES",
@@ -35,6 +37,7 @@ _NEW = click.Path(path_type=Path)
 @click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
 @click.option("--gain", type=click.Choice(["auto", "mse", "unbiased"]), help="Gain of our reconstructions.")
 @click.option("--keep", metavar="GLOB", multiple=True, help="Keep matching tensors, for every method. Repeatable.")
+@purpose_option
 @click.option("--codec", "codecs", metavar="NAME", multiple=True, help="Codecs of our plans. Repeatable.")
 @click.option(
     "--probe", type=click.Choice(["self", "random"]), help="Measure sensitivities, and calibrate peers, on this."
@@ -48,9 +51,9 @@ _NEW = click.Path(path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def compare(
     model: str,
-    text: Path,
+    text_file: Path,
     sizes: Sequence[str],
-    bits: Sequence[str],
+    rates: Sequence[str],
     methods: Sequence[str],
     no_match: bool,
     plot: Path | None,
@@ -67,21 +70,16 @@ def compare(
 
         check()
     chosen = _console.given(options)
-    for name, values in (("sizes", _listed(sizes)), ("methods", _listed(methods))):
-        if values:
-            chosen[name] = values
-    if bits:
-        chosen["bits"] = [_number(value) for value in _listed(bits)]
+    lists = {"sizes": _listed(sizes), "methods": _listed(methods), "bits": [_number(rate) for rate in _listed(rates)]}
+    chosen |= {name: values for name, values in lists.items() if values}
     with show.progress() as progress:
-        found = waterfill.compare(model, text, match=not no_match, progress=progress, **chosen)
+        found = waterfill.compare(model, text_file, match=not no_match, progress=progress, **chosen)
     if plot is not None:
         from waterfill.compare.plot import plot as draw
 
         draw(found).savefig(plot)
     if as_json:
-        from waterfill.compare import record
-
-        _console.print_json(record(found))
+        _console.print_json(found.to_dict())
     else:
         _console.out().print(show_compare.comparison_view(found))
     _console.note(f"compared in {show.duration(time.perf_counter() - start_s)}")
@@ -92,7 +90,7 @@ def compare(
 @click.command(cls=SectionedCommand)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--original", metavar="MODEL", help="The model that it was packed from: shows what both write.")
-@click.option("--text", type=_FILE, help="Text to measure on, beside --original.")
+@click.option("--text", "text_file", type=_FILE, help="Text to measure on, beside --original.")
 @click.option("--context", type=int, metavar="N", help="Tokens per window (2048, or the model's limit).")
 @click.option("--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="The first windows only.")
 @click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
@@ -101,13 +99,13 @@ def compare(
 @click.option("--output", type=_NEW, help="The page; ARTIFACT.html when not given.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def report(artifact: Path, as_json: bool, **options: Any) -> None:
+def report(artifact: Path, text_file: Path | None, as_json: bool, **options: Any) -> None:
     """Write one HTML page about ARTIFACT: bytes, bits, promise, measurement.
 
     The page needs no network. With --original and --text, what was lost is measured.
     """
     with show.progress() as progress:
-        made = waterfill.report(artifact, progress=progress, **_console.given(options))
+        made = waterfill.report(artifact, text=text_file, progress=progress, **_console.given(options))
     if as_json:
         _console.print_json(show_compare.report_record(made))
     else:

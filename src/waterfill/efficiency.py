@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import waterfill
+from waterfill import process
 from waterfill.errors import WaterfillError
 from waterfill.records import Record
 from waterfill.runtime.gguf import GgufModel
@@ -169,10 +169,10 @@ def _in_process(task: dict[str, Any]) -> Figures:
 
 
 def _measure(task: dict[str, Any]) -> Figures:
-    start_bytes = _peak_bytes()
+    start_bytes = process.peak_bytes()
     torch.set_num_threads(task["threads"])
     model = open_subject(task["model"], revision=task["revision"]).load_to_run()
-    load_bytes = _peak_bytes()
+    load_bytes = process.peak_bytes()
     _generate(model, 1, *WARM_UP, lambda: None)
     times_s: list[float] = []
     prefill: list[int] = []
@@ -180,7 +180,7 @@ def _measure(task: dict[str, Any]) -> Figures:
     def token() -> None:
         times_s.append(time.perf_counter())
         if not prefill:
-            prefill.append(_peak_bytes())
+            prefill.append(process.peak_bytes())
 
     before_j, started_s = _energy_j(), time.perf_counter()
     _generate(model, task["batch"], task["prompt_tokens"], task["new_tokens"], token)
@@ -190,7 +190,7 @@ def _measure(task: dict[str, Any]) -> Figures:
         memory_start_bytes=start_bytes,
         memory_load_bytes=load_bytes,
         memory_prefill_bytes=prefill[0],
-        memory_generation_bytes=_peak_bytes(),
+        memory_generation_bytes=process.peak_bytes(),
         first_token_s=times_s[0] - started_s,
         tokens_per_s=task["batch"] * (len(times_s) - 1) / (times_s[-1] - times_s[0]),
         energy_j_per_token=None if energy_j is None else energy_j / tokens,
@@ -229,17 +229,6 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self._token()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def _peak_bytes() -> int:
-    """The largest resident set of this process so far."""
-    try:  # not ru_maxrss where there is better: it starts with what the parent had when it made this process
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-    except (OSError, StopIteration):
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _energy_j() -> dict[Path, tuple[float, float]] | None:

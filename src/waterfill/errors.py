@@ -27,3 +27,11 @@ class BudgetError(WaterfillError):
 def first_line(error: BaseException) -> str:
     """What another library's error says, short enough to be quoted in a sentence."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+class MemoryLimitError(WaterfillError):
+    """A model cannot be run in the memory that it was given; `smallest_bytes` would do."""
+
+    def __init__(self, message: str, *, smallest_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes

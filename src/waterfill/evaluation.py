@@ -8,7 +8,8 @@ open_subject ──► text: tokens ──► reference's predictions (stored, o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -84,6 +85,7 @@ def evaluate(
     stride: int | None = None,
     max_windows: int | None = None,
     batch: int = 1,
+    memory: str | int | None = None,
     cache: bool = True,
     tasks: str | Sequence[str] = (),
     shots: int | None = None,
@@ -107,6 +109,7 @@ def evaluate(
         stride: tokens between windows, in the convention "strided".
         max_windows: measure on the first windows only.
         batch: windows, or questions, at a time.
+        memory: what the process may take in all, as for `load`.
         cache: keep the reference's predictions on disk for the next time, and continue an interrupted run.
         tasks: names of lm-eval, presets ("knowledge", "alignment", "efficiency"), files of JSON lines.
         shots: examples before each question; the task's own number when None.
@@ -125,7 +128,7 @@ def evaluate(
         raise WaterfillError(
             "there is nothing to measure; give a text, tasks or efficiency (--text, --tasks, --efficiency)"
         )
-    subject = open_subject(model, revision=revision)
+    subject = open_subject(model, revision=revision, memory=memory)
     run = _Run(Cache.default() if cache else None, batch, progress)
     reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision)
     measured = Evaluation(size_bytes=subject.size_bytes)
@@ -139,6 +142,7 @@ def evaluate(
         how = _how(reference or subject, convention, context, stride)
         if max_windows is not None:
             ids = how.first_windows(ids, max_windows)
+        subject.logits = batch * how.context
         measured = _on_text(subject, reference, ids, how, run)
     if specs:
         options = {"shots": shots, "limit": limit, "chat_template": chat_template}
@@ -206,31 +210,33 @@ class _Run:
         progress = self.progress
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    def journal(self, ids: torch.Tensor, how: Convention, columns: int, *whose: str) -> Journal | None:
-        """Where scores go until a run is complete. What else decides them is part of the name."""
+    @contextmanager
+    def journal(self, ids: torch.Tensor, how: Convention, columns: int, *whose: str) -> Iterator[Journal | None]:
+        """Where scores go until a run is complete; it goes then, and stays after an interruption. What else decides
+        scores is part of its name."""
         if self.cache is None:
-            return None
+            yield None
+            return
         settings = [f"{name}={os.environ.get(name)}" for name in _SETTINGS]
         key = evaluation_key(ids, how, waterfill.__version__, torch.__version__, *settings, *whose)
-        return Journal(self.cache.journal_path(key), columns)
+        journal = Journal(self.cache.journal_path(key), columns)
+        yield journal
+        journal.remove()
 
 
 _SETTINGS = (native.ISA_VARIABLE, FLOAT_ACTIVATIONS)
 
 
 def _perplexity(subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Perplexity:
-    journal = run.journal(ids, how, PERPLEXITY_COLUMNS, subject.fingerprint, str(subject.dtype()))
-    measured = perplexity(
-        subject.load(),
-        ids,
-        **_arguments(how),
-        batch=run.batch,
-        progress=run.step("measuring"),
-        journal=journal,
-    )
-    if journal is not None:
-        journal.remove()
-    return measured
+    with run.journal(ids, how, PERPLEXITY_COLUMNS, subject.fingerprint, str(subject.dtype())) as journal:
+        return perplexity(
+            subject.load(),
+            ids,
+            **_arguments(how),
+            batch=run.batch,
+            progress=run.step("measuring"),
+            journal=journal,
+        )
 
 
 def _divergence(reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Divergence:
@@ -238,19 +244,16 @@ def _divergence(reference: Subject, subject: Subject, ids: torch.Tensor, how: Co
     known = _stored(reference, ids, how, run, dtype)
     form, kept = ("live", None) if known is None else (known.form, known.kept)
     whose = (reference.fingerprint, form, str(kept), subject.fingerprint, str(dtype))
-    journal = run.journal(ids, how, DIVERGENCE_COLUMNS, *whose)
-    measured = divergence(
-        reference.load() if known is None else known,
-        subject.load(dtype),
-        ids,
-        **_arguments(how),
-        batch=run.batch,
-        progress=run.step("measuring"),
-        journal=journal,
-    )
-    if journal is not None:
-        journal.remove()
-    return measured
+    with run.journal(ids, how, DIVERGENCE_COLUMNS, *whose) as journal:
+        return divergence(
+            reference.load() if known is None else known,
+            subject.load(dtype),
+            ids,
+            **_arguments(how),
+            batch=run.batch,
+            progress=run.step("measuring"),
+            journal=journal,
+        )
 
 
 def _stored(

@@ -29,12 +29,16 @@ _log = logging.getLogger(__name__)
 
 
 class WaterfillConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
-    """`quantization_config` of an artifact's config.json. `verified`: the caller has checked the files already."""
+    """`quantization_config` of an artifact's config.json. `verified`: the caller has checked the files already;
+    `streamed`: the caller will say where packed matrices come from."""
 
-    def __init__(self, format_version: int = FORMAT_VERSION, verified: bool = False, **_: Any) -> None:
+    def __init__(
+        self, format_version: int = FORMAT_VERSION, verified: bool = False, streamed: bool = False, **_: Any
+    ) -> None:
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.verified = verified
+        self.streamed = streamed
 
 
 class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -63,7 +67,8 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
                 for shard in shards:
                     for buffer in shard.buffers:
                         read_buffer(buffer)  # compares the bytes with their digest
-            install(model, [tensor for shard in shards for tensor in shard.tensors])
+            tensors = [tensor for shard in shards for tensor in shard.tensors]
+            install(model, tensors, streamed=self.quantization_config.streamed)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from waterfill.runtime.install import arrange

@@ -22,7 +22,7 @@ import torch
 from waterfill.errors import WaterfillError
 
 ISA_VARIABLE = "WATERFILL_ISA"
-VERSION = 2  # WF_VERSION in native/include/waterfill_native.h
+VERSION = 3  # WF_VERSION in native/include/waterfill_native.h
 _NAME = {"darwin": "libwaterfill_native.dylib", "win32": "libwaterfill_native.dll"}.get(
     sys.platform, "libwaterfill_native.so"
 )
@@ -45,7 +45,28 @@ class MatrixView(ctypes.Structure):
     )
 
 
+class ChunkView(ctypes.Structure):
+    """wf_chunk."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("width", c_int64),
+        ("step", c_float),
+        ("unit", c_float),
+        ("table", c_void_p),
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("states", c_int),
+        ("wide", c_int),
+        ("ends", c_void_p),
+        ("word_indices", c_int),
+        ("word_bytes", c_int),
+        ("row_bytes", c_int64),
+    )
+
+
 _MATRIX = POINTER(MatrixView)
+_CHUNK = POINTER(ChunkView)
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_version": (c_int, []),
     "wf_isa": (c_char_p, [c_int]),
@@ -66,6 +87,11 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_rans_decode": (c_int, [c_int, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p]),
     "wf_trellis_search": (c_int, [c_int, c_int, c_void_p, c_int64, c_int, c_int, c_int, c_void_p]),
     "wf_trellis_decode": (c_int64, [c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]),
+    "wf_activations_new": (c_void_p, [c_int, c_void_p, c_void_p, c_int, c_int64, c_int64]),
+    "wf_activations_free": (None, [c_void_p]),
+    "wf_chunk_multiply": (c_int64, [c_int, _CHUNK, c_void_p, c_int, c_void_p, c_int64, c_void_p]),
+    "wf_chunk_decode": (c_int64, [c_int, _CHUNK, c_void_p, c_void_p]),
+    "wf_checksums": (c_int, [c_void_p, c_void_p, c_int64, c_void_p]),
     "wf_lossless_capacity": (c_int64, [c_int]),
     "wf_lossless_encode": (c_int, [c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
     "wf_lossless_decode": (c_int64, [c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p]),

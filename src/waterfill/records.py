@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 from waterfill.errors import WaterfillError
@@ -26,11 +27,20 @@ class Record:
     def to_pandas(self) -> Any:
         """A pandas Series; names of nested fields are joined with dots. A DataFrame of several results:
         `pandas.DataFrame([result.to_pandas() for result in results])`."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise WaterfillError("pandas is not installed; install it, or use to_dict()") from error
-        return pandas.Series(flattened(self.to_dict()))
+        return pandas().Series(flattened(self.to_dict()))
+
+
+def pandas() -> Any:
+    """The module; WaterfillError where it is not installed."""
+    try:
+        return import_module("pandas")
+    except ImportError as error:
+        raise WaterfillError("pandas is not installed; install it, or use to_dict()") from error
+
+
+def frame(records: Iterable[Record]) -> Any:
+    """A pandas DataFrame, one row per result."""
+    return pandas().DataFrame([record.to_dict() for record in records])
 
 
 @dataclass(frozen=True)

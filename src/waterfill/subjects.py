@@ -40,6 +40,7 @@ class Subject(ABC):
     weights: int  # numbers in all tensors, those that are packed counted as the model sees them
     fingerprint: str  # of the weights
     positions: int | None  # tokens that the model can read at most
+    logits = 1  # positions whose logits are wanted at a time, to reckon with where memory is short
 
     @abstractmethod
     def load(self, dtype: torch.dtype | None = None) -> Any:
@@ -63,15 +64,16 @@ class PackedSubject(Subject):
 
     kind = PACKED
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, memory: str | int | None = None) -> None:
         stored = open_artifact(path, verify=True)
+        self._memory = memory
         self.path, self.size_bytes = path, stored.size_bytes
         self.weights = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
         self.fingerprint = blake2b((path / MANIFEST).read_bytes(), digest_size=16).hexdigest()
         self.positions = _positions(path)
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
-        return load(self.path, dtype=dtype, verify=False)
+        return load(self.path, dtype=dtype, verify=False, memory=self._memory, logits=self.logits)
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.path)
@@ -130,12 +132,18 @@ class GgufSubject(Subject):
         return GgufTokenizer(self._model)
 
 
-def open_subject(source: str | Path, *, revision: str | None = None) -> Subject:
-    """An artifact, a checkpoint (local directory or hub id) or a GGUF file. Raises WaterfillError for anything else."""
+def open_subject(source: str | Path, *, revision: str | None = None, memory: str | int | None = None) -> Subject:
+    """An artifact, a checkpoint (local directory or hub id) or a GGUF file. Raises WaterfillError for anything else.
+
+    `memory` is what the process may take in all when it runs an artifact, which is streamed where that is little.
+    """
     path = Path(source)
+    packed = path.suffix != SUFFIX and _is_packed(path)
+    if memory is not None and not packed:
+        raise WaterfillError(f"{source} is not an artifact, and only those can be held below a limit; leave out memory")
     if path.suffix == SUFFIX:
         return GgufSubject(path)
-    return PackedSubject(path) if _is_packed(path) else CheckpointSubject(source, revision)
+    return PackedSubject(path, memory) if packed else CheckpointSubject(source, revision)
 
 
 def _is_packed(path: Path) -> bool:

@@ -156,12 +156,19 @@ def check_file_name(name: str) -> None:
 
 def digest(data: bytes | bytearray | memoryview) -> str:
     """BLAKE2b with 8 bytes of output (RFC 7693), as 16 hex digits: finds accidents, not forgers."""
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    state = hasher()
+    state.update(data)
+    return state.hexdigest()
+
+
+def hasher() -> hashlib.blake2b:
+    """A digest in the making: `update` and `hexdigest`."""
+    return hashlib.blake2b(digest_size=8)
 
 
 def digest_region(file: BinaryIO, offset_bytes: int, size_bytes: int) -> str:
     """Digest of a region of an open file, in constant memory; raises FormatError if the file ends before it."""
-    state = hashlib.blake2b(digest_size=8)
+    state = hasher()
     file.seek(offset_bytes)
     while size_bytes:
         chunk = file.read(min(size_bytes, _CHUNK_BYTES))

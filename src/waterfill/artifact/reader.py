@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -46,6 +46,7 @@ class Artifact:
     def __init__(self, path: Path, shards: tuple[ShardMetadata, ...], files: Mapping[str, int]) -> None:
         self.path = path
         self.files = files
+        self._shards = shards
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(
             {t.name: t for shard in shards for t in shard.tensors}
         )
@@ -70,16 +71,19 @@ class Artifact:
         self._verified.add(buffer_name)
         return data
 
-    def verify(self) -> None:
-        """Compare every buffer with its digest, forwards through the files and in constant memory.
+    def verify(self, *, besides: Container[str] = ()) -> None:
+        """Compare every buffer with its digest, forwards through the files and in constant memory; and all other files
+        with the manifest. `besides` names tensors that are left out.
 
         Raises:
             ArtifactError: at the first buffer that differs.
         """
-        for buffer in self._buffers.values():
-            with refusing(buffer.file), buffer.file.open("rb") as file:
-                _compare(buffer, digest_region(file, buffer.offset_bytes, buffer.size_bytes))
-            self._verified.add(buffer.name)
+        _verify_files(self.path, self._shards)
+        for tensor in self.tensors.values():
+            for buffer in tensor.buffers if tensor.name not in besides else ():
+                with refusing(buffer.file), buffer.file.open("rb") as file:
+                    _compare(buffer, digest_region(file, buffer.offset_bytes, buffer.size_bytes))
+                self._verified.add(buffer.name)
 
 
 def open_artifact(path: Path, *, verify: bool = True) -> Artifact:
@@ -107,7 +111,6 @@ def open_artifact(path: Path, *, verify: bool = True) -> Artifact:
         files[INDEX] = (path / INDEX).stat().st_size
     artifact = Artifact(path, shards, MappingProxyType(files))
     if verify:
-        _verify_files(path, shards)
         artifact.verify()
     return artifact
 

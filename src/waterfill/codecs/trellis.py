@@ -314,6 +314,8 @@ def _decode_reference(
             if not start <= end <= len(data):
                 raise DamagedError("the index is damaged")
             found, part = stream.read(data[start:end].tobytes(), rows, width, codec.states, codec.wide)
+            if i == len(count) - 1 and data[end:].any():
+                raise DamagedError("what follows the last stream is not zeros")
         except DamagedError as error:
             raise _damaged(i) from error
         target[row * width : (row + rows) * width] = (found + codec.levels.n // 2).reshape(-1)

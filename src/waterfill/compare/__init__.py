@@ -12,9 +12,9 @@ plot.py      KL against bytes
 """
 
 from waterfill.compare import ggml, gptq, mixtures, peers, rounding
-from waterfill.compare.base import Candidate, Method, Row, Subject, Unavailable, known, register, select
+from waterfill.compare.base import OURS, Candidate, Method, Row, Subject, Unavailable, known, register, select
 from waterfill.compare.curve import CurvePoint, predicted_curve
-from waterfill.compare.run import DEFAULT_BITS, OURS, Comparison, compare_methods, record
+from waterfill.compare.run import DEFAULT_BITS, Comparison, compare_methods
 
 __all__ = [
     "DEFAULT_BITS",
@@ -33,7 +33,6 @@ __all__ = [
     "mixtures",
     "peers",
     "predicted_curve",
-    "record",
     "register",
     "rounding",
     "select",

@@ -17,6 +17,7 @@ from torch import Tensor
 from waterfill.architecture import Architecture
 from waterfill.checkpoint import Checkpoint
 from waterfill.errors import WaterfillError
+from waterfill.records import Record
 from waterfill.sensitivity import Sensitivity
 
 
@@ -36,6 +37,8 @@ class Subject:
     calibration: Tensor | None = None  # token ids [sequences, length] for the methods that need activations
     memory: dict[str, Any] = field(default_factory=dict, repr=False)  # what several methods share: second moments
 
+
+OURS = ("waterfill", "waterfill-uniform")  # names of our own methods
 
 Put = Callable[[str, Tensor], None]
 """Takes a matrix by its name, float32 [out, in], as a method gives it back. What is not put stays as it was."""
@@ -73,7 +76,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Record):
     """One method, measured; `problem` says why there are no figures."""
 
     method: str
@@ -101,6 +104,10 @@ class Row:
     def ratio(self) -> float | None:
         """Our KL over the method's, at no more bytes."""
         return self.ours_kl / self.kl if self.kl and self.ours_kl is not None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, and `ratio`."""
+        return {**super().to_dict(), "ratio": self.ratio}
 
 
 _METHODS: dict[str, Method] = {}

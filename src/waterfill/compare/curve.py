@@ -11,6 +11,7 @@ from waterfill.architecture import Architecture
 from waterfill.budget import Budget
 from waterfill.errors import BudgetError
 from waterfill.planner import Request, make_plan
+from waterfill.records import Record
 from waterfill.sensitivity import Sensitivity
 
 CURVE_BITS = (
@@ -40,7 +41,7 @@ CURVE_BITS = (
 
 
 @dataclass(frozen=True)
-class CurvePoint:
+class CurvePoint(Record):
     """One plan: its exact size, and the loss that it promises."""
 
     size_bytes: int  # all weight files of the artifact

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from waterfill.budget import Budget
-from waterfill.compare.base import Method, Row, Subject, Unavailable
+from waterfill.compare.base import OURS, Method, Row, Subject, Unavailable
 from waterfill.compare.cache import VERSION, Results
 from waterfill.compare.curve import CurvePoint, predicted_curve
 from waterfill.compare.ours import packed, plan_for
@@ -28,17 +28,17 @@ from waterfill.errors import BudgetError, first_line
 from waterfill.estimators import matrix_view
 from waterfill.evaluate import divergence
 from waterfill.planner import Request
+from waterfill.records import Record, frame
 
 Progress = Callable[[str, int, int], None]
-OURS = ("waterfill", "waterfill-uniform")
 DEFAULT_BITS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One model stored in many ways. `dataclasses.asdict` makes it JSON; `rows` makes a data frame."""
+class Comparison(Record):
+    """One model stored in many ways."""
 
     model: str
     fingerprint: str
@@ -60,6 +60,14 @@ class Comparison:
     def ahead(self) -> tuple[Row, ...]:
         """Peers that lose less than our plan within their bytes, by more than the two errors."""
         return tuple(row for row in self.measured if _ahead(row))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name; each row with its `ratio`."""
+        return {**super().to_dict(), "rows": [row.to_dict() for row in self.rows]}
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame, one row per method."""
+        return frame(self.rows)
 
 
 def compare_methods(
@@ -123,7 +131,8 @@ def _budget_case(
     """One of our methods at a budget, or the row that says why there is no such plan."""
     request = replace(request, budget=budget, uniform=name == OURS[1])
     asked = f"{budget.bits:g} bits" if budget.bits is not None else f"{budget.size_bytes:,} bytes"
-    title = f"waterfill{', uniform' if request.uniform else ''}, {asked}"
+    said = ("waterfill", "uniform" * request.uniform, "for memory" * (request.purpose == "memory"), asked)
+    title = ", ".join(filter(None, said))
     try:
         return packed(plan_for(subject, request), title=title, name=name, progress=packing)
     except BudgetError as error:
@@ -247,9 +256,3 @@ def _ahead(row: Row) -> bool:
     if row.family == "waterfill" or row.kl is None or row.ours_kl is None:
         return False
     return row.kl + 2 * (row.kl_stderr or 0.0) < row.ours_kl - 2 * (row.ours_kl_stderr or 0.0)
-
-
-def record(comparison: Comparison) -> Mapping[str, Any]:
-    """A comparison as one JSON object; each row with its `ratio`."""
-    rows = [{**asdict(row), "ratio": row.ratio} for row in comparison.rows]
-    return {**asdict(comparison), "rows": rows}

@@ -15,7 +15,7 @@ from typing import Any
 
 from waterfill.errors import WaterfillError, first_line
 from waterfill.evaluate.local_tasks import SUFFIX, read_task
-from waterfill.records import Record
+from waterfill.records import Record, frame
 
 EFFICIENCY = "efficiency"
 PRESETS: Mapping[str, tuple[str, ...]] = {
@@ -58,9 +58,7 @@ class TaskResults(Record):
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame, one row per score."""
-        import pandas
-
-        return pandas.DataFrame([score.to_dict() for score in self.scores])
+        return frame(self.scores)
 
 
 def names_of(tasks: str | Sequence[str]) -> tuple[str, ...]:
@@ -179,7 +177,7 @@ def _scores(found: Mapping[str, Any]) -> Iterable[TaskScore]:
 def _harness() -> Any:
     """The package lm_eval, kept from talking."""
     try:
-        import lm_eval
+        import lm_eval.evaluator
         import lm_eval.models.huggingface
     except ImportError as error:
         raise WaterfillError(
@@ -187,4 +185,5 @@ def _harness() -> Any:
         ) from error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm_eval.evaluator.get_git_commit_hash = lambda: None  # of the user's folder; git complains where that has none
     return lm_eval

@@ -20,8 +20,20 @@ from waterfill.hadamard import unrotate
 from waterfill.kernels import native, tables
 from waterfill.kernels.ops import matmul, matmul_many, rotated_tiles, rows
 from waterfill.kernels.reference import STORED, Packed
+from waterfill.native import DTYPES
 
-__all__ = ["STORED", "Packed", "arrange", "dense", "implementation", "log_slow", "matmul", "matmul_many", "rows"]
+__all__ = [
+    "DTYPES",
+    "STORED",
+    "Packed",
+    "arrange",
+    "dense",
+    "implementation",
+    "log_slow",
+    "matmul",
+    "matmul_many",
+    "rows",
+]
 
 _log = logging.getLogger("waterfill.kernels")
 

@@ -24,6 +24,11 @@ from waterfill.native import DTYPES, MatrixView, Native, library
 FLOAT_ACTIVATIONS = "WATERFILL_ACTIVATIONS"
 
 
+def float_activations() -> bool:
+    """Whether the user wants activations as they are."""
+    return os.environ.get(FLOAT_ACTIVATIONS) == "float"
+
+
 def arrange(packed: Packed, isa: str) -> Packed:
     """A matrix as stored -> in the layout of an instruction set, in new memory of about the same size."""
     native, (out_features, width) = _native(), packed.shape
@@ -59,7 +64,7 @@ def matmul_many(x: torch.Tensor, matrices: Sequence[Packed]) -> list[torch.Tenso
     x = x.detach().contiguous()
     if x.dtype not in DTYPES:
         x = x.to(torch.float32)
-    exact = os.environ.get(FLOAT_ACTIVATIONS) == "float"
+    exact = float_activations()
     dtype = torch.float32 if exact else x.dtype
     outputs = [torch.empty(x.shape[0], packed.shape[0], dtype=dtype) for packed in matrices]
     views = [view_of(packed) for packed in matrices]
@@ -110,9 +115,13 @@ def _cached_view(scales: int, codes: int, codec: str, exponent: int, shape: tupl
     return MatrixView(shape[0], shape[1], step * 2.0**exponent, 2.0**exponent, table, codes, scales)
 
 
+def table_of(codec: TableCodec, isa: str) -> tuple[float, int]:
+    """(step, address) of a codec's integer table; kept for the life of the process."""
+    return _table(codec.name, isa)
+
+
 @lru_cache(maxsize=4096)
 def _table(codec_name: str, isa: str) -> tuple[float, int]:
-    """(step, address) of a codec's integer table; kept for the life of the process."""
     native, codec = _native(), get_codec(codec_name)
     assert isinstance(codec, TableCodec)
     grid = integer_grid(codec)

@@ -16,7 +16,7 @@ from typing import Any
 from waterfill.architecture import Architecture, Kept, Matrix
 from waterfill.artifact import RAW, Artifact
 from waterfill.budget import Budget
-from waterfill.compare.base import Row
+from waterfill.compare.base import OURS, Row
 from waterfill.compare.curve import CurvePoint, between, predicted_curve
 from waterfill.evaluate import Divergence
 from waterfill.loss import Coefficients
@@ -69,6 +69,7 @@ class Report:
     samples: tuple[Sample, ...]
     ours: tuple[Row, ...]  # the best plans that `waterfill compare` has measured on this model
     peers: tuple[Row, ...]  # and the other methods
+    same_text: bool  # whether it did so on the tokens of `divergence`
     versions: Mapping[str, str]
     commands: tuple[str, ...]
     written: str  # UTC date
@@ -84,9 +85,14 @@ def gather(
     text: str | None = None,
     samples: Sequence[Sample] = (),
     compared: Sequence[Row] = (),
+    same_text: bool = False,
     original: bool = False,
+    options: Sequence[str] = (),
 ) -> Report:
-    """The report of an opened artifact; nothing of the original is needed."""
+    """The report of an opened artifact; nothing of the original is needed.
+
+    `original` says whether there was one; `options` is what else `waterfill report` was asked for, as it is typed.
+    """
     measured = {name: tensor.t2 for name, tensor in artifact.tensors.items() if tensor.codec != RAW}
     curve = predicted_curve(architecture_of(plan), sensitivity_of(artifact.path, plan), _request(plan))
     return Report(
@@ -103,10 +109,11 @@ def gather(
         divergence=divergence,
         text=text,
         samples=tuple(samples),
-        ours=tuple(row for row in compared if row.family == "waterfill" and _best(row, curve)),
+        ours=tuple(row for row in compared if row.method == OURS[0] and _best(row, curve)),
         peers=tuple(row for row in compared if row.family != "waterfill"),
+        same_text=same_text,
         versions=versions(),
-        commands=_commands(plan, artifact.path.name, original, text, divergence),
+        commands=_commands(plan, artifact.path.name, original, text, divergence, options),
         written=datetime.now(UTC).date().isoformat(),
     )
 
@@ -157,7 +164,7 @@ def versions() -> dict[str, str]:
 
 
 def _best(row: Row, curve: tuple[CurvePoint, ...]) -> bool:
-    """Whether a plan of ours lies on the curve; those from part of the codecs, or uniform ones, lie above it."""
+    """Whether a plan of ours lies on the curve; those from part of the codecs, or for memory, lie above it."""
     expected = between(curve, row.size_bytes or 0)
     return expected is not None and (row.predicted_kl or math.inf) <= ON_CURVE * expected
 
@@ -186,7 +193,7 @@ def _config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _commands(
-    plan: Plan, name: str, original: bool, text: str | None, divergence: Divergence | None
+    plan: Plan, name: str, original: bool, text: str | None, divergence: Divergence | None, options: Sequence[str]
 ) -> tuple[str, ...]:
     """What to type to come by the same bytes and the same figures."""
     model, out = shlex.quote(plan.model), shlex.quote(name)  # as the plan has it: a local path is nobody's business
@@ -198,7 +205,8 @@ def _commands(
     if divergence is not None and text is not None:
         measured = f" --text {shlex.quote(text)} --context {divergence.context} --windows {divergence.windows}"
         lines.append(f"waterfill eval {out} --against {model}{measured}")
-    return (*lines, f"waterfill report {out}" + (f" --original {model}{measured}" if original else ""))
+    of_original = [f"--original {model}{measured}"] if original else []
+    return (*lines, " ".join([f"waterfill report {out}", *of_original, *options]))
 
 
 def planned_with(plan: Plan) -> str:

@@ -9,7 +9,6 @@ checked at every call; a layer that stops meeting them (an adapter, a mask, an e
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from waterfill.kernels.layer import MOST_HEAD_DIM, DecoderLayer
-from waterfill.kernels.native import FLOAT_ACTIVATIONS
+from waterfill.kernels.native import float_activations
 from waterfill.kernels.reference import STORED
 from waterfill.runtime.packed import PackedLinear
 
@@ -91,7 +90,7 @@ def _usable(layer: Any, hidden: torch.Tensor, given: dict[str, Any]) -> DecoderL
         or torch.compiler.is_compiling()
         or attention._forward_hooks
         or mlp._forward_hooks
-        or os.environ.get(FLOAT_ACTIVATIONS) == "float"
+        or float_activations()
     ):
         return None
     if layer not in _known:

@@ -111,6 +111,9 @@ def generate(
     tokenizer: Any,
     prompt: str | Sequence[Message],
     sampling: Sampling | None = None,
+    *,
+    draft: Any = None,
+    lookup: int | None = None,
     **overrides: Any,
 ) -> Generation:
     """Continue a text, or answer a conversation, and stream what the model says.
@@ -121,6 +124,10 @@ def generate(
 
     `overrides` replace fields of `sampling`: `generate(model, tokenizer, "Once", temperature=0.7, seed=1)`. With a
     seed, torch's random state is the caller's own again afterwards; without, samples come from the state as it is.
+
+    Several tokens can be verified in one pass over the weights, which pays where reading those takes the time. They are
+    drafted by a smaller model of the same tokenizer (`draft`), or found behind an earlier occurrence of the last tokens
+    (`lookup`: how many at most). What is said follows the model's own distribution all the same.
 
     Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
     WaterfillError for a sampling value outside its range, malformed messages, or a prompt that is not valid
@@ -134,8 +141,19 @@ def generate(
         "max_new_tokens": min(sampling.max_new_tokens, _room(model, ids.shape[1])),
         "num_beams": 1,  # beams have no text to stream before the end
         **sampling.arguments(),
+        **_speculation(draft, lookup),
     }
     return Generation(model, _Streamer(tokenizer), arguments, sampling.seed)
+
+
+def _speculation(draft: Any, lookup: int | None) -> dict[str, Any]:
+    if draft is not None and lookup is not None:
+        raise WaterfillError("tokens are drafted by a model or looked up in the text; give either draft or lookup")
+    if lookup is not None and lookup < 1:
+        raise WaterfillError(f"lookup is {lookup}; choose at least 1 token")
+    if draft is not None:
+        return {"assistant_model": draft}
+    return {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
 
 
 def _stream(model: Any, streamer: _Streamer, arguments: dict[str, Any], seed: int | None) -> Generator[str, None, None]:

@@ -6,6 +6,7 @@ model on the meta device + the artifact's tensors  ──install──►  the s
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -31,8 +32,8 @@ from waterfill.runtime.packed import (
 _log = logging.getLogger(__name__)
 
 
-def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
-    """Replace, in place, every module of `model` whose weight is packed.
+def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = False) -> None:
+    """Replace, in place, every module of `model` whose weight is packed; streamed ones hold nothing (`streaming`).
 
     Raises:
         ArtifactError: a tensor has no place in the model, or a codec that cannot be run from its codes.
@@ -45,21 +46,24 @@ def install(model: Any, tensors: Iterable[StoredTensor]) -> None:
         module = _find(model, name)
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             dtype = module.weight.dtype
-            _attach(_convert(module), tensor, dtype)
+            _attach(_convert(module), tensor, dtype, streamed)
         else:
-            _attach_expert(model, tensor)
+            _attach_expert(model, tensor, streamed)
             experts = True
     if experts:  # the other implementations want all experts as one dense tensor
         model.set_experts_implementation("eager")
     if tied is not None and tied[1] in packed:
         _tie(model, *tied)
     hold(model, [tensor for tensor in tensors if tensor.codec == LOSSLESS])
+    if streamed:  # their buffers are in the files, but not in the model
+        names = "|".join(re.escape(buffer.name) for tensor in packed.values() for buffer in tensor.buffers)
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), names}
 
 
 def arrange(model: Any) -> None:
     """Bring the buffers of every packed module, loaded by now, into the layout that the kernels multiply from."""
     decode_coded(model)
-    packed = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+    packed = [module for module in model.modules() if isinstance(module, PackedMatrix) and not module.streamed]
     coded = [module for module in packed if isinstance(module.stored, Trellis)]
     stored = sum(module.streams.nbytes for module in coded)
     for module in tqdm(packed, desc="decoding weights", disable=None if coded else True, leave=False, delay=1):
@@ -82,15 +86,15 @@ def _convert(module: nn.Module) -> PackedMatrix:
     return pack_embedding(module) if isinstance(module, nn.Embedding) else pack_linear(module)
 
 
-def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any) -> None:
+def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any, streamed: bool) -> None:
     codec = get_codec(tensor.codec)
     if not isinstance(codec, TableCodec | Trellis):
         raise ArtifactError(f"tensor {tensor.name!r} has codec {tensor.codec!r}, which cannot be run from its codes")
     out_features, in_features = tensor.shape
-    module.attach(codec, (out_features, in_features), tensor.exponent, dtype)
+    module.attach(codec, (out_features, in_features), tensor.exponent, dtype, streamed=streamed)
 
 
-def _attach_expert(model: nn.Module, tensor: StoredTensor) -> None:
+def _attach_expert(model: nn.Module, tensor: StoredTensor, streamed: bool) -> None:
     """`tensor` is one expert, `<module>.<parameter>.<index>`, of a fused 3-D parameter."""
     path, _, index = tensor.name.rpartition(".")
     parent_path, _, attribute = path.rpartition(".")
@@ -105,7 +109,7 @@ def _attach_expert(model: nn.Module, tensor: StoredTensor) -> None:
         setattr(parent, attribute, container)
     if int(index) >= len(container):
         raise ArtifactError(f"tensor {tensor.name!r} is one expert too many: {path} has {len(container)}")
-    _attach(container.expert(int(index)), tensor, container.dtype)
+    _attach(container.expert(int(index)), tensor, container.dtype, streamed)
 
 
 def _find(model: nn.Module, path: str) -> Any:

@@ -1,14 +1,15 @@
 """Modules that hold packed weights: they replace a model's own, in place, and multiply through the kernels.
 
 A packed module owns the buffers of its tensor under the names that the artifact gives them (`<module>.scales`), so that
-any safetensors loader fills them. Entropy-coded streams are decoded to levels when they are loaded (`arrange`).
+any safetensors loader fills them. Entropy-coded streams are decoded to levels when they are loaded (`arrange`). A
+streamed module has no buffers: its `source` multiplies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -22,20 +23,37 @@ from waterfill.errors import WaterfillError
 _DTYPES = {"F16": torch.float16, "U8": torch.uint8}
 
 
+class Source(Protocol):
+    """A matrix whose codes are elsewhere than in the module."""
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T: `[..., in]` -> `[..., out]`, of the dtype of x."""
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 `[...]` -> float32 `[..., in]`."""
+
+    def dense(self) -> torch.Tensor:
+        """W itself, float32 `[out, in]`."""
+
+
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+
+
 class DecodedOnUse:
-    """Stands for a packed weight: knows its dtype, device and shape; decodes the matrix only when computed with."""
+    """Stands for a packed weight: knows its dtype, device and shape. Products with activations come from the codes; for
+    anything else that is computed with it the matrix is decoded."""
 
     def __init__(self, matrix: PackedMatrix) -> None:
         self._matrix = matrix
 
     dtype = property(lambda self: self._matrix.dtype)
-    device = property(lambda self: next(self._matrix.buffers()).device)
+    device = property(lambda self: next((b.device for b in self._matrix.buffers()), torch.device("cpu")))
     shape = property(lambda self: torch.Size(self._matrix.stored_shape))
     ndim = 2
 
     def decode(self) -> torch.Tensor:
         """float `[out, in]`, or `[in, out]` where the model keeps it so."""
-        weight = kernels.dense(self._matrix.packed).to(self._matrix.dtype)
+        weight = self._matrix.dense().to(self._matrix.dtype)
         return weight.T if self._matrix.transposed else weight
 
     def __getattr__(self, name: str) -> Any:
@@ -45,8 +63,21 @@ class DecodedOnUse:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if hasattr(nn.init, getattr(func, "__name__", "")):  # transformers: modules that also have computed buffers
             return (kwargs or {}).get("tensor", args[0] if args else None)
+        if (product := _product(func, *args, **(kwargs or {}))) is not None:
+            return product
         args, kwargs = tree_map(lambda x: x.decode() if isinstance(x, cls) else x, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _product(func: Any, x: Any, weight: Any = None, bias: Any = None, **others: Any) -> torch.Tensor | None:
+    """x W^T from the codes, where `func` computes that."""
+    if others or not isinstance(x, torch.Tensor) or not isinstance(weight, DecodedOnUse):
+        return None
+    matrix = weight._matrix
+    if func is not nn.functional.linear if not matrix.transposed else func not in _PRODUCTS:
+        return None
+    y = matrix.multiply(x)
+    return y if bias is None else y + bias
 
 
 class PackedMatrix(nn.Module):
@@ -57,12 +88,24 @@ class PackedMatrix(nn.Module):
     streams: torch.Tensor  # uint8 [bytes], in place of the two until they are decoded
     layout = kernels.STORED  # of the two buffers
     transposed = False  # whether the model's own parameter is [in, out]
+    streamed = False
+    source: Source | None = None  # of a streamed matrix, once the model is loaded
 
-    def attach(self, codec: TableCodec | Trellis, shape: tuple[int, int], exponent: int, dtype: torch.dtype) -> None:
-        """Declare the matrix and make room for its buffers, on the meta device until they are loaded."""
+    def attach(
+        self,
+        codec: TableCodec | Trellis,
+        shape: tuple[int, int],
+        exponent: int,
+        dtype: torch.dtype,
+        *,
+        streamed: bool = False,
+    ) -> None:
+        """Declare the matrix and, unless it is streamed, make room for its buffers, on the meta device until they are
+        loaded."""
+        self.streamed = streamed
         self.stored, self.shape, self.exponent, self.dtype = codec, shape, exponent, dtype
         self.codec = codec.levels if isinstance(codec, Trellis) else codec  # that it is multiplied from
-        for key, part in codec.layout(shape).items():
+        for key, part in codec.layout(shape).items() if not streamed else ():
             self.register_buffer(key, torch.empty(part.shape, dtype=_DTYPES[part.dtype], device="meta"))
 
     @property
@@ -73,6 +116,18 @@ class PackedMatrix(nn.Module):
     @property
     def packed(self) -> kernels.Packed:
         return kernels.Packed(self.codec, self.scales, self.codes, self.exponent, self.shape, self.layout)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T: `[..., in]` -> `[..., out]`, of the dtype of x."""
+        return kernels.matmul(x, self.packed) if self.source is None else self.source.multiply(x)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 `[...]` -> float32 `[..., in]`."""
+        return kernels.rows(self.packed, ids) if self.source is None else self.source.rows(ids)
+
+    def dense(self) -> torch.Tensor:
+        """W itself, float32 `[out, in]`."""
+        return kernels.dense(self.packed) if self.source is None else self.source.dense()
 
     def arrange(self) -> None:
         """Exchange the buffers, once they are loaded, for the ones that the kernels multiply from."""
@@ -125,7 +180,7 @@ class PackedLinear(PackedMatrix):
         return self.shape[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = kernels.matmul(x, self.packed)
+        y = self.multiply(x)
         return y if self.bias is None else y + self.bias
 
 
@@ -141,7 +196,7 @@ class PackedEmbedding(PackedMatrix):
         return self.shape[1]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return kernels.rows(self.packed, ids).to(self.dtype)
+        return self.rows(ids).to(self.dtype)
 
 
 class TiedHead(nn.Module):
@@ -154,12 +209,12 @@ class TiedHead(nn.Module):
         self.out_features, self.in_features = embedding.shape
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = kernels.matmul(x, self._embedding[0].packed)
+        y = self._embedding[0].multiply(x)
         return y if self.bias is None else y + self.bias
 
 
 class PackedExperts(nn.ModuleList):
-    """The experts of one fused 3-D parameter: indexing decodes one expert's matrix, as the model's code expects."""
+    """The experts of one fused 3-D parameter, which the model's code indexes one by one."""
 
     def __init__(self, count: int, transposed: bool, dtype: torch.dtype) -> None:
         super().__init__([PackedMatrix() for _ in range(count)])
@@ -171,8 +226,8 @@ class PackedExperts(nn.ModuleList):
         return cast(PackedMatrix, self._modules[str(index)])
 
     def __getitem__(self, index: Any) -> Any:
-        """float `[out, in]`, or `[in, out]` where the model keeps it so."""
-        return self.expert(int(index)).weight.decode()
+        """One expert's weight, as if it were `[out, in]`, or `[in, out]` where the model keeps it so."""
+        return self.expert(int(index)).weight
 
 
 def pack_linear(module: nn.Module) -> PackedLinear:

@@ -1,0 +1,62 @@
+"""How fast this machine reads, decodes and multiplies a model's own chunks: about a second of measuring."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from waterfill.streaming.chunks import Chunk, ChunkData, prepare
+from waterfill.streaming.residency import Speeds
+from waterfill.streaming.storage import Slot, Storage
+
+READING_S = 0.2  # for each number of threads
+WORKING_S = 0.2
+THREADS = (1, 2, 4)
+WORTH = 1.1  # more threads have to read so much faster
+
+
+def calibrate(storage: Storage, chunks: Sequence[Chunk]) -> tuple[Speeds, int]:
+    """Speeds, and how many threads had best read."""
+    largest = max(chunk.region.size_bytes for chunk in chunks)
+    slots = [Slot(largest) for _ in range(max(THREADS))]
+    following = itertools.cycle(chunks)
+    best, read_bytes_per_s = 1, 0.0
+    for threads in THREADS:
+        speed = _reading_speed(storage, following, slots[:threads])
+        if speed > WORTH * read_bytes_per_s:
+            best, read_bytes_per_s = threads, speed
+    chunk = max(chunks, key=lambda chunk: chunk.region.size_bytes)
+    decode, multiply = _working_speeds(ChunkData(chunk, storage.read_into(chunk.region, slots[0])))
+    return Speeds(read_bytes_per_s, decode, multiply), best
+
+
+def _reading_speed(storage: Storage, following: itertools.cycle[Chunk], slots: Sequence[Slot]) -> float:
+    start, size = time.perf_counter(), 0
+    with ThreadPoolExecutor(len(slots)) as pool:
+        while (elapsed := time.perf_counter() - start) < READING_S or not size:
+            regions = [next(following).region for _ in slots]
+            list(pool.map(storage.read_into, regions, slots))
+            size += sum(region.size_bytes for region in regions)
+    return size / elapsed
+
+
+def _working_speeds(data: ChunkData) -> tuple[float, float]:
+    """Weights per second, decoded and multiplied with one token."""
+    matrix = data.chunk.matrix
+    x = torch.ones(1, matrix.shape[1])
+    y = torch.empty(1, matrix.shape[0])
+    prepared, nanoseconds = prepare(x, matrix), np.zeros(2, np.int64)
+    data.multiply(x, prepared, y, nanoseconds)  # tables, memory
+    nanoseconds[:] = 0
+    start, rounds = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < WORKING_S or not rounds:
+        data.multiply(x, prepared, y, nanoseconds)
+        rounds += 1
+    speed = rounds * data.chunk.weights / elapsed
+    decoding = nanoseconds[0] / nanoseconds.sum() if nanoseconds.sum() else 0.9  # the reference does not say
+    return speed / max(decoding, 1e-3), speed / max(1 - decoding, 1e-3)

@@ -1,0 +1,296 @@
+"""A packed matrix on disk as pieces that can be read, checked, decoded and multiplied one by one.
+
+    part    the rows of one entropy-coded stream, or as many rows of codes: decoded by one thread
+    chunk   consecutive parts, about CHUNK_BYTES of one file: read at once
+    matrix  chunks from the first row to the last
+
+`ChunkData` is a chunk whose bytes are in memory: as stored, or, pinned, in the kernels' layout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from waterfill import kernels, native
+from waterfill.artifact import StoredTensor
+from waterfill.codecs import TableCodec, Trellis, get_codec
+from waterfill.codecs.packing import radix_word
+from waterfill.codecs.stream import stream_rows
+from waterfill.errors import ArtifactError
+from waterfill.kernels.native import float_activations, table_of
+from waterfill.streaming.storage import Region, Storage
+
+CHUNK_BYTES = 4 << 20  # calls from Python are few; a handful of chunks is enough to read ahead
+PART_WEIGHTS = 1 << 18  # of codes
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Parts `[first_part, last_part)` of a matrix: what is read at once."""
+
+    matrix: StreamedMatrix
+    first_part: int
+    last_part: int
+
+    @cached_property
+    def region(self) -> Region:
+        ends = self.matrix.ends
+        start = int(ends[self.first_part])
+        return Region(self.matrix.file, self.matrix.offset_bytes + start, int(ends[self.last_part]) - start)
+
+    @property
+    def first_row(self) -> int:
+        return self.first_part * self.matrix.part_rows
+
+    @property
+    def rows(self) -> int:
+        return min(self.last_part * self.matrix.part_rows, self.matrix.shape[0]) - self.first_row
+
+    @cached_property
+    def ends(self) -> npt.NDArray[np.uint32]:
+        """Where each part ends, in bytes from the chunk's first."""
+        ends = self.matrix.ends[self.first_part : self.last_part + 1]
+        return np.asarray(ends[1:] - ends[0], np.uint32)
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.matrix.shape[1]
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory that it takes in the kernels' layout, near enough."""
+        codec = self.matrix.codec
+        return self.rows * codec.row_bytes(self.matrix.shape[1]) + 2 * self.rows
+
+
+class StreamedMatrix:
+    """A matrix `[out, in]` whose codes stay on disk. Scales of fixed-rate codes, half a per cent of them, do not."""
+
+    def __init__(self, tensor: StoredTensor, storage: Storage) -> None:
+        codec = get_codec(tensor.codec)
+        if not isinstance(codec, TableCodec | Trellis):
+            raise ArtifactError(
+                f"tensor {tensor.name!r} has codec {tensor.codec!r}, which cannot be run from its codes"
+            )
+        self.tensor, self.name, self.stored = tensor, tensor.name, codec
+        self.shape = (tensor.shape[0], tensor.shape[1])
+        self.exponent = tensor.exponent
+        self.codec = codec.levels if isinstance(codec, Trellis) else codec  # that is multiplied from
+        buffers = dict(zip(tensor.keys, tensor.buffers, strict=True))
+        self.buffer = buffers["streams" if isinstance(codec, Trellis) else "codes"]
+        self.file, self.offset_bytes = self.buffer.file, self.buffer.offset_bytes
+        self.scales: torch.Tensor | None = None
+        rows, width = self.shape
+        if isinstance(codec, Trellis):
+            self.part_rows = stream_rows(width)
+            self.ends = self._index(storage, -(-rows // self.part_rows))
+        else:
+            self.part_rows = 4 * max(1, PART_WEIGHTS // (4 * width))
+            starts = np.minimum(np.arange(-(-rows // self.part_rows) + 1) * self.part_rows, rows)
+            self.ends = starts * codec.row_bytes(width)
+            scales = buffers["scales"]
+            found = storage.read(Region(scales.file, scales.offset_bytes, scales.size_bytes))
+            self.scales = torch.frombuffer(bytearray(found), dtype=torch.float16).view(scales.shape)
+        self.sums: npt.NDArray[np.uint64] | None = None  # checksums of the parts, where the library makes them
+        self.seen = np.zeros(len(self.ends) - 1, bool)  # which of them are known
+        self.chunks = tuple(self._chunks())
+
+    def _index(self, storage: Storage, count: int) -> npt.NDArray[np.int64]:
+        size = self.buffer.size_bytes
+        data = storage.read(Region(self.file, self.offset_bytes, min(4 * count, size)))
+        ends = np.concatenate([[4 * count], np.frombuffer(data, "<u4").astype(np.int64)])
+        if len(ends) != count + 1 or (np.diff(ends) < 0).any() or ends[-1] > size:
+            raise ArtifactError(
+                f"{self.file}: the index of tensor {self.name!r} at byte {self.offset_bytes} is damaged; fetch the "
+                "artifact again, or pack again"
+            )
+        return ends
+
+    def _chunks(self) -> list[Chunk]:
+        found, first, parts = [], 0, len(self.ends) - 1
+        for part in range(1, parts + 1):
+            if part == parts or self.ends[part + 1] - self.ends[first] > CHUNK_BYTES:
+                found.append(Chunk(self, first, part))
+                first = part
+        return found
+
+    def part(self, row: int) -> Chunk:
+        """The one part that holds a row."""
+        number = row // self.part_rows
+        return Chunk(self, number, number + 1)
+
+    @property
+    def coded_bytes(self) -> int:
+        """Bytes on disk that one product reads."""
+        return int(self.ends[-1] - self.ends[0])
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def check(self, chunk: Chunk, data: npt.NDArray[np.uint8]) -> None:
+        """Compare parts with what they were when they were first read.
+
+        Raises ArtifactError, which names file, tensor and offset.
+        """
+        library = native.library()
+        if library is None:
+            return
+        if self.sums is None:
+            self.sums = np.zeros(len(self.seen), np.uint64)
+        found = np.empty(len(chunk.ends), np.uint64)
+        library.call("checksums", data.ctypes.data, chunk.ends.ctypes.data, len(found), found.ctypes.data)
+        parts = slice(chunk.first_part, chunk.last_part)
+        changed = np.flatnonzero(self.seen[parts] & (found != self.sums[parts]))
+        if len(changed):
+            raise self.damaged(chunk, int(changed[0]), "is not what it was when it was first read")
+        self.sums[parts], self.seen[parts] = found, True
+
+    def damaged(self, chunk: Chunk, part: int, what: str) -> ArtifactError:
+        offset = self.offset_bytes + int(self.ends[chunk.first_part + part])
+        return ArtifactError(
+            f"{self.file}: tensor {self.name!r} {what} (the part at byte {offset}); fetch the artifact again, or pack "
+            "again"
+        )
+
+
+class Activations:
+    """x `[tokens, in]`, prepared once for all chunks of a matrix."""
+
+    def __init__(self, x: torch.Tensor, matrix: StreamedMatrix, isa: str) -> None:
+        library = native.library()
+        assert library is not None
+        x = x.detach().contiguous()
+        self.dtype = x.dtype
+        self._free = library.activations_free
+        _, table = table_of(matrix.codec, isa)
+        self.handle = library.activations_new(
+            library.isas[isa], table, x.data_ptr(), native.DTYPES[x.dtype], x.shape[0], x.shape[1]
+        )
+        if not self.handle:
+            raise MemoryError("no memory for the activations of a streamed matrix")
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._free(self.handle)
+
+
+class ChunkData:
+    """A chunk's bytes in memory, `data` uint8; with `scales`, codes and scales in the kernels' layout."""
+
+    def __init__(self, chunk: Chunk, data: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint16] | None = None) -> None:
+        self.chunk, self.data, self._scales = chunk, data, scales
+
+    @property
+    def arranged(self) -> bool:
+        return self._scales is not None
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self._scales is None else self._scales.nbytes)
+
+    def multiply(self, x: torch.Tensor, prepared: Activations | None, y: torch.Tensor, nanoseconds: Any) -> None:
+        """Write the chunk's columns of y `[tokens, out]`, of the dtype of x.
+
+        Time spent decoding and multiplying, by all threads, is added to `nanoseconds`, int64 `[2]`.
+
+        Raises ArtifactError where a part is damaged.
+        """
+        matrix, first = self.chunk.matrix, self.chunk.first_row
+        if prepared is None:
+            y[:, first : first + self.chunk.rows] = kernels.matmul(x, self.packed())
+            return
+        library, isa = native.library(), native.isa()
+        assert library is not None
+        assert isa is not None
+        view = self._view(isa)
+        status = library.chunk_multiply(
+            library.isas[isa],
+            ctypes.byref(view),
+            prepared.handle,
+            native.DTYPES[y.dtype],
+            y.data_ptr() + first * y.element_size(),
+            matrix.shape[0],
+            nanoseconds.ctypes.data,
+        )
+        self._expect(status)
+
+    def copy(self) -> ChunkData:
+        return ChunkData(self.chunk, self.data.copy(), self._scales)
+
+    def arrange(self) -> ChunkData:
+        """A copy in the kernels' layout: larger, and multiplied without decoding."""
+        library, isa = native.library(), native.isa()
+        if library is None or isa is None or self.arranged:
+            return self.copy()
+        codec, rows, width = self.chunk.matrix.codec, self.chunk.rows, self.chunk.matrix.shape[1]
+        codes = np.empty(library.codes_bytes(codec.p, codec.n, rows, width), np.uint8)
+        scales = np.empty(library.scales_count(rows, width), np.uint16)
+        view = self._view(isa)
+        self._expect(library.chunk_decode(library.isas[isa], ctypes.byref(view), codes.ctypes.data, scales.ctypes.data))
+        return ChunkData(self.chunk, codes, scales)
+
+    def packed(self) -> kernels.Packed:
+        """The chunk's rows as a matrix of their own, for the door."""
+        matrix = self.chunk.matrix
+        shape = (self.chunk.rows, matrix.shape[1])
+        if kernels.implementation() != kernels.STORED:
+            whole = self.arrange() if not self.arranged else self
+            assert whole._scales is not None
+            scales = torch.from_numpy(whole._scales.view(np.float16))
+            return kernels.Packed(
+                matrix.codec, scales, torch.from_numpy(whole.data), matrix.exponent, shape, kernels.implementation()
+            )
+        if isinstance(matrix.stored, Trellis):
+            index = (self.chunk.ends + 4 * len(self.chunk.ends)).astype("<u4").view(np.uint8)
+            streams = torch.from_numpy(np.concatenate([index, self.data]))
+            codes, scales = matrix.stored.to_levels(streams, shape)
+        else:
+            assert matrix.scales is not None
+            first = self.chunk.first_row
+            codes, scales = torch.from_numpy(self.data.copy()), matrix.scales[first : first + shape[0]]
+        return kernels.Packed(matrix.codec, scales, codes, matrix.exponent, shape)
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the matrix by number, all of this chunk: float32 `[count, in]`."""
+        return kernels.rows(self.packed(), rows - self.chunk.first_row)
+
+    def _view(self, isa: str) -> native.ChunkView:
+        matrix = self.chunk.matrix
+        step, table = table_of(matrix.codec, isa)
+        unit = 2.0**matrix.exponent
+        view = native.ChunkView(self.chunk.rows, matrix.shape[1], step * unit, unit, table, self.data.ctypes.data)
+        if self._scales is not None:
+            view.scales = self._scales.ctypes.data
+        elif isinstance(matrix.stored, Trellis):
+            view.states, view.wide, view.ends = (
+                matrix.stored.states,
+                int(matrix.stored.wide),
+                self.chunk.ends.ctypes.data,
+            )
+        else:
+            assert matrix.scales is not None
+            view.scales = matrix.scales.data_ptr() + 2 * self.chunk.first_row * matrix.scales.shape[1]
+            view.word_indices, view.word_bytes = radix_word(matrix.codec.n) or (0, 0)
+            view.row_bytes = matrix.codec.row_bytes(matrix.shape[1])
+        return view
+
+    def _expect(self, status: int) -> None:
+        if status <= -3:
+            raise self.chunk.matrix.damaged(self.chunk, -3 - status, "is damaged")
+        if status:
+            raise ValueError(f"the library refused a chunk of {self.chunk.matrix.name!r} (status {status})")
+
+
+def prepare(x: torch.Tensor, matrix: StreamedMatrix) -> Activations | None:
+    """For `ChunkData.multiply`; None where the torch reference multiplies."""
+    isa = native.isa()
+    exact = kernels.implementation() == kernels.STORED or float_activations()
+    return None if isa is None or exact else Activations(x, matrix, isa)

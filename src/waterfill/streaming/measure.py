@@ -1,0 +1,58 @@
+"""Each stage of a streamed pass by itself: what reading, decoding and computing take when nothing else is done."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from waterfill.streaming.chunks import StreamedMatrix, prepare
+from waterfill.streaming.streamer import Streamer
+
+
+def measure_stages(model: Any) -> dict[str, float]:
+    """Seconds of one pass with one token: `read_s` reads what is not kept, `decode_s` decodes it, `compute_s` is all
+    else, products with decoded weights and the model's own code."""
+    streamer: Streamer = model.streaming
+    decode_s = multiply_s = 0.0
+    read_s = streamer.read_alone()
+    for matrix in streamer.sequence:
+        decode, multiply = _work(streamer, matrix)
+        decode_s, multiply_s = decode_s + decode, multiply_s + multiply
+    return {"read_s": read_s, "decode_s": decode_s, "compute_s": multiply_s + _other(model)}
+
+
+def _work(streamer: Streamer, matrix: StreamedMatrix) -> tuple[float, float]:
+    """(seconds of decoding what is not kept decoded, seconds of multiplying everything when it is decoded)."""
+    x = torch.ones(1, matrix.shape[1])
+    y = torch.empty(1, matrix.shape[0])
+    prepared, nanoseconds = prepare(x, matrix), np.zeros(2, np.int64)
+    decode_s = multiply_s = 0.0
+    for chunk in matrix.chunks:
+        data = streamer.held(chunk)
+        nanoseconds[:] = 0
+        start = time.perf_counter()
+        data.multiply(x, prepared, y, nanoseconds)
+        elapsed = time.perf_counter() - start
+        if not data.arranged:
+            decode_s += elapsed * float(nanoseconds[0]) / max(1, int(nanoseconds.sum()))
+            data = data.arrange()
+        start = time.perf_counter()
+        data.multiply(x, prepared, y, nanoseconds)
+        multiply_s += time.perf_counter() - start
+    return decode_s, multiply_s
+
+
+def _other(model: Any) -> float:
+    """A token of the model's own code, with products that are not computed."""
+    ids = torch.ones(1, 1, dtype=torch.int64)
+    with model.streaming.without_weights(), torch.inference_mode():
+        past = model(ids, use_cache=True).past_key_values
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            past = model(ids, past_key_values=past).past_key_values
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,340 @@
+"""The weights of a model that does not fit in memory: who holds what, and the one product that everything goes through.
+
+    storage ──ReadAhead──► coded chunks ──┐
+    kept chunks, coded or decoded ────────┴─► decoded and multiplied part by part, in the cache ──► y
+
+There is no ring of decoded weights between decoder and product: a part is multiplied by the thread that decoded it,
+while it is in its cache. Decoding ahead would cost memory and traffic, and fill only the little time in which the
+model's own code runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from waterfill import kernels, process
+from waterfill.artifact.format import hasher
+from waterfill.errors import ArtifactError
+from waterfill.streaming.ahead import ReadAhead
+from waterfill.streaming.calibration import calibrate
+from waterfill.streaming.chunks import Activations, Chunk, ChunkData, StreamedMatrix, prepare
+from waterfill.streaming.residency import choose
+from waterfill.streaming.storage import Region, Slot, Storage
+from waterfill.streaming.summary import Summary
+
+SLOTS = 4  # of the ring: one that is multiplied, one that is read, two in between
+CHECKED_BYTES = 1 << 20  # read at a time where digests are compared
+CACHE_SHARE = 0.9  # of what is left over, for experts
+
+_log = logging.getLogger("waterfill.streaming")
+
+
+class Streamer:
+    """All streamed matrices of one model.
+
+    Args:
+        storage: where they are read from; closed with the streamer.
+        sequence: those that every pass multiplies, in the order of execution.
+        others: those that are read when they are asked for: rows of embeddings, experts.
+        spare_bytes: memory for whatever is kept.
+        limit_bytes: resident memory that the process is to stay below.
+        verify: compare every matrix with its digest first.
+
+    Raises:
+        ArtifactError: a matrix is not what was packed.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        sequence: Sequence[StreamedMatrix],
+        others: Sequence[StreamedMatrix],
+        *,
+        spare_bytes: int,
+        limit_bytes: int,
+        verify: bool,
+    ) -> None:
+        self._storage, self._limit_bytes = storage, limit_bytes
+        self._matrices = (*sequence, *others)
+        self._order: list[StreamedMatrix] = list(sequence)
+        self._seen: list[StreamedMatrix] = []  # in this pass
+        self._idle = self._warned = False
+        self._lock = threading.RLock()  # passes are one at a time: they share the ring
+        chunks = [chunk for matrix in sequence for chunk in matrix.chunks]
+        self.speeds, threads = calibrate(storage, chunks or [c for m in others for c in m.chunks])
+        # Experts come first: how often each is used is not known, but all of them cannot be read for every token.
+        self._cache_bytes = int(CACHE_SHARE * spare_bytes) if _has_experts(others) else 0
+        self.residency = choose(chunks, spare_bytes - self._cache_bytes, self.speeds)
+        self._cache: OrderedDict[Chunk, ChunkData] = OrderedDict()
+        self._kept: dict[Chunk, ChunkData] = {}
+        self._fill(verify)
+        self._waiting_s, self._nanoseconds, self._passes, self._direct_bytes = 0.0, np.zeros(2, np.int64), 0, 0
+        self._started_s = self._ended_s = time.perf_counter()
+        streamed = [chunk for chunk in chunks if chunk not in self._kept]
+        self._ahead = ReadAhead(storage, streamed, slots=SLOTS, threads=threads) if streamed else None
+        self._close = weakref.finalize(self, _close, self._ahead, storage)
+        _log.info("%s", self.line)
+
+    # ------------------------------------------------------------------------------------------- what is computed
+
+    def multiply(self, matrix: StreamedMatrix, x: torch.Tensor) -> torch.Tensor:
+        """x W^T: `[..., in]` -> `[..., out]`, as `kernels.matmul`. Raises ArtifactError for a chunk that is damaged."""
+        if self._idle:
+            return x.new_zeros(*x.shape[:-1], matrix.shape[0])
+        flat = x.reshape(-1, matrix.shape[1])
+        if flat.dtype not in kernels.DTYPES:
+            flat = flat.to(torch.float32)
+        y = torch.empty(len(flat), matrix.shape[0], dtype=flat.dtype)
+        if len(flat):
+            with self._lock:
+                self._begin(matrix)
+                prepared = prepare(flat, matrix)
+                for chunk in matrix.chunks:
+                    self._multiply(chunk, flat, prepared, y)
+                self._ended_s = time.perf_counter()
+        return y.to(x.dtype).reshape(*x.shape[:-1], matrix.shape[0])
+
+    def rows(self, matrix: StreamedMatrix, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of W by number: int64 `[...]` -> float32 `[..., in]`; reads the parts that they lie in."""
+        wanted, place = torch.unique(ids.reshape(-1), return_inverse=True)
+        if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < matrix.shape[0]:
+            raise IndexError(f"row {int(wanted[0])} or {int(wanted[-1])} is outside a matrix of {matrix.shape[0]} rows")
+        found = torch.empty(len(wanted), matrix.shape[1])
+        parts = wanted // matrix.part_rows
+        with self._lock:
+            for part in torch.unique(parts).tolist():
+                here = parts == part
+                found[here] = self._part(matrix, part * matrix.part_rows).rows(wanted[here])
+        return found[place].reshape(*ids.shape, matrix.shape[1])
+
+    def dense(self, matrix: StreamedMatrix) -> torch.Tensor:
+        """W itself, float32 `[out, in]`."""
+        with self._lock:
+            return torch.cat([kernels.dense(self._on_demand(chunk).packed()) for chunk in matrix.chunks])
+
+    def _multiply(self, chunk: Chunk, x: torch.Tensor, prepared: Activations | None, y: torch.Tensor) -> None:
+        kept = self._kept.get(chunk)
+        if kept is None and (self._ahead is None or chunk not in self._ahead):
+            kept = self._on_demand(chunk)
+        if kept is not None:
+            kept.multiply(x, prepared, y, self._nanoseconds)
+            return
+        assert self._ahead is not None
+        start = time.perf_counter()
+        data, slot = self._ahead.take(chunk)
+        self._waiting_s += time.perf_counter() - start
+        try:
+            data.multiply(x, prepared, y, self._nanoseconds)
+        finally:
+            self._ahead.give_back(slot)
+
+    def _on_demand(self, chunk: Chunk) -> ChunkData:
+        """A chunk that is not in the sequence: the ones used last stay in memory, as many as fit."""
+        kept = self._kept.get(chunk) or self._cache.get(chunk)
+        if kept is None:
+            kept = self._read(chunk)
+            self._cache[chunk] = kept
+        if chunk in self._cache:
+            self._cache.move_to_end(chunk)
+            while len(self._cache) > 1 and sum(data.nbytes for data in self._cache.values()) > self._cache_bytes:
+                self._cache.popitem(last=False)
+        return kept
+
+    def _part(self, matrix: StreamedMatrix, row: int) -> ChunkData:
+        """The part that holds a row, from the chunk it lies in if that is kept."""
+        part = matrix.part(row)
+        for chunk in matrix.chunks:
+            if chunk.first_part <= part.first_part < chunk.last_part:
+                kept = self._kept.get(chunk)
+                if kept is not None and kept.arranged:
+                    return kept
+                if kept is not None:
+                    start = part.region.offset_bytes - chunk.region.offset_bytes
+                    return ChunkData(part, kept.data[start : start + part.region.size_bytes])
+        return self._read(part)
+
+    def _read(self, chunk: Chunk) -> ChunkData:
+        start = time.perf_counter()
+        data = self._storage.read_into(chunk.region, Slot(chunk.region.size_bytes))
+        chunk.matrix.check(chunk, data)
+        self._waiting_s += time.perf_counter() - start
+        self._direct_bytes += len(data)
+        return ChunkData(chunk, data)
+
+    # ----------------------------------------------------------------------------------------------- what is held
+
+    def _fill(self, verify: bool) -> None:
+        """Load what is kept; with `verify`, read everything and compare it with its digests."""
+        kept, decoded = self.residency.kept, set(self.residency.decoded)
+        total = sum(m.coded_bytes for m in self._matrices) if verify else sum(c.region.size_bytes for c in kept)
+        slot = Slot(max(chunk.region.size_bytes for matrix in self._matrices for chunk in matrix.chunks))
+        with tqdm(total=total, unit="B", unit_scale=True, desc="reading weights", delay=1, leave=False) as bar:
+            for matrix in self._matrices:
+                digest = hasher() if verify else None
+                at = 0
+                for chunk in matrix.chunks:
+                    if digest is None and chunk not in kept:
+                        continue
+                    data = self._storage.read_into(chunk.region, slot)
+                    matrix.check(chunk, data)
+                    if digest is not None:
+                        self._hash(matrix, digest, at, chunk.region.offset_bytes - matrix.offset_bytes)
+                        digest.update(data.data)
+                        at = chunk.region.offset_bytes - matrix.offset_bytes + len(data)
+                    if chunk in kept:
+                        held = ChunkData(chunk, data)
+                        self._kept[chunk] = held.arrange() if chunk in decoded else held.copy()
+                    bar.update(len(data))
+                if digest is not None:
+                    self._hash(matrix, digest, at, matrix.buffer.size_bytes)
+                    if digest.hexdigest() != matrix.buffer.digest:
+                        raise ArtifactError(
+                            f"{matrix.file}: tensor {matrix.name!r} at byte {matrix.offset_bytes} does not match its "
+                            "digest; fetch the artifact again, or pack again"
+                        )
+
+    def _hash(self, matrix: StreamedMatrix, digest: object, start: int, stop: int) -> None:
+        """Bytes of a buffer that belong to no chunk: the index, the padding."""
+        for at in range(start, stop, CHECKED_BYTES):
+            size = min(CHECKED_BYTES, stop - at)
+            digest.update(self._storage.read(Region(matrix.file, matrix.offset_bytes + at, size)))  # type: ignore[attr-defined]
+
+    def _begin(self, matrix: StreamedMatrix) -> None:
+        """Note what is multiplied; at the first matrix of a pass, see to order and memory."""
+        if matrix not in self._seen:
+            self._seen.append(matrix)
+            return
+        self._passes += 1
+        streamed = [m for m in self._seen if self._ahead is not None and any(c in self._ahead for c in m.chunks)]
+        if streamed and [m for m in self._order if m in set(streamed)] != streamed:
+            self._order = streamed + [m for m in self._order if m not in set(streamed)]
+            self._follow()
+        self._seen = [matrix]
+        excess = process.resident_bytes() - self._limit_bytes
+        if excess > 0 and (self._kept or self._cache):
+            self._shed(excess)
+        elif excess > 0 and not self._warned:
+            self._warned = True
+            _log.warning("%.0f MB above the limit, with no weights kept: the text has become too long", excess / 1e6)
+
+    def _shed(self, excess: int) -> None:
+        """Give up kept chunks, since something else (a long context, mostly) has grown."""
+        while excess > 0 and self._cache:
+            excess -= self._cache.popitem(last=False)[1].nbytes
+        freed: list[Chunk] = []
+        while excess > 0 and self._kept:
+            chunk, data = self._kept.popitem()
+            excess -= data.nbytes
+            freed.append(chunk)
+        process.release()
+        if freed:
+            _log.info("memory is short: %d kept chunks are streamed from now on", len(freed))
+            self._follow()
+
+    def _follow(self) -> None:
+        chunks = [chunk for matrix in self._order for chunk in matrix.chunks if chunk not in self._kept]
+        if self._ahead is None:
+            self._ahead = ReadAhead(self._storage, chunks, slots=SLOTS)
+            self._close.detach()
+            self._close = weakref.finalize(self, _close, self._ahead, self._storage)
+        else:
+            self._ahead.set_sequence(chunks)
+
+    def close(self) -> None:
+        """Stop reading; the model cannot be run any more."""
+        self._close()
+
+    # ------------------------------------------------------------------------------------------- what is measured
+
+    @property
+    def sequence(self) -> tuple[StreamedMatrix, ...]:
+        """The matrices of a pass, in order."""
+        return tuple(self._order)
+
+    def held(self, chunk: Chunk) -> ChunkData:
+        """A chunk in memory, read now if it is not kept."""
+        return self._kept.get(chunk) or self._read(chunk)
+
+    def read_alone(self) -> float:
+        """Seconds of a pass that only reads."""
+        with self._lock:
+            streamed = self._streamed()
+            self._follow()
+            for _ in range(2):  # the first fills the ring, as the pass before it does
+                start = time.perf_counter()
+                for chunk in streamed:
+                    assert self._ahead is not None
+                    self._ahead.give_back(self._ahead.take(chunk)[1])
+                elapsed = time.perf_counter() - start
+            return elapsed
+
+    @contextmanager
+    def without_weights(self) -> Iterator[None]:
+        """Products are zero and cost nothing meanwhile."""
+        self._idle = True
+        try:
+            yield
+        finally:
+            self._idle = False
+
+    # ------------------------------------------------------------------------------------------- what is reported
+
+    @property
+    def line(self) -> str:
+        """One sentence: what was measured, what limits, what to expect."""
+        s, kept = self.speeds, sum(data.nbytes for data in self._kept.values())
+        coded = sum(m.coded_bytes for m in self._order)
+        limit = "storage" if s.read_s(self._streamed()) >= 0.99 * self.residency.expected_s else "decode"
+        return (
+            f"storage {s.read_bytes_per_s / 1e9:.2f} GB/s, decode {s.decode_weights_per_s / 1e9:.2f} G weights/s: "
+            f"{limit}-bound, {1 / max(self.residency.expected_s, 1e-9):.1f} tok/s expected; {kept / 1e6:.0f} MB of "
+            f"memory for {coded / 1e6:.0f} MB of weights"
+        )
+
+    def _streamed(self) -> list[Chunk]:
+        return [c for m in self._order for c in m.chunks if c not in self._kept]
+
+    def summary(self) -> Summary:
+        """What was read and computed since the last `reset`."""
+        read = self._direct_bytes + (0 if self._ahead is None else self._ahead.bytes_read)
+        elapsed = self._ended_s - self._started_s
+        threads = max(1, torch.get_num_threads())
+        return Summary(
+            passes=self._passes + bool(self._seen),
+            elapsed_s=elapsed,
+            bytes_read=read,
+            waiting_s=self._waiting_s,
+            decode_s=float(self._nanoseconds[0]) / 1e9 / threads,
+            multiply_s=float(self._nanoseconds[1]) / 1e9 / threads,
+            kept_bytes=sum(data.nbytes for data in self._kept.values()),
+            cached_bytes=sum(data.nbytes for data in self._cache.values()),
+        )
+
+    def reset(self) -> None:
+        """Begin a new summary."""
+        self._waiting_s, self._passes, self._direct_bytes = 0.0, 0, 0
+        self._nanoseconds[:] = 0
+        self._seen = []
+        self._started_s = self._ended_s = time.perf_counter()
+        if self._ahead is not None:
+            self._ahead.bytes_read, self._ahead.reading_s = 0, 0.0
+
+
+def _has_experts(others: Sequence[StreamedMatrix]) -> bool:
+    return any(matrix.name.rpartition(".")[2].isdecimal() for matrix in others)
+
+
+def _close(ahead: ReadAhead | None, storage: Storage) -> None:
+    if ahead is not None:
+        ahead.close()
+    storage.close()
