@@ -12,27 +12,29 @@ import torch
 
 from waterfill.streaming.chunks import Chunk, ChunkData, prepare
 from waterfill.streaming.residency import Speeds
-from waterfill.streaming.storage import Slot, Storage
+from waterfill.streaming.storage import READ_BYTES, Slot, Storage
 
-READING_S = 0.2  # for each number of threads
+READING_S = 0.2  # for each way
 WORKING_S = 0.2
 THREADS = (1, 2, 4)
-WORTH = 1.1  # more threads have to read so much faster
+WAYS = (*((threads, READ_BYTES) for threads in THREADS), (1, 4 * READ_BYTES))  # of reading
+WORTH = 1.1  # a way that comes later has to be so much faster
 
 
 def calibrate(storage: Storage, chunks: Sequence[Chunk]) -> tuple[Speeds, int]:
-    """Speeds, and how many threads had best read."""
+    """Speeds, and how many threads had best read; sets how much `storage` reads with one call."""
     largest = max(chunk.region.size_bytes for chunk in chunks)
     slots = [Slot(largest) for _ in range(max(THREADS))]
     following = itertools.cycle(chunks)
-    best, read_bytes_per_s = 1, 0.0
-    for threads in THREADS:
+    best, read_bytes_per_s = (1, READ_BYTES), 0.0
+    for threads, storage.read_bytes in WAYS:
         speed = _reading_speed(storage, following, slots[:threads])
         if speed > WORTH * read_bytes_per_s:
-            best, read_bytes_per_s = threads, speed
+            best, read_bytes_per_s = (threads, storage.read_bytes), speed
+    threads, storage.read_bytes = best
     chunk = max(chunks, key=lambda chunk: chunk.region.size_bytes)
     decode, multiply = _working_speeds(ChunkData(chunk, storage.read_into(chunk.region, slots[0])))
-    return Speeds(read_bytes_per_s, decode, multiply), best
+    return Speeds(read_bytes_per_s, decode, multiply), threads
 
 
 def _reading_speed(storage: Storage, following: itertools.cycle[Chunk], slots: Sequence[Slot]) -> float:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from waterfill.errors import ArtifactError
 
 BLOCK_BYTES = 4096  # offsets, sizes and addresses of direct reads are multiples of it
-READ_BYTES = 1 << 20  # of one call; more at a time gains nothing
+READ_BYTES = 1 << 20  # of one call, unless something else is measured to be faster
 
 _log = logging.getLogger("waterfill.streaming")
 

@@ -71,7 +71,7 @@ class Streamer:
         self._idle = self._warned = False
         self._lock = threading.RLock()  # passes are one at a time: they share the ring
         chunks = [chunk for matrix in sequence for chunk in matrix.chunks]
-        self.speeds, threads = calibrate(storage, chunks or [c for m in others for c in m.chunks])
+        self.speeds, self.threads = calibrate(storage, chunks or [c for m in others for c in m.chunks])
         # Experts come first: how often each is used is not known, but all of them cannot be read for every token.
         self._cache_bytes = int(CACHE_SHARE * spare_bytes) if _has_experts(others) else 0
         self.residency = choose(chunks, spare_bytes - self._cache_bytes, self.speeds)
@@ -81,7 +81,7 @@ class Streamer:
         self._waiting_s, self._nanoseconds, self._passes, self._direct_bytes = 0.0, np.zeros(2, np.int64), 0, 0
         self._started_s = self._ended_s = time.perf_counter()
         streamed = [chunk for chunk in chunks if chunk not in self._kept]
-        self._ahead = ReadAhead(storage, streamed, slots=SLOTS, threads=threads) if streamed else None
+        self._ahead = ReadAhead(storage, streamed, slots=SLOTS, threads=self.threads) if streamed else None
         self._close = weakref.finalize(self, _close, self._ahead, storage)
         _log.info("%s", self.line)
 
@@ -244,7 +244,7 @@ class Streamer:
     def _follow(self) -> None:
         chunks = [chunk for matrix in self._order for chunk in matrix.chunks if chunk not in self._kept]
         if self._ahead is None:
-            self._ahead = ReadAhead(self._storage, chunks, slots=SLOTS)
+            self._ahead = ReadAhead(self._storage, chunks, slots=SLOTS, threads=self.threads)
             self._close.detach()
             self._close = weakref.finalize(self, _close, self._ahead, self._storage)
         else:
@@ -296,7 +296,8 @@ class Streamer:
         coded = sum(m.coded_bytes for m in self._order)
         limit = "storage" if s.read_s(self._streamed()) >= 0.99 * self.residency.expected_s else "decode"
         return (
-            f"storage {s.read_bytes_per_s / 1e9:.2f} GB/s, decode {s.decode_weights_per_s / 1e9:.2f} G weights/s: "
+            f"storage {s.read_bytes_per_s / 1e9:.2f} GB/s ({self.threads} x {self._storage.read_bytes >> 20} MiB), "
+            f"decode {s.decode_weights_per_s / 1e9:.2f} G weights/s: "
             f"{limit}-bound, {1 / max(self.residency.expected_s, 1e-9):.1f} tok/s expected; {kept / 1e6:.0f} MB of "
             f"memory for {coded / 1e6:.0f} MB of weights"
         )
