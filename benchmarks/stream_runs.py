@@ -157,3 +157,8 @@ def _checked(outcome: Outcome) -> dict[str, Any]:
     if "error" in answer:
         raise LimitError(answer["error"])
     return answer
+
+
+def key(*parts: str) -> str:
+    """The name of a criterion."""
+    return "_".join(parts).translate({ord(" "): "_", ord("-"): "_", ord("."): "_", ord("/"): "_per_"}).lower()

@@ -26,7 +26,7 @@ from kernel_peers import peers_python
 from limits import LimitError
 from stream_faults import measure_faults
 from stream_models import CODED, FAST, FIXED, KINDS, MODELS, QUICK_MODELS, Artifact, Store
-from stream_runs import Bench, Run
+from stream_runs import Bench, Run, key
 from stream_speculation import measure_speculation
 from waterfill.budget import parse_size
 
@@ -65,11 +65,6 @@ def main() -> None:
 
 def megabytes(size_bytes: int | None) -> float | None:
     return None if size_bytes is None else round(size_bytes / 1e6)
-
-
-def key(*parts: str) -> str:
-    """The name of a criterion."""
-    return "_".join(parts).replace(" ", "_").replace("/", "_per_").replace(".", "_").lower()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
