@@ -24,6 +24,7 @@ from make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
 from waterfill.architecture import describe
 from waterfill.checkpoint import open_checkpoint
 from waterfill.loss import Coefficients
+from waterfill.pack import SENSITIVITY_FILE
 from waterfill.plan import Plan
 from waterfill.sensitivity import Sensitivity
 
@@ -44,6 +45,9 @@ KINDS: dict[str, dict[str, Any]] = {
     FAST: {"purpose": "memory", "codecs": ("fast",)},
 }
 EXAMPLE_BITS, DRAFT_BITS = 3.0, 2.0
+EXAMPLE_PROBE = {"sequences": 16, "length": 128}
+
+Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -74,19 +78,17 @@ class Store:
 
     def example(self, draft: bool = False) -> Artifact:
         """The example model as it is streamed, or as its own draft."""
+        options: dict[str, Any] = {"bits": EXAMPLE_BITS, **EXAMPLE_PROBE}
         if draft:
-            options: dict[str, Any] = {"bits": DRAFT_BITS, "purpose": "memory"}
-        else:
-            options = {"bits": EXAMPLE_BITS}
+            known = self.example().path / SENSITIVITY_FILE
+            options = {"bits": DRAFT_BITS, "purpose": "memory", "codecs": ("fast",), "sensitivity": known}
 
         def make(path: Path) -> None:
             waterfill.pack(EXAMPLE_MODEL, path, **options)
 
         return self._opened(self._made(f"example-{'draft' if draft else 'streamed'}", make))
 
-    def gguf(
-        self, name: str, kind: str, write: Callable[[dict[str, Any]], dict[str, Any]]
-    ) -> tuple[Path, float, float]:
+    def gguf(self, name: str, kind: str, write: Ask) -> tuple[Path, float, float]:
         """(file, bits per weight, relative error of its type); `write` answers requests as `stream_peers.py` does."""
 
         def make(path: Path) -> None:
@@ -97,6 +99,11 @@ class Store:
         path = self._made(f"{name}-{kind}", make)
         answer = json.loads((path / "answer.json").read_text())
         return path / "model.gguf", answer["bits"], answer["t2"]
+
+    def split(self, name: str, write: Ask) -> Path:
+        """The checkpoint in a file per layer, as AirLLM keeps it."""
+        request = {"peer": "airllm", "model": str(self.checkpoint(name)), "tokens": 0}
+        return self._made(f"{name}-airllm", lambda path: write(request | {"folder": str(path)}))
 
     def _plan(self, name: str, kind: str) -> Plan:
         checkpoint, options = self.checkpoint(name), KINDS[kind]

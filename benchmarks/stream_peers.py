@@ -37,7 +37,7 @@ def airllm(request: Request) -> Request:
 
     start = time.perf_counter()
     model = AutoModel.from_pretrained(request["model"], device="cpu", layer_shards_saving_path=request["folder"])
-    return _generated(request, model, start, "airllm")
+    return _generated(request, model.model, start, "airllm")
 
 
 def _generated(request: Request, model: Any, start: float, package: str) -> Request:

@@ -25,8 +25,10 @@ RATES = {"device": None, "0.5 GB/s": 0.5e9, "0.2 GB/s": 0.2e9}  # bytes a second
 MEMORY_SHARE = 1 / 3  # of the artifact
 PROMPT = list(range(1, 9))
 WARM_PASSES = 2  # the prompt's, and one more
+SLACK = 0.01  # one process needs a little more than another
 TIMEOUT_S = 1200.0
-MORE_MEMORY = 1.5  # that a peer is given once it was killed
+PEER_TIMEOUT_S, QUICK_PEER_TIMEOUT_S = 300.0, 30.0  # some do not end: they read the same pages again and again
+MORE_MEMORY = 1.5  # that a peer is given once it was killed, or did not end
 LARGEST_MEMORY = 16e9
 
 
@@ -58,7 +60,7 @@ class Bench:
     quick: bool
     peers_python: str
     memory: int | str | None  # bytes; None: a share of the artifact, or the smallest; "none": all of it, without limit
-    _known: dict[Path, int] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._refused = enforcement(self.store.folder)
@@ -70,14 +72,14 @@ class Bench:
         names = [name for name, rate in RATES.items() if rate is None or not self._refused["read"]]
         return {name: RATES[name] for name in (names[:: len(names) - 1 or 1] if self.quick else names)}
 
-    def limit(self, *artifacts: Artifact) -> int | None:
-        """The memory that all of them are run in."""
+    def limit(self, *artifacts: Artifact, **request: Any) -> int | None:
+        """The memory that all of them are run in; `request` as for `ours`."""
         if self.memory == "none":
             return None
         if self.memory is not None:
             return int(self.memory)
         shares = [int(MEMORY_SHARE * artifact.size_bytes) for artifact in artifacts]
-        return max(*shares, *map(self._smallest, artifacts))
+        return max(*shares, *(self._smallest(artifact, request) for artifact in artifacts))
 
     def ours(
         self,
@@ -91,17 +93,20 @@ class Bench:
         """Raises LimitError if it is killed or fails."""
         request |= {"artifact": str(artifact.path), "memory": memory, "prompts": prompts}
         request["tokens"] = tokens + WARM_PASSES
-        outcome = self._outcome("stream_worker.py", sys.executable, request, artifact.path, rate, memory)
+        outcome = self._outcome("stream_worker.py", sys.executable, request, [artifact.path], rate, memory)
         answer = _checked(outcome)
         seconds = [s for generation in answer["generations"] for s in generation["seconds"][WARM_PASSES:]]
         return Run(answer, seconds, outcome.peaks, memory)
 
     def peer(self, request: dict[str, Any], rate: float | None, tokens: int, memory: int | None) -> Run:
-        """A peer with more memory every time that it is killed. Raises LimitError if it fails in another way."""
+        """A peer, with more memory every time that it is killed or does not end. Raises LimitError if it fails."""
+        files = [Path(request[what]) for what in ("model", "folder") if what in request]
         request = {"prompt": PROMPT, "threads": torch.get_num_threads(), "tokens": tokens + WARM_PASSES, **request}
+        timeout_s = QUICK_PEER_TIMEOUT_S if self.quick else PEER_TIMEOUT_S
         while True:
-            outcome = self._outcome("stream_peers.py", self.peers_python, request, Path(request["model"]), rate, memory)
-            if not (outcome.killed and memory is not None and memory * MORE_MEMORY < LARGEST_MEMORY):
+            outcome = self._outcome("stream_peers.py", self.peers_python, request, files, rate, memory, timeout_s)
+            starved = memory is not None and (outcome.killed or outcome.timed_out)
+            if not starved or memory * MORE_MEMORY > LARGEST_MEMORY:
                 answer = _checked(outcome)
                 return Run(answer, answer["seconds"][WARM_PASSES:], outcome.peaks, memory)
             memory = int(memory * MORE_MEMORY)
@@ -110,32 +115,41 @@ class Bench:
         """A peer's answer to a request that writes files: without limits."""
         return _checked(self._run("stream_peers.py", self.peers_python, request, Limits()))
 
-    def _smallest(self, artifact: Artifact) -> int:
+    def _smallest(self, artifact: Artifact, request: dict[str, Any]) -> int:
         """The least memory that an artifact can be streamed in, as the refusal of one byte says."""
-        if artifact.path not in self._known:
-            request = {"artifact": str(artifact.path), "memory": 1, "prompts": [], "tokens": 0}
+        known = artifact.path, *request.items()
+        if known not in self._known:
+            request = {"artifact": str(artifact.path), "memory": 1, "prompts": [], "tokens": 0, **request}
             answer = self._run("stream_worker.py", sys.executable, request, Limits()).answer()
             if not answer.get("smallest_bytes"):
                 raise LimitError(f"the smallest memory is not known: {answer.get('error', 'a byte is enough')}")
-            self._known[artifact.path] = answer["smallest_bytes"]
-            self.report.note(f"{artifact.path.name}: at least {format_size(self._known[artifact.path])} of memory")
-        return self._known[artifact.path]
+            self._known[known] = round((1 + SLACK) * answer["smallest_bytes"])
+            self.report.note(f"{artifact.path.name}: at least {format_size(answer['smallest_bytes'])} of memory")
+        return self._known[known]
 
     def _outcome(
-        self, script: str, python: str, request: Any, files: Path, rate: float | None, memory: int | None
+        self,
+        script: str,
+        python: str,
+        request: Any,
+        files: Sequence[Path],
+        rate: float | None,
+        memory: int | None,
+        timeout_s: float = TIMEOUT_S,
     ) -> Outcome:
-        evict(files)
+        for path in files:
+            evict(path)
         limits = Limits(
             memory_bytes=None if self._refused["memory"] else memory,
             read_bytes_per_s=None if self._refused["read"] else rate,
             disk=self.store.folder,
         )
-        return self._run(script, python, request, limits)
+        return self._run(script, python, request, limits, timeout_s)
 
-    def _run(self, script: str, python: str, request: Any, limits: Limits) -> Outcome:
+    def _run(self, script: str, python: str, request: Any, limits: Limits, timeout_s: float = TIMEOUT_S) -> Outcome:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         command = [python, str(HERE / script)]
-        return run_limited(command, limits, request=request, env=environment, timeout_s=TIMEOUT_S)
+        return run_limited(command, limits, request=request, env=environment, timeout_s=timeout_s)
 
 
 def _checked(outcome: Outcome) -> dict[str, Any]:
@@ -143,3 +157,8 @@ def _checked(outcome: Outcome) -> dict[str, Any]:
     if "error" in answer:
         raise LimitError(answer["error"])
     return answer
+
+
+def key(*parts: str) -> str:
+    """The name of a criterion."""
+    return "_".join(parts).translate({ord(" "): "_", ord("-"): "_", ord("."): "_", ord("/"): "_per_"}).lower()

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from common import EXAMPLE_MODEL, held_out_text
 from limits import LimitError
-from stream_runs import Bench, Run
+from stream_runs import Bench, Run, key
 
 PASS_S, QUICK_PASS_S = 0.25, 0.05
 PROMPTS, QUICK_PROMPTS = 6, 1
@@ -30,7 +30,7 @@ def measure_speculation(bench: Bench) -> None:
         "prompt look-up": {"lookup": LOOKUP},
         "low-bit draft": {"draft": str(draft.path)},
     }
-    tokens, memory = QUICK_TOKENS if quick else TOKENS, bench.limit(artifact)
+    tokens, memory = QUICK_TOKENS if quick else TOKENS, bench.limit(artifact, draft=str(draft.path))
     rate = artifact.size_bytes / (QUICK_PASS_S if quick else PASS_S)
     text_prompts = prompts(bench, QUICK_PROMPTS if quick else PROMPTS)
     report.note(f"speculation: {artifact.bits:.3g} bits, the draft {draft.bits:.3g}; read at {rate / 1e6:.3g} MB/s")
@@ -47,13 +47,15 @@ def measure_speculation(bench: Bench) -> None:
         passes, seconds, ids = figures(run)
         same = sum(a == b for a, b in zip(ids, plain[2], strict=True)) / len(ids)
         per_pass, faster = sum(map(len, ids)) / passes, plain[1] / seconds
-        rows.append([way, passes, per_pass, seconds, faster, same, run.peak_bytes / 1e6])
+        rows.append([way, passes, per_pass, seconds, faster, same, run.peak_bytes / 1e6, memory and memory / 1e6])
         if way != "plain":
-            name = way.replace(" ", "_").replace("-", "_")
-            report.criterion(f"{name}_tokens_per_pass", per_pass, "> 1", per_pass > 1)
-            report.criterion(f"{name}_speed_up", faster, "> 1", faster > 1)
-            report.criterion(f"{name}_same_tokens", same, "all", same == 1)
-    columns = ["guesses", "passes", "tokens per pass", "seconds", "times as fast", "same tokens", "peak MB"]
+            report.criterion(f"{key(way)}_tokens_per_pass", per_pass, "> 1", per_pass > 1)
+            report.criterion(f"{key(way)}_speed_up", faster, "> 1", faster > 1)
+            report.criterion(f"{key(way)}_same_tokens", same, "all", same == 1)
+        if memory is not None:
+            name, peak = f"peak_resident_bytes_{key(way)}", run.peak_bytes
+            report.criterion(name, peak, f"<= {memory}", peak <= memory)
+    columns = ["guesses", "passes", "tokens per pass", "seconds", "times as fast", "same tokens", "peak MB", "limit MB"]
     report.table(f"{len(text_prompts)} texts of {PROMPT_TOKENS} tokens continued", columns, rows, key="speculation")
 
 

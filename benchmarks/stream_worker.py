@@ -18,6 +18,8 @@ from typing import Any
 
 from limits import process_memory
 
+DRAFT_TOKENS = 5  # that a draft guesses at a time
+
 Request = dict[str, Any]
 
 
@@ -75,6 +77,10 @@ def stream(request: Request) -> Request:
         options["prompt_lookup_num_tokens"] = request["lookup"]
     if request.get("draft"):
         options["assistant_model"] = waterfill.load(request["draft"], verify=False)
+        guesses = options["assistant_model"].generation_config
+        guesses.num_assistant_tokens, guesses.num_assistant_tokens_schedule = DRAFT_TOKENS, "constant"
+        # Anything else has transformers import scikit-learn in the middle of a generation: 100 MB and seconds.
+        guesses.assistant_confidence_threshold = 0.0
     limit = {} if request["memory"] is None else {"memory": request["memory"]}
     start = time.perf_counter()
     model = waterfill.load(request["artifact"], verify=False, **limit)

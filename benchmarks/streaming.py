@@ -15,6 +15,8 @@ which takes root; without them the report says so. Speeds want an idle machine.
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from kernel_peers import peers_python
 from limits import LimitError
 from stream_faults import measure_faults
 from stream_models import CODED, FAST, FIXED, KINDS, MODELS, QUICK_MODELS, Artifact, Store
-from stream_runs import Bench, Run
+from stream_runs import Bench, Run, key
 from stream_speculation import measure_speculation
 from waterfill.budget import parse_size
 
@@ -39,6 +41,7 @@ OTHER_MODES = ("none", "direct_io")  # of llama.cpp, beside mapping
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # control groups are removed on the way out
     folder = Path(os.environ.get("WATERFILL_CACHE") or tempfile.gettempdir()) / "waterfill-streaming"
     arguments = parse_arguments(
         __doc__,
@@ -62,11 +65,6 @@ def main() -> None:
 
 def megabytes(size_bytes: int | None) -> float | None:
     return None if size_bytes is None else round(size_bytes / 1e6)
-
-
-def key(*parts: str) -> str:
-    """The name of a criterion."""
-    return "_".join(parts).replace(" ", "_").replace("/", "_per_").replace(".", "_").lower()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,10 +201,9 @@ def peer_requests(bench: Bench, name: str) -> dict[str, tuple[dict[str, Any], fl
     checkpoint = {"model": str(store.checkpoint(name))}
     offload = str(store.folder / "offload")
     peers["accelerate"] = {"peer": "accelerate", "folder": offload, **checkpoint}, 16.0, 0.0
-    airllm = {"peer": "airllm", "folder": str(store.folder / f"{name}-airllm"), **checkpoint}
     try:
-        bench.prepare(airllm | {"tokens": 0})
-        peers["AirLLM"] = airllm, 16.0, 0.0
+        split = store.split(name, bench.prepare)
+        peers["AirLLM"] = {"peer": "airllm", "folder": str(split), **checkpoint}, 16.0, 0.0
     except LimitError as error:
         bench.report.note(f"AirLLM is left out: {error}")
     for kind in GGUF_TYPES[1:2] if bench.quick else GGUF_TYPES:
