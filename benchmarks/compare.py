@@ -43,9 +43,9 @@ CONTEXT = 512
 WITHIN = 0.10  # relative deviation of the prediction that the theorem's range is about
 HALF = 0.5  # of the best data-free peer's KL, around these bits
 NEAR = {3: (2.75, 3.75), 4: (3.75, 4.75)}  # stored bits of the peers that count as 3 and as 4 bits
-ALLOTTED_BITS = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0)
-PART_BITS = (2.25, 2.75, 3.25, 4.0, 5.0, 6.0)  # of plans from part of the menu
-PER_FAMILY = 6  # uniform plans of each family of codecs
+ALLOTTED_BITS = (1.5, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 7.0)
+PART_BITS = (2.5, 3.0, 4.0, 5.0, 6.0)  # of plans from part of the menu
+PER_FAMILY = 4  # uniform plans of each family of codecs
 FIRST_BITS, LAST_BITS = 2.5, 6.0  # the theorem is asked to hold from here to there
 
 
