@@ -56,6 +56,12 @@ CHAPTERS = {
         "planned without data. Methods called calibrated have seen text of the kind that is measured on. In the second "
         "figure every point is one packed model.\n\n![Predicted and measured KL](images/theorem.png)",
     ),
+    "streaming": (
+        "Models that do not fit in memory",
+        "Random weights in the shapes named, at 3 bits, streamed within the limits given: `group` is what the control "
+        "group counts, page cache included. `over the slowest` is the time of a token over the longest of reading, "
+        "decoding and computing, each alone.",
+    ),
     "allocation": ("Allocation", ""),
     "lossless": (
         "Lossless coding",

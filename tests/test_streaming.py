@@ -18,6 +18,7 @@ import waterfill
 from commands import Command
 from plans import plan_for
 from waterfill import kernels, native, process
+from waterfill.artifact import open_artifact
 from waterfill.budget import Budget
 from waterfill.errors import ArtifactError, MemoryLimitError, WaterfillError
 from waterfill.streaming import measure_stages
@@ -233,6 +234,16 @@ def test_digests_are_compared_when_it_is_loaded(
     copy = damaged_copy(packed(CODECS[0]), tmp_path / "copy", offset)
     with pytest.raises(ArtifactError, match=rf"{matrix.name}"):
         streams.load(copy)
+
+
+def test_digests_of_scales_are_compared_too(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    tensor = open_artifact(packed("higgs-p2-n16")).tensors["model.layers.1.mlp.up_proj"]
+    scales = tensor.buffers[tensor.keys.index("scales")]
+    copy = damaged_copy(packed("higgs-p2-n16"), tmp_path / "copy", scales.offset_bytes + 1)
+    with pytest.raises(ArtifactError, match=r"up_proj\.scales"):
+        streams.load(copy)
+    assert streams.load(copy, verify=False).streaming
 
 
 def damaged_copy(artifact: Path, copy: Path, offset: int) -> Path:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from waterfill import kernels, native
-from waterfill.artifact import StoredTensor
+from waterfill.artifact import StoredTensor, read_buffer
 from waterfill.codecs import TableCodec, Trellis, get_codec
 from waterfill.codecs.packing import radix_word
 from waterfill.codecs.stream import stream_rows
@@ -71,9 +71,11 @@ class Chunk:
 
 
 class StreamedMatrix:
-    """A matrix `[out, in]` whose codes stay on disk. Scales of fixed-rate codes, half a per cent of them, do not."""
+    """A matrix `[out, in]` whose codes stay on disk. Scales of fixed-rate codes, half a per cent of them, do not; with
+    `verify` they are compared with their digest. Raises ArtifactError where they differ, or the index is damaged.
+    """
 
-    def __init__(self, tensor: StoredTensor, storage: Storage) -> None:
+    def __init__(self, tensor: StoredTensor, storage: Storage, *, verify: bool) -> None:
         codec = get_codec(tensor.codec)
         if not isinstance(codec, TableCodec | Trellis):
             raise ArtifactError(
@@ -95,9 +97,7 @@ class StreamedMatrix:
             self.part_rows = 4 * max(1, PART_WEIGHTS // (4 * width))
             starts = np.minimum(np.arange(-(-rows // self.part_rows) + 1) * self.part_rows, rows)
             self.ends = starts * codec.row_bytes(width)
-            scales = buffers["scales"]
-            found = storage.read(Region(scales.file, scales.offset_bytes, scales.size_bytes))
-            self.scales = torch.frombuffer(bytearray(found), dtype=torch.float16).view(scales.shape)
+            self.scales = read_buffer(buffers["scales"], verify=verify)
         self.sums: npt.NDArray[np.uint64] | None = None  # checksums of the parts, where the library makes them
         self.seen = np.zeros(len(self.ends) - 1, bool)  # which of them are known
         self.chunks = tuple(self._chunks())

@@ -62,7 +62,9 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
     modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
     storage = Storage()
     try:
-        matrices = {path: StreamedMatrix(tensor, storage) for path, tensor in _tensors(modules, artifact)}
+        matrices = {
+            path: StreamedMatrix(tensor, storage, verify=verify) for path, tensor in _tensors(modules, artifact)
+        }
         spare = _spare(model, artifact, matrices.values(), limit_bytes, logits)
         sequence, others = _order(model, modules, matrices)
         streamer = Streamer(

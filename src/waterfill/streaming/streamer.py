@@ -67,7 +67,7 @@ class Streamer:
         self._storage, self._limit_bytes = storage, limit_bytes
         self._matrices = (*sequence, *others)
         self._order: list[StreamedMatrix] = list(sequence)
-        self._seen: list[StreamedMatrix] = []  # in this pass
+        self._seen: dict[StreamedMatrix, None] = {}  # in this pass, in order
         self._idle = self._warned = False
         self._lock = threading.RLock()  # passes are one at a time: they share the ring
         chunks = [chunk for matrix in sequence for chunk in matrix.chunks]
@@ -76,6 +76,7 @@ class Streamer:
         self._cache_bytes = int(CACHE_SHARE * spare_bytes) if _has_experts(others) else 0
         self.residency = choose(chunks, spare_bytes - self._cache_bytes, self.speeds)
         self._cache: OrderedDict[Chunk, ChunkData] = OrderedDict()
+        self._cached_bytes = 0
         self._kept: dict[Chunk, ChunkData] = {}
         self._fill(verify)
         self._waiting_s, self._nanoseconds, self._passes, self._direct_bytes = 0.0, np.zeros(2, np.int64), 0, 0
@@ -142,13 +143,19 @@ class Streamer:
         """A chunk that is not in the sequence: the ones used last stay in memory, as many as fit."""
         kept = self._kept.get(chunk) or self._cache.get(chunk)
         if kept is None:
-            kept = self._read(chunk)
-            self._cache[chunk] = kept
-        if chunk in self._cache:
+            kept = self._cache[chunk] = self._read(chunk)
+            self._cached_bytes += kept.nbytes
+            while len(self._cache) > 1 and self._cached_bytes > self._cache_bytes:
+                self._forget()
+        elif chunk in self._cache:
             self._cache.move_to_end(chunk)
-            while len(self._cache) > 1 and sum(data.nbytes for data in self._cache.values()) > self._cache_bytes:
-                self._cache.popitem(last=False)
         return kept
+
+    def _forget(self) -> int:
+        """Drop the chunk that was used longest ago; how many bytes that gives back."""
+        size: int = self._cache.popitem(last=False)[1].nbytes
+        self._cached_bytes -= size
+        return size
 
     def _part(self, matrix: StreamedMatrix, row: int) -> ChunkData:
         """The part that holds a row, from the chunk it lies in if that is kept."""
@@ -212,14 +219,14 @@ class Streamer:
     def _begin(self, matrix: StreamedMatrix) -> None:
         """Note what is multiplied; at the first matrix of a pass, see to order and memory."""
         if matrix not in self._seen:
-            self._seen.append(matrix)
+            self._seen[matrix] = None
             return
         self._passes += 1
         streamed = [m for m in self._seen if self._ahead is not None and any(c in self._ahead for c in m.chunks)]
         if streamed and [m for m in self._order if m in set(streamed)] != streamed:
             self._order = streamed + [m for m in self._order if m not in set(streamed)]
             self._follow()
-        self._seen = [matrix]
+        self._seen = {matrix: None}
         excess = process.resident_bytes() - self._limit_bytes
         if excess > 0 and (self._kept or self._cache):
             self._shed(excess)
@@ -230,7 +237,7 @@ class Streamer:
     def _shed(self, excess: int) -> None:
         """Give up kept chunks, since something else (a long context, mostly) has grown."""
         while excess > 0 and self._cache:
-            excess -= self._cache.popitem(last=False)[1].nbytes
+            excess -= self._forget()
         freed: list[Chunk] = []
         while excess > 0 and self._kept:
             chunk, data = self._kept.popitem()
@@ -318,14 +325,14 @@ class Streamer:
             decode_s=float(self._nanoseconds[0]) / 1e9 / threads,
             multiply_s=float(self._nanoseconds[1]) / 1e9 / threads,
             kept_bytes=sum(data.nbytes for data in self._kept.values()),
-            cached_bytes=sum(data.nbytes for data in self._cache.values()),
+            cached_bytes=self._cached_bytes,
         )
 
     def reset(self) -> None:
         """Begin a new summary."""
         self._waiting_s, self._passes, self._direct_bytes = 0.0, 0, 0
         self._nanoseconds[:] = 0
-        self._seen = []
+        self._seen = {}
         self._started_s = self._ended_s = time.perf_counter()
         if self._ahead is not None:
             self._ahead.bytes_read, self._ahead.reading_s = 0, 0.0
