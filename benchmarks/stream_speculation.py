@@ -37,7 +37,7 @@ def measure_speculation(bench: Bench) -> None:
     runs: dict[str, Run] = {}
     for way, options in ways.items():
         try:
-            runs[way] = bench.ours(artifact, rate, tokens, memory, text_prompts, **options)
+            runs[way] = bench.ours(artifact, rate, tokens, memory, text_prompts, keep=False, **options)
         except LimitError as error:
             report.note(f"{way}: {error}")
     if "plain" not in runs:
@@ -56,20 +56,20 @@ def measure_speculation(bench: Bench) -> None:
             name, peak = f"peak_resident_bytes_{key(way)}", run.peak_bytes
             report.criterion(name, peak, f"<= {memory}", peak <= memory)
     columns = ["guesses", "passes", "tokens per pass", "seconds", "times as fast", "same tokens", "peak MB", "limit MB"]
-    report.table(f"{len(text_prompts)} texts of {PROMPT_TOKENS} tokens continued", columns, rows, key="speculation")
+    report.table(f"{len(plain[2])} texts of {PROMPT_TOKENS} tokens continued", columns, rows, key="speculation")
 
 
 def figures(run: Run) -> tuple[int, float, list[list[int]]]:
-    """(passes, seconds, tokens) of all generations, prompts' passes included."""
-    generations = run.answer["generations"]
+    """(passes, seconds, tokens) of all generations but the first, which warms up; prompts' passes are counted."""
+    generations = run.answer["generations"][1:]
     passes = sum(len(generation["seconds"]) for generation in generations)
     seconds = math.fsum(s for generation in generations for s in generation["seconds"])
     return passes, seconds, [generation["ids"] for generation in generations]
 
 
 def prompts(bench: Bench, count: int) -> list[list[int]]:
-    """Stretches spread over the held-out text."""
+    """Stretches spread over the held-out text, and before them one to warm up with."""
     text = held_out_text(bench.report).read_text("utf-8")[: 1 << 18]
     ids = AutoTokenizer.from_pretrained(EXAMPLE_MODEL)(text, verbose=False)["input_ids"]
     stride = len(ids) // (count + 1)
-    return [ids[i * stride : i * stride + PROMPT_TOKENS] for i in range(1, count + 1)]
+    return [ids[i * stride : i * stride + PROMPT_TOKENS] for i in range(count + 1)]

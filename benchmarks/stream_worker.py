@@ -69,7 +69,10 @@ def answering(work: Callable[[Request], Request]) -> None:
 
 
 def stream(request: Request) -> Request:
-    """Generate from every prompt. With `memory` null all of the artifact is loaded; a `draft` always is."""
+    """Generate from every prompt. With `memory` null all of the artifact is loaded; a `draft` always is.
+
+    `keep` false streams everything, however much memory is left: what a small model needs to stand for a large one.
+    """
     import waterfill
 
     options: dict[str, Any] = {}
@@ -81,6 +84,11 @@ def stream(request: Request) -> Request:
         guesses.num_assistant_tokens, guesses.num_assistant_tokens_schedule = DRAFT_TOKENS, "constant"
         # Anything else has transformers import scikit-learn in the middle of a generation: 100 MB and seconds.
         guesses.assistant_confidence_threshold = 0.0
+    if not request.get("keep", True):
+        from waterfill.streaming import streamer
+
+        choose = streamer.choose
+        streamer.choose = lambda chunks, _, speeds: choose(chunks, 0, speeds)
     limit = {} if request["memory"] is None else {"memory": request["memory"]}
     start = time.perf_counter()
     model = waterfill.load(request["artifact"], verify=False, **limit)
