@@ -18,7 +18,6 @@ from typing import Any
 
 from limits import process_memory
 
-DRAFT_TOKENS = 5  # that a draft guesses at a time
 
 Request = dict[str, Any]
 
@@ -79,11 +78,9 @@ def stream(request: Request) -> Request:
     if request.get("lookup"):
         options["prompt_lookup_num_tokens"] = request["lookup"]
     if request.get("draft"):
-        options["assistant_model"] = waterfill.load(request["draft"], verify=False)
-        guesses = options["assistant_model"].generation_config
-        guesses.num_assistant_tokens, guesses.num_assistant_tokens_schedule = DRAFT_TOKENS, "constant"
-        # Anything else has transformers import scikit-learn in the middle of a generation: 100 MB and seconds.
-        guesses.assistant_confidence_threshold = 0.0
+        from waterfill.runtime.generate import drafted_by
+
+        options |= drafted_by(waterfill.load(request["draft"], verify=False))
     if not request.get("keep", True):
         from waterfill.streaming import streamer
 

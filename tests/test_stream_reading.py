@@ -117,7 +117,7 @@ def pieces(file: Path) -> list[Any]:
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
 def ahead(request: pytest.FixtureRequest, pieces: list[Any]) -> Iterator[ReadAhead]:
     storage = Storage()
-    opened = ReadAhead(storage, pieces, slots=4, threads=request.param)
+    opened = ReadAhead(storage, pieces, slots=4, slot_bytes=12_000, threads=request.param)
     yield opened
     opened.close()
     storage.close()
@@ -141,7 +141,7 @@ def test_chunks_come_in_order_again_and_again(ahead: ReadAhead, pieces: list[Any
 def test_any_order_is_served(file: Path, order: list[int]) -> None:
     pieces: list[Any] = [Piece(file, number) for number in range(20)]
     storage = Storage()
-    ahead = ReadAhead(storage, pieces, slots=3, threads=2)
+    ahead = ReadAhead(storage, pieces, slots=3, slot_bytes=12_000, threads=2)
     for number in order:
         expect(ahead, pieces[number])
     ahead.set_sequence(pieces[::-2])
@@ -182,7 +182,7 @@ def test_closing_wakes_whoever_waits(file: Path) -> None:
     piece: Any = Piece(file, 0)
     piece.matrix.check = lambda chunk, data: gate.wait(10)
     storage = Storage()
-    ahead = ReadAhead(storage, [piece], slots=2)
+    ahead = ReadAhead(storage, [piece], slots=2, slot_bytes=12_000)
     errors: list[BaseException] = []
 
     def wait() -> None:

@@ -23,6 +23,7 @@ from waterfill.budget import Budget
 from waterfill.errors import ArtifactError, MemoryLimitError, WaterfillError
 from waterfill.streaming import measure_stages
 from waterfill.streaming.chunks import StreamedMatrix
+from waterfill.streaming.residency import Residency
 
 CODECS = ("trellis-s8-r3.0000", "trellis-s4-r6.0000", "higgs-p1-n4", "higgs-p1-n6", "higgs-p2-n16", "higgs-p4-n1024")
 KEEPS = (streams.nothing, streams.coded, streams.decoded, streams.mixed)
@@ -183,6 +184,18 @@ def test_memory_that_something_else_takes_is_given_up(packed: Packed, monkeypatc
     for _ in range(2):
         assert torch.equal(logits(streamed, ids()), expected)
     assert streamed.streaming.summary().kept_bytes == 0
+
+
+def test_the_largest_chunk_may_be_given_up(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def largest(sequence: Any) -> Residency:
+        return Residency((max(sequence, key=lambda chunk: chunk.region.size_bytes),), (), 1.0)
+
+    streams.quick(monkeypatch, largest)
+    streamed = streams.load(packed(CODECS[0]))
+    expected = logits(streamed, ids())
+    streamed.streaming._shed(1)
+    assert streamed.streaming.summary().kept_bytes == 0
+    assert torch.equal(logits(streamed, ids()), expected)
 
 
 def test_too_little_memory_says_how_much_is_needed(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from waterfill.errors import WaterfillError
 
+DRAFT_TOKENS = 5  # that a draft writes before they are verified
+
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
@@ -152,8 +154,20 @@ def _speculation(draft: Any, lookup: int | None) -> dict[str, Any]:
     if lookup is not None and lookup < 1:
         raise WaterfillError(f"lookup is {lookup}; choose at least 1 token")
     if draft is not None:
-        return {"assistant_model": draft}
+        return drafted_by(draft)
     return {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
+
+
+def drafted_by(draft: Any) -> dict[str, Any]:
+    """The arguments of transformers' `generate` that have a model draft the same number of tokens every time.
+
+    As many as are worth it depend on the speed of storage, not on the draft's confidence; and to judge that,
+    transformers imports scikit-learn in the middle of a generation: 100 MB, and seconds.
+    """
+    guesses = draft.generation_config
+    guesses.num_assistant_tokens, guesses.num_assistant_tokens_schedule = DRAFT_TOKENS, "constant"
+    guesses.assistant_confidence_threshold = 0.0
+    return {"assistant_model": draft}
 
 
 def _stream(model: Any, streamer: _Streamer, arguments: dict[str, Any], seed: int | None) -> Generator[str, None, None]:

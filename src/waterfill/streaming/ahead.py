@@ -37,15 +37,23 @@ class _Read:
 
 
 class ReadAhead:
-    """The reading side of a streamed model. One thread at a time may consume."""
+    """The reading side of a streamed model. One thread at a time may consume.
 
-    def __init__(self, storage: Storage, sequence: Sequence[Chunk], *, slots: int, threads: int = 1) -> None:
-        largest = max(chunk.region.size_bytes for chunk in sequence)
+    Args:
+        sequence: what is read, around and around.
+        slots: how many chunks the ring holds.
+        slot_bytes: the largest chunk that any sequence will have.
+        threads: how many read.
+    """
+
+    def __init__(
+        self, storage: Storage, sequence: Sequence[Chunk], *, slots: int, slot_bytes: int, threads: int = 1
+    ) -> None:
         self.storage = storage
         self._lock = threading.Condition()
         self._sequence: tuple[Chunk, ...] = ()
         self._places: dict[Chunk, int] = {}
-        self._free = [Slot(largest) for _ in range(slots)]
+        self._free = [Slot(slot_bytes) for _ in range(slots)]
         self.nbytes = sum(slot.nbytes for slot in self._free)
         self._reads: dict[int, _Read] = {}  # by position
         self._next_read = self._next_take = self._epoch = 0
@@ -60,7 +68,7 @@ class ReadAhead:
             thread.start()
 
     def set_sequence(self, sequence: Sequence[Chunk]) -> None:
-        """Read these chunks from now on, beginning with the first; none of them larger than those before."""
+        """Read these chunks from now on, beginning with the first."""
         with self._lock:
             self._restart(0)
             self._sequence = tuple(sequence)

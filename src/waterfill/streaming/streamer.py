@@ -81,9 +81,10 @@ class Streamer:
         self._fill(verify)
         self._waiting_s, self._nanoseconds, self._passes, self._direct_bytes = 0.0, np.zeros(2, np.int64), 0, 0
         self._started_s = self._ended_s = time.perf_counter()
-        streamed = [chunk for chunk in chunks if chunk not in self._kept]
-        self._ahead = ReadAhead(storage, streamed, slots=SLOTS, threads=self.threads) if streamed else None
-        self._close = weakref.finalize(self, _close, self._ahead, storage)
+        self._ahead: ReadAhead | None = None
+        self._close = weakref.finalize(self, _close, None, storage)
+        if self._streamed():
+            self._follow()
         _log.info("%s", self.line)
 
     # ------------------------------------------------------------------------------------------- what is computed
@@ -249,9 +250,10 @@ class Streamer:
             self._follow()
 
     def _follow(self) -> None:
-        chunks = [chunk for matrix in self._order for chunk in matrix.chunks if chunk not in self._kept]
+        chunks = self._streamed()
         if self._ahead is None:
-            self._ahead = ReadAhead(self._storage, chunks, slots=SLOTS, threads=self.threads)
+            slot = max(chunk.region.size_bytes for matrix in self._order for chunk in matrix.chunks)
+            self._ahead = ReadAhead(self._storage, chunks, slots=SLOTS, slot_bytes=slot, threads=self.threads)
             self._close.detach()
             self._close = weakref.finalize(self, _close, self._ahead, self._storage)
         else:
