@@ -18,7 +18,6 @@ from typing import Any
 
 from limits import process_memory
 
-
 Request = dict[str, Any]
 
 
