@@ -99,7 +99,7 @@ class Bench:
         return Run(answer, seconds, outcome.peaks, memory)
 
     def peer(self, request: dict[str, Any], rate: float | None, tokens: int, memory: int | None) -> Run:
-        """A peer, with more memory every time that it is killed or does not end; it begins with what it is known to need,
+        """A peer, with more memory whenever it is killed or does not end; it begins with what it is known to need,
         `least_memory` of the request. Raises LimitError if it fails."""
         memory = None if memory is None else max(memory, request.get("least_memory", 0))
         files = [Path(request[what]) for what in ("model", "folder") if what in request]
