@@ -262,8 +262,13 @@ def test_the_weight_that_model_code_sees_is_decoded_only_when_computed_with(
             expected.shape,
             2,
         )
-    x = torch.randn(3, 172).to(torch.bfloat16)
-    assert torch.equal(x @ weight if conv else F.linear(x, weight), x @ expected if conv else F.linear(x, expected))
+        x = torch.randn(3, 172).to(torch.bfloat16)
+        product = x @ weight if conv else F.linear(x, weight)
+        assert torch.equal(product, kernels.matmul(x, module.packed)), "from the codes"
+        bias = torch.ones(len(decoded), dtype=torch.bfloat16)
+        assert conv or torch.equal(F.linear(x, weight, bias), product + bias)
+    exact = x.float() @ decoded.T
+    torch.testing.assert_close(product.float(), exact, atol=0.05 * float(exact.std()), rtol=0)
     assert torch.equal(torch.stack([weight, weight])[1], expected), "also inside lists"
     assert torch.equal(weight.float(), expected.float())
     assert weight.numel() == expected.numel()

@@ -69,6 +69,7 @@ def load(
     if limit is None:
         limit = int(process.resident_bytes() + FREE_SHARE * min(free, MOST_FREE_BYTES))
     if verify:
+        opened.verify_files()
         opened.verify(besides=packed_names(opened) if streamed else ())
     config = transformers.AutoConfig.from_pretrained(path)
     config.quantization_config |= {"verified": True, "streamed": streamed}

@@ -71,14 +71,18 @@ class Artifact:
         self._verified.add(buffer_name)
         return data
 
+    def verify_files(self) -> None:
+        """Compare everything but the shards' buffers with the manifest. Raises ArtifactError at what differs."""
+        _verify_files(self.path, self._shards)
+
     def verify(self, *, besides: Container[str] = ()) -> None:
-        """Compare every buffer with its digest, forwards through the files and in constant memory; and all other files
-        with the manifest. `besides` names tensors that are left out.
+        """Compare every buffer with its digest, forwards through the files and in constant memory.
+
+        `besides` names tensors that are left out.
 
         Raises:
             ArtifactError: at the first buffer that differs.
         """
-        _verify_files(self.path, self._shards)
         for tensor in self.tensors.values():
             for buffer in tensor.buffers if tensor.name not in besides else ():
                 with refusing(buffer.file), buffer.file.open("rb") as file:
@@ -111,6 +115,7 @@ def open_artifact(path: Path, *, verify: bool = True) -> Artifact:
         files[INDEX] = (path / INDEX).stat().st_size
     artifact = Artifact(path, shards, MappingProxyType(files))
     if verify:
+        artifact.verify_files()
         artifact.verify()
     return artifact
 
