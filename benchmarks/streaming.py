@@ -32,7 +32,7 @@ from waterfill.budget import parse_size
 
 TOKENS, QUICK_TOKENS = 8, 3
 PEER_TOKENS, QUICK_PEER_TOKENS = 3, 1
-ROUNDS = 3  # of processes; one in a quick run
+ROUNDS = 2  # of processes; one in a quick run
 STAGES_GOAL, CODED_GOAL, ACCELERATE_GOAL, LLAMA_CPP_GOAL = 1.15, 1.08, 5.0, 1.3
 STAGES = ("read_s", "decode_s", "compute_s")
 QUICK_KINDS = (CODED, FIXED)
