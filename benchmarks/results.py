@@ -60,10 +60,10 @@ CHAPTERS = {
         "Models that do not fit in memory",
         "Random weights in the shapes named, at 3 bits, streamed within the limits given: `group` is what the control "
         "group counts, page cache included. `over the slowest` is the time of a token over the longest of reading, "
-        "decoding and computing, each alone; decoding and computing share the cores, so where storage is fast their "
-        "sum bounds a token. Of our memory 280 MB are the interpreter with torch and transformers. llama.cpp has 53 MB of "
-        "its own, and keeps most of a file of this size in the page cache of the same limit: there, memory is worth "
-        "more than coding. accelerate does not end below the limit that it was given.",
+        "decoding and computing, each alone; decoding and computing share the cores, so where storage is fast it is "
+        "their sum that counts. Of our memory 280 MB are the interpreter with torch and transformers. llama.cpp has 53 "
+        "MB of its own, and keeps most of a file of this size in the page cache of the same limit: there, memory is "
+        "worth more than coding. accelerate does not end below the limit that it was given.",
     ),
     "allocation": ("Allocation", ""),
     "lossless": (
