@@ -176,7 +176,7 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
     if (!f || word_bytes > 7) return -1;
     const Table& t = stored->table->view;
     const int64_t rows = stored->rows, width = stored->width, tiles = tiles_of(rows), groups = groups_of(width);
-    const int64_t tile_bytes = chunks_per_row(width, t.p) * kTile * planes_of(t.bits).bytes;
+    const int64_t tile_bytes = tile_code_bytes(t, width);
     const StoredRows m{stored->table, rows, width, stored->codes, stored->scales, word_indices, word_bytes, row_bytes};
     prefer_huge_pages(codes, tiles * tile_bytes);
     const int64_t per_task = most(1, kTaskWeights / (kTile * width));

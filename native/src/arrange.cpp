@@ -213,6 +213,10 @@ ArrangeRow row_function(const Table& t) {
 
 }  // namespace
 
+int64_t tile_code_bytes(const Table& t, int64_t width) {
+    return chunks_per_row(width, t.p) * kTile * planes_of(t.bits).bytes;
+}
+
 void arrange_tiles(const Functions& f, const StoredRows& m, int64_t first_tile, int64_t last_tile, uint8_t* codes,
                    uint16_t* scales) {
     const Table& t = m.table->view;

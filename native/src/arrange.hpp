@@ -17,6 +17,9 @@ struct StoredRows {
     int64_t row_bytes;
 };
 
+// Bytes of a tile of four rows in that layout.
+int64_t tile_code_bytes(const Table& t, int64_t width);
+
 // Tiles first … last, in the calling thread; `codes` and `scales` begin with the first of them.
 void arrange_tiles(const Functions& f, const StoredRows& m, int64_t first_tile, int64_t last_tile, uint8_t* codes,
                    uint16_t* scales);

@@ -82,11 +82,6 @@ bool decode_part(const Functions& f, const wf_chunk& c, int64_t part, int64_t fi
     return true;
 }
 
-int64_t tile_code_bytes(const wf_chunk& c) {
-    const Table& t = c.table->view;
-    return chunks_per_row(c.width, t.p) * kTile * planes_of(t.bits).bytes;
-}
-
 bool sound(const Functions* f, const wf_chunk* c) {
     return f && c->table && c->rows > 0 && c->width > 0 && (!c->states || (trellis_code(c->states) && c->ends)) &&
            c->word_bytes <= 7;
@@ -98,9 +93,7 @@ int64_t each_part(const wf_chunk& c, const Work& work) {
     const int64_t each = part_rows(c);
     std::atomic<int64_t> failed{INT64_MAX};
     parallel(ceil_div(c.rows, each), [&](int64_t i) {
-        if (work(i, i * each, least(each, c.rows - i * each))) return;
-        for (int64_t now = failed.load(); i < now && !failed.compare_exchange_weak(now, i);) {
-        }
+        if (!work(i, i * each, least(each, c.rows - i * each))) lower(failed, i);
     });
     return failed == INT64_MAX ? 0 : -3 - failed.load();
 }
@@ -157,14 +150,17 @@ int64_t wf_chunk_multiply(int isa, const wf_chunk* chunk, const wf_activations* 
     const wf_chunk& c = *chunk;
     if (!sound(f, chunk) || dtype < 0 || dtype > 2 || x->view.padded != padded_width(c.width)) return -1;
     if (!(x->form == form_of(*f, c.table->view))) return -2;
-    const int64_t tile_bytes = tile_code_bytes(c), groups = groups_of(c.width), tokens = x->view.tokens;
+    const int64_t tile_bytes = tile_code_bytes(c.table->view, c.width), groups = groups_of(c.width),
+                  tokens = x->view.tokens;
     const bool arranged = !c.states && !c.row_bytes;
     std::atomic<int64_t> decoding{0}, multiplying{0};
     const int64_t status = each_part(c, [&](int64_t part, int64_t first, int64_t rows) {
         const auto start = std::chrono::steady_clock::now();
         const int64_t tile = first / kTile, tiles = tiles_of(rows);
-        Matrix m{rows, c.width, c.step, c.unit, &c.table->view, c.data + tile * tile_bytes, c.scales + tile * groups * kTile};
-        if (!arranged) {
+        Matrix m{rows, c.width, c.step, c.unit, &c.table->view, nullptr, nullptr};
+        if (arranged) {
+            m.codes = c.data + tile * tile_bytes, m.scales = c.scales + tile * groups * kTile;
+        } else {
             uint8_t* codes = scratch(kPartCodes, tiles * tile_bytes);
             auto* scales = reinterpret_cast<uint16_t*>(scratch(kPartScales, tiles * groups * kTile * 2));
             if (!decode_part(*f, c, part, first, rows, codes, scales)) return false;
@@ -185,7 +181,7 @@ int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t
     const Functions* f = functions(isa);
     const wf_chunk& c = *chunk;
     if (!sound(f, chunk) || (!c.states && !c.row_bytes)) return -1;
-    const int64_t tile_bytes = tile_code_bytes(c), groups = groups_of(c.width);
+    const int64_t tile_bytes = tile_code_bytes(c.table->view, c.width), groups = groups_of(c.width);
     return each_part(c, [&](int64_t part, int64_t first, int64_t rows) {
         const int64_t tile = first / kTile;
         return decode_part(*f, c, part, first, rows, codes + tile * tile_bytes, scales + tile * groups * kTile);

@@ -30,12 +30,6 @@ bool zeros(const uint8_t* from, const uint8_t* to) {
     return std::all_of(from, to, [](uint8_t byte) { return byte == 0; });
 }
 
-// The first damaged stream is the one that is named, whichever thread finds one first.
-void lower(std::atomic<int64_t>& least, int64_t value) {
-    for (int64_t now = least.load(); value < now && !least.compare_exchange_weak(now, value);) {
-    }
-}
-
 }  // namespace
 
 int64_t wf_rans_encode(const uint8_t* symbols, int64_t count, int lanes, const uint16_t* frequencies, uint8_t* out,

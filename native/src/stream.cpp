@@ -264,4 +264,9 @@ bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const
     return true;
 }
 
+void lower(std::atomic<int64_t>& least, int64_t value) {
+    for (int64_t now = least.load(); value < now && !least.compare_exchange_weak(now, value);) {
+    }
+}
+
 }  // namespace waterfill

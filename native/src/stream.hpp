@@ -1,6 +1,7 @@
 // Streams of entropy-coded matrices: docs/format.md has the bytes.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "matrix.hpp"
@@ -35,5 +36,8 @@ int64_t padded_count(int64_t weights, int* lanes);  // symbols of a stream, and 
 // One stream -> levels [rows * width, rounded up to lanes] and fp16 scales [rows][groups] of its rows.
 bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const uint8_t* in, int64_t bytes, void* levels,
                    uint16_t* scales);
+
+// The first damaged stream is the one that is named, whichever thread finds one first.
+void lower(std::atomic<int64_t>& least, int64_t value);
 
 }  // namespace waterfill
