@@ -64,6 +64,19 @@ struct Arranged {
 
 int64_t groups_of(int64_t width) { return width < 1536 ? 1 : (width + 512) / 1024; }
 
+// A chunk's product is that of the matrix, in columns of a wider result.
+void expect_product(int isa, const wf_chunk& chunk, const std::vector<float>& x, int64_t tokens,
+                    const std::vector<float>& y, const std::string& name) {
+    const int64_t stride = chunk.rows + 3;
+    std::vector<float> wide(size_t(tokens * stride));
+    int64_t nanoseconds[2] = {};
+    wf_activations* prepared = wf_activations_new(isa, chunk.table, x.data(), WF_FLOAT32, tokens, chunk.width);
+    if (wf_chunk_multiply(isa, &chunk, prepared, WF_FLOAT32, wide.data(), stride, nanoseconds)) std::abort();
+    wf_activations_free(prepared);
+    for (int64_t t = 0; t < tokens; ++t)
+        expect(!std::memcmp(wide.data() + t * stride, y.data() + t * chunk.rows, size_t(chunk.rows) * sizeof(float)), name);
+}
+
 void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
     const int limit = g.precision == 8 ? 127 : 2047;
     std::vector<int16_t> units(size_t(g.n * g.p));
@@ -91,6 +104,11 @@ void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
         if (wf_matmul(isa, &pa, 1, x.data(), WF_FLOAT32, tokens, &py)) std::abort();
         if (wf_matmul(scalar, &pb, 1, x.data(), WF_FLOAT32, tokens, &pz)) std::abort();
         expect(!std::memcmp(y.data(), z.data(), y.size() * sizeof(float)), name + " tokens " + std::to_string(tokens));
+        wf_chunk chunk{rows, width, 0.01f, 1.0f, a.table, stored.data(), factors.data(), 0, 0, nullptr,
+                       g.digits, g.word_bytes, row_bytes};
+        expect_product(isa, chunk, x, tokens, y, name + " as stored");
+        chunk.data = a.codes.data(), chunk.scales = a.scales.data(), chunk.row_bytes = 0;
+        expect_product(isa, chunk, x, tokens, y, name + " as arranged");
     }
     std::vector<int64_t> ids = {rows - 1, 0, rows / 2};
     std::vector<float> u(size_t(3 * width)), v(u.size());
