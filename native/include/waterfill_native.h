@@ -15,7 +15,7 @@ extern "C" {
 #define WF_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define WF_VERSION 3
+#define WF_VERSION 4
 
 typedef struct wf_table wf_table;
 
@@ -66,18 +66,30 @@ WF_EXPORT int wf_matmul(int isa, const wf_matrix* const* matrices, int count, co
 /* One matrix, from exact grid points and float activations; y of floats. */
 WF_EXPORT int wf_matmul_float(int isa, const wf_matrix* matrix, const void* x, int dtype, int64_t tokens, float* y);
 
-/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `dtype`, WF_FLOAT32 or
- * WF_BFLOAT16, is that of everything but the matrices. The norms of heads and biases may be NULL. */
+/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `dtype` is that of norms and
+ * biases, `cache_dtype` that of keys and values: WF_FLOAT32 or WF_BFLOAT16. The norms of heads and biases may be NULL. */
 typedef struct {
     int64_t hidden, heads, kv_heads, head_dim;
     float epsilon, scaling;
-    int dtype;
+    int dtype, cache_dtype;
     const wf_matrix *q, *k, *v, *o, *gate, *up, *down;
     const void *input_norm, *post_norm, *q_norm, *k_norm, *q_bias, *k_bias, *v_bias, *o_bias;
 } wf_layer;
 
-/* One token: hidden states in and out [hidden], cosine and sine [head_dim], cache [kv_heads][capacity][head_dim] of which
- * `position` positions are filled and one more is written here. */
+/* The caller's own products, where matrices are not in memory: `count` matrices of a layer, from `first` on in the order of
+ * wf_layer, each times x [tokens][width] -> y[i] [tokens][rows]. Anything but 0 ends the pass. */
+typedef int (*wf_product)(void* context, int layer, int first, int count, const float* x, int64_t tokens, float* const* y);
+
+/* Consecutive tokens of one text through all layers: hidden states [tokens][hidden] in place, then normalised to `out` by
+ * `final_norm`, of the first layer's dtype. cosine and sine [tokens][head_dim]. keys[i] and values[i] are layer i's cache,
+ * [kv_heads][capacity][head_dim], of which `position` positions are filled and `tokens` more are written. With `product`
+ * matrices need no more than their shapes; what it returned is returned. */
+WF_EXPORT int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens, const float* cosine,
+                            const float* sine, void* const* keys, void* const* values, int64_t capacity, int64_t position,
+                            const void* final_norm, float* out, wf_product product, void* context);
+
+/* One token through one layer, everything of its `dtype`, the cache too: hidden states in and out [hidden], cosine and sine
+ * [head_dim]. */
 WF_EXPORT int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* cosine, const void* sine,
                               void* keys, void* values, int64_t capacity, int64_t position, void* out);
 

@@ -116,6 +116,21 @@ void fill_with_pairs(wf_table& t, int n, const int16_t* units, const float* poin
     t.paired = n;
 }
 
+bool sound(const wf_layer& l) {
+    if (l.kv_heads < 1 || l.heads % l.kv_heads || l.head_dim < 2 || l.head_dim > kMostHeadDim || l.head_dim % 2) return false;
+    if (l.dtype == WF_FLOAT16 || l.cache_dtype == WF_FLOAT16) return false;
+    const int64_t q = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
+    const struct {
+        const wf_matrix* matrix;
+        int64_t rows, width;
+    } expected[] = {{l.q, q, l.hidden},           {l.k, kv, l.hidden},           {l.v, kv, l.hidden},
+                    {l.o, l.hidden, q},           {l.up, l.gate->rows, l.hidden}, {l.gate, l.up->rows, l.hidden},
+                    {l.down, l.hidden, l.up->rows}};
+    for (const auto& e : expected)
+        if (e.matrix->rows != e.rows || e.matrix->width != e.width) return false;
+    return true;
+}
+
 }  // namespace
 
 const Functions* waterfill::functions(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].functions() : nullptr; }
@@ -211,22 +226,33 @@ int wf_matmul_float(int isa, const wf_matrix* matrix, const void* x, int dtype, 
     return 0;
 }
 
+int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens, const float* cosine,
+                  const float* sine, void* const* keys, void* const* values, int64_t capacity, int64_t position,
+                  const void* final_norm, float* out, wf_product product, void* context) {
+    const Functions* f = functions(isa);
+    if (!f || count < 1 || tokens < 0 || position < 0 || tokens > capacity - position) return -1;
+    for (int i = 0; i < count; ++i)
+        if (!sound(layers[i]) || layers[i].hidden != layers[0].hidden) return -2;
+    const Pass pass{tokens, position, capacity, cosine, sine, product, context};
+    for (int i = 0; i < count; ++i)
+        if (const int status = run_layer(*f, layers[i], i, pass, hidden, keys[i], values[i])) return status;
+    normalise(*f, hidden, tokens, layers[0].hidden, final_norm, layers[0].dtype, layers[0].epsilon, out);
+    return 0;
+}
+
 int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* cosine, const void* sine, void* keys,
                     void* values, int64_t capacity, int64_t position, void* out) {
     const Functions* f = functions(isa);
     const wf_layer& l = *layer;
-    if (!f || position < 0 || position >= capacity || l.kv_heads < 1 || l.heads % l.kv_heads) return -1;
-    if (l.head_dim < 2 || l.head_dim > kMostHeadDim || l.head_dim % 2 || l.dtype == WF_FLOAT16) return -1;
-    const int64_t q = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
-    const struct {
-        const wf_matrix* matrix;
-        int64_t rows, width;
-    } expected[] = {{l.q, q, l.hidden},           {l.k, kv, l.hidden},     {l.v, kv, l.hidden},
-                    {l.o, l.hidden, q},           {l.up, l.gate->rows, l.hidden},
-                    {l.gate, l.up->rows, l.hidden}, {l.down, l.hidden, l.up->rows}};
-    for (const auto& e : expected)
-        if (e.matrix->rows != e.rows || e.matrix->width != e.width) return -2;
-    decode_layer(*f, l, in, cosine, sine, keys, values, capacity, position, out);
+    if (!f || position < 0 || position >= capacity) return -1;
+    if (!sound(l) || l.cache_dtype != l.dtype) return -2;
+    float* memory = scratch_floats(kToken, l.hidden + 2 * l.head_dim);
+    float *x = memory, *c = x + l.hidden, *s = c + l.head_dim;
+    to_float(in, l.dtype, 0, l.hidden, x);
+    to_float(cosine, l.dtype, 0, l.head_dim, c);
+    to_float(sine, l.dtype, 0, l.head_dim, s);
+    run_layer(*f, l, 0, {1, position, capacity, c, s, nullptr, nullptr}, x, keys, values);
+    from_float(x, l.dtype, 0, l.hidden, out);
     return 0;
 }
 

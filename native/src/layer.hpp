@@ -1,11 +1,24 @@
-// One decoder layer of the Llama kind for one token, in one call.
+// Decoder layers of the Llama kind for consecutive tokens of one text.
 #pragma once
 
 #include "product.hpp"
 
 namespace waterfill {
 
-void decode_layer(const Functions& f, const wf_layer& layer, const void* in, const void* cosine, const void* sine,
-                  void* keys, void* values, int64_t capacity, int64_t position, void* out);
+// What all layers of a pass share.
+struct Pass {
+    int64_t tokens, position, capacity;  // `position` places of a cache of `capacity` are filled
+    const float *cosine, *sine;          // [tokens][head_dim]
+    wf_product product;                  // or null, where matrices are in memory
+    void* context;
+};
+
+// hidden [tokens][hidden] in place. Whatever `product` returns other than 0 ends the layer and is returned.
+int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass& pass, float* hidden, void* keys,
+              void* values);
+
+// RMS norm of each row [width], with a weight of `dtype`.
+void normalise(const Functions& f, const float* x, int64_t rows, int64_t width, const void* weight, int dtype,
+               float epsilon, float* y);
 
 }  // namespace waterfill

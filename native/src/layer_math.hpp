@@ -1,4 +1,4 @@
-// The arithmetic of a decoder layer between its matrices, for one token. Plain loops that compilers turn into vectors;
+// The arithmetic of a decoder layer between its matrices. Plain loops that compilers turn into vectors;
 // sums have sixteen partial sums whatever the vectors' width, so that every instruction set gives the same bits.
 #pragma once
 
@@ -62,34 +62,44 @@ inline float number(Number value) {
         return value;
 }
 
-// Softmax attention of the queries that share one head of keys and values; `scores` [queries][positions].
+// Softmax of what one query scored at each position, in place.
+inline void softmax(float* s, int64_t positions) {
+    float largest = s[0], partial[16] = {};
+    for (int64_t j = 1; j < positions; ++j) largest = s[j] > largest ? s[j] : largest;
+    for (int64_t j = 0; j < positions; ++j) s[j] = exponential(s[j] - largest);
+    int64_t j = 0;
+    for (; j + 16 <= positions; j += 16)
+        for (int k = 0; k < 16; ++k) partial[k] += s[j + k];
+    for (; j < positions; ++j) partial[j % 16] += s[j];
+    const float by = 1.0f / sum16(partial);
+    for (j = 0; j < positions; ++j) s[j] *= by;
+}
+
+// Each row of keys and values is converted once for all tokens. `scores` [tokens][queries][positions + tokens - 1].
 template <class Number>
 inline void attend_typed(const Attention& a, float* scores) {
     const Number *keys = static_cast<const Number*>(a.keys), *values = static_cast<const Number*>(a.values);
-    const int64_t d = a.head_dim;
+    const int64_t d = a.head_dim, most = a.positions + a.tokens - 1;
+    auto first_token = [&](int64_t j) { return j < a.positions ? 0 : j - a.positions + 1; };  // that sees position j
     float row[kMostHeadDim];
-    for (int64_t j = 0; j < a.positions; ++j) {
+    for (int64_t j = 0; j < most; ++j) {
         for (int64_t i = 0; i < d; ++i) row[i] = number(keys[j * d + i]);
-        for (int64_t q = 0; q < a.queries; ++q) scores[q * a.positions + j] = dot16(a.q + q * d, row, d) * a.scaling;
+        for (int64_t t = first_token(j); t < a.tokens; ++t)
+            for (int64_t q = 0; q < a.queries; ++q)
+                scores[(t * a.queries + q) * most + j] = dot16(a.q + t * a.stride + q * d, row, d) * a.scaling;
     }
-    for (int64_t q = 0; q < a.queries; ++q) {
-        float *s = scores + q * a.positions, largest = s[0], partial[16] = {};
-        for (int64_t j = 1; j < a.positions; ++j) largest = s[j] > largest ? s[j] : largest;
-        for (int64_t j = 0; j < a.positions; ++j) s[j] = exponential(s[j] - largest);
-        int64_t j = 0;
-        for (; j + 16 <= a.positions; j += 16)
-            for (int k = 0; k < 16; ++k) partial[k] += s[j + k];
-        for (; j < a.positions; ++j) partial[j % 16] += s[j];
-        const float by = 1.0f / sum16(partial);
-        for (j = 0; j < a.positions; ++j) s[j] *= by;
-        for (int64_t i = 0; i < d; ++i) a.out[q * d + i] = 0;
+    for (int64_t t = 0; t < a.tokens; ++t) {
+        for (int64_t q = 0; q < a.queries; ++q) softmax(scores + (t * a.queries + q) * most, a.positions + t);
+        for (int64_t i = 0; i < a.queries * d; ++i) a.out[t * a.stride + i] = 0;
     }
-    for (int64_t j = 0; j < a.positions; ++j) {
+    for (int64_t j = 0; j < most; ++j) {
         for (int64_t i = 0; i < d; ++i) row[i] = number(values[j * d + i]);
-        for (int64_t q = 0; q < a.queries; ++q) {
-            const float weight = scores[q * a.positions + j];
-            for (int64_t i = 0; i < d; ++i) a.out[q * d + i] += weight * row[i];
-        }
+        for (int64_t t = first_token(j); t < a.tokens; ++t)
+            for (int64_t q = 0; q < a.queries; ++q) {
+                const float weight = scores[(t * a.queries + q) * most + j];
+                float* out = a.out + t * a.stride + q * d;
+                for (int64_t i = 0; i < d; ++i) out[i] += weight * row[i];
+            }
     }
 }
 

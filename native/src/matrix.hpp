@@ -42,14 +42,16 @@ struct Prepared {
 constexpr int kMostPairBits = 3;
 constexpr int kMostHeadDim = 512;
 
-// One token's queries that share a head of keys and values, [positions][head_dim] of float or bfloat16.
+// Queries of consecutive tokens that share a head of keys and values, [positions][head_dim] of float or bfloat16. The
+// first token sees `positions` of them, each later one sees one more.
 struct Attention {
-    int64_t head_dim, queries, positions;
+    int64_t head_dim, queries, tokens, positions;
+    int64_t stride;  // floats from one token's queries to the next one's, in q and in out
     float scaling;
     bool half;  // bfloat16
     const void *keys, *values;
-    const float* q;  // [queries][head_dim]
-    float* out;      // [queries][head_dim]
+    const float* q;  // [tokens][queries][head_dim]
+    float* out;      // [tokens][queries][head_dim]
 };
 
 struct Functions {
@@ -66,7 +68,7 @@ struct Functions {
     // One row in the rotated basis, exact; `width` floats.
     void (*decode_row)(const Matrix&, int64_t row, float* out);
     float (*dot)(const float* a, const float* b, int64_t n);
-    // layer_math.hpp; `scores` [queries][positions].
+    // layer_math.hpp; `scores` [tokens][queries][positions + tokens - 1].
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* out);
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*attend)(const Attention& a, float* scores);

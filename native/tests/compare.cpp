@@ -117,6 +117,53 @@ void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
     expect(!std::memcmp(u.data(), v.data(), u.size() * sizeof(float)), name + " rows");
 }
 
+// The products of `run_layers`, as a caller with matrices elsewhere computes them.
+struct Elsewhere {
+    int isa;
+    const wf_layer* layer;
+};
+
+int multiply_elsewhere(void* context, int, int first, int count, const float* x, int64_t tokens, float* const* y) {
+    const auto& own = *static_cast<const Elsewhere*>(context);
+    void* results[3] = {};
+    for (int i = 0; i < count; ++i) results[i] = y[i];
+    return wf_matmul(own.isa, &own.layer->q + first, count, x, WF_FLOAT32, tokens, results);
+}
+
+// Two layers, which share their weights, and thirteen tokens: in one pass, one by one, and with products elsewhere.
+void expect_same_in_one_pass(int isa, const wf_layer& layer) {
+    constexpr int64_t tokens = 13, before = 5, capacity = before + tokens;
+    const wf_layer layers[] = {layer, layer};
+    const int64_t hidden = layer.hidden, d = layer.head_dim, cache = layer.kv_heads * capacity * d;
+    auto numbers = [](int64_t count) {
+        std::vector<float> x(static_cast<size_t>(count));
+        for (auto& v : x) v = float(int32_t(rng())) * 4.6e-10f;
+        return x;
+    };
+    const auto start = numbers(tokens * hidden), cosine = numbers(tokens * d), sine = numbers(tokens * d);
+    std::vector<float> filled = numbers(4 * cache);
+    for (auto& v : filled) std::memset(reinterpret_cast<char*>(&v), 0, 2);  // two halves that are numbers
+    const Elsewhere elsewhere{isa, &layer};
+    std::vector<float> expected;
+    for (int way = 0; way < 3; ++way) {
+        auto x = start, memory = filled, out = numbers(tokens * hidden);
+        void *keys[] = {memory.data(), memory.data() + cache}, *values[] = {memory.data() + 2 * cache, memory.data() + 3 * cache};
+        const int64_t each = way == 0 ? 1 : tokens;
+        for (int64_t t = 0; t < tokens; t += each)
+            if (wf_run_layers(isa, layers, 2, x.data() + t * hidden, each, cosine.data() + t * d, sine.data() + t * d, keys,
+                              values, capacity, before + t, layer.input_norm, out.data() + t * hidden,
+                              way == 2 ? multiply_elsewhere : nullptr, const_cast<Elsewhere*>(&elsewhere)))
+                std::abort();
+        out.insert(out.end(), memory.begin(), memory.end());
+        if (way == 0) expected = out;
+        expect(!std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)),
+               std::string(wf_isa(isa)) + " layers, way " + std::to_string(way));
+    }
+    if (!wf_run_layers(isa, layers, 2, filled.data(), 2, cosine.data(), sine.data(), nullptr, nullptr, capacity, capacity - 1,
+                       layer.input_norm, filled.data(), nullptr, nullptr))
+        std::abort();  // the cache has room for one
+}
+
 // A decoder layer with eight random matrices' worth of memory, on one instruction set; returns hidden states and cache.
 std::vector<float> layer_on(int isa, int dtype, bool biases) {
     std::mt19937 own(7);
@@ -149,7 +196,7 @@ std::vector<float> layer_on(int isa, int dtype, bool biases) {
     auto in = numbers(hidden, 1), cosine = numbers(d, 1), sine = numbers(d, 1), out = numbers(hidden, 1);
     auto keys = numbers(kv_heads * capacity * d, 1), values = numbers(kv_heads * capacity * d, 1);
     const void *b = biases ? bias.data() : nullptr, *norm = biases ? head_norm.data() : nullptr;
-    const wf_layer layer{hidden, heads, kv_heads, d, 1e-5f, 0.2f, dtype,
+    const wf_layer layer{hidden, heads, kv_heads, d, 1e-5f, 0.2f, dtype, dtype,
                          &kept[0]->matrix, &kept[1]->matrix, &kept[2]->matrix, &kept[3]->matrix, &kept[4]->matrix,
                          &kept[5]->matrix, &kept[6]->matrix,
                          input_norm.data(), post_norm.data(), norm, norm, b, b, b, b};
@@ -159,6 +206,7 @@ std::vector<float> layer_on(int isa, int dtype, bool biases) {
     if (!wf_decode_layer(isa, &layer, in.data(), cosine.data(), sine.data(), keys.data(), values.data(), capacity, capacity,
                          out.data()))
         std::abort();  // the cache is full
+    expect_same_in_one_pass(isa, layer);
     for (auto* x : kept) delete x;
     out.insert(out.end(), keys.begin(), keys.end());
     out.insert(out.end(), values.begin(), values.end());

@@ -11,21 +11,15 @@ import torch
 import transformers
 
 from waterfill import process
-from waterfill.artifact import RAW, Artifact, open_artifact
-from waterfill.artifact.format import ELEMENT_BYTES
-from waterfill.budget import parse_size
+from waterfill.artifact import open_artifact
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite
-from waterfill.codecs import LOSSLESS, Trellis, get_codec
 from waterfill.errors import ArtifactError, WaterfillError
+from waterfill.fit import fit, packed_names
 from waterfill.pack import PLAN_FILE
 from waterfill.plan import Plan
 
 _log = logging.getLogger(__name__)
 
-LOADING = 1.05  # of the weights: what loading takes beyond them
-WORKING_BYTES = 150_000_000  # keys, values and activations of a short text
-MOST_FREE_BYTES = 1 << 50  # where nothing is known
-FREE_SHARE = 0.8  # of the free memory that a streamed model takes
 FLOAT32_SHARE = 0.4  # of the free memory that a float32 copy of the model may take; else it keeps its own dtype
 
 
@@ -54,53 +48,22 @@ def load(
         WaterfillError: `memory` is not a size, or too small for the model even when it is streamed.
     """
     path = Path(artifact)
-    limit = None if memory is None else memory if isinstance(memory, int) else parse_size(memory)
     opened = open_artifact(path, verify=False)
-    free = process.free_bytes() if limit is None else limit - process.resident_bytes()
-    if streamed is None:
-        needed = resident_size(opened)
-        streamed = needed > free
-        if streamed and limit is None:
-            _log.warning(
-                "the model takes %.1f GB of memory and %.1f GB are free: streaming its weights from storage",
-                needed / 1e9,
-                free / 1e9,
-            )
-    if limit is None:
-        limit = int(process.resident_bytes() + FREE_SHARE * min(free, MOST_FREE_BYTES))
+    chosen = fit(opened, memory, streamed)
     if verify:
         opened.verify_files()
-        opened.verify(besides=packed_names(opened) if streamed else ())
+        opened.verify(besides=packed_names(opened) if chosen.streamed else ())
     config = transformers.AutoConfig.from_pretrained(path)
-    config.quantization_config |= {"verified": True, "streamed": streamed}
+    config.quantization_config |= {"verified": True, "streamed": chosen.streamed}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype="auto" if dtype is None else dtype
     ).eval()
     model.streaming = None
-    if streamed:
+    if chosen.streamed:
         from waterfill.streaming import attach
 
-        attach(model, opened, limit, verify=verify, logits=logits)
+        attach(model, opened, chosen.limit_bytes, verify=verify, logits=logits)
     return model
-
-
-def resident_size(artifact: Artifact) -> int:
-    """Memory that a model takes when all of its weights are in it, in the form in which they are multiplied; about."""
-    total = 0
-    for tensor in artifact.tensors.values():
-        codec = None if tensor.codec in (RAW, LOSSLESS) else get_codec(tensor.codec)
-        if isinstance(codec, Trellis):
-            total += math.prod(tensor.shape) * codec.levels.bits // 8
-        elif codec is not None:
-            total += tensor.size_bytes
-        else:
-            total += math.prod(tensor.shape) * ELEMENT_BYTES[tensor.dtype]
-    return int(LOADING * total) + WORKING_BYTES
-
-
-def packed_names(artifact: Artifact) -> frozenset[str]:
-    """Tensors that are multiplied from their codes."""
-    return frozenset(t.name for t in artifact.tensors.values() if t.codec not in (RAW, LOSSLESS))
 
 
 def load_tokenizer(path: Path) -> Any:

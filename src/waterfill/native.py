@@ -22,7 +22,7 @@ import torch
 from waterfill.errors import WaterfillError
 
 ISA_VARIABLE = "WATERFILL_ISA"
-VERSION = 3  # WF_VERSION in native/include/waterfill_native.h
+VERSION = 4  # WF_VERSION in native/include/waterfill_native.h
 _NAME = {"darwin": "libwaterfill_native.dylib", "win32": "libwaterfill_native.dll"}.get(
     sys.platform, "libwaterfill_native.so"
 )
@@ -65,6 +65,24 @@ class ChunkView(ctypes.Structure):
     )
 
 
+LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+LAYER_VECTORS = ("input_norm", "post_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
+
+
+class LayerView(ctypes.Structure):
+    """wf_layer."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim")),
+        *((name, c_float) for name in ("epsilon", "scaling")),
+        ("dtype", c_int),
+        ("cache_dtype", c_int),
+        *((name, POINTER(MatrixView)) for name in LAYER_MATRICES),
+        *((name, c_void_p) for name in LAYER_VECTORS),
+    )
+
+
+PRODUCT = ctypes.CFUNCTYPE(c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int64, POINTER(c_void_p))  # wf_product
 _MATRIX = POINTER(MatrixView)
 _CHUNK = POINTER(ChunkView)
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
@@ -81,6 +99,11 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_arrange": (c_int, [c_int, _MATRIX, c_int, c_int, c_int64, c_void_p, c_void_p]),
     "wf_matmul": (c_int, [c_int, POINTER(_MATRIX), c_int, c_void_p, c_int, c_int64, POINTER(c_void_p)]),
     "wf_matmul_float": (c_int, [c_int, _MATRIX, c_void_p, c_int, c_int64, c_void_p]),
+    "wf_run_layers": (
+        c_int,
+        [c_int, c_void_p, c_int, c_void_p, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_void_p, c_void_p, PRODUCT]
+        + [c_void_p],
+    ),
     "wf_decode_layer": (c_int, [c_int, *[c_void_p] * 6, c_int64, c_int64, c_void_p]),
     "wf_rows": (c_int, [c_int, _MATRIX, c_void_p, c_int64, c_int, c_void_p]),
     "wf_rans_encode": (c_int64, [c_void_p, c_int64, c_int, c_void_p, c_void_p, c_int64]),

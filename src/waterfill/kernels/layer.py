@@ -8,29 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
 
 from waterfill.kernels.native import view_of
 from waterfill.kernels.reference import Packed
-from waterfill.native import DTYPES, MatrixView, library
+from waterfill.native import DTYPES, LayerView, library
 
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-VECTORS = ("input_norm", "post_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
 MOST_HEAD_DIM = 512
-
-
-class LayerView(ctypes.Structure):
-    """wf_layer."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("hidden", "heads", "kv_heads", "head_dim")),
-        *((name, c_float) for name in ("epsilon", "scaling")),
-        ("dtype", c_int),
-        *((name, ctypes.POINTER(MatrixView)) for name in MATRICES),
-        *((name, c_void_p) for name in VECTORS),
-    )
 
 
 class DecoderLayer:
@@ -63,6 +48,7 @@ class DecoderLayer:
             epsilon=epsilon,
             scaling=scaling,
             dtype=DTYPES[dtype],
+            cache_dtype=DTYPES[dtype],
             **{name: ctypes.pointer(view) for name, view in self._views.items()},
             **{name: vector.data_ptr() for name, vector in vectors.items()},
         )

@@ -1,0 +1,173 @@
+"""A model of the Llama kind, run by the native library: numpy instead of torch, one call for all layers of a pass.
+
+    ids ──rows──► hidden states ──wf_run_layers (cache of keys and values)──► normalised ──head──► logits
+
+What torch and transformers take in memory, some 230 MB, is weights here that need not be read again; and a token has
+no Python between its layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from waterfill import native
+from waterfill.artifact import Artifact
+from waterfill.engine.spec import FINAL_NORM, NORMS, OPTIONAL, PROJECTIONS, Spec
+from waterfill.engine.weights import Weights
+from waterfill.errors import WaterfillError
+
+FIRST_CAPACITY = 256  # positions of the cache to begin with; it grows by doubling
+
+Floats = npt.NDArray[np.float32]
+
+
+class Cache:
+    """Keys and values `[kv_heads, capacity, head_dim]` of each layer: bfloat16 where the checkpoint is that, else
+    float32. Memory counts when it is written to."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec, self._dtype = spec, np.dtype(np.uint16 if spec.dtype == "BF16" else np.float32)
+        self.capacity, self.length = 0, 0
+        self._keys: list[npt.NDArray[np.generic]] = []
+        self._values: list[npt.NDArray[np.generic]] = []
+        self.reserve(FIRST_CAPACITY)
+
+    @property
+    def dtype(self) -> int:
+        """A C code."""
+        return native.BFLOAT16 if self._dtype.itemsize == 2 else native.FLOAT32
+
+    @staticmethod
+    def token_bytes(spec: Spec) -> int:
+        """Of keys and values of one token."""
+        return spec.layers * 2 * spec.kv_heads * spec.head_dim * (2 if spec.dtype == "BF16" else 4)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for a text of so many tokens."""
+        if tokens <= self.capacity:
+            return
+        self.capacity = min(max(2 * self.capacity, tokens), max(tokens, self._spec.positions))
+        for arrays in (self._keys, self._values):
+            for layer in range(self._spec.layers):
+                room = np.empty((self._spec.kv_heads, self.capacity, self._spec.head_dim), self._dtype)
+                if layer < len(arrays):
+                    room[:, : self.length] = arrays[layer][:, : self.length]
+                    arrays[layer] = room
+                else:
+                    arrays.append(room)
+        self.keys, self.values = (
+            (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+            for arrays in (self._keys, self._values)
+        )
+
+
+class Model:
+    """Weights, and the cache of one text: what `engine.generation` asks of a model.
+
+    Args:
+        vectors: norms and biases by tensor, float32.
+        pass_tokens: how many tokens go through the layers at a time.
+    """
+
+    def __init__(self, spec: Spec, weights: Weights, vectors: dict[str, Floats], *, pass_tokens: int) -> None:
+        library, isa = native.library(), native.isa()
+        assert library is not None
+        assert isa is not None
+        self._library, self._isa = library, library.isas[isa]
+        self.spec, self.weights, self._vectors = spec, weights, vectors
+        self.vocabulary, self.positions = spec.vocabulary, spec.positions
+        self._pass_tokens = pass_tokens
+        self._cache = Cache(spec)
+        self._views: list[native.MatrixView] = []
+        self._layers = (native.LayerView * spec.layers)(*map(self._layer, range(spec.layers)))
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._cache.length
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on."""
+        self._cache.length = min(length, self._cache.length)
+
+    def forward(self, ids: Sequence[int], logits: int = 1) -> Floats:
+        """Append tokens to the cache; logits `[logits, vocabulary]` of the last so many.
+
+        Raises WaterfillError where they do not fit the model's positions, IndexError for an id that is none of its
+        tokens, ArtifactError for damaged weights. The cache is as it was then.
+        """
+        before, states = self._cache.length, []
+        tokens = np.asarray(ids, np.int64)
+        if before + len(tokens) > self.positions:
+            raise WaterfillError(
+                f"{before + len(tokens)} tokens are more than the {self.positions} positions of the model; shorten the text"
+            )
+        self._cache.reserve(before + len(tokens))
+        try:
+            for start in range(0, len(tokens), self._pass_tokens):
+                piece = self._pass(tokens[start : start + self._pass_tokens])
+                states.append(piece[max(0, len(tokens) - logits - start) :])
+        except BaseException:
+            self._cache.length = before
+            raise
+        return self.weights.logits(np.concatenate(states))
+
+    def _pass(self, ids: npt.NDArray[np.int64]) -> Floats:
+        """Normalised hidden states `[tokens, hidden]` behind the last layer."""
+        spec, cache = self.spec, self._cache
+        hidden = self.weights.rows(ids)
+        out = np.empty_like(hidden)
+        cosine, sine = spec.rotary(cache.length, len(ids))
+        status = self._library.run_layers(
+            self._isa,
+            self._layers,
+            spec.layers,
+            hidden.ctypes.data,
+            len(ids),
+            cosine.ctypes.data,
+            sine.ctypes.data,
+            cache.keys,
+            cache.values,
+            cache.capacity,
+            cache.length,
+            self._vectors[FINAL_NORM].ctypes.data,
+            out.ctypes.data,
+            self.weights.product or native.PRODUCT(),
+            None,
+        )
+        self.weights.expect(status)
+        cache.length += len(ids)
+        return out
+
+    def _layer(self, number: int) -> native.LayerView:
+        spec, prefix = self.spec, f"model.layers.{number}."
+        names = {key: f"{name}.weight" for key, name in NORMS.items()} | {key: OPTIONAL[key] for key in spec.vectors}
+        views = {key: self.weights.view(prefix + name) for key, name in PROJECTIONS.items()}
+        self._views += views.values()  # alive as long as the layers point to them
+        return native.LayerView(
+            hidden=spec.hidden,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            epsilon=spec.epsilon,
+            scaling=spec.scaling,
+            dtype=native.FLOAT32,
+            cache_dtype=self._cache.dtype,
+            **{key: ctypes.pointer(view) for key, view in views.items()},
+            **{key: self._vectors[prefix + name].ctypes.data for key, name in names.items()},
+        )
+
+
+def logit_bytes(spec: Spec) -> int:
+    """Logits of one position, and a float64 copy that is chosen from."""
+    return spec.vocabulary * 12
+
+
+def pass_bytes(spec: Spec) -> int:
+    """Activations of one token of a pass: what the layers and one product hold at a time."""
+    widest = max(spec.inner, spec.heads * spec.head_dim, spec.hidden)
+    return 4 * (4 * spec.hidden + 2 * (spec.heads + spec.kv_heads) * spec.head_dim + 2 * spec.inner + 3 * widest)

@@ -1,0 +1,138 @@
+"""A model's matrices as the native layers multiply with them: all in memory, or streamed.
+
+    Resident   arranged in the kernels' layout; the library reads them by itself
+    Streamed   a callback for every product; chunks come from a `Streamer`
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tqdm.auto import tqdm
+
+from waterfill import native
+from waterfill.artifact import Artifact
+from waterfill.engine.spec import EMBEDDING, PROJECTIONS, Spec
+from waterfill.fit import packed_names
+from waterfill.streaming.chunks import Block, Chunk, ChunkData, StreamedMatrix
+from waterfill.streaming.storage import Storage
+from waterfill.streaming.streamer import Streamer
+
+Floats = npt.NDArray[np.float32]
+
+FAILED = -100  # what a callback returns that has kept an exception
+
+
+class Weights(Protocol):
+    """What a pass multiplies with. `product` is a wf_product, or None where the library has all matrices."""
+
+    product: Any
+
+    def view(self, name: str) -> native.MatrixView:
+        """The matrix of that tensor; of a streamed one no more than its shape."""
+
+    def rows(self, ids: npt.NDArray[np.int64]) -> Floats:
+        """Rows of the embedding, `[count, hidden]`."""
+
+    def logits(self, x: Floats) -> Floats:
+        """x `[tokens, hidden]` times the head -> `[tokens, vocabulary]`."""
+
+    def expect(self, status: int) -> None:
+        """Raise what has ended a pass that returned this status."""
+
+
+class Resident:
+    """Matrices decoded and arranged when they are loaded.
+
+    Raises ArtifactError where a stream is damaged or, with `verify`, a buffer is not what was packed.
+    """
+
+    product = None
+
+    def __init__(self, artifact: Artifact, spec: Spec, *, verify: bool) -> None:
+        library, isa = native.library(), native.isa()
+        assert library is not None
+        assert isa is not None
+        self._library, self._isa, self._head = library, library.isas[isa], spec.head
+        self._held: dict[str, ChunkData] = {}
+        names, storage = packed_names(artifact), Storage(direct=False)
+        try:
+            for name in tqdm(sorted(names), desc="decoding weights", leave=False, delay=1):
+                matrix = StreamedMatrix(artifact.tensors[name], storage, verify=verify)
+                self._held[name] = matrix.whole(verify=verify).arrange()
+        finally:
+            storage.close()
+        self._views = {name: data.matrix_view() for name, data in self._held.items()}
+
+    def view(self, name: str) -> native.MatrixView:
+        return self._views[name]
+
+    def rows(self, ids: npt.NDArray[np.int64]) -> Floats:
+        return self._held[EMBEDDING].rows(ids)
+
+    def logits(self, x: Floats) -> Floats:
+        view = self._views[self._head]
+        y = np.empty((len(x), view.rows), np.float32)
+        results = (ctypes.c_void_p * 1)(y.ctypes.data)
+        matrices = (ctypes.POINTER(native.MatrixView) * 1)(ctypes.pointer(view))
+        self._library.call(
+            "matmul", self._isa, matrices, 1, x.ctypes.data, native.FLOAT32, len(x), results
+        )
+        return y
+
+    def expect(self, status: int) -> None:
+        if status:
+            raise ValueError(f"wf_run_layers refused its arguments (status {status})")
+
+
+class Streamed:
+    """Matrices whose chunks a streamer reads, keeps and decodes."""
+
+    def __init__(self, streamer: Streamer, matrices: dict[str, StreamedMatrix], spec: Spec) -> None:
+        self._streamer, self._matrices = streamer, matrices
+        self._head, self._embedding = matrices[spec.head], matrices[EMBEDDING]
+        self._layers = [
+            [matrices[f"model.layers.{layer}.{name}"] for name in PROJECTIONS.values()]
+            for layer in range(spec.layers)
+        ]
+        self._failure: BaseException | None = None
+        self.product = native.PRODUCT(self._multiply)
+
+    def view(self, name: str) -> native.MatrixView:
+        rows, width = self._matrices[name].shape
+        return native.MatrixView(rows, width)
+
+    def rows(self, ids: npt.NDArray[np.int64]) -> Floats:
+        return self._streamer.rows(self._embedding, ids)
+
+    def logits(self, x: Floats) -> Floats:
+        y = np.empty((len(x), self._head.shape[0]), np.float32)
+        self._streamer.products([self._head], Block.of(x), [Block.of(y)])
+        return y
+
+    def expect(self, status: int) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        if status:
+            raise ValueError(f"wf_run_layers refused its arguments (status {status})")
+
+    def _multiply(
+        self, _: int | None, layer: int, first: int, count: int, x: int, tokens: int, ys: Sequence[int]
+    ) -> int:
+        """wf_product. An exception cannot pass through the library: it is kept, and raised behind it."""
+        try:
+            matrices = self._layers[layer][first : first + count]
+            given = Block(x, native.FLOAT32, tokens, matrices[0].shape[1])
+            results = [
+                Block(ys[i], native.FLOAT32, tokens, matrix.shape[0]) for i, matrix in enumerate(matrices)
+            ]
+            self._streamer.products(matrices, given, results)
+        except BaseException as error:
+            self._failure = error
+            return FAILED
+        return 0
