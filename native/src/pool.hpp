@@ -5,7 +5,20 @@
 #include <cstdint>
 #include <functional>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace waterfill {
+
+// What a thread does that waits for another one, a moment.
+inline void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
 
 // Calls work(i) for i in 0 … tasks - 1 from several threads, the caller's among them.
 void parallel(int64_t tasks, const std::function<void(int64_t)>& work);

@@ -58,6 +58,7 @@ inline float* scratch_floats(Scratch slot, int64_t count) {
 
 // work(r) for each row; few rows are not worth waking a thread for.
 void each_row(int64_t rows, int64_t width, const std::function<void(int64_t)>& work);
+int64_t each_row_tasks(int64_t rows, int64_t width);  // 1: in the calling thread
 
 constexpr int64_t kTaskWeights = 1 << 17;  // about 4 us of one thread
 
