@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +16,9 @@ from codec_samples import encode, higgs
 from kernel_samples import ISAS, NOT_BUILT, activations, bits, exact, one_thread, same_bits, seeded, stored
 from waterfill import kernels
 from waterfill.grids import available
+from waterfill.integer_grids import LIMITS, integer_grid
 from waterfill.kernels import native, reference
 from waterfill.kernels.reference import STORED, Packed
-from waterfill.kernels.tables import LIMITS, integer_grid
 
 # Every width of a bit field with a path of its own, radix words and fields, 8 and 12-bit integers, p from 1 to 4.
 CODECS = [
@@ -165,9 +166,9 @@ def test_integer_grids_are_close_to_their_points() -> None:
     for p, n in available():
         codec = higgs(f"higgs-p{p}-n{n}")
         grid = integer_grid(codec)
-        assert grid.units.abs().max() <= LIMITS[grid.precision]
-        error = grid.units.double() * grid.step - codec.grid.points.double()
-        assert error.square().mean() < 0.03 * codec.grid.t2, "rounding adds little to the grid's own error"
+        assert np.abs(grid.units).max() <= LIMITS[grid.precision]
+        error = grid.units * grid.step - codec.array.astype(np.float64)
+        assert np.square(error).mean() < 0.03 * codec.grid.t2, "rounding adds little to the grid's own error"
 
 
 # -------------------------------------------------------------------------------------------------- float activations

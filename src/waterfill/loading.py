@@ -78,7 +78,7 @@ def load(
     ).eval()
     model.streaming = None
     if streamed:
-        from waterfill.streaming import attach
+        from waterfill.streaming.attach import attach
 
         attach(model, opened, limit, verify=verify, logits=logits)
     return model
