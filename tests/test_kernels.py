@@ -19,6 +19,7 @@ from waterfill.grids import available
 from waterfill.integer_grids import LIMITS, integer_grid
 from waterfill.kernels import native, reference
 from waterfill.kernels.reference import STORED, Packed
+from waterfill.native import FLOAT_ACTIVATIONS
 
 # Every width of a bit field with a path of its own, radix words and fields, 8 and 12-bit integers, p from 1 to 4.
 CODECS = [
@@ -40,7 +41,7 @@ every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytes
 
 @pytest.fixture(autouse=True)
 def _integers_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(native.FLOAT_ACTIVATIONS, raising=False)
+    monkeypatch.delenv(FLOAT_ACTIVATIONS, raising=False)
     with one_thread():
         yield
 
@@ -180,9 +181,9 @@ def test_float_activations_are_exact_but_for_rounding(isa: str, codec: str, monk
     for shape, (tokens, dtype) in zip(SHAPES[1:], itertools.cycle([(3, F32), (17, F32), (0, F32)]), strict=False):
         packed, x = stored(codec, *shape), activations(tokens, shape[1], dtype)
         matrix = native.arrange(packed, isa)
-        monkeypatch.setenv(native.FLOAT_ACTIVATIONS, "float")
+        monkeypatch.setenv(FLOAT_ACTIVATIONS, "float")
         y = kernels.matmul(x, matrix)
-        monkeypatch.delenv(native.FLOAT_ACTIVATIONS)
+        monkeypatch.delenv(FLOAT_ACTIVATIONS)
         expected, magnitude = exact(x, packed)
         # 16 partial sums, the 30 additions of a rotation and a few roundings: each product meets so many
         bound = (shape[1] / 16 + 40) * torch.finfo(F32).eps * magnitude
@@ -193,7 +194,7 @@ def test_float_activations_are_exact_but_for_rounding(isa: str, codec: str, monk
 
 @every_isa
 def test_float_activations_of_half_precision_are_widened(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.FLOAT_ACTIVATIONS, "float")
+    monkeypatch.setenv(FLOAT_ACTIVATIONS, "float")
     matrix = native.arrange(stored(BYTES, 7, 172), isa)
     for dtype in (BF16, F16):
         x = activations(3, 172, dtype)
@@ -211,7 +212,7 @@ def test_many_products_at_once_are_the_separate_ones(
     layout: str, mode: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Codecs whose integers have 8 and 12 bits, in either order of columns, take turns."""
-    monkeypatch.setenv(native.FLOAT_ACTIVATIONS, mode)
+    monkeypatch.setenv(FLOAT_ACTIVATIONS, mode)
     names = ["higgs-p1-n4", "higgs-p2-n1024", WORDS, BYTES, "higgs-p3-n64", WORDS, "higgs-p2-n256", "higgs-p4-n4096"]
     matrices = [stored(name, 5 + 3 * i, 1100) for i, name in enumerate(names)]
     if layout != STORED:

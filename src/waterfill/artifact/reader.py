@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from waterfill._lazy import LazyMapping, torch
-from waterfill.artifact.format import FormatError, digest, digest_file, digest_region, quote, refusing, strict_json
+from waterfill.artifact.format import (
+    ELEMENT_BYTES,
+    FormatError,
+    digest,
+    digest_file,
+    digest_region,
+    quote,
+    refusing,
+    strict_json,
+)
 from waterfill.artifact.header import ShardMetadata, StoredBuffer, StoredTensor, read_shard_metadata
 from waterfill.artifact.manifest import (
     INDEX,
@@ -131,8 +140,8 @@ def read_buffer(buffer: StoredBuffer, *, verify: bool = True) -> torch.Tensor:
     Raises:
         ArtifactError: as `read_bytes`.
     """
-    data = torch.from_numpy(read_bytes(buffer, verify=verify))
-    return data.view(_TORCH_DTYPES[buffer.dtype]).reshape(buffer.shape)
+    data = read_bytes(buffer, verify=verify).view(f"i{ELEMENT_BYTES[buffer.dtype]}")
+    return torch.from_numpy(data).view(_TORCH_DTYPES[buffer.dtype]).reshape(buffer.shape)
 
 
 def read_bytes(buffer: StoredBuffer, *, verify: bool = True) -> npt.NDArray[np.uint8]:

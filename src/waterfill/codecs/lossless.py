@@ -100,7 +100,7 @@ def decode(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> 
     lengths of the streams are right.
     """
     numbers = _decode(buffer.contiguous().numpy(), math.prod(shape), dtype.itemsize)
-    return torch.from_numpy(numbers).view(dtype).view(shape)
+    return torch.from_numpy(numbers.view(f"i{dtype.itemsize}")).view(dtype).view(shape)
 
 
 def decode_floats(buffer: Bytes, shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.float32]:
