@@ -14,7 +14,7 @@ import waterfill
 from common import EXAMPLE_MODEL, Report, held_out_text
 from models import measure_sensitivity, open_subject, split_windows
 from waterfill.evaluate import divergence
-from waterfill.kernels.native import FLOAT_ACTIVATIONS
+from waterfill.native import FLOAT_ACTIVATIONS
 
 CONTEXT = 512
 CODECS = ("higgs-p2-n16", "higgs-p2-n64", "higgs-p1-n16", "higgs-p2-n256")

@@ -31,7 +31,7 @@ from common import Report, median_spread
 from rounds import Effort, Round, Series, undisturbed
 from waterfill import native
 from waterfill.codecs import Higgs, get_codec
-from waterfill.kernels.tables import integer_grid
+from waterfill.integer_grids import integer_grid
 
 COLD_BYTES = 512 << 20  # of distinct weights, at least
 READER_ROUNDS = 9
@@ -165,8 +165,8 @@ def packed_products(memory: Memory, codec_name: str, shape: Shape, tokens: int =
     for place in places:  # scales beside the codes: every call reads its own
         ctypes.memmove(place + codes_bytes, scales.data_ptr(), scales.nbytes)
     grid = integer_grid(codec)
-    units, points = grid.units.contiguous(), codec.grid.points.contiguous()
-    table = library.table_new(isa, codec.p, codec.n, grid.precision, units.data_ptr(), points.data_ptr())
+    units, points = np.ascontiguousarray(grid.units), codec.array
+    table = library.table_new(isa, codec.p, codec.n, grid.precision, units.ctypes.data, points.ctypes.data)
     x, y = torch.randn(tokens, width), torch.empty(tokens, rows)
     results = (ctypes.c_void_p * 1)(y.data_ptr())
     views = [native.MatrixView(rows, width, grid.step, 1.0, table, place, place + codes_bytes) for place in places]

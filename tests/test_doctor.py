@@ -18,7 +18,6 @@ from commands import Command
 from kernel_samples import ISAS, NOT_BUILT, nothing_decided, one_thread
 from test_cli import documented, shape
 from waterfill import doctor, kernels, native
-from waterfill.kernels import native as native_kernels
 
 needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
 
@@ -27,7 +26,7 @@ EXTRAS = {"bench", "compare", "eval", "gguf", "grids", "plot"}
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for variable in (native.ISA_VARIABLE, native_kernels.FLOAT_ACTIVATIONS):
+    for variable in (native.ISA_VARIABLE, native.FLOAT_ACTIVATIONS):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(doctor, "READ_BYTES", 1 << 22)
     monkeypatch.setattr(doctor, "READ_S", 0.01)
@@ -80,7 +79,7 @@ def test_what_the_environment_chooses(
     isa: str, activations: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(native.ISA_VARIABLE, isa)
-    monkeypatch.setenv(native_kernels.FLOAT_ACTIVATIONS, activations)
+    monkeypatch.setenv(native.FLOAT_ACTIVATIONS, activations)
     result = command("doctor", "--json")
     record = result.record
     assert (result.code, record["healthy"]) == (0, True), "slow is not wrong"

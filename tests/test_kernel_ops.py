@@ -15,6 +15,7 @@ from kernel_samples import ISAS, activations, one_thread, same_bits, stored
 from waterfill import kernels
 from waterfill.kernels import native
 from waterfill.kernels.reference import STORED, Packed
+from waterfill.native import FLOAT_ACTIVATIONS
 from waterfill.runtime.packed import PackedEmbedding, PackedLinear
 
 OPS = torch.ops.waterfill
@@ -26,7 +27,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.fixture(autouse=True)
 def _floats_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Both layouts then compute the same, but for rounding."""
-    monkeypatch.setenv(native.FLOAT_ACTIVATIONS, "float")
+    monkeypatch.setenv(FLOAT_ACTIVATIONS, "float")
     with one_thread():
         yield
 

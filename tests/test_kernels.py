@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +16,10 @@ from codec_samples import encode, higgs
 from kernel_samples import ISAS, NOT_BUILT, activations, bits, exact, one_thread, same_bits, seeded, stored
 from waterfill import kernels
 from waterfill.grids import available
+from waterfill.integer_grids import LIMITS, integer_grid
 from waterfill.kernels import native, reference
 from waterfill.kernels.reference import STORED, Packed
-from waterfill.kernels.tables import LIMITS, integer_grid
+from waterfill.native import FLOAT_ACTIVATIONS
 
 # Every width of a bit field with a path of its own, radix words and fields, 8 and 12-bit integers, p from 1 to 4.
 CODECS = [
@@ -39,7 +41,7 @@ every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytes
 
 @pytest.fixture(autouse=True)
 def _integers_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(native.FLOAT_ACTIVATIONS, raising=False)
+    monkeypatch.delenv(FLOAT_ACTIVATIONS, raising=False)
     with one_thread():
         yield
 
@@ -165,9 +167,9 @@ def test_integer_grids_are_close_to_their_points() -> None:
     for p, n in available():
         codec = higgs(f"higgs-p{p}-n{n}")
         grid = integer_grid(codec)
-        assert grid.units.abs().max() <= LIMITS[grid.precision]
-        error = grid.units.double() * grid.step - codec.grid.points.double()
-        assert error.square().mean() < 0.03 * codec.grid.t2, "rounding adds little to the grid's own error"
+        assert np.abs(grid.units).max() <= LIMITS[grid.precision]
+        error = grid.units * grid.step - codec.array.astype(np.float64)
+        assert np.square(error).mean() < 0.03 * codec.grid.t2, "rounding adds little to the grid's own error"
 
 
 # -------------------------------------------------------------------------------------------------- float activations
@@ -179,9 +181,9 @@ def test_float_activations_are_exact_but_for_rounding(isa: str, codec: str, monk
     for shape, (tokens, dtype) in zip(SHAPES[1:], itertools.cycle([(3, F32), (17, F32), (0, F32)]), strict=False):
         packed, x = stored(codec, *shape), activations(tokens, shape[1], dtype)
         matrix = native.arrange(packed, isa)
-        monkeypatch.setenv(native.FLOAT_ACTIVATIONS, "float")
+        monkeypatch.setenv(FLOAT_ACTIVATIONS, "float")
         y = kernels.matmul(x, matrix)
-        monkeypatch.delenv(native.FLOAT_ACTIVATIONS)
+        monkeypatch.delenv(FLOAT_ACTIVATIONS)
         expected, magnitude = exact(x, packed)
         # 16 partial sums, the 30 additions of a rotation and a few roundings: each product meets so many
         bound = (shape[1] / 16 + 40) * torch.finfo(F32).eps * magnitude
@@ -192,7 +194,7 @@ def test_float_activations_are_exact_but_for_rounding(isa: str, codec: str, monk
 
 @every_isa
 def test_float_activations_of_half_precision_are_widened(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.FLOAT_ACTIVATIONS, "float")
+    monkeypatch.setenv(FLOAT_ACTIVATIONS, "float")
     matrix = native.arrange(stored(BYTES, 7, 172), isa)
     for dtype in (BF16, F16):
         x = activations(3, 172, dtype)
@@ -210,7 +212,7 @@ def test_many_products_at_once_are_the_separate_ones(
     layout: str, mode: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Codecs whose integers have 8 and 12 bits, in either order of columns, take turns."""
-    monkeypatch.setenv(native.FLOAT_ACTIVATIONS, mode)
+    monkeypatch.setenv(FLOAT_ACTIVATIONS, mode)
     names = ["higgs-p1-n4", "higgs-p2-n1024", WORDS, BYTES, "higgs-p3-n64", WORDS, "higgs-p2-n256", "higgs-p4-n4096"]
     matrices = [stored(name, 5 + 3 * i, 1100) for i, name in enumerate(names)]
     if layout != STORED:

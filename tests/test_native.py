@@ -62,7 +62,7 @@ WIDTHS = [
 @pytest.fixture(autouse=True)
 def _ordinary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a new process without the variables; afterwards as in a new process again."""
-    for variable in (native.ISA_VARIABLE, native_kernels.FLOAT_ACTIVATIONS):
+    for variable in (native.ISA_VARIABLE, native.FLOAT_ACTIVATIONS):
         monkeypatch.delenv(variable, raising=False)
     with one_thread(), nothing_decided():
         yield

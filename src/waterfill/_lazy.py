@@ -1,18 +1,24 @@
 """What keeps `import waterfill` light: torch and transformers take seconds, and are imported when something needs them.
 
 export_lazily   public names of a package, each imported from its own module when it is first used
+torch           torch, imported when something of it is first used
+LazyMapping     a constant that is made when it is first looked at
 after_import    something to do as soon as another package has been imported
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 def export_lazily(package: str, homes: Mapping[str, str]) -> None:
@@ -48,6 +54,44 @@ class _Export:
 
     def __delete__(self, package: ModuleType) -> None:
         vars(package).pop(self._name, None)
+
+
+class _LazyModule:
+    """Stands for a module that is imported when something of it is first used."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(import_module(self.__name__), name)
+        setattr(self, name, value)  # so that it is asked for once
+        return value
+
+
+if TYPE_CHECKING:
+    import torch as torch
+else:
+    torch = _LazyModule("torch")
+
+
+class LazyMapping(Mapping[K, V]):
+    """What `make` returns, as soon as something is looked up in it."""
+
+    def __init__(self, make: Callable[[], Mapping[K, V]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Mapping[K, V]:
+        return self._make()
+
+    def __getitem__(self, key: K) -> V:
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
 
 
 def after_import(package: str, action: Callable[[], object]) -> None:

@@ -164,7 +164,7 @@ def _self_check(layout: str) -> str | None:
 
 
 def _integers() -> bool:
-    return not native_kernels.float_activations()
+    return not native.float_activations()
 
 
 def _random_matrix(name: str, shape: tuple[int, int] = (40, 2100)) -> Packed:

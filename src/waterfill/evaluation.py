@@ -42,8 +42,8 @@ from waterfill.evaluate.journal import Journal
 from waterfill.evaluate.local_tasks import SUFFIX as TASK_SUFFIX
 from waterfill.evaluate.perplexity import COLUMNS as PERPLEXITY_COLUMNS
 from waterfill.evaluate.tasks import EFFICIENCY, TaskResults, names_of, run_tasks, task_specs
-from waterfill.kernels.native import FLOAT_ACTIVATIONS
 from waterfill.loading import read_plan
+from waterfill.native import FLOAT_ACTIVATIONS
 from waterfill.pack import PLAN_FILE
 from waterfill.subjects import PACKED, Subject, open_subject
 

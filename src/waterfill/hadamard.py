@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-import torch
-
 from waterfill import native
+from waterfill._lazy import torch
 
 MAX_BLOCK = 1024
 
@@ -66,17 +65,17 @@ def _windows(start: int, stop: int) -> tuple[tuple[int, int], ...]:
 
 
 @lru_cache(maxsize=1024)
-@torch.inference_mode(mode=False)  # a tensor made in inference mode could never take part in a backward pass
 def signs(size: int, window: int) -> torch.Tensor:
     """Fixed +-1 float32 `[size]` that a group is multiplied with before window number `window`.
 
     The top bit of a multiplicative hash of the coordinate: reproducible anywhere in three lines, and unstructured, as
     it must be (the Rudin-Shapiro sequence, itself a quadratic form, leaves heavy-tailed columns unmixed).
     """
-    index = torch.arange(size, dtype=torch.int64, device="cpu") + (window + 1) * 7919
-    mixed = (index * 0x9E3779B1) & 0xFFFFFFFF
-    mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
-    return 1.0 - 2.0 * (mixed >> 31).to(torch.float32)
+    with torch.inference_mode(mode=False):  # a tensor made in it could never take part in a backward pass
+        index = torch.arange(size, dtype=torch.int64, device="cpu") + (window + 1) * 7919
+        mixed = (index * 0x9E3779B1) & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 15)) * 0x85EBCA77) & 0xFFFFFFFF
+        return 1.0 - 2.0 * (mixed >> 31).to(torch.float32)
 
 
 def fwht_(x: torch.Tensor) -> torch.Tensor:

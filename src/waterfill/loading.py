@@ -60,7 +60,7 @@ def load(
     ).eval()
     model.streaming = None
     if chosen.streamed:
-        from waterfill.streaming import attach
+        from waterfill.streaming.attach import attach
 
         attach(model, opened, chosen.limit_bytes, verify=verify, logits=logits)
     return model

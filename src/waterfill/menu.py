@@ -21,7 +21,7 @@ from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.codecs import LOSSLESS, Higgs, MenuPoint, get_codec
 from waterfill.codecs.trellis import LEAST_RATE, MOST_RATE, RATE_DIGITS
 from waterfill.errors import WaterfillError
-from waterfill.kernels.tables import register_table
+from waterfill.integer_grids import register_table
 from waterfill.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
 from waterfill.plan import KeptPlan, TensorPlan, kept_spec
 

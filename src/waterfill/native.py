@@ -17,16 +17,17 @@ from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import torch
-
+from waterfill._lazy import LazyMapping, torch
 from waterfill.errors import WaterfillError
 
 ISA_VARIABLE = "WATERFILL_ISA"
+FLOAT_ACTIVATIONS = "WATERFILL_ACTIVATIONS"
 VERSION = 4  # WF_VERSION in native/include/waterfill_native.h
 _NAME = {"darwin": "libwaterfill_native.dylib", "win32": "libwaterfill_native.dll"}.get(
     sys.platform, "libwaterfill_native.so"
 )
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # WF_FLOAT32 and so on
+DTYPES = LazyMapping(lambda: {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16})
 
 _log = logging.getLogger("waterfill.kernels")
 
@@ -124,6 +125,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 class Native:
     """The loaded library. Raises OSError where it cannot be loaded, WaterfillError where it is of another version."""
 
+    shares_threads = False  # with torch
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = ctypes.CDLL(str(path))
@@ -156,6 +159,15 @@ class Native:
         if status:
             raise ValueError(f"wf_{name} refused its arguments (status {status})")
 
+    def choose_threads(self) -> None:
+        """Torch's threads, once torch is there, and until then as many of its own."""
+        if self.shares_threads:
+            return
+        self.shares_threads = "torch" in sys.modules
+        team = openmp_team() if self.shares_threads else None
+        self.set_team(team)
+        self.set_threads(0 if team else threads_wanted(shared=self.shares_threads))
+
 
 @lru_cache(maxsize=1)
 def library() -> Native | None:
@@ -169,11 +181,33 @@ def library() -> Native | None:
     except (OSError, AttributeError, WaterfillError) as error:
         _log.warning("the native kernels cannot be used: %s", error)
         return None
-    team = openmp_team()
-    native.set_team(team)
-    if team is None:
-        native.set_threads(torch.get_num_threads())
+    native.choose_threads()
     return native
+
+
+def share_threads() -> None:
+    """Have the library use torch's threads, where torch was imported after the library was loaded.
+
+    The thread that calls this is the one whose products are divided among them.
+    """
+    if (native := library()) is not None:
+        native.choose_threads()
+
+
+def threads() -> int:
+    """How many threads share the work of a product."""
+    native = library()
+    return threads_wanted(shared="torch" in sys.modules if native is None else native.shares_threads)
+
+
+def threads_wanted(*, shared: bool) -> int:
+    """As many as torch has been told to use or, without torch, as OpenMP would."""
+    if shared:
+        return torch.get_num_threads()
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdecimal() and int(told) > 0:
+        return int(told)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def openmp_team() -> int | None:
@@ -197,6 +231,11 @@ def find() -> Path | None:
 
 def _site_packages() -> Sequence[Path]:
     return [Path(entry) / "waterfill" for entry in sys.path if entry.endswith("-packages")]
+
+
+def float_activations() -> bool:
+    """Whether the user wants activations as they are, for exactness, much slower."""
+    return os.environ.get(FLOAT_ACTIVATIONS) == "float"
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from waterfill.artifact.format import FORMAT_VERSION, RAW, Buffer, TensorSpec, digest, is_file_name
 from waterfill.artifact.header import ShardMetadata, StoredBuffer, StoredTensor, read_shard_metadata
 from waterfill.artifact.layout import SHARD_BYTES, Layout, ShardLayout, lay_out
-from waterfill.artifact.reader import Artifact, open_artifact, read_buffer
+from waterfill.artifact.reader import Artifact, open_artifact, read_buffer, read_bytes
 from waterfill.artifact.writer import ArtifactWriter, check_target
 
 __all__ = [
@@ -39,5 +39,6 @@ __all__ = [
     "lay_out",
     "open_artifact",
     "read_buffer",
+    "read_bytes",
     "read_shard_metadata",
 ]

@@ -6,9 +6,20 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from waterfill.artifact.format import FormatError, digest, digest_file, digest_region, quote, refusing, strict_json
+from waterfill._lazy import LazyMapping, torch
+from waterfill.artifact.format import (
+    ELEMENT_BYTES,
+    FormatError,
+    digest,
+    digest_file,
+    digest_region,
+    quote,
+    refusing,
+    strict_json,
+)
 from waterfill.artifact.header import ShardMetadata, StoredBuffer, StoredTensor, read_shard_metadata
 from waterfill.artifact.manifest import (
     INDEX,
@@ -21,8 +32,8 @@ from waterfill.artifact.manifest import (
 )
 from waterfill.errors import ArtifactError
 
-_TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
+_TORCH_DTYPES: Mapping[str, torch.dtype] = LazyMapping(
+    lambda: {
         "F32": torch.float32,
         "F16": torch.float16,
         "BF16": torch.bfloat16,
@@ -127,12 +138,22 @@ def read_buffer(buffer: StoredBuffer, *, verify: bool = True) -> torch.Tensor:
         A tensor of the buffer's dtype and shape in memory of its own.
 
     Raises:
+        ArtifactError: as `read_bytes`.
+    """
+    data = read_bytes(buffer, verify=verify).view(f"i{ELEMENT_BYTES[buffer.dtype]}")
+    return torch.from_numpy(data).view(_TORCH_DTYPES[buffer.dtype]).reshape(buffer.shape)
+
+
+def read_bytes(buffer: StoredBuffer, *, verify: bool = True) -> npt.NDArray[np.uint8]:
+    """Read the bytes of one stored buffer from its shard, into memory of their own.
+
+    Raises:
         ArtifactError: if the shard ends early or, with `verify`, the bytes do not match their digest.
     """
-    data = torch.empty(buffer.size_bytes, dtype=torch.uint8)
+    data = np.empty(buffer.size_bytes, np.uint8)
     with refusing(buffer.file), buffer.file.open("rb", buffering=0) as file:
         file.seek(buffer.offset_bytes)
-        rest = content = data.numpy().data
+        rest = content = data.data
         while rest:
             count = file.readinto(rest)
             if not count:
@@ -140,7 +161,7 @@ def read_buffer(buffer: StoredBuffer, *, verify: bool = True) -> torch.Tensor:
             rest = rest[count:]
         if verify:
             _compare(buffer, digest(content))
-    return data.view(_TORCH_DTYPES[buffer.dtype]).reshape(buffer.shape)
+    return data
 
 
 def _compare(buffer: StoredBuffer, found: str) -> None:

@@ -17,8 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
-import torch
-
+from waterfill._lazy import torch
 from waterfill.artifact.format import (
     Buffer,
     FormatError,
@@ -37,7 +36,7 @@ from waterfill.errors import ArtifactError
 
 _log = logging.getLogger(__name__)
 
-Data: TypeAlias = bytes | bytearray | memoryview | torch.Tensor
+Data: TypeAlias = "bytes | bytearray | memoryview | torch.Tensor"
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -286,9 +285,9 @@ class ArtifactWriter:
 
 
 def _bytes_of(data: Data) -> memoryview:
-    if isinstance(data, torch.Tensor):
-        return data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return memoryview(data).cast("B")
+    if isinstance(data, bytes | bytearray | memoryview):
+        return memoryview(data).cast("B")
+    return data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _flush(path: Path) -> None:

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
+from waterfill._lazy import torch
 from waterfill.errors import WaterfillError
 
 Shape = tuple[int, int]  # (out_features, in_features)

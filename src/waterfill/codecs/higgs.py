@@ -15,8 +15,10 @@ import math
 import re
 from functools import lru_cache
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
+from waterfill._lazy import torch
 from waterfill.codecs.base import Encoded, Shape
 from waterfill.codecs.nearest import NearestSearch
 from waterfill.codecs.packing import pack
@@ -27,7 +29,7 @@ from waterfill.hadamard import groups, rotate
 
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
-MAX_SCALE = torch.finfo(torch.float16).max
+MAX_SCALE = 65504.0  # of fp16
 MIN_COSINE = 1e-2  # squared cosine under which a group's codes say nothing about it (all zeros): stored as zero
 
 
@@ -45,8 +47,8 @@ class Higgs(TableCodec):
         self.grid = grid(p, n)
 
     @property
-    def points(self) -> torch.Tensor:
-        return self.grid.points
+    def array(self) -> npt.NDArray[np.float32]:
+        return self.grid.array
 
     def distortion(self, shape: Shape) -> float:
         return self.grid.t2
@@ -74,7 +76,7 @@ class Higgs(TableCodec):
     def _nearest(self, unit: torch.Tensor) -> torch.Tensor:
         """Index of the grid point nearest to each p-vector of `unit` `[rows, width]` -> int64 `[rows, vectors]`."""
         if self.p == 1:
-            points = self.grid.points[:, 0]
+            points = self.points[:, 0]
             return torch.bucketize(unit, (points[1:] + points[:-1]) / 2)
         vectors = torch.nn.functional.pad(unit, (0, -unit.shape[1] % self.p)).view(-1, self.p)
         return _search(self.p, self.n).search(vectors).view(len(unit), -1)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
+from waterfill._lazy import torch
 from waterfill.codecs.base import Encoded, Shape
 from waterfill.codecs.table import TableCodec
 from waterfill.errors import WaterfillError
@@ -26,9 +28,9 @@ class Levels(TableCodec):
         self.name = f"levels-{bits}"
 
     @cached_property
-    def points(self) -> torch.Tensor:
-        """float32 `[n, 1]`: the level of every code."""
-        return (torch.arange(self.n, dtype=torch.float32) - self.n // 2)[:, None]
+    def array(self) -> npt.NDArray[np.float32]:
+        """The level of every code, `[n, 1]`."""
+        return (np.arange(self.n, dtype=np.float32) - self.n // 2)[:, None]
 
     def distortion(self, shape: Shape) -> float:
         raise WaterfillError(f"{self.name} is a form in memory: nothing can be packed with it")

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from waterfill import native
+from waterfill._lazy import LazyMapping, torch
+from waterfill.codecs.base import ITEM_BYTES
 from waterfill.entropy import PRECISION_BITS, DamagedError, lanes_for, rans
 from waterfill.entropy.fields import pack_fields, unpack_fields
 from waterfill.entropy.tables import TOTAL, Frequencies
@@ -34,7 +35,7 @@ from waterfill.errors import ArtifactError
 
 LOSSLESS = "lossless"  # the codec's name in plans and artifacts
 BUFFER = "streams"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = LazyMapping(lambda: {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 STREAM_NUMBERS = 1 << 18
 LENGTH_BYTES = 4
 WORTH = 32  # a plane is coded if that saves more than a 32nd of it: else decoding it costs more than it gives
@@ -98,22 +99,39 @@ def decode(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> 
     Raises ArtifactError where the buffer is none of a tensor of that shape and dtype; no memory is taken before the
     lengths of the streams are right.
     """
-    count, data = math.prod(shape), buffer.contiguous().numpy()
-    sizes = _lengths(data, count, dtype.itemsize)
+    numbers = _decode(buffer.contiguous().numpy(), math.prod(shape), dtype.itemsize)
+    return torch.from_numpy(numbers.view(f"i{dtype.itemsize}")).view(dtype).view(shape)
+
+
+def decode_floats(buffer: Bytes, shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.float32]:
+    """The values of a tensor of `dtype`, F32, F16 or BF16, without torch. Raises ArtifactError as `decode` does."""
+    return floats(_decode(buffer, math.prod(shape), ITEM_BYTES[dtype]), dtype).reshape(shape)
+
+
+def floats(numbers: Bytes, dtype: str) -> npt.NDArray[np.float32]:
+    """Numbers of `dtype`, F32, F16 or BF16, given as their bytes."""
+    if dtype == "BF16":
+        return (numbers.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return numbers.view({"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
+
+
+def _decode(data: Bytes, count: int, item_bytes: int) -> Bytes:
+    """The numbers in a buffer, as their bytes."""
+    sizes = _lengths(data, count, item_bytes)
     start = LENGTH_BYTES * len(sizes)
-    out = torch.empty(count, dtype=dtype)
+    out = np.empty(count * item_bytes, np.uint8)
     isa = native.isa()
     if isa is None:
-        _decode_reference(data[start:], sizes, out)
+        _decode_reference(data[start:], sizes, out, item_bytes)
     elif count:
         library = native.library()
         assert library is not None
         status = library.lossless_decode(
-            library.isas[isa], dtype.itemsize, data.ctypes.data + start, sizes.ctypes.data, count, out.data_ptr()
+            library.isas[isa], item_bytes, data.ctypes.data + start, sizes.ctypes.data, count, out.ctypes.data
         )
         if status:
             raise _damaged(f"stream {-3 - status}")
-    return out.view(shape)
+    return out
 
 
 def _regrouped(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
@@ -216,15 +234,12 @@ def decode_reference(stream: bytes, item_bytes: int, count: int) -> Bytes:
     return _numbers(planes)
 
 
-def _decode_reference(data: Bytes, sizes: npt.NDArray[np.uint32], out: torch.Tensor) -> None:
-    target, at = out.view(torch.uint8).numpy(), 0
-    each = STREAM_NUMBERS * out.element_size()
+def _decode_reference(data: Bytes, sizes: npt.NDArray[np.uint32], out: Bytes, item_bytes: int) -> None:
+    each, at = STREAM_NUMBERS * item_bytes, 0
     for i, size in enumerate(sizes.tolist()):
-        part = target[i * each : (i + 1) * each]
+        part = out[i * each : (i + 1) * each]
         try:
-            part[:] = decode_reference(
-                data[at : at + size].tobytes(), out.element_size(), len(part) // out.element_size()
-            )
+            part[:] = decode_reference(data[at : at + size].tobytes(), item_bytes, len(part) // item_bytes)
         except DamagedError as error:
             raise _damaged(f"stream {i}") from error
         at += size

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+from waterfill._lazy import torch
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

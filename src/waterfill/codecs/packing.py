@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-import torch
-from torch.nn.functional import pad
+from waterfill._lazy import torch
 
 MAX_WORD_BYTES = 7  # a radix word must fit a signed 64-bit integer
 
@@ -43,7 +42,7 @@ def pack(indices: torch.Tensor, n: int) -> torch.Tensor:
     rows, count = indices.shape
     per_word, width = _word(n)
     words = -(-count // per_word)
-    digits = pad(indices, (0, words * per_word - count)).view(rows, words, per_word)
+    digits = torch.nn.functional.pad(indices, (0, words * per_word - count)).view(rows, words, per_word)
     spread = torch.zeros(rows, words, width + 2, dtype=torch.int64)
     if radix_word(n) is None:
         for k in range(per_word):
@@ -67,7 +66,7 @@ def unpack(packed: torch.Tensor, count: int, n: int) -> torch.Tensor:
     rows = packed.shape[0]
     per_word, width = _word(n)
     words = -(-count // per_word)
-    spread = pad(packed, (0, words * width - packed.shape[1])).view(rows, words, width)
+    spread = torch.nn.functional.pad(packed, (0, words * width - packed.shape[1])).view(rows, words, width)
     indices = torch.empty(rows, words, per_word, dtype=torch.int64)
     if radix_word(n) is None:
         for k in range(per_word):

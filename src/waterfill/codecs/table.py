@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
+from waterfill._lazy import torch
 from waterfill.codecs.base import BufferLayout, Codec, Encoded, Shape
 from waterfill.codecs.packing import row_bytes, unpack
 from waterfill.hadamard import groups, unrotate
@@ -25,8 +28,14 @@ class TableCodec(Codec):
 
     @property
     @abstractmethod
+    def array(self) -> npt.NDArray[np.float32]:
+        """The points, `[n, p]`."""
+
+    @cached_property
     def points(self) -> torch.Tensor:
-        """float32 `[n, p]`."""
+        """`array` as a tensor."""
+        with torch.inference_mode(mode=False):  # as in `hadamard.signs`
+            return torch.from_numpy(self.array)
 
     def layout(self, shape: Shape) -> Mapping[str, BufferLayout]:
         rows, width = shape

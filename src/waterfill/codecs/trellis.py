@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from waterfill import native
+from waterfill._lazy import torch
 from waterfill.codecs import stream
 from waterfill.codecs.base import BufferLayout, Codec, Encoded, Encoder, Piece, Shape
 from waterfill.codecs.curves import curve

@@ -14,11 +14,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from safetensors import safe_open
 
+from waterfill._lazy import torch
 from waterfill.errors import WaterfillError
 
 DATA_FILE = Path(__file__).with_name("grids.safetensors")
@@ -33,16 +36,22 @@ class GridError(WaterfillError, ValueError):
 class Grid:
     """n reconstruction points in R^p, each the centroid of its Voronoi cell under N(0, I_p).
 
-    points: float32 [n, p], in lexicographic order (ascending when p = 1); shared by all callers, so never write to it.
+    array: float32 [n, p], points in lexicographic order (ascending when p = 1); shared by all, so never write to it.
     t2: mean squared error per coordinate on N(0, I_p); the relative noise power of a rotated matrix on the grid.
     digest: 16 hex digits that identify the points to the bit; an artifact stores it.
     """
 
     p: int
     n: int
-    points: torch.Tensor
+    array: npt.NDArray[np.float32]
     t2: float
     digest: str
+
+    @cached_property
+    def points(self) -> torch.Tensor:
+        """`array` as a tensor, in the same memory."""
+        with torch.inference_mode(mode=False):  # as in `hadamard.signs`
+            return torch.from_numpy(self.array)
 
 
 def grid(p: int, n: int) -> Grid:
@@ -66,20 +75,20 @@ def read_grids(path: Path, sha256: str) -> dict[tuple[int, int], Grid]:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise GridError(f"{path} has SHA-256 {found}, expected {sha256}: the file is damaged, reinstall waterfill")
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="np") as file:
         t2: Mapping[str, float] = json.loads(file.metadata()["t2"])
         grids = [_grid(file.get_tensor(name), t2[name]) for name in t2]
     return {(g.p, g.n): g for g in sorted(grids, key=lambda g: (g.p, g.n))}
 
 
-def _grid(points: torch.Tensor, t2: float) -> Grid:
+def _grid(points: npt.NDArray[np.float32], t2: float) -> Grid:
     n, p = points.shape
     return Grid(p, n, points, t2, _digest(points))
 
 
-def _digest(points: torch.Tensor) -> str:
+def _digest(points: npt.NDArray[np.float32]) -> str:
     n, p = points.shape
-    content = f"{p} {n} ".encode() + points.numpy().astype("<f4").tobytes()
+    content = f"{p} {n} ".encode() + points.astype("<f4").tobytes()
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 

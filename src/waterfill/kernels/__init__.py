@@ -17,10 +17,11 @@ import torch
 from waterfill import native as library
 from waterfill.codecs import TableCodec
 from waterfill.hadamard import unrotate
-from waterfill.kernels import native, tables
+from waterfill.integer_grids import register_table
+from waterfill.kernels import native
+from waterfill.kernels.native import DTYPES
 from waterfill.kernels.ops import matmul, matmul_many, rotated_tiles, rows
 from waterfill.kernels.reference import STORED, Packed
-from waterfill.native import DTYPES
 
 __all__ = [
     "DTYPES",
@@ -45,6 +46,7 @@ def implementation() -> str:
     if isa is None:
         _log.warning("packed matrices are multiplied by the torch reference, which is slow; see `waterfill doctor`")
         return STORED
+    library.share_threads()
     _log.info("packed matrices are multiplied by the native kernels, %s", isa)
     return isa
 
@@ -59,7 +61,7 @@ def arrange(packed: Packed) -> Packed:
 
 def log_slow(codecs: Iterable[TableCodec]) -> None:
     """Say once which of a model's codecs the native kernels multiply slowly."""
-    slow = sorted({codec.name for codec in codecs if not tables.register_table(codec, implementation())})
+    slow = sorted({codec.name for codec in codecs if not register_table(codec, implementation())})
     if slow:
         _log.info(
             "%s: tables too large for registers, multiplied several times more slowly than others "

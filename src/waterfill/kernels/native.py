@@ -9,24 +9,20 @@ the same in torch). `WATERFILL_ACTIVATIONS=float` keeps them, for exactness, muc
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
-from waterfill.codecs import TableCodec, get_codec
+from waterfill.codecs import TableCodec
 from waterfill.codecs.packing import radix_word
+from waterfill.integer_grids import native_table
 from waterfill.kernels.reference import Packed
-from waterfill.kernels.tables import integer_grid
-from waterfill.native import DTYPES, MatrixView, Native, library
+from waterfill.native import DTYPES as LAZY_DTYPES
+from waterfill.native import MatrixView, Native, library
+from waterfill.native import float_activations as float_activations
 
-FLOAT_ACTIVATIONS = "WATERFILL_ACTIVATIONS"
-
-
-def float_activations() -> bool:
-    """Whether the user wants activations as they are."""
-    return os.environ.get(FLOAT_ACTIVATIONS) == "float"
+DTYPES = dict(LAZY_DTYPES)  # looked at for every product
 
 
 def arrange(packed: Packed, isa: str) -> Packed:
@@ -106,27 +102,9 @@ def view_of(packed: Packed) -> MatrixView:
 def _view(
     scales: torch.Tensor, codes: torch.Tensor, codec: TableCodec, exponent: int, shape: tuple[int, int], isa: str
 ) -> MatrixView:
-    return _cached_view(scales.data_ptr(), codes.data_ptr(), codec.name, exponent, shape, isa)
+    return _cached_view(scales.data_ptr(), codes.data_ptr(), *native_table(codec, isa), exponent, shape)
 
 
 @lru_cache(maxsize=1 << 15)  # a view holds pointers only: equal arguments, equal view
-def _cached_view(scales: int, codes: int, codec: str, exponent: int, shape: tuple[int, int], isa: str) -> MatrixView:
-    step, table = _table(codec, isa)
+def _cached_view(scales: int, codes: int, step: float, table: int, exponent: int, shape: tuple[int, int]) -> MatrixView:
     return MatrixView(shape[0], shape[1], step * 2.0**exponent, 2.0**exponent, table, codes, scales)
-
-
-def table_of(codec: TableCodec, isa: str) -> tuple[float, int]:
-    """(step, address) of a codec's integer table; kept for the life of the process."""
-    return _table(codec.name, isa)
-
-
-@lru_cache(maxsize=4096)
-def _table(codec_name: str, isa: str) -> tuple[float, int]:
-    native, codec = _native(), get_codec(codec_name)
-    assert isinstance(codec, TableCodec)
-    grid = integer_grid(codec)
-    units, points = grid.units.contiguous(), codec.points.contiguous()
-    table = native.table_new(native.isas[isa], codec.p, codec.n, grid.precision, units.data_ptr(), points.data_ptr())
-    if not table:
-        raise MemoryError(f"no memory for the table of {codec_name}")
-    return grid.step, int(table)

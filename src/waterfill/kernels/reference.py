@@ -14,7 +14,7 @@ import torch
 from waterfill.codecs import TableCodec
 from waterfill.codecs.packing import unpack
 from waterfill.hadamard import groups, rotate, unrotate
-from waterfill.kernels.tables import EXACT_WORDS, LIMITS, integer_grid
+from waterfill.integer_grids import EXACT_WORDS, LIMITS, integer_grid
 
 TILE_WEIGHTS = 1 << 20  # 4 MiB of float32, and 8 MiB of indices while they are unpacked
 
@@ -68,8 +68,8 @@ def tiles(packed: Packed) -> Iterator[tuple[int, int, torch.Tensor]]:
 def matmul_integer(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     """What the native kernels compute, to the bit: activations and grid as integers, sums within a group exact.
 
-    Activations get one scale per token and group, their largest magnitude over the limit of `tables.LIMITS`, or NaN
-    where one of them is not finite. A group of 12-bit integers is summed in parts of 512, which are added as float32.
+    Activations get one scale per token and group, their largest magnitude over that of `LIMITS`, or NaN where one
+    of them is not finite. A group of 12-bit integers is summed in parts of 512, which are added as float32.
     """
     grid = integer_grid(packed.codec)
     limit = torch.tensor(LIMITS[grid.precision], dtype=torch.float32)
@@ -80,7 +80,8 @@ def matmul_integer(x: torch.Tensor, packed: Packed) -> torch.Tensor:
         -(-width // packed.codec.p),
         packed.codec.n,
     )
-    units = grid.units[indices].flatten(1)[:, :width].to(torch.float64)  # whole numbers: float64 adds them exactly
+    units = torch.from_numpy(grid.units)[indices].flatten(1)[:, :width]
+    units = units.to(torch.float64)  # whole numbers: float64 adds them exactly
     step = torch.tensor(grid.step * 2.0**packed.exponent, dtype=torch.float32)
     total = torch.zeros(len(rotated), out_features)
     for at, group in enumerate(groups(width)):

@@ -1,13 +1,16 @@
 """Models that do not fit in memory: weights come from storage for every token, decoded and multiplied as they come.
 
-    artifact ──attach──► model whose packed modules have a source ──► Streamer ──► what is read, kept, multiplied
+    artifact ──StreamedMatrix──► Streamer ──► what is read, kept, multiplied: View ──product──► View
 
-`attach` sees what a limit on the process's memory leaves for weights, and builds the streamer.
+A transformers model gets its streamer from `attach`, and its packed modules then multiply through a `Source`. Nothing
+else here needs torch, but for the reference where there is no native library.
 """
 
-from waterfill.streaming.limit import attach
+from waterfill.streaming.chunks import Activations, StreamedMatrix
 from waterfill.streaming.measure import measure_stages
+from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import Streamer
 from waterfill.streaming.summary import Summary
+from waterfill.streaming.view import View
 
-__all__ = ["Streamer", "Summary", "attach", "measure_stages"]
+__all__ = ["Activations", "Storage", "StreamedMatrix", "Streamer", "Summary", "View", "measure_stages"]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 
-from waterfill.streaming.chunks import Chunk, ChunkData, prepare
+from waterfill.streaming.chunks import Activations, Chunk, ChunkData
 from waterfill.streaming.residency import Speeds
 from waterfill.streaming.storage import READ_BYTES, Slot, Storage
+from waterfill.streaming.view import View
 
 READING_S = 0.2  # for each way
 WORKING_S = 0.2
@@ -53,15 +53,14 @@ def _reading_speed(storage: Storage, following: itertools.cycle[Chunk], slots: S
 
 def _working_speeds(data: ChunkData) -> tuple[float, float]:
     """Weights per second, decoded and multiplied with one token."""
-    matrix = data.chunk.matrix
-    x = torch.ones(1, matrix.shape[1])
-    y = torch.empty(1, matrix.shape[0])
-    prepared, nanoseconds = prepare(x, matrix), np.zeros(2, np.int64)
-    data.multiply(x, prepared, y, nanoseconds)  # tables, memory
+    rows, width = data.chunk.matrix.shape
+    x = Activations(View.of_array(np.ones((1, width), np.float32)))
+    y, nanoseconds = View.of_array(np.empty((1, rows), np.float32)), np.zeros(2, np.int64)
+    data.multiply(x, y, nanoseconds)  # tables, memory
     nanoseconds[:] = 0
     start, rounds = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < WORKING_S or not rounds:
-        data.multiply(x, prepared, y, nanoseconds)
+        data.multiply(x, y, nanoseconds)
         rounds += 1
     speed = rounds * data.chunk.weights / elapsed
     decoding = nanoseconds[0] / nanoseconds.sum() if nanoseconds.sum() else 0.9  # the reference does not say

@@ -12,20 +12,24 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from waterfill import kernels, native
-from waterfill.artifact import StoredTensor, read_buffer
+from waterfill import native
+from waterfill._lazy import torch
+from waterfill.artifact import StoredTensor, read_bytes
 from waterfill.codecs import TableCodec, Trellis, get_codec
 from waterfill.codecs.packing import radix_word
 from waterfill.codecs.stream import stream_rows
 from waterfill.errors import ArtifactError
-from waterfill.kernels.native import float_activations, table_of
+from waterfill.integer_grids import native_table
 from waterfill.streaming.storage import Region, Storage
+from waterfill.streaming.view import View
+
+if TYPE_CHECKING:
+    from waterfill.kernels import Packed
 
 CHUNK_BYTES = 4 << 20  # calls from Python are few; a handful of chunks is enough to read ahead
 PART_WEIGHTS = 1 << 18  # of codes
@@ -52,6 +56,11 @@ class Chunk:
     @property
     def rows(self) -> int:
         return min(self.last_part * self.matrix.part_rows, self.matrix.shape[0]) - self.first_row
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """Of its rows."""
+        return np.arange(self.first_row, self.first_row + self.rows)
 
     @cached_property
     def ends(self) -> npt.NDArray[np.uint32]:
@@ -88,7 +97,7 @@ class StreamedMatrix:
         buffers = dict(zip(tensor.keys, tensor.buffers, strict=True))
         self.buffer = buffers["streams" if isinstance(codec, Trellis) else "codes"]
         self.file, self.offset_bytes = self.buffer.file, self.buffer.offset_bytes
-        self.scales: torch.Tensor | None = None
+        self.scales: npt.NDArray[np.float16] | None = None
         rows, width = self.shape
         if isinstance(codec, Trellis):
             self.part_rows = stream_rows(width)
@@ -97,7 +106,8 @@ class StreamedMatrix:
             self.part_rows = 4 * max(1, PART_WEIGHTS // (4 * width))
             starts = np.minimum(np.arange(-(-rows // self.part_rows) + 1) * self.part_rows, rows)
             self.ends = starts * codec.row_bytes(width)
-            self.scales = read_buffer(buffers["scales"], verify=verify)
+            stored = buffers["scales"]
+            self.scales = read_bytes(stored, verify=verify).view("<f2").reshape(stored.shape)
         self.sums: npt.NDArray[np.uint64] | None = None  # checksums of the parts, where the library makes them
         self.seen = np.zeros(len(self.ends) - 1, bool)  # which of them are known
         self.chunks = tuple(self._chunks())
@@ -162,24 +172,33 @@ class StreamedMatrix:
 
 
 class Activations:
-    """x `[tokens, in]`, prepared once for all chunks of a matrix."""
+    """x `[tokens, in]`, prepared once for all matrices of one codec: products may share it. x must not change."""
 
-    def __init__(self, x: torch.Tensor, matrix: StreamedMatrix, isa: str) -> None:
+    def __init__(self, x: View) -> None:
+        self.view = x
+        self.isa = None if native.float_activations() else native.isa()  # None: the torch reference multiplies
+        self._handles: dict[int, int] = {}  # by table
         library = native.library()
-        assert library is not None
-        x = x.detach().contiguous()
-        self.dtype = x.dtype
-        self._free = library.activations_free
-        _, table = table_of(matrix.codec, isa)
-        self.handle = library.activations_new(
-            library.isas[isa], table, x.data_ptr(), native.DTYPES[x.dtype], x.shape[0], x.shape[1]
-        )
-        if not self.handle:
-            raise MemoryError("no memory for the activations of a streamed matrix")
+        self._free = None if library is None else library.activations_free
+
+    def prepared(self, codec: TableCodec) -> int | None:
+        """Rotated and rounded, in the form that a codec's table is multiplied with; None for the torch reference."""
+        if self.isa is None:
+            return None
+        _, table = native_table(codec, self.isa)
+        if table not in self._handles:
+            library = native.library()
+            assert library is not None
+            x = self.view
+            made = library.activations_new(library.isas[self.isa], table, x.address, x.dtype, x.tokens, x.width)
+            if not made:
+                raise MemoryError("no memory for the activations of a streamed matrix")
+            self._handles[table] = made
+        return self._handles[table]
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            self._free(self.handle)
+        for handle in self._handles.values():
+            self._free(handle)  # type: ignore[misc]
 
 
 class ChunkData:
@@ -196,28 +215,30 @@ class ChunkData:
     def nbytes(self) -> int:
         return self.data.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
-    def multiply(self, x: torch.Tensor, prepared: Activations | None, y: torch.Tensor, nanoseconds: Any) -> None:
-        """Write the chunk's columns of y `[tokens, out]`, of the dtype of x.
+    def multiply(self, x: Activations, y: View, nanoseconds: npt.NDArray[np.int64]) -> None:
+        """Write the chunk's columns of y `[tokens, out]`.
 
-        Time spent decoding and multiplying, by all threads, is added to `nanoseconds`, int64 `[2]`.
+        Time spent decoding and multiplying, by all threads, is added to `nanoseconds`, `[2]`.
 
         Raises ArtifactError where a part is damaged.
         """
-        matrix, first = self.chunk.matrix, self.chunk.first_row
+        first, prepared = self.chunk.first_row, x.prepared(self.chunk.matrix.codec)
         if prepared is None:
-            y[:, first : first + self.chunk.rows] = kernels.matmul(x, self.packed())
+            from waterfill import kernels
+
+            y.tensor()[:, first : first + self.chunk.rows] = kernels.matmul(x.view.tensor(), self.packed())
             return
-        library, isa = native.library(), native.isa()
+        library = native.library()
         assert library is not None
-        assert isa is not None
-        view = self._view(isa)
+        assert x.isa is not None
+        view = self._view(x.isa)
         status = library.chunk_multiply(
-            library.isas[isa],
+            library.isas[x.isa],
             ctypes.byref(view),
-            prepared.handle,
-            native.DTYPES[y.dtype],
-            y.data_ptr() + first * y.element_size(),
-            matrix.shape[0],
+            prepared,
+            y.dtype,
+            y.address + first * y.item_bytes,
+            y.width,
             nanoseconds.ctypes.data,
         )
         self._expect(status)
@@ -237,34 +258,42 @@ class ChunkData:
         self._expect(library.chunk_decode(library.isas[isa], ctypes.byref(view), codes.ctypes.data, scales.ctypes.data))
         return ChunkData(self.chunk, codes, scales)
 
-    def packed(self) -> kernels.Packed:
-        """The chunk's rows as a matrix of their own, for the door."""
-        matrix = self.chunk.matrix
-        shape = (self.chunk.rows, matrix.shape[1])
-        if kernels.implementation() != kernels.STORED:
-            whole = self.arrange() if not self.arranged else self
-            assert whole._scales is not None
-            scales = torch.from_numpy(whole._scales.view(np.float16))
-            return kernels.Packed(
-                matrix.codec, scales, torch.from_numpy(whole.data), matrix.exponent, shape, kernels.implementation()
-            )
-        if isinstance(matrix.stored, Trellis):
-            index = (self.chunk.ends + 4 * len(self.chunk.ends)).astype("<u4").view(np.uint8)
-            streams = torch.from_numpy(np.concatenate([index, self.data]))
-            codes, scales = matrix.stored.to_levels(streams, shape)
-        else:
-            assert matrix.scales is not None
-            first = self.chunk.first_row
-            codes, scales = torch.from_numpy(self.data.copy()), matrix.scales[first : first + shape[0]]
-        return kernels.Packed(matrix.codec, scales, codes, matrix.exponent, shape)
+    def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Rows of the matrix by number, all of this chunk: `[count, in]`."""
+        isa, library = native.isa(), native.library()
+        numbers = np.ascontiguousarray(numbers - self.chunk.first_row)
+        if isa is None or library is None:
+            from waterfill import kernels
 
-    def rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the matrix by number, all of this chunk: float32 `[count, in]`."""
-        return kernels.rows(self.packed(), rows - self.chunk.first_row)
+            return kernels.rows(self.packed(), torch.from_numpy(numbers)).numpy()
+        whole = self if self.arranged else self.arrange()
+        view = whole._view(isa)
+        matrix = native.MatrixView(view.rows, view.width, view.step, view.unit, view.table, view.data, view.scales)
+        found = np.empty((len(numbers), self.chunk.matrix.shape[1]), np.float32)
+        library.call("rows", library.isas[isa], matrix, numbers.ctypes.data, len(numbers), 0, found.ctypes.data)
+        return found
+
+    def packed(self) -> Packed:
+        """The chunk's rows as a matrix of their own, for the door of torch."""
+        from waterfill import kernels
+
+        matrix = self.chunk.matrix
+        shape, layout = (self.chunk.rows, matrix.shape[1]), kernels.implementation()
+        if layout != kernels.STORED:
+            whole = self if self.arranged else self.arrange()
+            codes, scales = torch.from_numpy(whole.data), torch.from_numpy(_present(whole._scales).view(np.float16))
+        elif isinstance(matrix.stored, Trellis):
+            index = (self.chunk.ends + 4 * len(self.chunk.ends)).astype("<u4").view(np.uint8)
+            codes, scales = matrix.stored.to_levels(torch.from_numpy(np.concatenate([index, self.data])), shape)
+        else:
+            first = self.chunk.first_row
+            codes = torch.from_numpy(self.data.copy())
+            scales = torch.from_numpy(_present(matrix.scales)[first : first + shape[0]])
+        return kernels.Packed(matrix.codec, scales, codes, matrix.exponent, shape, layout)
 
     def _view(self, isa: str) -> native.ChunkView:
         matrix = self.chunk.matrix
-        step, table = table_of(matrix.codec, isa)
+        step, table = native_table(matrix.codec, isa)
         unit = 2.0**matrix.exponent
         view = native.ChunkView(self.chunk.rows, matrix.shape[1], step * unit, unit, table, self.data.ctypes.data)
         if self._scales is not None:
@@ -276,8 +305,7 @@ class ChunkData:
                 self.chunk.ends.ctypes.data,
             )
         else:
-            assert matrix.scales is not None
-            view.scales = matrix.scales.data_ptr() + 2 * self.chunk.first_row * matrix.scales.shape[1]
+            view.scales = _present(matrix.scales)[self.chunk.first_row :].ctypes.data
             view.word_indices, view.word_bytes = radix_word(matrix.codec.n) or (0, 0)
             view.row_bytes = matrix.codec.row_bytes(matrix.shape[1])
         return view
@@ -289,8 +317,9 @@ class ChunkData:
             raise ValueError(f"the library refused a chunk of {self.chunk.matrix.name!r} (status {status})")
 
 
-def prepare(x: torch.Tensor, matrix: StreamedMatrix) -> Activations | None:
-    """For `ChunkData.multiply`; None where the torch reference multiplies."""
-    isa = native.isa()
-    exact = kernels.implementation() == kernels.STORED or float_activations()
-    return None if isa is None or exact else Activations(x, matrix, isa)
+Scales = TypeVar("Scales", npt.NDArray[np.float16], npt.NDArray[np.uint16])
+
+
+def _present(scales: Scales | None) -> Scales:
+    assert scales is not None
+    return scales

@@ -6,10 +6,11 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
-from waterfill.streaming.chunks import StreamedMatrix, prepare
+from waterfill._lazy import torch
+from waterfill.streaming.chunks import Activations, StreamedMatrix
 from waterfill.streaming.streamer import Streamer
+from waterfill.streaming.view import View
 
 
 def measure_stages(model: Any) -> dict[str, float]:
@@ -26,21 +27,21 @@ def measure_stages(model: Any) -> dict[str, float]:
 
 def _work(streamer: Streamer, matrix: StreamedMatrix) -> tuple[float, float]:
     """(seconds of decoding what is not kept decoded, seconds of multiplying everything when it is decoded)."""
-    x = torch.ones(1, matrix.shape[1])
-    y = torch.empty(1, matrix.shape[0])
-    prepared, nanoseconds = prepare(x, matrix), np.zeros(2, np.int64)
+    x = Activations(View.of_array(np.ones((1, matrix.shape[1]), np.float32)))
+    y, nanoseconds = View.of_array(np.empty((1, matrix.shape[0]), np.float32)), np.zeros(2, np.int64)
+    x.prepared(matrix.codec)
     decode_s = multiply_s = 0.0
     for chunk in matrix.chunks:
         data = streamer.held(chunk)
         nanoseconds[:] = 0
         start = time.perf_counter()
-        data.multiply(x, prepared, y, nanoseconds)
+        data.multiply(x, y, nanoseconds)
         elapsed = time.perf_counter() - start
         if not data.arranged:
             decode_s += elapsed * float(nanoseconds[0]) / max(1, int(nanoseconds.sum()))
             data = data.arrange()
         start = time.perf_counter()
-        data.multiply(x, prepared, y, nanoseconds)
+        data.multiply(x, y, nanoseconds)
         multiply_s += time.perf_counter() - start
     return decode_s, multiply_s
 

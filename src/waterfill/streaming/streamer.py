@@ -19,18 +19,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from waterfill import kernels, process
+from waterfill import native, process
 from waterfill.artifact.format import hasher
 from waterfill.errors import ArtifactError
 from waterfill.streaming.ahead import ReadAhead
 from waterfill.streaming.calibration import calibrate
-from waterfill.streaming.chunks import Activations, Chunk, ChunkData, StreamedMatrix, prepare
+from waterfill.streaming.chunks import Activations, Chunk, ChunkData, StreamedMatrix
 from waterfill.streaming.residency import choose
 from waterfill.streaming.storage import Region, Slot, Storage
 from waterfill.streaming.summary import Summary
+from waterfill.streaming.view import View
 
 SLOTS = 4  # of the ring: one that is multiplied, one that is read, two in between
 CHECKED_BYTES = 1 << 20  # read at a time where digests are compared
@@ -89,54 +90,57 @@ class Streamer:
 
     # ------------------------------------------------------------------------------------------- what is computed
 
-    def multiply(self, matrix: StreamedMatrix, x: torch.Tensor) -> torch.Tensor:
-        """x W^T: `[..., in]` -> `[..., out]`, as `kernels.matmul`. Raises ArtifactError for a chunk that is damaged."""
+    def product(self, matrix: StreamedMatrix, x: View | Activations, y: View) -> None:
+        """Write x W^T: x `[tokens, in]`, y `[tokens, out]`. Raises ArtifactError for a chunk that is damaged."""
+        shared = x if isinstance(x, Activations) else Activations(x)
+        if (y.width, shared.view.width) != matrix.shape or y.tokens != shared.view.tokens:
+            raise ValueError(f"{matrix.name} multiplies x [t, {matrix.shape[1]}] into y [t, {matrix.shape[0]}]")
         if self._idle:
-            return x.new_zeros(*x.shape[:-1], matrix.shape[0])
-        flat = x.reshape(-1, matrix.shape[1])
-        if flat.dtype not in kernels.DTYPES:
-            flat = flat.to(torch.float32)
-        y = torch.empty(len(flat), matrix.shape[0], dtype=flat.dtype)
-        if len(flat):
+            y.clear()
+        elif y.tokens:
             with self._lock:
                 self._begin(matrix)
-                prepared = prepare(flat, matrix)
                 for chunk in matrix.chunks:
-                    self._multiply(chunk, flat, prepared, y)
+                    self._multiply(chunk, shared, y)
                 self._ended_s = time.perf_counter()
-        return y.to(x.dtype).reshape(*x.shape[:-1], matrix.shape[0])
 
-    def rows(self, matrix: StreamedMatrix, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of W by number: int64 `[...]` -> float32 `[..., in]`; reads the parts that they lie in."""
-        wanted, place = torch.unique(ids.reshape(-1), return_inverse=True)
-        if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < matrix.shape[0]:
-            raise IndexError(f"row {int(wanted[0])} or {int(wanted[-1])} is outside a matrix of {matrix.shape[0]} rows")
-        found = torch.empty(len(wanted), matrix.shape[1])
+    def products(self, matrices: Sequence[StreamedMatrix], x: View, ys: Sequence[View]) -> None:
+        """`product` with each of several matrices, for which x is rotated and rounded once per codec."""
+        shared = Activations(x)
+        for matrix, y in zip(matrices, ys, strict=True):
+            self.product(matrix, shared, y)
+
+    def rows(self, matrix: StreamedMatrix, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Rows of W by number: `[count]` -> `[count, in]`; reads the parts that they lie in."""
+        wanted, place = np.unique(ids, return_inverse=True)
+        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < matrix.shape[0]:
+            raise IndexError(f"row {wanted[0]} or {wanted[-1]} is outside a matrix of {matrix.shape[0]} rows")
+        found = np.empty((len(wanted), matrix.shape[1]), np.float32)
         parts = wanted // matrix.part_rows
         with self._lock:
-            for part in torch.unique(parts).tolist():
+            for part in np.unique(parts).tolist():
                 here = parts == part
                 found[here] = self._part(matrix, part * matrix.part_rows).rows(wanted[here])
-        return found[place].reshape(*ids.shape, matrix.shape[1])
+        return found[place]
 
-    def dense(self, matrix: StreamedMatrix) -> torch.Tensor:
-        """W itself, float32 `[out, in]`."""
+    def dense(self, matrix: StreamedMatrix) -> npt.NDArray[np.float32]:
+        """W itself, `[out, in]`."""
         with self._lock:
-            return torch.cat([kernels.dense(self._on_demand(chunk).packed()) for chunk in matrix.chunks])
+            return np.concatenate([self._on_demand(chunk).rows(chunk.numbers) for chunk in matrix.chunks])
 
-    def _multiply(self, chunk: Chunk, x: torch.Tensor, prepared: Activations | None, y: torch.Tensor) -> None:
+    def _multiply(self, chunk: Chunk, x: Activations, y: View) -> None:
         kept = self._kept.get(chunk)
         if kept is None and (self._ahead is None or chunk not in self._ahead):
             kept = self._on_demand(chunk)
         if kept is not None:
-            kept.multiply(x, prepared, y, self._nanoseconds)
+            kept.multiply(x, y, self._nanoseconds)
             return
         assert self._ahead is not None
         start = time.perf_counter()
         data, slot = self._ahead.take(chunk)
         self._waiting_s += time.perf_counter() - start
         try:
-            data.multiply(x, prepared, y, self._nanoseconds)
+            data.multiply(x, y, self._nanoseconds)
         finally:
             self._ahead.give_back(slot)
 
@@ -318,7 +322,7 @@ class Streamer:
         """What was read and computed since the last `reset`."""
         read = self._direct_bytes + (0 if self._ahead is None else self._ahead.bytes_read)
         elapsed = self._ended_s - self._started_s
-        threads = max(1, torch.get_num_threads())
+        threads = native.threads()
         return Summary(
             passes=self._passes + bool(self._seen),
             elapsed_s=elapsed,
