@@ -18,9 +18,10 @@ from waterfill import native
 from waterfill.artifact import Artifact
 from waterfill.engine.spec import EMBEDDING, PROJECTIONS, Spec
 from waterfill.fit import packed_names
-from waterfill.streaming.chunks import Block, Chunk, ChunkData, StreamedMatrix
+from waterfill.streaming.chunks import ChunkData, StreamedMatrix
 from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import Streamer
+from waterfill.streaming.view import View
 
 Floats = npt.NDArray[np.float32]
 
@@ -66,7 +67,7 @@ class Resident:
                 self._held[name] = matrix.whole(verify=verify).arrange()
         finally:
             storage.close()
-        self._views = {name: data.matrix_view() for name, data in self._held.items()}
+        self._views = {name: data.matrix_view(isa) for name, data in self._held.items()}
 
     def view(self, name: str) -> native.MatrixView:
         return self._views[name]
@@ -111,7 +112,7 @@ class Streamed:
 
     def logits(self, x: Floats) -> Floats:
         y = np.empty((len(x), self._head.shape[0]), np.float32)
-        self._streamer.products([self._head], Block.of(x), [Block.of(y)])
+        self._streamer.product(self._head, View.of_array(x), View.of_array(y))
         return y
 
     def expect(self, status: int) -> None:
@@ -127,9 +128,9 @@ class Streamed:
         """wf_product. An exception cannot pass through the library: it is kept, and raised behind it."""
         try:
             matrices = self._layers[layer][first : first + count]
-            given = Block(x, native.FLOAT32, tokens, matrices[0].shape[1])
+            given = View(x, native.FLOAT32, tokens, matrices[0].shape[1], None)
             results = [
-                Block(ys[i], native.FLOAT32, tokens, matrix.shape[0]) for i, matrix in enumerate(matrices)
+                View(ys[i], native.FLOAT32, tokens, matrix.shape[0], None) for i, matrix in enumerate(matrices)
             ]
             self._streamer.products(matrices, given, results)
         except BaseException as error:

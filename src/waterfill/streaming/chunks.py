@@ -131,6 +131,11 @@ class StreamedMatrix:
                 first = part
         return found
 
+    def whole(self, *, verify: bool) -> ChunkData:
+        """All of it in memory, as stored; with `verify`, compared with its digest."""
+        data = read_bytes(self.buffer, verify=verify)
+        return ChunkData(Chunk(self, 0, len(self.ends) - 1), data[self.ends[0] : self.ends[-1]])
+
     def part(self, row: int) -> Chunk:
         """The one part that holds a row."""
         number = row // self.part_rows
@@ -267,11 +272,16 @@ class ChunkData:
 
             return kernels.rows(self.packed(), torch.from_numpy(numbers)).numpy()
         whole = self if self.arranged else self.arrange()
-        view = whole._view(isa)
-        matrix = native.MatrixView(view.rows, view.width, view.step, view.unit, view.table, view.data, view.scales)
         found = np.empty((len(numbers), self.chunk.matrix.shape[1]), np.float32)
-        library.call("rows", library.isas[isa], matrix, numbers.ctypes.data, len(numbers), 0, found.ctypes.data)
+        library.call(
+            "rows", library.isas[isa], whole.matrix_view(isa), numbers.ctypes.data, len(numbers), 0, found.ctypes.data
+        )
         return found
+
+    def matrix_view(self, isa: str) -> native.MatrixView:
+        """Arranged rows as a matrix of their own: pointers, alive as long as this object."""
+        view = self._view(isa)
+        return native.MatrixView(view.rows, view.width, view.step, view.unit, view.table, view.data, view.scales)
 
     def packed(self) -> Packed:
         """The chunk's rows as a matrix of their own, for the door of torch."""

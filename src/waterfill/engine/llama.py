@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from waterfill import native
-from waterfill.artifact import Artifact
 from waterfill.engine.spec import FINAL_NORM, NORMS, OPTIONAL, PROJECTIONS, Spec
 from waterfill.engine.weights import Weights
 from waterfill.errors import WaterfillError
+from waterfill.streaming.streamer import Streamer
 
 FIRST_CAPACITY = 256  # positions of the cache to begin with; it grows by doubling
 
@@ -65,22 +65,31 @@ class Cache:
         )
 
 
-class Model:
+class LlamaModel:
     """Weights, and the cache of one text: what `engine.generation` asks of a model.
 
     Args:
         vectors: norms and biases by tensor, float32.
         pass_tokens: how many tokens go through the layers at a time.
+        streaming: who reads the weights, where they are not in memory.
     """
 
-    def __init__(self, spec: Spec, weights: Weights, vectors: dict[str, Floats], *, pass_tokens: int) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        weights: Weights,
+        vectors: dict[str, Floats],
+        *,
+        pass_tokens: int,
+        streaming: Streamer | None = None,
+    ) -> None:
         library, isa = native.library(), native.isa()
         assert library is not None
         assert isa is not None
         self._library, self._isa = library, library.isas[isa]
         self.spec, self.weights, self._vectors = spec, weights, vectors
         self.vocabulary, self.positions = spec.vocabulary, spec.positions
-        self._pass_tokens = pass_tokens
+        self._pass_tokens, self.streaming = pass_tokens, streaming
         self._cache = Cache(spec)
         self._views: list[native.MatrixView] = []
         self._layers = (native.LayerView * spec.layers)(*map(self._layer, range(spec.layers)))

@@ -1,0 +1,101 @@
+"""An artifact as a model that the engine runs: in memory, or streamed within a limit.
+
+    path ──► Spec ──► norms and biases, float32 ──┬── Resident ──┬──► LlamaModel
+                                                  └── Streamed ──┘
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from waterfill import native
+from waterfill.artifact import RAW, Artifact, open_artifact, read_bytes
+from waterfill.codecs import lossless
+from waterfill.engine.llama import Cache, LlamaModel, logit_bytes
+from waterfill.engine.spec import EMBEDDING, PROJECTIONS, Spec, UnsupportedError, read_spec
+from waterfill.engine.weights import Floats, Resident, Streamed
+from waterfill.fit import fit, packed_names
+from waterfill.streaming.chunks import StreamedMatrix
+from waterfill.streaming.limit import OVERHEAD_BYTES, PASS_BYTES, held_bytes, pass_tokens, room
+from waterfill.streaming.storage import Storage
+from waterfill.streaming.streamer import Streamer
+
+
+def open_model(
+    path: str | Path,
+    *,
+    memory: str | int | None = None,
+    streamed: bool | None = None,
+    verify: bool = True,
+    logits: int = 1,
+) -> LlamaModel:
+    """The packed model, without torch and transformers; the arguments are those of `waterfill.load`.
+
+    Raises:
+        UnsupportedError: a model that takes transformers, or no native library; says why.
+        ArtifactError: torn, altered or of an unknown version.
+        WaterfillError: `memory` is not a size, or too small for the model even when it is streamed.
+    """
+    artifact = open_artifact(Path(path), verify=False)
+    if native.isa() is None:
+        raise UnsupportedError("the native kernels are not there, or turned off")
+    if native.float_activations():
+        raise UnsupportedError(f"{native.FLOAT_ACTIVATIONS} asks for exact activations")
+    spec = read_spec(artifact)
+    chosen = fit(artifact, memory, streamed)
+    packed = packed_names(artifact)
+    if verify:
+        artifact.verify_files()
+    vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
+    if chosen.streamed:
+        return _streamed(artifact, spec, vectors, chosen.limit_bytes, verify=verify, logits=logits)
+    weights = Resident(artifact, spec, verify=verify)
+    return LlamaModel(spec, weights, vectors, pass_tokens=pass_tokens(PASS_BYTES, spec.hidden, spec.inner))
+
+
+def _floats(artifact: Artifact, name: str, verify: bool) -> Floats:
+    """A tensor that was kept, as float32."""
+    tensor = artifact.tensors[name]
+    data = read_bytes(tensor.buffers[0], verify=verify)
+    if tensor.codec == RAW:
+        return lossless.floats(data, tensor.dtype).reshape(tensor.shape)
+    return lossless.decode_floats(data, tensor.shape, tensor.dtype)
+
+
+def _streamed(
+    artifact: Artifact, spec: Spec, vectors: dict[str, Floats], limit_bytes: int, *, verify: bool, logits: int
+) -> LlamaModel:
+    storage = Storage()
+    try:
+        matrices = {
+            name: StreamedMatrix(artifact.tensors[name], storage, verify=verify) for name in packed_names(artifact)
+        }
+        left = room(
+            artifact.path,
+            matrices.values(),
+            limit_bytes,
+            held=held_bytes(),
+            token_bytes=Cache.token_bytes(spec),
+            context=spec.positions,
+            logit_bytes=logits * logit_bytes(spec),
+        )
+        order = [f"model.layers.{layer}.{name}" for layer in range(spec.layers) for name in PROJECTIONS.values()]
+        order.append(spec.head)
+        streamer = Streamer(
+            storage,
+            [matrices[name] for name in order],
+            [matrices[EMBEDDING]] if spec.head != EMBEDDING else [],
+            spare_bytes=left.weights_bytes,
+            limit_bytes=limit_bytes - OVERHEAD_BYTES // 2,
+            verify=verify,
+        )
+    except BaseException:
+        storage.close()
+        raise
+    return LlamaModel(
+        spec,
+        Streamed(streamer, matrices, spec),
+        vectors,
+        pass_tokens=pass_tokens(left.pass_bytes, spec.hidden, spec.inner),
+        streaming=streamer,
+    )
