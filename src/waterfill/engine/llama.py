@@ -115,6 +115,8 @@ class LlamaModel:
             raise WaterfillError(
                 f"{before + len(tokens)} tokens are more than the {self.positions} positions of the model; shorten the text"
             )
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
+            raise IndexError(f"{tokens.min()} or {tokens.max()} is none of the model's {self.vocabulary} tokens")
         self._cache.reserve(before + len(tokens))
         try:
             for start in range(0, len(tokens), self._pass_tokens):

@@ -1,7 +1,7 @@
 """An artifact as a model that the engine runs: in memory, or streamed within a limit.
 
-    path ──► Spec ──► norms and biases, float32 ──┬── Resident ──┬──► LlamaModel
-                                                  └── Streamed ──┘
+path ──► Spec ──► norms and biases, float32 ──┬── Resident ──┬──► LlamaModel
+                                              └── Streamed ──┘
 """
 
 from __future__ import annotations

@@ -106,7 +106,9 @@ def read_spec(artifact: Artifact) -> Spec:
         raise UnsupportedError(f"its head_dim is {head_dim!r}")
     kv_heads, rest = divmod(shape["k"][0], head_dim)
     if rest or not kv_heads or shape["q"][0] != heads * head_dim or heads % kv_heads:
-        raise UnsupportedError(f"its heads do not fit its matrices: {heads} of {head_dim}, {shape['k'][0]} rows of keys")
+        raise UnsupportedError(
+            f"its heads do not fit its matrices: {heads} of {head_dim}, {shape['k'][0]} rows of keys"
+        )
     _check_shapes(tensors, layers, shape)
     return Spec(
         layers=layers,

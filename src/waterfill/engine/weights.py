@@ -1,7 +1,7 @@
 """A model's matrices as the native layers multiply with them: all in memory, or streamed.
 
-    Resident   arranged in the kernels' layout; the library reads them by itself
-    Streamed   a callback for every product; chunks come from a `Streamer`
+Resident   arranged in the kernels' layout; the library reads them by itself
+Streamed   a callback for every product; chunks come from a `Streamer`
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ class Resident:
         y = np.empty((len(x), view.rows), np.float32)
         results = (ctypes.c_void_p * 1)(y.ctypes.data)
         matrices = (ctypes.POINTER(native.MatrixView) * 1)(ctypes.pointer(view))
-        self._library.call(
-            "matmul", self._isa, matrices, 1, x.ctypes.data, native.FLOAT32, len(x), results
-        )
+        self._library.call("matmul", self._isa, matrices, 1, x.ctypes.data, native.FLOAT32, len(x), results)
         return y
 
     def expect(self, status: int) -> None:
@@ -97,8 +95,7 @@ class Streamed:
         self._streamer, self._matrices = streamer, matrices
         self._head, self._embedding = matrices[spec.head], matrices[EMBEDDING]
         self._layers = [
-            [matrices[f"model.layers.{layer}.{name}"] for name in PROJECTIONS.values()]
-            for layer in range(spec.layers)
+            [matrices[f"model.layers.{layer}.{name}"] for name in PROJECTIONS.values()] for layer in range(spec.layers)
         ]
         self._failure: BaseException | None = None
         self.product = native.PRODUCT(self._multiply)
@@ -129,9 +126,7 @@ class Streamed:
         try:
             matrices = self._layers[layer][first : first + count]
             given = View(x, native.FLOAT32, tokens, matrices[0].shape[1], None)
-            results = [
-                View(ys[i], native.FLOAT32, tokens, matrix.shape[0], None) for i, matrix in enumerate(matrices)
-            ]
+            results = [View(ys[i], native.FLOAT32, tokens, matrix.shape[0], None) for i, matrix in enumerate(matrices)]
             self._streamer.products(matrices, given, results)
         except BaseException as error:
             self._failure = error
