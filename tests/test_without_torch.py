@@ -1,0 +1,167 @@
+"""Artifacts are read and multiplied in processes that never import torch, to the same bits as with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import waterfill
+from kernel_samples import NOT_BUILT
+from plans import plan_for
+from waterfill import native
+from waterfill.budget import Budget
+from waterfill.runtime.packed import PackedMatrix
+
+TRELLIS, FIXED = "trellis-s8-r3.0000", "higgs-p2-n16"
+TOKENS = 5
+Packed = Callable[[str], Path]
+
+needs_native = pytest.mark.skipif(native.library() is None, reason=NOT_BUILT)
+
+IMPORTS = """
+import sys
+import waterfill.streaming, waterfill.codecs, waterfill.artifact, waterfill.grids, waterfill.hadamard
+import waterfill.native, waterfill.integer_grids, waterfill.streaming.limit
+print({"torch", "transformers", "safetensors.torch", "tqdm"} & set(sys.modules))
+"""
+
+RUN = """
+import sys
+from pathlib import Path
+import numpy as np
+from waterfill.artifact import open_artifact, read_bytes
+from waterfill.codecs import LOSSLESS, lossless
+from waterfill.streaming import Storage, StreamedMatrix, Streamer, View, calibration, chunks
+
+artifact, out, keep, tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+calibration.READING_S = calibration.WORKING_S = 0.0
+chunks.CHUNK_BYTES, chunks.PART_WEIGHTS = 4096, 2048
+opened, storage = open_artifact(artifact), Storage()
+packed = [t for t in opened.tensors.values() if t.codec not in (LOSSLESS, "raw")]
+matrices = [StreamedMatrix(tensor, storage, verify=True) for tensor in packed]
+told = []
+streamer = Streamer(
+    storage, matrices, (), spare_bytes=keep, limit_bytes=1 << 40, verify=True,
+    progress=lambda done, total: told.append((done, total)),
+)
+assert told[-1][0] == told[-1][1] > 0
+found = {}
+for width in sorted({matrix.shape[1] for matrix in matrices}):
+    x = np.random.default_rng(width).standard_normal((tokens, width), np.float32)
+    same = [matrix for matrix in matrices if matrix.shape[1] == width]
+    ys = [np.full((tokens, matrix.shape[0]), np.nan, np.float32) for matrix in same]
+    streamer.products(same, View.of_array(x), [View.of_array(y) for y in ys])
+    for matrix, y in zip(same, ys, strict=True):
+        alone = np.empty_like(y)
+        streamer.product(matrix, View.of_array(x), View.of_array(alone))
+        assert alone.tobytes() == y.tobytes()
+        found[f"{matrix.name}:product"] = y
+        ids = np.array([matrix.shape[0] - 1, 0, 3, 0])
+        found[f"{matrix.name}:rows"] = streamer.rows(matrix, ids)
+        found[f"{matrix.name}:dense"] = streamer.dense(matrix)
+for tensor in opened.tensors.values():
+    if tensor.codec == LOSSLESS:
+        values = lossless.decode_floats(read_bytes(tensor.buffers[0]), tensor.shape, tensor.dtype)
+    elif tensor.codec == "raw":
+        values = lossless.floats(read_bytes(tensor.buffers[0]), tensor.dtype).reshape(tensor.shape)
+    else:
+        continue
+    found[f"{tensor.name}:kept"] = values
+assert streamer.summary().decode_s >= 0
+streamer.close()
+np.savez(out, **found)
+print({"torch", "transformers", "safetensors.torch"} & set(sys.modules))
+"""
+
+THREADS = """
+import sys
+from waterfill import native
+before = native.threads(), native.library().shares_threads
+import torch
+from waterfill import kernels
+torch.set_num_threads(1)
+kernels.implementation()
+after = native.threads(), native.library().shares_threads
+torch.set_num_threads(3)
+native.share_threads()
+import json
+print(json.dumps([before, after, native.threads()]))
+"""
+
+
+def run(script: str, *arguments: object, **environment: str) -> str:
+    """What a script prints, in a process that has imported nothing yet."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    root = tmp_path_factory.mktemp("without")
+    checkpoint = models.tiny_llama(root / "model", hidden=96, intermediate=272, layers=2)
+
+    def pack(codec: str) -> Path:
+        out = root / codec
+        if not out.exists():
+            plan = plan_for(checkpoint, codecs=[codec], budget=Budget(bits=16.0), uniform=True)
+            waterfill.pack(checkpoint, out, plan=plan)
+        return out
+
+    return pack
+
+
+def test_the_bottom_and_streaming_import_nothing_large() -> None:
+    assert run(IMPORTS) == "set()\n"
+
+
+def resident(artifact: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """What the script computes, by torch."""
+    model = waterfill.load(artifact)
+    found = {f"{name}:kept": p.detach().float().numpy() for name, p in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedMatrix):
+            x = np.random.default_rng(module.shape[1]).standard_normal((TOKENS, module.shape[1]), np.float32)
+            ids = torch.tensor([module.shape[0] - 1, 0, 3, 0])
+            found[f"{name}:product"] = module.multiply(torch.from_numpy(x)).numpy()
+            found[f"{name}:rows"], found[f"{name}:dense"] = module.rows(ids).numpy(), module.dense().numpy()
+    return found
+
+
+@needs_native
+@pytest.mark.parametrize("keep", [0, 40_000, 1 << 30])
+@pytest.mark.parametrize("codec", [TRELLIS, FIXED])
+def test_a_process_without_torch_computes_the_same_bits(packed: Packed, codec: str, keep: int, tmp_path: Path) -> None:
+    out = tmp_path / "found.npz"
+    assert run(RUN, packed(codec), out, keep, TOKENS, WATERFILL_ACTIVATIONS="") == "set()\n"
+    expected = resident(packed(codec))
+    with np.load(out) as found:
+        names = {name.replace(".weight:", ":"): name for name in found.files}
+        assert set(names) == {name.replace(".weight:", ":") for name in expected}
+        assert len(names) > 3 * 14
+        for name, values in expected.items():
+            same = found[names[name.replace(".weight:", ":")]]
+            assert (same.dtype, same.shape) == (np.float32, values.shape), name
+            assert same.tobytes() == values.tobytes(), name
+
+
+@needs_native
+@pytest.mark.parametrize(("told", "threads"), [("2", 2), ("1", 1), ("0", None), ("many", None), ("", None)])
+def test_threads_are_the_librarys_own_until_torch_comes(told: str, threads: int | None) -> None:
+    before, after, later = json.loads(run(THREADS, OMP_NUM_THREADS=told))
+    assert before == [threads or len(os.sched_getaffinity(0)), False]
+    assert after == [1, True], "of torch, at the latest when it is decided who multiplies"
+    assert later == 3
