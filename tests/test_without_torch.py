@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,12 @@ import waterfill
 from kernel_samples import NOT_BUILT
 from plans import plan_for
 from waterfill import native
+from waterfill.artifact import open_artifact
 from waterfill.budget import Budget
+from waterfill.errors import MemoryLimitError
 from waterfill.runtime.packed import PackedMatrix
+from waterfill.streaming import Activations, Storage, StreamedMatrix, Streamer, View
+from waterfill.streaming.limit import LEAST_CONTEXT, LEAST_PASS_BYTES, PASS_BYTES, longest, pass_tokens, room
 
 TRELLIS, FIXED = "trellis-s8-r3.0000", "higgs-p2-n16"
 TOKENS = 5
@@ -156,6 +160,79 @@ def test_a_process_without_torch_computes_the_same_bits(packed: Packed, codec: s
             same = found[names[name.replace(".weight:", ":")]]
             assert (same.dtype, same.shape) == (np.float32, values.shape), name
             assert same.tobytes() == values.tobytes(), name
+
+
+@pytest.fixture
+def streamer(packed: Packed) -> Iterator[Streamer]:
+    storage = Storage()
+    tensors = open_artifact(packed(FIXED)).tensors.values()
+    matrices = [StreamedMatrix(t, storage, verify=False) for t in tensors if t.codec == FIXED]
+    opened = Streamer(storage, matrices, (), spare_bytes=0, limit_bytes=1 << 40, verify=False)
+    yield opened
+    opened.close()
+
+
+@needs_native
+def test_matrices_of_one_codec_share_the_activations(streamer: Streamer) -> None:
+    first, second, *_ = (matrix for matrix in streamer.sequence if matrix.shape[1] == 96)
+    x = np.random.default_rng(0).standard_normal((3, 96), np.float32)
+    shared, y = Activations(View.of_array(x)), np.empty((3, first.shape[0]), np.float32)
+    streamer.product(first, shared, View.of_array(y))
+    x[:] = np.nan  # it was rotated and rounded before
+    again, other = np.empty_like(y), np.empty((3, second.shape[0]), np.float32)
+    streamer.product(first, shared, View.of_array(again))
+    streamer.product(second, shared, View.of_array(other))
+    assert again.tobytes() == y.tobytes()
+    assert np.isfinite(other).all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_written_may_have_another_dtype_than_what_is_read(streamer: Streamer, dtype: torch.dtype) -> None:
+    matrix = streamer.sequence[0]
+    x = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide, y = np.empty((2, matrix.shape[0]), np.float32), torch.empty(2, matrix.shape[0], dtype=dtype)
+    streamer.product(matrix, View.of_tensor(x), View.of_array(wide))
+    streamer.product(matrix, View.of_tensor(x), View.of_tensor(y))
+    assert torch.equal(torch.from_numpy(wide).to(dtype), y)
+    assert wide.any()
+
+
+def test_views_that_the_library_would_misread_are_refused(streamer: Streamer) -> None:
+    for array in (np.zeros((4, 6))[:, ::2], np.zeros((4, 6), np.float32).T, np.zeros((2, 3), np.float16)):
+        with pytest.raises(ValueError, match="expected contiguous float32"):
+            View.of_array(array)  # type: ignore[arg-type]
+    for tensor in (torch.zeros(4, 6).T, torch.zeros(2, 3).double(), torch.zeros(2, 3, device="meta")):
+        with pytest.raises(ValueError, match="expected contiguous floats"):
+            View.of_tensor(tensor)
+    matrix = streamer.sequence[0]
+    rows, width = matrix.shape
+    for x, y in (((2, width), (3, rows)), ((2, width + 1), (2, rows)), ((2, width), (2, rows - 1))):
+        views = [View.of_array(np.zeros(shape, np.float32)) for shape in (x, y)]
+        with pytest.raises(ValueError, match=rf"multiplies x \[t, {width}\] into y \[t, {rows}\]"):
+            streamer.product(matrix, *views)
+    with pytest.raises(IndexError, match=f"outside a matrix of {rows} rows"):
+        streamer.rows(matrix, np.array([0, rows]))
+
+
+def test_a_limit_is_divided_and_one_too_small_is_refused(streamer: Streamer) -> None:
+    needs: dict[str, Any] = {"held": 50_000_000, "token_bytes": 1000, "context": None, "logit_bytes": 1_000_000}
+    path = Path("artifact")
+    with pytest.raises(MemoryLimitError, match=r"for artifact: streamed, it takes [0-9]+ MB at least") as refused:
+        room(path, streamer.sequence, 50_000_000, **needs)
+    smallest = refused.value.smallest_bytes
+    least = room(path, streamer.sequence, smallest, **needs)
+    assert 0 <= least.weights_bytes < 1_000_000
+    assert least.pass_bytes >= LEAST_PASS_BYTES
+    ample = room(path, streamer.sequence, 1 << 30, **needs)
+    longer = (longest(None) - LEAST_CONTEXT) * needs["token_bytes"]
+    assert ample.pass_bytes == PASS_BYTES
+    taken = ample.weights_bytes + ample.pass_bytes - LEAST_PASS_BYTES + longer
+    assert 0 <= smallest - ((1 << 30) - taken) < 1_000_000, "everything beyond the least is given out"
+    assert room(path, streamer.sequence, 1 << 30, **{**needs, "context": 64}).weights_bytes > ample.weights_bytes
+    assert (longest(64), longest(1 << 20)) == (64, longest(None))
+    assert pass_tokens(1 << 20, 64, 128) == (1 << 20) // (4 * (6 * 64 + 4 * 128))
+    assert pass_tokens(1, 64, 128) == 16
 
 
 @needs_native
