@@ -17,6 +17,7 @@ from waterfill.entropy import DamagedError
 from waterfill.errors import ArtifactError
 
 DTYPES = list(lossless.DTYPES.values())
+NAMES = {dtype: name for name, dtype in lossless.DTYPES.items()}
 N = lossless.STREAM_NUMBERS
 SIGNED = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -33,6 +34,9 @@ def assert_round_trip(tensor: torch.Tensor) -> torch.Tensor:
     assert decoded.dtype == tensor.dtype
     assert decoded.shape == tensor.shape
     assert bits(decoded) == bits(tensor)
+    values = lossless.decode_floats(buffer.numpy(), tuple(tensor.shape), NAMES[tensor.dtype])
+    assert (values.dtype, values.shape) == (np.float32, tuple(tensor.shape))
+    assert np.array_equal(values, tensor.to(torch.float32).numpy(), equal_nan=True)
     return buffer
 
 

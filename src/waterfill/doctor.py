@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import waterfill
-from waterfill import kernels, native
+from waterfill import kernels, native, process
 from waterfill.codecs import TableCodec, get_codec
 from waterfill.errors import WaterfillError, first_line
 from waterfill.hadamard import groups, rotate
@@ -74,7 +74,7 @@ def diagnose() -> Diagnosis:
         torch=torch.__version__,
         transformers=_version("transformers"),
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=process.usable_cpus(),
         threads=torch.get_num_threads(),
         memory_bytes=_memory_bytes(),
         read_bytes_per_s=read_bytes_per_s(),

@@ -17,6 +17,7 @@ from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from waterfill import process
 from waterfill._lazy import LazyMapping, torch
 from waterfill.errors import WaterfillError
 
@@ -207,7 +208,7 @@ def threads_wanted(*, shared: bool) -> int:
     told = os.environ.get("OMP_NUM_THREADS", "")
     if told.isdecimal() and int(told) > 0:
         return int(told)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return process.usable_cpus()
 
 
 def openmp_team() -> int | None:

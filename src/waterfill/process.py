@@ -1,4 +1,4 @@
-"""Memory of this process, and how much of the machine's it may have."""
+"""Memory of this process, how much of the machine's it may have, and on how many processors it may run."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def free_bytes(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float:
     Pages of files, which the kernel gives up when asked, count as free. Infinite where nothing is known.
     """
     return min([_machine_bytes(proc), *_group_bytes(proc, cgroups)])
+
+
+def usable_cpus() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def release() -> None:

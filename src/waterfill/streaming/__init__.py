@@ -6,11 +6,11 @@ A transformers model gets its streamer from `attach`, and its packed modules the
 else here needs torch, but for the reference where there is no native library.
 """
 
-from waterfill.streaming.chunks import Activations, StreamedMatrix
+from waterfill.streaming.chunks import StreamedMatrix
 from waterfill.streaming.measure import measure_stages
 from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import Streamer
 from waterfill.streaming.summary import Summary
-from waterfill.streaming.view import View
+from waterfill.streaming.view import Activations, View
 
 __all__ = ["Activations", "Storage", "StreamedMatrix", "Streamer", "Summary", "View", "measure_stages"]

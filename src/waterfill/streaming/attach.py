@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from waterfill.artifact import Artifact, StoredTensor
 from waterfill.runtime.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, TiedHead
@@ -43,14 +46,16 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
         )
         _limit_passes(model, left.pass_bytes)
         sequence, others = _order(model, modules, matrices)
-        streamer = Streamer(
-            storage,
-            sequence,
-            others,
-            spare_bytes=left.weights_bytes,
-            limit_bytes=limit_bytes - OVERHEAD_BYTES // 2,
-            verify=verify,
-        )
+        with tqdm(unit="B", unit_scale=True, desc="reading weights", delay=1, leave=False) as bar:
+            streamer = Streamer(
+                storage,
+                sequence,
+                others,
+                spare_bytes=left.weights_bytes,
+                limit_bytes=limit_bytes - OVERHEAD_BYTES // 2,
+                verify=verify,
+                progress=partial(_show, bar),
+            )
     except BaseException:
         storage.close()
         raise
@@ -58,6 +63,11 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
         module.source = Source(streamer, matrices[path])
     model.streaming = streamer
     return streamer
+
+
+def _show(bar: Any, done_bytes: int, total_bytes: int) -> None:
+    bar.total = total_bytes
+    bar.update(done_bytes - bar.n)
 
 
 def _tensors(modules: dict[str, PackedMatrix], artifact: Artifact) -> Sequence[tuple[str, StoredTensor]]:

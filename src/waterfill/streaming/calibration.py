@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from waterfill.streaming.chunks import Activations, Chunk, ChunkData
+from waterfill.streaming.chunks import Chunk, ChunkData
 from waterfill.streaming.residency import Speeds
 from waterfill.streaming.storage import READ_BYTES, Slot, Storage
-from waterfill.streaming.view import View
+from waterfill.streaming.view import Activations, View
 
 READING_S = 0.2  # for each way
 WORKING_S = 0.2

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from waterfill.codecs.stream import stream_rows
 from waterfill.errors import ArtifactError
 from waterfill.integer_grids import native_table
 from waterfill.streaming.storage import Region, Storage
-from waterfill.streaming.view import View
+from waterfill.streaming.view import Activations, View
 
 if TYPE_CHECKING:
     from waterfill.kernels import Packed
@@ -176,36 +176,6 @@ class StreamedMatrix:
         )
 
 
-class Activations:
-    """x `[tokens, in]`, prepared once for all matrices of one codec: products may share it. x must not change."""
-
-    def __init__(self, x: View) -> None:
-        self.view = x
-        self.isa = None if native.float_activations() else native.isa()  # None: the torch reference multiplies
-        self._handles: dict[int, int] = {}  # by table
-        library = native.library()
-        self._free = None if library is None else library.activations_free
-
-    def prepared(self, codec: TableCodec) -> int | None:
-        """Rotated and rounded, in the form that a codec's table is multiplied with; None for the torch reference."""
-        if self.isa is None:
-            return None
-        _, table = native_table(codec, self.isa)
-        if table not in self._handles:
-            library = native.library()
-            assert library is not None
-            x = self.view
-            made = library.activations_new(library.isas[self.isa], table, x.address, x.dtype, x.tokens, x.width)
-            if not made:
-                raise MemoryError("no memory for the activations of a streamed matrix")
-            self._handles[table] = made
-        return self._handles[table]
-
-    def __del__(self) -> None:
-        for handle in self._handles.values():
-            self._free(handle)  # type: ignore[misc]
-
-
 class ChunkData:
     """A chunk's bytes in memory, `data` uint8; with `scales`, codes and scales in the kernels' layout."""
 
@@ -228,14 +198,13 @@ class ChunkData:
         Raises ArtifactError where a part is damaged.
         """
         first, prepared = self.chunk.first_row, x.prepared(self.chunk.matrix.codec)
-        if prepared is None:
+        if prepared is None or x.isa is None:
             from waterfill import kernels
 
             y.tensor()[:, first : first + self.chunk.rows] = kernels.matmul(x.view.tensor(), self.packed())
             return
         library = native.library()
         assert library is not None
-        assert x.isa is not None
         view = self._view(x.isa)
         status = library.chunk_multiply(
             library.isas[x.isa],
@@ -266,7 +235,7 @@ class ChunkData:
     def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Rows of the matrix by number, all of this chunk: `[count, in]`."""
         isa, library = native.isa(), native.library()
-        numbers = np.ascontiguousarray(numbers - self.chunk.first_row)
+        numbers = np.ascontiguousarray(numbers - self.chunk.first_row, np.int64)
         if isa is None or library is None:
             from waterfill import kernels
 
@@ -291,14 +260,16 @@ class ChunkData:
         shape, layout = (self.chunk.rows, matrix.shape[1]), kernels.implementation()
         if layout != kernels.STORED:
             whole = self if self.arranged else self.arrange()
-            codes, scales = torch.from_numpy(whole.data), torch.from_numpy(_present(whole._scales).view(np.float16))
+            assert whole._scales is not None
+            codes, scales = torch.from_numpy(whole.data), torch.from_numpy(whole._scales.view(np.float16))
         elif isinstance(matrix.stored, Trellis):
             index = (self.chunk.ends + 4 * len(self.chunk.ends)).astype("<u4").view(np.uint8)
             codes, scales = matrix.stored.to_levels(torch.from_numpy(np.concatenate([index, self.data])), shape)
         else:
+            assert matrix.scales is not None
             first = self.chunk.first_row
             codes = torch.from_numpy(self.data.copy())
-            scales = torch.from_numpy(_present(matrix.scales)[first : first + shape[0]])
+            scales = torch.from_numpy(matrix.scales[first : first + shape[0]])
         return kernels.Packed(matrix.codec, scales, codes, matrix.exponent, shape, layout)
 
     def _view(self, isa: str) -> native.ChunkView:
@@ -315,7 +286,8 @@ class ChunkData:
                 self.chunk.ends.ctypes.data,
             )
         else:
-            view.scales = _present(matrix.scales)[self.chunk.first_row :].ctypes.data
+            assert matrix.scales is not None
+            view.scales = matrix.scales[self.chunk.first_row :].ctypes.data
             view.word_indices, view.word_bytes = radix_word(matrix.codec.n) or (0, 0)
             view.row_bytes = matrix.codec.row_bytes(matrix.shape[1])
         return view
@@ -325,11 +297,3 @@ class ChunkData:
             raise self.chunk.matrix.damaged(self.chunk, -3 - status, "is damaged")
         if status:
             raise ValueError(f"the library refused a chunk of {self.chunk.matrix.name!r} (status {status})")
-
-
-Scales = TypeVar("Scales", npt.NDArray[np.float16], npt.NDArray[np.uint16])
-
-
-def _present(scales: Scales | None) -> Scales:
-    assert scales is not None
-    return scales

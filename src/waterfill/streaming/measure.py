@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from waterfill._lazy import torch
-from waterfill.streaming.chunks import Activations, StreamedMatrix
+from waterfill.streaming.chunks import StreamedMatrix
 from waterfill.streaming.streamer import Streamer
-from waterfill.streaming.view import View
+from waterfill.streaming.view import Activations, View
 
 
 def measure_stages(model: Any) -> dict[str, float]:

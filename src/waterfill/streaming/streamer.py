@@ -15,27 +15,28 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from waterfill import native, process
 from waterfill.artifact.format import hasher
 from waterfill.errors import ArtifactError
 from waterfill.streaming.ahead import ReadAhead
 from waterfill.streaming.calibration import calibrate
-from waterfill.streaming.chunks import Activations, Chunk, ChunkData, StreamedMatrix
+from waterfill.streaming.chunks import Chunk, ChunkData, StreamedMatrix
 from waterfill.streaming.residency import choose
 from waterfill.streaming.storage import Region, Slot, Storage
 from waterfill.streaming.summary import Summary
-from waterfill.streaming.view import View
+from waterfill.streaming.view import Activations, View
 
 SLOTS = 4  # of the ring: one that is multiplied, one that is read, two in between
 CHECKED_BYTES = 1 << 20  # read at a time where digests are compared
 CACHE_SHARE = 0.9  # of what is left over, for experts
+
+Progress = Callable[[int, int], object]
 
 _log = logging.getLogger("waterfill.streaming")
 
@@ -50,6 +51,7 @@ class Streamer:
         spare_bytes: memory for whatever is kept.
         limit_bytes: resident memory that the process is to stay below.
         verify: compare every matrix with its digest first.
+        progress: told how many bytes have been read, of how many, while what is kept or verified is read.
 
     Raises:
         ArtifactError: a matrix is not what was packed.
@@ -64,6 +66,7 @@ class Streamer:
         spare_bytes: int,
         limit_bytes: int,
         verify: bool,
+        progress: Progress | None = None,
     ) -> None:
         self._storage, self._limit_bytes = storage, limit_bytes
         self._matrices = (*sequence, *others)
@@ -79,7 +82,7 @@ class Streamer:
         self._cache: OrderedDict[Chunk, ChunkData] = OrderedDict()
         self._cached_bytes = 0
         self._kept: dict[Chunk, ChunkData] = {}
-        self._fill(verify)
+        self._fill(verify, progress)
         self._waiting_s, self._nanoseconds, self._passes, self._direct_bytes = 0.0, np.zeros(2, np.int64), 0, 0
         self._started_s = self._ended_s = time.perf_counter()
         self._ahead: ReadAhead | None = None
@@ -185,35 +188,37 @@ class Streamer:
 
     # ----------------------------------------------------------------------------------------------- what is held
 
-    def _fill(self, verify: bool) -> None:
+    def _fill(self, verify: bool, progress: Progress | None) -> None:
         """Load what is kept; with `verify`, read everything and compare it with its digests."""
         kept, decoded = self.residency.kept, set(self.residency.decoded)
         total = sum(m.coded_bytes for m in self._matrices) if verify else sum(c.region.size_bytes for c in kept)
         slot = Slot(max(chunk.region.size_bytes for matrix in self._matrices for chunk in matrix.chunks))
-        with tqdm(total=total, unit="B", unit_scale=True, desc="reading weights", delay=1, leave=False) as bar:
-            for matrix in self._matrices:
-                digest = hasher() if verify else None
-                at = 0
-                for chunk in matrix.chunks:
-                    if digest is None and chunk not in kept:
-                        continue
-                    data = self._storage.read_into(chunk.region, slot)
-                    matrix.check(chunk, data)
-                    if digest is not None:
-                        self._hash(matrix, digest, at, chunk.region.offset_bytes - matrix.offset_bytes)
-                        digest.update(data.data)
-                        at = chunk.region.offset_bytes - matrix.offset_bytes + len(data)
-                    if chunk in kept:
-                        held = ChunkData(chunk, data)
-                        self._kept[chunk] = held.arrange() if chunk in decoded else held.copy()
-                    bar.update(len(data))
+        done = 0
+        for matrix in self._matrices:
+            digest = hasher() if verify else None
+            at = 0
+            for chunk in matrix.chunks:
+                if digest is None and chunk not in kept:
+                    continue
+                data = self._storage.read_into(chunk.region, slot)
+                matrix.check(chunk, data)
                 if digest is not None:
-                    self._hash(matrix, digest, at, matrix.buffer.size_bytes)
-                    if digest.hexdigest() != matrix.buffer.digest:
-                        raise ArtifactError(
-                            f"{matrix.file}: tensor {matrix.name!r} at byte {matrix.offset_bytes} does not match its "
-                            "digest; fetch the artifact again, or pack again"
-                        )
+                    self._hash(matrix, digest, at, chunk.region.offset_bytes - matrix.offset_bytes)
+                    digest.update(data.data)
+                    at = chunk.region.offset_bytes - matrix.offset_bytes + len(data)
+                if chunk in kept:
+                    held = ChunkData(chunk, data)
+                    self._kept[chunk] = held.arrange() if chunk in decoded else held.copy()
+                done += len(data)
+                if progress is not None:
+                    progress(done, total)
+            if digest is not None:
+                self._hash(matrix, digest, at, matrix.buffer.size_bytes)
+                if digest.hexdigest() != matrix.buffer.digest:
+                    raise ArtifactError(
+                        f"{matrix.file}: tensor {matrix.name!r} at byte {matrix.offset_bytes} does not match its "
+                        "digest; fetch the artifact again, or pack again"
+                    )
 
     def _hash(self, matrix: StreamedMatrix, digest: object, start: int, stop: int) -> None:
         """Bytes of a buffer that belong to no chunk: the index, the padding."""

@@ -1,4 +1,4 @@
-"""Numbers in memory as the library takes them, whoever owns the memory: numpy, torch, or a runner of its own."""
+"""What products read and write: numbers in memory, whoever owns it, and activations in the form that is multiplied."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from waterfill import native
 from waterfill._lazy import torch
+from waterfill.codecs import TableCodec
+from waterfill.integer_grids import native_table
 from waterfill.native import DTYPES, FLOAT32
 
 
@@ -48,3 +51,34 @@ class View(NamedTuple):
     def clear(self) -> None:
         """Write zeros."""
         ctypes.memset(self.address, 0, self.tokens * self.width * self.item_bytes)
+
+
+class Activations:
+    """x `[tokens, in]`, rotated and rounded once for all matrices of one codec: products may share it.
+
+    x may not change as long as it meets codecs that it has not met before.
+    """
+
+    def __init__(self, x: View) -> None:
+        self._handles: dict[int, int] = {}  # by the address of the codec's table
+        self._library = native.library()
+        self.view = x
+        self.isa = None if native.float_activations() else native.isa()  # None: the torch reference multiplies
+
+    def prepared(self, codec: TableCodec) -> int | None:
+        """In the form that a codec's table is multiplied with, for the library; None for the torch reference."""
+        if self._library is None or self.isa is None:
+            return None
+        _, table = native_table(codec, self.isa)
+        if table not in self._handles:
+            x, isa = self.view, self._library.isas[self.isa]
+            made = self._library.activations_new(isa, table, x.address, x.dtype, x.tokens, x.width)
+            if not made:
+                raise MemoryError("no memory for the activations of a streamed matrix")
+            self._handles[table] = made
+        return self._handles[table]
+
+    def __del__(self) -> None:
+        if self._library is not None:
+            for handle in self._handles.values():
+                self._library.activations_free(handle)

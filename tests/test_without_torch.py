@@ -1,0 +1,244 @@
+"""Artifacts are read and multiplied in processes that never import torch, to the same bits as with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import models
+import waterfill
+from kernel_samples import NOT_BUILT
+from plans import plan_for
+from waterfill import native
+from waterfill.artifact import open_artifact
+from waterfill.budget import Budget
+from waterfill.errors import MemoryLimitError
+from waterfill.runtime.packed import PackedMatrix
+from waterfill.streaming import Activations, Storage, StreamedMatrix, Streamer, View
+from waterfill.streaming.limit import LEAST_CONTEXT, LEAST_PASS_BYTES, PASS_BYTES, longest, pass_tokens, room
+
+TRELLIS, FIXED = "trellis-s8-r3.0000", "higgs-p2-n16"
+TOKENS = 5
+Packed = Callable[[str], Path]
+
+needs_native = pytest.mark.skipif(native.library() is None, reason=NOT_BUILT)
+
+IMPORTS = """
+import sys
+import waterfill.streaming, waterfill.codecs, waterfill.artifact, waterfill.grids, waterfill.hadamard
+import waterfill.native, waterfill.integer_grids, waterfill.streaming.limit
+print({"torch", "transformers", "safetensors.torch", "tqdm"} & set(sys.modules))
+"""
+
+RUN = """
+import sys
+from pathlib import Path
+import numpy as np
+from waterfill.artifact import open_artifact, read_bytes
+from waterfill.codecs import LOSSLESS, lossless
+from waterfill.streaming import Storage, StreamedMatrix, Streamer, View, calibration, chunks
+
+artifact, out, keep, tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+calibration.READING_S = calibration.WORKING_S = 0.0
+chunks.CHUNK_BYTES, chunks.PART_WEIGHTS = 4096, 2048
+opened, storage = open_artifact(artifact), Storage()
+packed = [t for t in opened.tensors.values() if t.codec not in (LOSSLESS, "raw")]
+matrices = [StreamedMatrix(tensor, storage, verify=True) for tensor in packed]
+told = []
+streamer = Streamer(
+    storage, matrices, (), spare_bytes=keep, limit_bytes=1 << 40, verify=True,
+    progress=lambda done, total: told.append((done, total)),
+)
+assert told[-1][0] == told[-1][1] > 0
+found = {}
+for width in sorted({matrix.shape[1] for matrix in matrices}):
+    x = np.random.default_rng(width).standard_normal((tokens, width), np.float32)
+    same = [matrix for matrix in matrices if matrix.shape[1] == width]
+    ys = [np.full((tokens, matrix.shape[0]), np.nan, np.float32) for matrix in same]
+    streamer.products(same, View.of_array(x), [View.of_array(y) for y in ys])
+    for matrix, y in zip(same, ys, strict=True):
+        alone = np.empty_like(y)
+        streamer.product(matrix, View.of_array(x), View.of_array(alone))
+        assert alone.tobytes() == y.tobytes()
+        found[f"{matrix.name}:product"] = y
+        ids = np.array([matrix.shape[0] - 1, 0, 3, 0])
+        found[f"{matrix.name}:rows"] = streamer.rows(matrix, ids)
+        found[f"{matrix.name}:dense"] = streamer.dense(matrix)
+for tensor in opened.tensors.values():
+    if tensor.codec == LOSSLESS:
+        values = lossless.decode_floats(read_bytes(tensor.buffers[0]), tensor.shape, tensor.dtype)
+    elif tensor.codec == "raw":
+        values = lossless.floats(read_bytes(tensor.buffers[0]), tensor.dtype).reshape(tensor.shape)
+    else:
+        continue
+    found[f"{tensor.name}:kept"] = values
+assert streamer.summary().decode_s >= 0
+streamer.close()
+np.savez(out, **found)
+print({"torch", "transformers", "safetensors.torch"} & set(sys.modules))
+"""
+
+THREADS = """
+import sys
+from waterfill import native
+before = native.threads(), native.library().shares_threads
+import torch
+from waterfill import kernels
+torch.set_num_threads(1)
+kernels.implementation()
+after = native.threads(), native.library().shares_threads
+torch.set_num_threads(3)
+native.share_threads()
+import json
+print(json.dumps([before, after, native.threads()]))
+"""
+
+
+def run(script: str, *arguments: object, **environment: str) -> str:
+    """What a script prints, in a process that has imported nothing yet."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    root = tmp_path_factory.mktemp("without")
+    checkpoint = models.tiny_llama(root / "model", hidden=96, intermediate=272, layers=2)
+
+    def pack(codec: str) -> Path:
+        out = root / codec
+        if not out.exists():
+            plan = plan_for(checkpoint, codecs=[codec], budget=Budget(bits=16.0), uniform=True)
+            waterfill.pack(checkpoint, out, plan=plan)
+        return out
+
+    return pack
+
+
+def test_the_bottom_and_streaming_import_nothing_large() -> None:
+    assert run(IMPORTS) == "set()\n"
+
+
+def resident(artifact: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """What the script computes, by torch."""
+    model = waterfill.load(artifact)
+    found = {f"{name}:kept": p.detach().float().numpy() for name, p in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedMatrix):
+            x = np.random.default_rng(module.shape[1]).standard_normal((TOKENS, module.shape[1]), np.float32)
+            ids = torch.tensor([module.shape[0] - 1, 0, 3, 0])
+            found[f"{name}:product"] = module.multiply(torch.from_numpy(x)).numpy()
+            found[f"{name}:rows"], found[f"{name}:dense"] = module.rows(ids).numpy(), module.dense().numpy()
+    return found
+
+
+@needs_native
+@pytest.mark.parametrize("keep", [0, 40_000, 1 << 30])
+@pytest.mark.parametrize("codec", [TRELLIS, FIXED])
+def test_a_process_without_torch_computes_the_same_bits(packed: Packed, codec: str, keep: int, tmp_path: Path) -> None:
+    out = tmp_path / "found.npz"
+    assert run(RUN, packed(codec), out, keep, TOKENS, WATERFILL_ACTIVATIONS="") == "set()\n"
+    expected = resident(packed(codec))
+    with np.load(out) as found:
+        names = {name.replace(".weight:", ":"): name for name in found.files}
+        assert set(names) == {name.replace(".weight:", ":") for name in expected}
+        assert len(names) > 3 * 14
+        for name, values in expected.items():
+            same = found[names[name.replace(".weight:", ":")]]
+            assert (same.dtype, same.shape) == (np.float32, values.shape), name
+            assert same.tobytes() == values.tobytes(), name
+
+
+@pytest.fixture
+def streamer(packed: Packed) -> Iterator[Streamer]:
+    storage = Storage()
+    tensors = open_artifact(packed(FIXED)).tensors.values()
+    matrices = [StreamedMatrix(t, storage, verify=False) for t in tensors if t.codec == FIXED]
+    opened = Streamer(storage, matrices, (), spare_bytes=0, limit_bytes=1 << 40, verify=False)
+    yield opened
+    opened.close()
+
+
+@needs_native
+def test_matrices_of_one_codec_share_the_activations(streamer: Streamer) -> None:
+    first, second, *_ = (matrix for matrix in streamer.sequence if matrix.shape[1] == 96)
+    x = np.random.default_rng(0).standard_normal((3, 96), np.float32)
+    shared, y = Activations(View.of_array(x)), np.empty((3, first.shape[0]), np.float32)
+    streamer.product(first, shared, View.of_array(y))
+    x[:] = np.nan  # it was rotated and rounded before
+    again, other = np.empty_like(y), np.empty((3, second.shape[0]), np.float32)
+    streamer.product(first, shared, View.of_array(again))
+    streamer.product(second, shared, View.of_array(other))
+    assert again.tobytes() == y.tobytes()
+    assert np.isfinite(other).all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_written_may_have_another_dtype_than_what_is_read(streamer: Streamer, dtype: torch.dtype) -> None:
+    matrix = streamer.sequence[0]
+    x = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide, y = np.empty((2, matrix.shape[0]), np.float32), torch.empty(2, matrix.shape[0], dtype=dtype)
+    streamer.product(matrix, View.of_tensor(x), View.of_array(wide))
+    streamer.product(matrix, View.of_tensor(x), View.of_tensor(y))
+    assert torch.equal(torch.from_numpy(wide).to(dtype), y)
+    assert wide.any()
+
+
+def test_views_that_the_library_would_misread_are_refused(streamer: Streamer) -> None:
+    for array in (np.zeros((4, 6))[:, ::2], np.zeros((4, 6), np.float32).T, np.zeros((2, 3), np.float16)):
+        with pytest.raises(ValueError, match="expected contiguous float32"):
+            View.of_array(array)  # type: ignore[arg-type]
+    for tensor in (torch.zeros(4, 6).T, torch.zeros(2, 3).double(), torch.zeros(2, 3, device="meta")):
+        with pytest.raises(ValueError, match="expected contiguous floats"):
+            View.of_tensor(tensor)
+    matrix = streamer.sequence[0]
+    rows, width = matrix.shape
+    for x, y in (((2, width), (3, rows)), ((2, width + 1), (2, rows)), ((2, width), (2, rows - 1))):
+        views = [View.of_array(np.zeros(shape, np.float32)) for shape in (x, y)]
+        with pytest.raises(ValueError, match=rf"multiplies x \[t, {width}\] into y \[t, {rows}\]"):
+            streamer.product(matrix, *views)
+    with pytest.raises(IndexError, match=f"outside a matrix of {rows} rows"):
+        streamer.rows(matrix, np.array([0, rows]))
+
+
+def test_a_limit_is_divided_and_one_too_small_is_refused(streamer: Streamer) -> None:
+    needs: dict[str, Any] = {"held": 50_000_000, "token_bytes": 1000, "context": None, "logit_bytes": 1_000_000}
+    path = Path("artifact")
+    with pytest.raises(MemoryLimitError, match=r"for artifact: streamed, it takes [0-9]+ MB at least") as refused:
+        room(path, streamer.sequence, 50_000_000, **needs)
+    smallest = refused.value.smallest_bytes
+    least = room(path, streamer.sequence, smallest, **needs)
+    assert 0 <= least.weights_bytes < 1_000_000
+    assert least.pass_bytes >= LEAST_PASS_BYTES
+    ample = room(path, streamer.sequence, 1 << 30, **needs)
+    longer = (longest(None) - LEAST_CONTEXT) * needs["token_bytes"]
+    assert ample.pass_bytes == PASS_BYTES
+    taken = ample.weights_bytes + ample.pass_bytes - LEAST_PASS_BYTES + longer
+    assert 0 <= smallest - ((1 << 30) - taken) < 1_000_000, "everything beyond the least is given out"
+    assert room(path, streamer.sequence, 1 << 30, **{**needs, "context": 64}).weights_bytes > ample.weights_bytes
+    assert (longest(64), longest(1 << 20)) == (64, longest(None))
+    assert pass_tokens(1 << 20, 64, 128) == (1 << 20) // (4 * (6 * 64 + 4 * 128))
+    assert pass_tokens(1, 64, 128) == 16
+
+
+@needs_native
+@pytest.mark.parametrize(("told", "threads"), [("2", 2), ("1", 1), ("0", None), ("many", None), ("", None)])
+def test_threads_are_the_librarys_own_until_torch_comes(told: str, threads: int | None) -> None:
+    before, after, later = json.loads(run(THREADS, OMP_NUM_THREADS=told))
+    assert before == [threads or len(os.sched_getaffinity(0)), False]
+    assert after == [1, True], "of torch, at the latest when it is decided who multiplies"
+    assert later == 3
