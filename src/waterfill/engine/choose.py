@@ -121,12 +121,13 @@ def _nucleus(scores: Floats, share: float) -> Indices:
         if below <= 1 - share or len(top) == len(scores):
             break
         count *= 8
-    falling = top[::-1]
-    order = falling[np.argsort(scores[falling], kind="stable")]
-    held = (below + np.cumsum(chances[order], dtype=np.float64)).astype(np.float32)
-    kept = held > np.float32(1 - share)
+    ranked = np.sort(scores[top])
+    held = below + np.cumsum(np.sort(chances[top]), dtype=np.float64)
+    kept = held.astype(np.float32) > np.float32(1 - share)
     kept[-1] = True
-    return np.sort(order[kept])
+    least = ranked[kept.argmax()]
+    equals = np.flatnonzero(scores == least)[: np.count_nonzero(ranked[kept] == least)]
+    return np.sort(np.concatenate([np.flatnonzero(scores > least), equals]))
 
 
 def _softmax(scores: Floats) -> Floats:

@@ -30,6 +30,7 @@ _LIBRARY: dict[str, Any] = {
 # Options that the engine does not have, with the value besides null that does nothing.
 _OFF: dict[str, Any] = {
     "assistant_early_exit": None,
+    "assistant_ensemble_weight": None,
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
     "constraints": None,
@@ -76,6 +77,7 @@ _HARMLESS = frozenset(
         "cache_config",
         "cache_implementation",
         "compile_config",
+        "continuous_batching_config",
         "decoder_start_token_id",
         "disable_compile",
         "early_stopping",

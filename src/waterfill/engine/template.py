@@ -43,7 +43,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals |= {
         "raise_exception": _raise,
         "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": lambda *args, **kwargs: dict(*args, **kwargs),  # without the attributes of the type
+        "dict": _Dict(),
         "namespace": _Namespace,
     }
     return environment
@@ -58,6 +58,16 @@ def _to_json(
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+class _Dict:
+    """Makes dictionaries, and has no more of the type `dict` than that."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
 
 
 class _Namespace(Namespace):
