@@ -8,12 +8,11 @@ The model may be any transformers causal language model, packed or not: all of t
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,70 +20,21 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from waterfill.errors import WaterfillError
-
-DRAFT_TOKENS = 5  # that a draft writes before they are verified
-
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-
-
-_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
-    ("max_new_tokens", "at least 1", lambda value: value >= 1),
-    ("temperature", "0 (greedy) or more", lambda value: 0 <= value < math.inf),
-    ("top_p", "more than 0 and at most 1", lambda value: 0 < value <= 1),
-    ("top_k", "0 (all tokens) or more", lambda value: value >= 0),
-    ("repetition_penalty", "more than 0 (1 is none)", lambda value: 0 < value < math.inf),
-    ("seed", "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
+from waterfill.sampling import (
+    DRAFT_TOKENS,
+    GenerationStats,
+    Message,
+    Sampling,
+    begun,
+    check_messages,
+    check_speculation,
+    check_text,
+    plain_lines,
+    refused,
+    room,
 )
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose the next token. None leaves a choice to the model's generation_config.
-
-    Raises WaterfillError for a value outside its range.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float | None = None  # 0 is greedy: always the likeliest token, whatever top_p and top_k say
-    top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; 1 is all
-    top_k: int | None = None  # sample among this many likeliest tokens; 0 is all
-    repetition_penalty: float | None = None  # divides the score of tokens seen before; 1 is none
-    seed: int | None = None  # the same seed gives the same text
-
-    def __post_init__(self) -> None:
-        for name, expected, holds in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise WaterfillError(f"{name} is {value}; choose {expected}")
-
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of transformers' `generate` that say the same."""
-        if self.temperature == 0:
-            chosen: dict[str, Any] = {"do_sample": False}
-        else:
-            chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-            chosen = {name: value for name, value in chosen.items() if value is not None}
-            if chosen:  # whoever sets one of them wants to sample, even if the model's own default is greedy
-                chosen["do_sample"] = True
-        if self.repetition_penalty is not None:
-            chosen["repetition_penalty"] = self.repetition_penalty
-        return chosen
-
-
-@dataclass(frozen=True)
-class GenerationStats:
-    """What a generation took, as far as it has come."""
-
-    tokens: int  # generated, the end-of-text token included
-    first_token_s: float  # from the start to the first token: reading the prompt
-    elapsed_s: float  # from the start to the last token
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed after the first token; NaN before there are two."""
-        decoding_s = self.elapsed_s - self.first_token_s
-        return (self.tokens - 1) / decoding_s if decoding_s > 0 else math.nan
+__all__ = ["DRAFT_TOKENS", "Generation", "GenerationStats", "Message", "Sampling", "drafted_by", "generate"]
 
 
 class Generation(Iterator[str]):
@@ -140,7 +90,7 @@ def generate(
     arguments = {
         "input_ids": ids.to(model.device),
         "attention_mask": torch.ones_like(ids, device=model.device),
-        "max_new_tokens": min(sampling.max_new_tokens, _room(model, ids.shape[1])),
+        "max_new_tokens": min(sampling.max_new_tokens, room(ids.shape[1], _positions(model))),
         "num_beams": 1,  # beams have no text to stream before the end
         **sampling.arguments(),
         **_speculation(draft, lookup),
@@ -149,10 +99,7 @@ def generate(
 
 
 def _speculation(draft: Any, lookup: int | None) -> dict[str, Any]:
-    if draft is not None and lookup is not None:
-        raise WaterfillError("tokens are drafted by a model or looked up in the text; give either draft or lookup")
-    if lookup is not None and lookup < 1:
-        raise WaterfillError(f"lookup is {lookup}; choose at least 1 token")
+    check_speculation(draft, lookup)
     if draft is not None:
         return drafted_by(draft)
     return {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
@@ -239,50 +186,25 @@ def _seeded(model: Any, seed: int | None) -> Iterator[None]:
         yield
 
 
-def _room(model: Any, prompt_tokens: int) -> int:
-    """How many tokens the model can add to a prompt before its positions are used up."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not positions:
-        return sys.maxsize
-    if prompt_tokens >= positions:
-        raise WaterfillError(
-            f"the prompt has {prompt_tokens} tokens, but the model has room for {positions}; shorten it"
-        )
-    return int(positions) - prompt_tokens
+def _positions(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> Tensor:
     """Token ids, int64 [1, tokens], of a text or a conversation."""
     if isinstance(prompt, str):
-        _check_text(prompt)
+        check_text(prompt)
         ids = tokenizer(prompt)["input_ids"]
     else:
         ids = _conversation_ids(tokenizer, prompt)
-    if not ids and tokenizer.bos_token_id is None:
-        raise WaterfillError("the prompt is empty and the tokenizer has no token to begin with; give a prompt")
-    return torch.tensor([ids or [tokenizer.bos_token_id]], dtype=torch.int64)
-
-
-def _check_text(text: str) -> None:
-    """Refuse surrogates, which Python makes of bytes in a terminal or pipe that are not UTF-8: tokenizers know none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise WaterfillError(
-            f"the prompt is not valid UTF-8: its character {error.start + 1} is {text[error.start]!r}; "
-            "write it in UTF-8"
-        ) from error
+    return torch.tensor([begun(ids, tokenizer.bos_token_id)], dtype=torch.int64)
 
 
 def _conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    if not messages or not all({"role", "content"} <= message.keys() for message in messages):
-        raise WaterfillError("a conversation is one or more messages with 'role' and 'content'; give at least one")
-    for message in messages:
-        _check_text(str(message["content"]))
+    check_messages(messages)
     if tokenizer.chat_template is not None:
         return _templated_ids(tokenizer, messages)
-    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-    ids: list[int] = tokenizer("\n".join([*lines, "Assistant:"]))["input_ids"]
+    ids: list[int] = tokenizer(plain_lines(messages))["input_ids"]
     return ids
 
 
@@ -291,6 +213,6 @@ def _templated_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     try:
         encoding = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
     except TemplateError as error:
-        raise WaterfillError(f"the model's chat template refuses the conversation ({error}); change it") from error
+        raise refused(error) from error
     ids: list[int] = encoding["input_ids"]
     return ids

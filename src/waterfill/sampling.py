@@ -1,0 +1,133 @@
+"""What generating text means, whoever does it: the choices that can be made, what a prompt must be, what it all took.
+
+Imports neither torch nor transformers, nor numpy: the command line checks its options with this.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from waterfill.errors import WaterfillError
+
+DRAFT_TOKENS = 5  # that a draft writes before they are verified
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+
+_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("max_new_tokens", "at least 1", lambda value: value >= 1),
+    ("temperature", "0 (greedy) or more", lambda value: 0 <= value < math.inf),
+    ("top_p", "more than 0 and at most 1", lambda value: 0 < value <= 1),
+    ("top_k", "0 (all tokens) or more", lambda value: value >= 0),
+    ("repetition_penalty", "more than 0 (1 is none)", lambda value: 0 < value < math.inf),
+    ("seed", "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose the next token. None leaves a choice to the model's generation_config.
+
+    Raises WaterfillError for a value outside its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None  # 0 is greedy: always the likeliest token, whatever top_p and top_k say
+    top_p: float | None = None  # sample among the likeliest tokens that hold this much probability; 1 is all
+    top_k: int | None = None  # sample among this many likeliest tokens; 0 is all
+    repetition_penalty: float | None = None  # divides the score of tokens seen before; 1 is none
+    seed: int | None = None  # the same seed gives the same text
+
+    def __post_init__(self) -> None:
+        for name, expected, holds in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise WaterfillError(f"{name} is {value}; choose {expected}")
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of transformers' `generate` that say the same."""
+        if self.temperature == 0:
+            chosen: dict[str, Any] = {"do_sample": False}
+        else:
+            chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            if chosen:  # whoever sets one of them wants to sample, even if the model's own default is greedy
+                chosen["do_sample"] = True
+        if self.repetition_penalty is not None:
+            chosen["repetition_penalty"] = self.repetition_penalty
+        return chosen
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What a generation took, as far as it has come."""
+
+    tokens: int  # generated, the end-of-text token included
+    first_token_s: float  # from the start to the first token: reading the prompt
+    elapsed_s: float  # from the start to the last token
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed after the first token; NaN before there are two."""
+        decoding_s = self.elapsed_s - self.first_token_s
+        return (self.tokens - 1) / decoding_s if decoding_s > 0 else math.nan
+
+
+def check_speculation(draft: object, lookup: int | None) -> None:
+    """Refuse two sources of drafts, and a look-up of no tokens."""
+    if draft is not None and lookup is not None:
+        raise WaterfillError("tokens are drafted by a model or looked up in the text; give either draft or lookup")
+    if lookup is not None and lookup < 1:
+        raise WaterfillError(f"lookup is {lookup}; choose at least 1 token")
+
+
+def check_text(text: str) -> None:
+    """Refuse surrogates, which Python makes of bytes in a terminal or pipe that are not UTF-8: tokenizers know none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise WaterfillError(
+            f"the prompt is not valid UTF-8: its character {error.start + 1} is {text[error.start]!r}; "
+            "write it in UTF-8"
+        ) from error
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Refuse a conversation without messages, or with one that lacks a role or has no text."""
+    if not messages or not all({"role", "content"} <= message.keys() for message in messages):
+        raise WaterfillError("a conversation is one or more messages with 'role' and 'content'; give at least one")
+    for message in messages:
+        check_text(str(message["content"]))
+
+
+def plain_lines(messages: Sequence[Message]) -> str:
+    """A conversation as text, for models without a chat template, which continue it after the last "Assistant:"."""
+    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+    return "\n".join([*lines, "Assistant:"])
+
+
+def refused(error: Exception) -> WaterfillError:
+    """The error for a chat template that fails, or that will not have a conversation."""
+    return WaterfillError(f"the model's chat template refuses the conversation ({error}); change it")
+
+
+def begun(ids: list[int], beginning: int | None) -> list[int]:
+    """A prompt's ids; if it has none, the id that a text begins with. WaterfillError if there is none either."""
+    if not ids and beginning is None:
+        raise WaterfillError("the prompt is empty and the tokenizer has no token to begin with; give a prompt")
+    return ids if beginning is None or ids else [beginning]
+
+
+def room(prompt_tokens: int, positions: int | None) -> int:
+    """How many tokens a model can add to a prompt before its positions are used up. WaterfillError if none."""
+    if not positions:
+        return sys.maxsize
+    if prompt_tokens >= positions:
+        raise WaterfillError(
+            f"the prompt has {prompt_tokens} tokens, but the model has room for {positions}; shorten it"
+        )
+    return int(positions) - prompt_tokens
