@@ -1,7 +1,7 @@
-"""The engine's models against transformers' running the same packed weights; in memory, streamed, and where it steps back.
+"""The engine's models against transformers' with the same packed weights; in memory, streamed, and what is refused.
 
-Both multiply the same integers; sums of floats are in another order, and where that moves an activation across a rounding
-boundary, it moves by one step of 127. So logits are compared within a few per cent of their spread.
+Both multiply the same integers; sums of floats are in another order, and where that moves an activation across a
+rounding boundary, it moves by one step of 127. So logits are compared within a few per cent of their spread.
 """
 
 from __future__ import annotations

@@ -103,8 +103,19 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_matmul_float": (c_int, [c_int, _MATRIX, c_void_p, c_int, c_int64, c_void_p]),
     "wf_run_layers": (
         c_int,
-        [c_int, c_void_p, c_int, c_void_p, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_void_p, c_void_p, PRODUCT]
-        + [c_void_p],
+        [
+            c_int,
+            c_void_p,
+            c_int,
+            c_void_p,
+            c_int64,
+            *[c_void_p] * 4,
+            c_int64,
+            c_int64,
+            *[c_void_p] * 2,
+            PRODUCT,
+            c_void_p,
+        ],
     ),
     "wf_decode_layer": (c_int, [c_int, *[c_void_p] * 6, c_int64, c_int64, c_void_p]),
     "wf_rows": (c_int, [c_int, _MATRIX, c_void_p, c_int64, c_int, c_void_p]),

@@ -113,7 +113,8 @@ class LlamaModel:
         tokens = np.asarray(ids, np.int64)
         if before + len(tokens) > self.positions:
             raise WaterfillError(
-                f"{before + len(tokens)} tokens are more than the {self.positions} positions of the model; shorten the text"
+                f"{before + len(tokens)} tokens are more than the {self.positions} positions of the model; shorten "
+                "the text"
             )
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
             raise IndexError(f"{tokens.min()} or {tokens.max()} is none of the model's {self.vocabulary} tokens")

@@ -2,8 +2,8 @@
 
     artifact ──read_spec──► Spec, or `UnsupportedError` in words, for whoever then falls back to transformers
 
-Nothing is guessed: a field that config.json leaves to a class of transformers, a rotary scheme, a tensor or an activation
-that is not known here is a reason not to run the model.
+Nothing is guessed: a field that config.json leaves to a class of transformers, a rotary scheme, a tensor or an
+activation that is not known here is a reason not to run the model.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Spec:
 
     @property
     def scaling(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
     def rotary(self, start: int, count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """(cosine, sine) of positions from `start` on, float32 `[count, head_dim]`, half against half."""
@@ -166,7 +166,7 @@ def _number(config: Mapping[str, Any], name: str) -> float:
 
 
 def _check_names(tensors: Mapping[str, StoredTensor], layers: int, vectors: tuple[str, ...], head: str) -> None:
-    """Exactly the tensors that the engine knows. Packed ones are called like their modules; kept ones end in `.weight`."""
+    """Exactly the tensors that the engine knows; packed ones are called like modules, kept ones like parameters."""
     parts = [f"model.layers.{layer}." for layer in range(layers)]
     matrices = {EMBEDDING, head, *(part + name for part in parts for name in PROJECTIONS.values())}
     kept = {FINAL_NORM, *(f"{part}{name}.weight" for part in parts for name in NORMS.values())}
@@ -200,16 +200,17 @@ def _frequencies(config: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.flo
     base = _number({**config, **rotary}, "rope_theta")
     if base <= 0 or rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedError("its rotary positions turn only a part of each head")
-    plain = 1.0 / np.float32(base) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    plain = plain.astype(np.float32)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain: npt.NDArray[np.float32] = (1 / np.float32(base) ** exponents).astype(np.float32)
     if kind == "default":
         return plain
     if kind == "linear":
-        return (plain / np.float32(_number(rotary, "factor"))).astype(np.float32)
+        return plain / np.float32(_number(rotary, "factor"))
     if kind != "llama3":
         raise UnsupportedError(f"its rotary positions are of type {kind!r}")
     factor, low, high = (_number(rotary, f"{name}factor") for name in ("", "low_freq_", "high_freq_"))
     context = _number(rotary, "original_max_position_embeddings")
     turns = context * plain / (2 * math.pi)  # of each pair over the context that the model was first trained with
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return ((1 - smooth) * plain / factor + smooth * plain).astype(np.float32)
+    scaled: npt.NDArray[np.float32] = ((1 - smooth) * plain / factor + smooth * plain).astype(np.float32)
+    return scaled
