@@ -31,8 +31,8 @@ from waterfill.artifact import open_artifact
 from waterfill.budget import Budget
 from waterfill.engine.llama import LlamaModel
 from waterfill.engine.opening import open_model
-from waterfill.engine.spec import UnsupportedError, read_spec
-from waterfill.errors import ArtifactError, MemoryLimitError, WaterfillError
+from waterfill.engine.spec import read_spec
+from waterfill.errors import ArtifactError, MemoryLimitError, UnsupportedError, WaterfillError
 
 pytestmark = pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off")
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
 from waterfill.engine.choose import Rules
-from waterfill.engine.defaults import _HARMLESS, _LIBRARY, _OFF, Defaults, NotCovered, read_defaults, unsupported
+from waterfill.engine.defaults import _HARMLESS, _LIBRARY, _OFF, Defaults, UnsupportedError, read_defaults, unsupported
 from waterfill.sampling import Sampling
 
 
@@ -119,7 +119,7 @@ def test_what_transformers_has_to_do(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, do_sample=True) if name != "do_sample" else tmp_path
     write(path, **{name: ACTIVE[name]})
     assert unsupported(path) == f"generation_config.json sets {name} to {json.dumps(ACTIVE[name])}"
-    with pytest.raises(NotCovered, match=f"sets {name} to"):
+    with pytest.raises(UnsupportedError, match=f"sets {name} to"):
         read_defaults(path)
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from waterfill.engine.defaults import NotCovered
+from waterfill.engine.defaults import UnsupportedError
 from waterfill.engine.text import TextStream, Tokenizer
 from waterfill.engine.tokenizer_files import load_tokenizer
 from waterfill.errors import WaterfillError
@@ -293,13 +293,13 @@ def test_characters_come_whole_and_ends_that_are_none_at_the_end(pairs: dict[str
     ],
 )
 def test_what_transformers_has_to_do(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
-    with pytest.raises(NotCovered, match=reason):
+    with pytest.raises(UnsupportedError, match=reason):
         load_tokenizer(write(tmp_path / "a", bytes_backend(), **settings))
 
 
 def test_files_that_tell_too_little(tmp_path: Path, ref_llama: Path) -> None:
     path = write(tmp_path / "a", bytes_backend(), "gemma")
-    with pytest.raises(NotCovered, match="type gemma may have a tokenizer class of their own"):
+    with pytest.raises(UnsupportedError, match="type gemma may have a tokenizer class of their own"):
         load_tokenizer(path)
     (path / "config.json").write_text('{"model_type": "llama"}')
     load_tokenizer(path)
@@ -311,14 +311,14 @@ def test_files_that_tell_too_little(tmp_path: Path, ref_llama: Path) -> None:
     ):
         spoilt = shutil.copytree(path, tmp_path / name)
         (spoilt / name).write_text(content)
-        with pytest.raises(NotCovered, match=reason):
+        with pytest.raises(UnsupportedError, match=reason):
             load_tokenizer(spoilt)
     empty = Backend(models.BPE())
     empty.add_special_tokens(["<s>"])
-    with pytest.raises(NotCovered, match="no tokens of text"):
+    with pytest.raises(UnsupportedError, match="no tokens of text"):
         load_tokenizer(write(tmp_path / "empty", empty, bos_token="<s>"))
     words = Backend(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    with pytest.raises(NotCovered, match="spaces cleaned up"):
+    with pytest.raises(UnsupportedError, match="spaces cleaned up"):
         load_tokenizer(write(tmp_path / "words", words, clean_up_tokenization_spaces=True))
-    with pytest.raises(NotCovered, match="WordLevel instead of BPE"):
+    with pytest.raises(UnsupportedError, match="WordLevel instead of BPE"):
         load_tokenizer(write(tmp_path / "qwen", words, "qwen2", eos_token="a", pad_token="a", unk_token="a"))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from waterfill.api_studies import compare, report
     from waterfill.compare import Comparison
+    from waterfill.engine.engine import Engine
     from waterfill.plan import Plan
     from waterfill.report import Report
     from waterfill.runtime.generate import generate
@@ -45,6 +46,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "Comparison",
+    "Engine",
     "Evaluation",
     "Inspection",
     "Plan",
@@ -70,6 +72,7 @@ export_lazily(
         **dict.fromkeys(_API, "waterfill.api"),
         **dict.fromkeys(("compare", "report"), "waterfill.api_studies"),
         "Comparison": "waterfill.compare",
+        "Engine": "waterfill.engine.engine",
         "Plan": "waterfill.plan",
         "Report": "waterfill.report",
         "generate": "waterfill.runtime.generate",

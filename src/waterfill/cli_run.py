@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import waterfill
 from waterfill import _console, show
 from waterfill._commands import SectionedCommand, combined
 from waterfill.errors import WaterfillError
 
 if TYPE_CHECKING:
-    from waterfill.runtime.generate import Generation
+    from waterfill.runner import Pieces
+    from waterfill.streaming.streamer import Streamer
 
 _artifact = click.argument("artifact", type=click.Path(path_type=Path))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -43,6 +43,11 @@ _running_options = combined(
     click.option("--draft", type=click.Path(path_type=Path), help="Let this smaller artifact draft tokens."),
     click.option(
         "--lookup", type=click.IntRange(min=1), metavar="N", help="Draft up to N tokens from what the text said before."
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(("auto", "native", "transformers")),
+        help="Who runs the model; auto is native where that can be.",
     ),
 )
 
@@ -94,30 +99,32 @@ class _Running:
     """A loaded model and how to sample from it."""
 
     def __init__(self, artifact: Path, options: dict[str, Any]) -> None:
-        from waterfill.api import load_tokenizer
-        from waterfill.runtime.generate import Sampling
+        from waterfill.runner import Options, open_runner
+        from waterfill.sampling import Sampling
 
         chosen = _console.given(options)
-        self._memory, draft = chosen.pop("memory", None), chosen.pop("draft", None)
-        self._options = {"lookup": chosen.pop("lookup", None)}
+        engine = chosen.pop("engine", "auto")
+        running = {name: chosen.pop(name) for name in ("memory", "draft", "lookup") if name in chosen}
         self._sampling = Sampling(**chosen)
-        # The draft first: what it takes is no longer free when the model decides how much to keep in memory.
-        self._options["draft"] = None if draft is None else waterfill.load(draft)
-        self.model, self._tokenizer = waterfill.load(artifact, memory=self._memory), load_tokenizer(artifact)
+        self._runner = open_runner(artifact, Options(**running), engine)
 
-    def generate(self, prompt: Any) -> Generation:
-        if self.model.streaming is not None:
-            self.model.streaming.reset()
-        return waterfill.generate(self.model, self._tokenizer, prompt, self._sampling, **self._options)
+    @property
+    def streaming(self) -> Streamer | None:
+        return self._runner.streaming
 
-    def record(self, stream: Generation) -> dict[str, Any]:
+    def generate(self, prompt: Any) -> Pieces:
+        if self.streaming is not None:
+            self.streaming.reset()
+        return self._runner.generate(prompt, self._sampling)
+
+    def record(self, stream: Pieces) -> dict[str, Any]:
         """What a generation took, and what was streamed for it."""
         found = show.generation_record(stream.stats)
-        if self.model.streaming is not None:
-            found["streaming"] = self.model.streaming.summary().to_dict()
+        if self.streaming is not None:
+            found["streaming"] = self.streaming.summary().to_dict()
         return found
 
-    def show(self, stream: Generation, pieces: list[str] | None = None, *, after: str = "") -> None:
+    def show(self, stream: Pieces, pieces: list[str] | None = None, *, after: str = "") -> None:
         """Print a text as it comes, `after` the one that it continues; `pieces` collects it."""
         live = _Live(after)
         with contextlib.closing(stream):
@@ -129,14 +136,14 @@ class _Running:
                     click.echo(piece, nl=False)
                     if pieces is not None:
                         pieces.append(piece)
-                    if self.model.streaming is not None:
-                        live.show(piece, self.model.streaming.summary().short)
+                    if self.streaming is not None:
+                        live.show(piece, self.streaming.summary().short)
             finally:
                 live.clear()
                 click.echo()
         _console.note(show.generation_line(stream.stats))
-        if self.model.streaming is not None:
-            _console.note(self.model.streaming.summary().line)
+        if self.streaming is not None:
+            _console.note(self.streaming.summary().line)
 
 
 class _Live:

@@ -35,3 +35,7 @@ class MemoryLimitError(WaterfillError):
     def __init__(self, message: str, *, smallest_bytes: int) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+
+
+class UnsupportedError(WaterfillError):
+    """The engine does not do what a model's files ask for, and transformers may; the message says what that is."""

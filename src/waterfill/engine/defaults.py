@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from waterfill.engine.choose import Rules
-from waterfill.errors import WaterfillError
+from waterfill.errors import UnsupportedError
 from waterfill.sampling import Sampling
 
 GENERATION_FILE, CONFIG_FILE = "generation_config.json", "config.json"
@@ -105,10 +105,6 @@ _HARMLESS = frozenset(
 )
 
 
-class NotCovered(WaterfillError):  # noqa: N818 - not a mistake of the user: transformers does it
-    """The engine does not do what a model's files ask for; the message says what, and transformers does it."""
-
-
 @dataclass(frozen=True)
 class Defaults:
     """A model's own choices.
@@ -127,7 +123,7 @@ class Defaults:
 
 
 def read_defaults(path: Path) -> Defaults:
-    """The choices in the directory of an artifact. Raises NotCovered for options that the engine does not have.
+    """The choices in the directory of an artifact. Raises UnsupportedError for options that the engine does not have.
 
     Without generation_config.json transformers takes them from config.json, and so does this.
     """
@@ -136,10 +132,10 @@ def read_defaults(path: Path) -> Defaults:
     try:
         found = {name: value for name, value in json.loads(file.read_text("utf-8")).items() if value is not None}
     except (OSError, ValueError, AttributeError) as error:
-        raise NotCovered(f"{file.name} is not a JSON object that can be read") from error
+        raise UnsupportedError(f"{file.name} is not a JSON object that can be read") from error
     for name, value in found.items():
         if not _covered(name, value, known=file is own):
-            raise NotCovered(f"{file.name} sets {name} to {json.dumps(value)}")
+            raise UnsupportedError(f"{file.name} sets {name} to {json.dumps(value)}")
     ends = _ids(found.get("eos_token_id", []))
     return Defaults({name: found[name] for name in _LIBRARY if name in found}, frozenset(ends))
 
@@ -148,7 +144,7 @@ def unsupported(path: Path) -> str | None:
     """Why the engine cannot choose tokens as the artifact in `path` wants them chosen, in words; None if it can."""
     try:
         read_defaults(path)
-    except NotCovered as reason:
+    except UnsupportedError as reason:
         return str(reason)
     return None
 

@@ -17,7 +17,10 @@ class TokenModel(Protocol):
     """
 
     vocabulary: int
-    positions: int | None  # most tokens of a text; None: as many as fit
+
+    @property
+    def positions(self) -> int | None:
+        """Most tokens of a text; None: as many as fit."""
 
     @property
     def length(self) -> int:

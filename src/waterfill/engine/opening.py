@@ -12,8 +12,9 @@ from waterfill import native
 from waterfill.artifact import RAW, Artifact, open_artifact, read_bytes
 from waterfill.codecs import lossless
 from waterfill.engine.llama import Cache, LlamaModel, logit_bytes
-from waterfill.engine.spec import EMBEDDING, PROJECTIONS, Spec, UnsupportedError, read_spec
+from waterfill.engine.spec import EMBEDDING, PROJECTIONS, Spec, read_spec
 from waterfill.engine.weights import Floats, Resident, Streamed
+from waterfill.errors import UnsupportedError
 from waterfill.fit import fit, packed_names
 from waterfill.streaming.chunks import StreamedMatrix
 from waterfill.streaming.limit import OVERHEAD_BYTES, PASS_BYTES, held_bytes, pass_tokens, room

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from waterfill.artifact import RAW, Artifact, StoredTensor
 from waterfill.codecs import LOSSLESS
-from waterfill.errors import WaterfillError
+from waterfill.errors import UnsupportedError
 
 KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # whose layers are those of native/src/layer.cpp
 PROJECTIONS = {  # in the order of wf_layer
@@ -41,10 +41,6 @@ OPTIONAL = {  # vectors that some of the kind have
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
 MOST_HEAD_DIM = 512  # of the kernels
 CONFIG_BYTES = 1 << 20
-
-
-class UnsupportedError(WaterfillError):
-    """The engine does not run this model; transformers may."""
 
 
 @dataclass(frozen=True)

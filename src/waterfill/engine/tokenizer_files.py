@@ -2,7 +2,7 @@
 
 What transformers does depends on the class that the files name. Most are names for tokenizer.json as it is. Three that
 models of the Llama kind use take vocabulary and post-processor from there and have the other parts in their code; so
-has this, for them. Everything else is left to transformers: `NotCovered` says why.
+has this, for them. Everything else is left to transformers: `UnsupportedError` says why.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from waterfill.engine.defaults import CONFIG_FILE, NotCovered
+from waterfill.engine.defaults import CONFIG_FILE
 from waterfill.engine.text import Tokenizer
+from waterfill.errors import UnsupportedError
 
 Settings = dict[str, Any]
 
@@ -42,22 +43,22 @@ class _Class:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in the directory of an artifact.
 
-    Raises NotCovered if there is none, or one of which these files do not tell what transformers makes of it.
+    Raises UnsupportedError if there is none, or one of which these files do not tell what transformers makes of it.
     """
     settings, config = _read(path / "tokenizer_config.json"), _read(path / CONFIG_FILE)
     for name in ("auto_map", "fast_tokenizer_files", "fix_mistral_regex"):
         if settings.get(name):
-            raise NotCovered(f"tokenizer_config.json sets {name}")
+            raise UnsupportedError(f"tokenizer_config.json sets {name}")
     if (path / "tekken.json").exists():
-        raise NotCovered("tekken.json is a tokenizer of another kind")
+        raise UnsupportedError("tekken.json is a tokenizer of another kind")
     file = path / "tokenizer.json"
     known = _class(settings, config, file)
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the library raises nothing more special
-        raise NotCovered("there is no tokenizer.json that can be read") from error
+        raise UnsupportedError("there is no tokenizer.json that can be read") from error
     if settings.get("clean_up_tokenization_spaces") and not isinstance(backend.model, models.BPE):
-        raise NotCovered("tokenizer_config.json has spaces cleaned up")
+        raise UnsupportedError("tokenizer_config.json has spaces cleaned up")
 
     templates = _templates(path, settings)
     special = _add_special_tokens(backend, path, settings, known)
@@ -67,7 +68,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     backend.no_padding()
     backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     if backend.get_vocab_size() <= len(set(special.values())):
-        raise NotCovered("tokenizer.json has no tokens of text")
+        raise UnsupportedError("tokenizer.json has no tokens of text")
     return Tokenizer(backend, special, templates)
 
 
@@ -75,9 +76,9 @@ def _read(file: Path) -> Settings:
     try:
         found = json.loads(file.read_text("utf-8")) if file.exists() else {}
     except (OSError, ValueError) as error:
-        raise NotCovered(f"{file.name} cannot be read") from error
+        raise UnsupportedError(f"{file.name} cannot be read") from error
     if not isinstance(found, dict):
-        raise NotCovered(f"{file.name} is not a JSON object")
+        raise UnsupportedError(f"{file.name} is not a JSON object")
     return found
 
 
@@ -85,7 +86,7 @@ def _class(settings: Settings, config: Settings, file: Path) -> _Class | None:
     """The class that transformers' AutoTokenizer takes; None for tokenizer.json as it is."""
     model_type = config.get("model_type")
     if model_type not in _CLASS_OF_MODEL:
-        raise NotCovered(f"models of type {model_type} may have a tokenizer class of their own")
+        raise UnsupportedError(f"models of type {model_type} may have a tokenizer class of their own")
     of_model = _CLASS_OF_MODEL[model_type]
     name = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or of_model).removesuffix("Fast")
     if model_type == "mistral" or (model_type == "qwen2" and name != of_model):
@@ -95,7 +96,7 @@ def _class(settings: Settings, config: Settings, file: Path) -> _Class | None:
     if name in _AS_IT_IS:
         return None
     if name not in _CLASSES:
-        raise NotCovered(f"the tokenizer is of class {name}")
+        raise UnsupportedError(f"the tokenizer is of class {name}")
     return _CLASSES[name]
 
 
@@ -105,12 +106,12 @@ def _add_special_tokens(backend: Backend, path: Path, settings: Settings, known:
     if "added_tokens_decoder" in settings:
         added = {int(i): AddedToken(**fields) for i, fields in settings["added_tokens_decoder"].items()}
     elif (path / "added_tokens.json").exists():
-        raise NotCovered("added_tokens.json is a file of older tokenizers")
+        raise UnsupportedError("added_tokens.json is a file of older tokenizers")
     else:
         added = in_file
         settings = {**settings, **_old_special_tokens(path / "special_tokens_map.json")}
     if known is not None and _state(added) != _state(in_file):
-        raise NotCovered("tokenizer_config.json and tokenizer.json have other added tokens")
+        raise UnsupportedError("tokenizer_config.json and tokenizer.json have other added tokens")
 
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     values = {**(known.special_tokens if known else {}), **{n: v for n, v in settings.items() if n.endswith("_token")}}
@@ -148,7 +149,7 @@ def _token(value: Any) -> AddedToken:
         return AddedToken(value, special=True)
     if isinstance(value, dict) and value.get("__type") == "AddedToken":
         return AddedToken(**{name: of for name, of in value.items() if name != "__type"})
-    raise NotCovered(f"{json.dumps(value)} is given as a special token")
+    raise UnsupportedError(f"{json.dumps(value)} is given as a special token")
 
 
 def _state(tokens: dict[int, AddedToken]) -> dict[int, Any]:
@@ -203,9 +204,9 @@ def _set_model(backend: Backend, *, fallback: bool) -> None:
     """The options that the classes give their models; `fallback`: characters that are not known become bytes."""
     model = backend.model
     if not isinstance(model, models.BPE):
-        raise NotCovered(f"the tokenizer's model is {type(model).__name__} instead of BPE")
+        raise UnsupportedError(f"the tokenizer's model is {type(model).__name__} instead of BPE")
     if model.continuing_subword_prefix or model.end_of_word_suffix:
-        raise NotCovered("the tokenizer's model marks parts of words")
+        raise UnsupportedError("the tokenizer's model marks parts of words")
     model.byte_fallback = model.fuse_unk = fallback
     model.unk_token = model.dropout = None
     model.ignore_merges = False
