@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from waterfill.artifact import open_artifact
 from waterfill.engine.defaults import read_defaults
 from waterfill.engine.generation import Generation, generate
 from waterfill.engine.opening import open_model
@@ -40,10 +41,10 @@ class Engine:
         streamed: bool | None = None,
         verify: bool = True,
     ) -> None:
-        path = Path(artifact)
-        self.defaults = read_defaults(path)  # what takes transformers is found before any weights are read
-        self.tokenizer = load_tokenizer(path)
-        self.model = open_model(path, memory=memory, streamed=streamed, verify=verify)
+        opened = open_artifact(Path(artifact), verify=False)
+        self.defaults = read_defaults(opened.path)  # what takes transformers is found before any weights are read
+        self.tokenizer = load_tokenizer(opened.path)
+        self.model = open_model(opened, memory=memory, streamed=streamed, verify=verify)
 
     @property
     def streaming(self) -> Streamer | None:

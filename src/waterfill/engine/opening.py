@@ -23,7 +23,7 @@ from waterfill.streaming.streamer import Streamer
 
 
 def open_model(
-    path: str | Path,
+    artifact: str | Path | Artifact,
     *,
     memory: str | int | None = None,
     streamed: bool | None = None,
@@ -37,7 +37,8 @@ def open_model(
         ArtifactError: torn, altered or of an unknown version.
         WaterfillError: `memory` is not a size, or too small for the model even when it is streamed.
     """
-    artifact = open_artifact(Path(path), verify=False)
+    if not isinstance(artifact, Artifact):
+        artifact = open_artifact(Path(artifact), verify=False)
     if native.isa() is None:
         raise UnsupportedError("the native kernels are not there, or turned off")
     if native.float_activations():
