@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toys import Toy
 from waterfill.engine.choose import Rules, choose
@@ -19,6 +21,7 @@ from waterfill.engine.generation import Generation, generate
 from waterfill.engine.text import Tokenizer
 from waterfill.engine.tokenizer_files import load_tokenizer
 from waterfill.errors import WaterfillError
+from waterfill.runtime import generate as runtime
 from waterfill.sampling import Sampling
 
 VOCABULARY = 8192
@@ -49,6 +52,33 @@ def test_pieces_are_the_text_of_the_tokens(model: Toy, tokenizer: Tokenizer) -> 
     assert "".join(pieces) == tokenizer.decode(continued(model, ids, 40, Rules.greedy()))
     assert len(pieces) > 10
     assert all(pieces)
+
+
+class Recomputed(Toy):
+    """A transformers model behind the engine's interface; it reads the whole text in every pass."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.vocabulary, self.positions = model, VOCABULARY, 1024
+        self.ids, self.passes = [], []
+
+    def forward(self, ids: Sequence[int], logits: int = 1) -> Any:
+        self.ids += ids
+        with torch.inference_mode():
+            return self.model(torch.tensor([self.ids])).logits[0, -logits:].float().numpy()
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}])
+def test_the_text_is_that_of_transformers(tokenizer: Tokenizer, ref_llama: Path, options: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(ref_llama, dtype=torch.float32)
+    theirs = AutoTokenizer.from_pretrained(ref_llama)
+    options |= {"temperature": 0, "max_new_tokens": 30}
+    for prompt in (PROMPT, [{"role": "user", "content": "Read a file"}]):
+        text = "".join(runtime.generate(model, theirs, prompt, **options))
+        for speculation in ({}, {"lookup": 4}):
+            found = generate(
+                Recomputed(model), tokenizer, prompt, defaults=read_defaults(ref_llama), **options, **speculation
+            )
+            assert "".join(found) == text
 
 
 def test_what_is_not_given_comes_from_the_models_files(model: Toy, tokenizer: Tokenizer, ref_llama: Path) -> None:
@@ -142,6 +172,13 @@ def test_only_what_is_new_in_a_conversation_is_read(model: Toy, tokenizer: Token
     model.passes.clear()
     assert "".join(generate(model, tokenizer, messages[:1], temperature=0, max_new_tokens=5)) == answer
     assert model.passes == [1] * 5, "of a prompt that is all known the last token is read again"
+
+
+@pytest.mark.parametrize("change", [lambda model: model.truncate(2), lambda model: model.forward([5, 6, 7])])
+def test_a_model_that_others_have_used_is_read_anew(model: Toy, tokenizer: Tokenizer, change: Any) -> None:
+    whole = "".join(generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=9))
+    change(model)
+    assert "".join(generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=9)) == whole
 
 
 class Fails(Toy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,26 @@ def test_a_rejected_token_is_replaced_from_what_the_draft_left_over() -> None:
     ]
     assert len(replaced) / 4000 == pytest.approx(1 - 0.1 / 0.8, abs=0.02)
     assert np.bincount(replaced, minlength=3) / len(replaced) == pytest.approx([0, 5 / 7, 2 / 7], abs=0.03)
+
+
+def test_the_penalty_counts_the_tokens_of_the_draft_before() -> None:
+    """The second 1 is certain as long as the first is not seen; then it is as likely as 0."""
+    logits, certain = np.array([[0, 9]] * 3, np.float32), np.array([0.0, 1.0])
+    for chances in (None, [certain, certain]):
+        random = np.random.default_rng(0)
+        texts = [verify(logits, [0], Draft([1, 1], chances), Rules(repetition_penalty=1e6), random) for _ in range(999)]
+        assert sum(text[0] for text in texts) / 999 > 0.99
+        assert sum(len(text) == 3 for text in texts) / 999 == pytest.approx(0.5, abs=0.05)
+
+
+def test_distributions_that_differ_by_rounding_leave_no_residual() -> None:
+    class Largest:
+        def random(self) -> float:
+            return math.nextafter(1, 0)
+
+    logits = np.array([[0, 0, -np.inf]] * 2, np.float32)
+    rounded = np.array([0.5 + 2**-51, 0.5, 0])
+    assert verify(logits, [0], Draft([0], [rounded]), Rules(), Largest()) == [1]  # type: ignore[arg-type]
 
 
 def test_drafts_equal_to_the_model_are_all_accepted() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from waterfill.engine.defaults import UnsupportedError
@@ -213,6 +213,17 @@ def test_files_of_templates_come_before_settings(tmp_path: Path) -> None:
         load_tokenizer(path).prompt_ids(TALK)
 
 
+@pytest.mark.parametrize("kind", ["TokenizersBackend", "Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_a_plain_token_that_is_named_becomes_special(tmp_path: Path, kind: str) -> None:
+    backend = bytes_backend()
+    backend.add_tokens([AddedToken("quick", special=False, rstrip=True)])
+    pair = Pair(write(tmp_path / "a", backend, tokenizer_class=kind, eos_token="quick"))
+    for text in ("The quick  brown", "a\nquick"):
+        pair.check(text)
+    assert pair.ours.backend.get_added_tokens_decoder() == pair.theirs.added_tokens_decoder
+    assert "quick" not in pair.ours.decode(pair.ours.prompt_ids("The quick  brown"))
+
+
 def test_tokens_of_an_older_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a", bytes_backend(), tokenizer_class="TokenizersBackend", bos_token="<unk>")
     old = {"bos_token": {"content": "<s>", "lstrip": True}, "additional_special_tokens": ["brown"]}
@@ -290,6 +301,9 @@ def test_characters_come_whole_and_ends_that_are_none_at_the_end(pairs: dict[str
         ({"fix_mistral_regex": True}, "sets fix_mistral_regex"),
         ({"bos_token": {"content": "<s>"}}, "given as a special token"),
         ({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {}}, "other added tokens"),
+        ({"added_tokens_decoder": {"7": {"content": 5}}}, "cannot be understood"),
+        ({"added_tokens_decoder": [1]}, "cannot be understood"),
+        ({"chat_template": [{"name": "default"}]}, "cannot be understood"),
     ],
 )
 def test_what_transformers_has_to_do(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:

@@ -1,6 +1,6 @@
 """What generating text means, whoever does it: the choices that can be made, what a prompt must be, what it all took.
 
-Imports neither torch nor transformers, nor numpy: the command line checks its options with this.
+Imports neither torch nor transformers: both runners, with them and without, have this in common.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ class _Class:
 
     parts: Callable[[Backend, Settings], None]  # replaces those of tokenizer.json
     special_tokens: dict[str, str]  # where tokenizer_config.json has none
+    plain: bool = False  # whether special tokens lose their options, as that to take the space before with them
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -60,8 +61,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if settings.get("clean_up_tokenization_spaces") and not isinstance(backend.model, models.BPE):
         raise UnsupportedError("tokenizer_config.json has spaces cleaned up")
 
-    templates = _templates(path, settings)
-    special = _add_special_tokens(backend, path, settings, known)
+    try:
+        templates = _templates(path, settings)
+        special = _add_special_tokens(backend, path, settings, known)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # JSON of another shape
+        raise NotCovered("the settings of the tokenizer cannot be understood") from error
     if known is not None:
         known.parts(backend, settings)
     backend.no_truncation()
@@ -131,6 +135,10 @@ def _add_special_tokens(backend: Backend, path: Path, settings: Settings, known:
     for token in tokens:
         token.special = token.special or token.content in contents
     backend.add_tokens(tokens)
+    if known is not None and known.plain:
+        backend.add_tokens(
+            [AddedToken(token.content, special=True) for token in (*named.values(), *map(_token, extra))]
+        )
     return {name: token.content for name, token in named.items()}
 
 
@@ -215,6 +223,6 @@ def _set_model(backend: Backend, *, fallback: bool) -> None:
 _END = "<|endoftext|>"
 _CLASSES = {
     "LlamaTokenizer": _Class(_llama, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
-    "Qwen2Tokenizer": _Class(_qwen2, dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END)),
+    "Qwen2Tokenizer": _Class(_qwen2, dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END), plain=True),
     "GPT2Tokenizer": _Class(_gpt2, dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)),
 }
