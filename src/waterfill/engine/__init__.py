@@ -9,5 +9,5 @@ text             ids of prompts and conversations, text of ids that come one by 
 tokenizer_files  a tokenizer from its files
 template         chat templates
 
-What the engine does not cover is `NotCovered`; transformers does it.
+What the engine does not cover is `UnsupportedError`; transformers does it.
 """

@@ -65,7 +65,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         templates = _templates(path, settings)
         special = _add_special_tokens(backend, path, settings, known)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # JSON of another shape
-        raise NotCovered("the settings of the tokenizer cannot be understood") from error
+        raise UnsupportedError("the settings of the tokenizer cannot be understood") from error
     if known is not None:
         known.parts(backend, settings)
     backend.no_truncation()
