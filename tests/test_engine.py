@@ -279,6 +279,36 @@ def test_too_little_memory_says_how_much_is_needed(packed: Packed, monkeypatch: 
     model.streaming.close()
 
 
+def test_kept_weights_make_room_for_long_prompts_and_come_back(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch, streams.mixed)
+    model, tokens = streamed(packed()), ids(100)
+    streaming = model.streaming
+    assert streaming is not None
+    kept, before = streaming.summary().kept_bytes, model.forward(tokens, logits=3)
+    taken = streaming._limit_bytes - kept // 2  # so that a wide pass takes about half of what is kept
+    monkeypatch.setattr(process, "resident_bytes", lambda: taken)
+    monkeypatch.setattr("waterfill.engine.llama.pass_bytes", lambda spec: kept // 100)
+    seen = []
+    monkeypatch.setattr(streaming, "products", _noting(streaming, seen))
+    model.truncate(0)
+    assert np.array_equal(model.forward(tokens, logits=3), before)
+    assert 0 < min(seen) < kept
+    model.truncate(99)
+    assert np.array_equal(model.forward(tokens[99:]), before[-1:])
+    assert streaming.summary().kept_bytes == kept
+    streaming.close()
+
+
+def _noting(streaming: Any, seen: list[int]) -> Callable[..., None]:
+    products = streaming.products
+
+    def noted(*given: Any) -> None:
+        seen.append(streaming.summary().kept_bytes)
+        products(*given)
+
+    return noted
+
+
 def test_neither_torch_nor_transformers_is_imported(packed: Packed) -> None:
     script = (
         "import sys; from waterfill.engine.opening import open_model\n"

@@ -43,6 +43,9 @@ WF_EXPORT int wf_set_threads(int count);
 /* Share the threads of the process's OpenMP runtime, given its GOMP_parallel; NULL: own threads, the default. */
 WF_EXPORT int wf_set_team(void* gomp_parallel);
 
+/* Give back the memory that the calling thread keeps from call to call. */
+WF_EXPORT int wf_release_memory(void);
+
 /* In place: the block Hadamard transform of waterfill/hadamard.py, or its inverse, of each of `rows` rows. */
 WF_EXPORT int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inverse);
 

@@ -226,6 +226,11 @@ int wf_matmul_float(int isa, const wf_matrix* matrix, const void* x, int dtype, 
     return 0;
 }
 
+int wf_release_memory(void) {
+    release_scratch();
+    return 0;
+}
+
 int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens, const float* cosine,
                   const float* sine, void* const* keys, void* const* values, int64_t capacity, int64_t position,
                   const void* final_norm, float* out, wf_product product, void* context) {

@@ -110,12 +110,19 @@ Prepared quantise(const Functions& f, const float* rows, int64_t tokens, int64_t
 
 Matrix view(const wf_matrix& m) { return {m.rows, m.width, m.step, m.unit, &m.table->view, m.codes, m.scales}; }
 
+namespace {
+thread_local std::vector<uint8_t> kept[kScratchSlots];
+}
+
 uint8_t* scratch(Scratch slot, int64_t bytes) {
-    thread_local std::vector<uint8_t> kept[kScratchSlots];
     auto& memory = kept[slot];
     if (int64_t(memory.size()) < bytes + 64) memory.resize(size_t(bytes + 64));
     uint8_t* p = memory.data();
     return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64;
+}
+
+void release_scratch() {
+    for (auto& memory : kept) std::vector<uint8_t>().swap(memory);
 }
 
 void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out) {

@@ -52,6 +52,7 @@ enum Scratch {
     kLevels, kPartCodes, kPartScales, kPartSums, kScratchSlots
 };
 uint8_t* scratch(Scratch slot, int64_t bytes);
+void release_scratch();
 inline float* scratch_floats(Scratch slot, int64_t count) {
     return reinterpret_cast<float*>(scratch(slot, count * int64_t(sizeof(float))));
 }

@@ -93,6 +93,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_usable": (c_int, [c_int]),
     "wf_set_threads": (c_int, [c_int]),
     "wf_set_team": (c_int, [c_void_p]),
+    "wf_release_memory": (c_int, []),
     "wf_rotate": (c_int, [c_int, c_void_p, c_int64, c_int64, c_int]),
     "wf_table_new": (c_void_p, [c_int, c_int, c_int, c_int, c_void_p, c_void_p]),
     "wf_table_free": (None, [c_void_p]),

@@ -20,6 +20,7 @@ from waterfill.engine.weights import Weights
 from waterfill.errors import WaterfillError
 from waterfill.streaming.streamer import Streamer
 
+NARROW = 16  # tokens of a pass whose working memory is kept for the next one, however short memory is
 FIRST_CAPACITY = 256  # positions of the cache to begin with; it grows by doubling
 
 Floats = npt.NDArray[np.float32]
@@ -131,6 +132,8 @@ class LlamaModel:
     def _pass(self, ids: npt.NDArray[np.int64]) -> Floats:
         """Normalised hidden states `[tokens, hidden]` behind the last layer."""
         spec, cache = self.spec, self._cache
+        if self.streaming is not None:
+            self.streaming.make_room(len(ids) * (pass_bytes(spec) + Cache.token_bytes(spec)))
         hidden = self.weights.rows(ids)
         out = np.empty_like(hidden)
         cosine, sine = spec.rotary(cache.length, len(ids))
@@ -153,6 +156,8 @@ class LlamaModel:
         )
         self.weights.expect(status)
         cache.length += len(ids)
+        if self.streaming is not None and len(ids) > NARROW:
+            self._library.call("release_memory")
         return out
 
     def _layer(self, number: int) -> native.LayerView:

@@ -11,15 +11,17 @@ from pathlib import Path
 from waterfill import native
 from waterfill.artifact import RAW, Artifact, open_artifact, read_bytes
 from waterfill.codecs import lossless
-from waterfill.engine.llama import Cache, LlamaModel, logit_bytes
+from waterfill.engine.llama import Cache, LlamaModel, logit_bytes, pass_bytes
 from waterfill.engine.spec import EMBEDDING, PROJECTIONS, Spec, read_spec
 from waterfill.engine.weights import Floats, Resident, Streamed
 from waterfill.errors import UnsupportedError
 from waterfill.fit import fit, packed_names
 from waterfill.streaming.chunks import StreamedMatrix
-from waterfill.streaming.limit import OVERHEAD_BYTES, PASS_BYTES, held_bytes, pass_tokens, room
+from waterfill.streaming.limit import LEAST_PASS, PASS_BYTES, held_bytes, room
 from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import Streamer
+
+OVERHEAD_BYTES = 8 << 20  # what the interpreter and the C library take beyond what is counted
 
 
 def open_model(
@@ -52,7 +54,7 @@ def open_model(
     if chosen.streamed:
         return _streamed(artifact, spec, vectors, chosen.limit_bytes, verify=verify, logits=logits)
     weights = Resident(artifact, spec, verify=verify)
-    return LlamaModel(spec, weights, vectors, pass_tokens=pass_tokens(PASS_BYTES, spec.hidden, spec.inner))
+    return LlamaModel(spec, weights, vectors, pass_tokens=max(LEAST_PASS, PASS_BYTES // pass_bytes(spec)))
 
 
 def _floats(artifact: Artifact, name: str, verify: bool) -> Floats:
@@ -76,10 +78,11 @@ def _streamed(
             artifact.path,
             matrices.values(),
             limit_bytes,
-            held=held_bytes(),
+            held=held_bytes() + OVERHEAD_BYTES,
             token_bytes=Cache.token_bytes(spec),
             context=spec.positions,
             logit_bytes=logits * logit_bytes(spec),
+            yields=True,
         )
         order = [f"model.layers.{layer}.{name}" for layer in range(spec.layers) for name in PROJECTIONS.values()]
         order.append(spec.head)
@@ -88,7 +91,7 @@ def _streamed(
             [matrices[name] for name in order],
             [matrices[EMBEDDING]] if spec.head != EMBEDDING else [],
             spare_bytes=left.weights_bytes,
-            limit_bytes=limit_bytes - OVERHEAD_BYTES // 2,
+            limit_bytes=limit_bytes - OVERHEAD_BYTES,
             verify=verify,
         )
     except BaseException:
@@ -98,6 +101,6 @@ def _streamed(
         spec,
         Streamed(streamer, matrices, spec),
         vectors,
-        pass_tokens=pass_tokens(left.pass_bytes, spec.hidden, spec.inner),
+        pass_tokens=max(LEAST_PASS, left.pass_bytes // pass_bytes(spec)),
         streaming=streamer,
     )

@@ -39,7 +39,7 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
             artifact.path,
             matrices.values(),
             limit_bytes,
-            held=held_bytes(),
+            held=held_bytes() + OVERHEAD_BYTES,
             token_bytes=_token_bytes(model),
             context=_context(model),
             logit_bytes=logits * _logit_bytes(model),

@@ -20,7 +20,7 @@ LEAST_CONTEXT = 256
 LEAST_PASS = 16  # tokens
 PASS_BYTES = 64 << 20  # of activations; longer prompts are read in several passes
 LEAST_PASS_BYTES = 4 << 20
-OVERHEAD_BYTES = 24 << 20  # what the interpreter and the C library take beyond what is counted
+OVERHEAD_BYTES = 24 << 20  # what the interpreter, torch and the C library take beyond what is counted
 
 
 class Room(NamedTuple):
@@ -33,7 +33,7 @@ class Room(NamedTuple):
 def held_bytes() -> int:
     """What the process takes now, when everything but streamed weights is loaded."""
     process.release()
-    return process.resident_bytes() + OVERHEAD_BYTES
+    return process.resident_bytes()
 
 
 def room(
@@ -45,13 +45,17 @@ def room(
     token_bytes: int,
     context: int | None,
     logit_bytes: int,
+    yields: bool = False,
 ) -> Room:
-    """Divide what is there beyond the least; part of it goes to longer contexts and passes.
+    """Divide what is there beyond the least.
+
+    Part of it is left for longer contexts and wider passes, unless kept weights yield to them when they come
+    (`Streamer.make_room`).
 
     Args:
         path: of the artifact, for the message.
         limit_bytes: of the process's resident memory, everything included.
-        held: bytes that it takes already (`held_bytes`).
+        held: bytes that it takes already (`held_bytes`), and is bound to take beyond what is counted here.
         token_bytes: keys and values of one token.
         context: tokens that the model takes at most; None where it does not say.
         logit_bytes: of all positions that logits are computed of at a time.
@@ -72,9 +76,9 @@ def room(
             f"MB a context of {least_context} tokens); give more",
             smallest_bytes=1_000_000 * smallest,
         )
-    longer = min((most - least_context) * token_bytes, spare // 3)
+    longer = 0 if yields else min((most - least_context) * token_bytes, spare // 3)
     wider = min(PASS_BYTES - LEAST_PASS_BYTES, (spare - longer) // 4)
-    return Room(spare - longer - wider, LEAST_PASS_BYTES + wider)
+    return Room(spare if yields else spare - longer - wider, LEAST_PASS_BYTES + wider)
 
 
 def longest(context: int | None) -> int:

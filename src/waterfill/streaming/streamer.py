@@ -82,6 +82,7 @@ class Streamer:
         self._cache: OrderedDict[Chunk, ChunkData] = OrderedDict()
         self._cached_bytes = 0
         self._kept: dict[Chunk, ChunkData] = {}
+        self._given_up: list[Chunk] = []  # that were kept once
         self._fill(verify, progress)
         self._waiting_s, self._nanoseconds, self._passes, self._direct_bytes = 0.0, np.zeros(2, np.int64), 0, 0
         self._started_s = self._ended_s = time.perf_counter()
@@ -244,6 +245,15 @@ class Streamer:
             self._warned = True
             _log.warning("%.0f MB above the limit, with no weights kept: the text has become too long", excess / 1e6)
 
+    def make_room(self, size_bytes: int) -> None:
+        """Before a pass that takes so much more memory: give up kept chunks for it, or take back what was given up."""
+        room = self._limit_bytes - process.resident_bytes() - size_bytes
+        with self._lock:
+            if room < 0:
+                self._shed(-room)
+            elif self._given_up:
+                self._take_back(room)
+
     def _shed(self, excess: int) -> None:
         """Give up kept chunks, since something else (a long context, mostly) has grown."""
         while excess > 0 and self._cache:
@@ -256,6 +266,22 @@ class Streamer:
         process.release()
         if freed:
             _log.info("memory is short: %d kept chunks are streamed from now on", len(freed))
+            self._given_up += freed
+            self._follow()
+
+    def _take_back(self, room: int) -> None:
+        """Keep chunks again, in the form that they were kept in."""
+        decoded, taken = set(self.residency.decoded), 0
+        while self._given_up:
+            chunk = self._given_up[-1]
+            room -= chunk.decoded_bytes if chunk in decoded else chunk.region.size_bytes
+            if room < 0:
+                break
+            data = self._read(chunk)
+            self._kept[self._given_up.pop()] = data.arrange() if chunk in decoded else data
+            taken += 1
+        if taken:
+            _log.info("memory is free again: %d chunks are kept as before", taken)
             self._follow()
 
     def _follow(self) -> None:
