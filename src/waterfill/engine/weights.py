@@ -67,7 +67,7 @@ class Resident:
                 self._held[name] = matrix.whole(verify=verify).arrange()
         finally:
             storage.close()
-        self._views = {name: data.matrix_view(isa) for name, data in self._held.items()}
+        self._views = {name: data.matrix_view for name, data in self._held.items()}
 
     def view(self, name: str) -> native.MatrixView:
         return self._views[name]

@@ -205,10 +205,9 @@ class ChunkData:
             return
         library = native.library()
         assert library is not None
-        view = self._view(x.isa)
         status = library.chunk_multiply(
             library.isas[x.isa],
-            ctypes.byref(view),
+            ctypes.byref(self._view),
             prepared,
             y.dtype,
             y.address + first * y.item_bytes,
@@ -228,8 +227,8 @@ class ChunkData:
         codec, rows, width = self.chunk.matrix.codec, self.chunk.rows, self.chunk.matrix.shape[1]
         codes = np.empty(library.codes_bytes(codec.p, codec.n, rows, width), np.uint8)
         scales = np.empty(library.scales_count(rows, width), np.uint16)
-        view = self._view(isa)
-        self._expect(library.chunk_decode(library.isas[isa], ctypes.byref(view), codes.ctypes.data, scales.ctypes.data))
+        view = ctypes.byref(self._view)
+        self._expect(library.chunk_decode(library.isas[isa], view, codes.ctypes.data, scales.ctypes.data))
         return ChunkData(self.chunk, codes, scales)
 
     def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -242,14 +241,14 @@ class ChunkData:
             return kernels.rows(self.packed(), torch.from_numpy(numbers)).numpy()
         whole = self if self.arranged else self.arrange()
         found = np.empty((len(numbers), self.chunk.matrix.shape[1]), np.float32)
-        library.call(
-            "rows", library.isas[isa], whole.matrix_view(isa), numbers.ctypes.data, len(numbers), 0, found.ctypes.data
-        )
+        view = whole.matrix_view
+        library.call("rows", library.isas[isa], view, numbers.ctypes.data, len(numbers), 0, found.ctypes.data)
         return found
 
-    def matrix_view(self, isa: str) -> native.MatrixView:
+    @property
+    def matrix_view(self) -> native.MatrixView:
         """Arranged rows as a matrix of their own: pointers, alive as long as this object."""
-        view = self._view(isa)
+        view = self._view
         return native.MatrixView(view.rows, view.width, view.step, view.unit, view.table, view.data, view.scales)
 
     def packed(self) -> Packed:
@@ -272,8 +271,11 @@ class ChunkData:
             scales = torch.from_numpy(matrix.scales[first : first + shape[0]])
         return kernels.Packed(matrix.codec, scales, codes, matrix.exponent, shape, layout)
 
-    def _view(self, isa: str) -> native.ChunkView:
-        matrix = self.chunk.matrix
+    @cached_property
+    def _view(self) -> native.ChunkView:
+        """As the library sees it."""
+        matrix, isa = self.chunk.matrix, native.isa()
+        assert isa is not None
         step, table = native_table(matrix.codec, isa)
         unit = 2.0**matrix.exponent
         view = native.ChunkView(self.chunk.rows, matrix.shape[1], step * unit, unit, table, self.data.ctypes.data)

@@ -36,9 +36,10 @@ class View(NamedTuple):
     def of_tensor(cls, tensor: torch.Tensor) -> View:
         """Of float32, bfloat16 or float16 `[tokens, width]`. ValueError unless it lies row after row, on the CPU."""
         tokens, width = tensor.shape
-        if tensor.dtype not in DTYPES or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        dtype = DTYPES.get(tensor.dtype)
+        if dtype is None or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError(f"expected contiguous floats on the CPU, got {tensor.dtype} on {tensor.device}")
-        return cls(tensor.data_ptr(), DTYPES[tensor.dtype], tokens, width, tensor)
+        return cls(tensor.data_ptr(), dtype, tokens, width, tensor)
 
     @property
     def item_bytes(self) -> int:
