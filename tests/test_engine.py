@@ -29,7 +29,7 @@ from plans import plan_for
 from waterfill import native, process
 from waterfill.artifact import open_artifact
 from waterfill.budget import Budget
-from waterfill.engine.llama import LlamaModel
+from waterfill.engine.llama import Cache, LlamaModel
 from waterfill.engine.opening import open_model
 from waterfill.engine.spec import read_spec
 from waterfill.errors import ArtifactError, MemoryLimitError, UnsupportedError, WaterfillError
@@ -285,9 +285,10 @@ def test_kept_weights_make_room_for_long_prompts_and_come_back(packed: Packed, m
     streaming = model.streaming
     assert streaming is not None
     kept, before = streaming.summary().kept_bytes, model.forward(tokens, logits=3)
-    taken = streaming._limit_bytes - kept // 2  # so that a wide pass takes about half of what is kept
+    taken = streaming._limit_bytes - kept // 2
+    each = kept // 100  # so that a hundred tokens take half of what is kept
     monkeypatch.setattr(process, "resident_bytes", lambda: taken)
-    monkeypatch.setattr("waterfill.engine.llama.pass_bytes", lambda spec: kept // 100)
+    monkeypatch.setattr("waterfill.engine.llama.pass_bytes", lambda spec: each - Cache.token_bytes(spec))
     seen = []
     monkeypatch.setattr(streaming, "products", _noting(streaming, seen))
     model.truncate(0)
