@@ -47,8 +47,8 @@ class Run:
 
     @property
     def peak_bytes(self) -> int:
-        """Of resident memory, as the process and the one that watched it saw it."""
-        return max(self.answer["peak_bytes"] or 0, self.peaks.resident)
+        """Of resident memory, as the process saw it, or else the one that watched it."""
+        return self.answer["peak_bytes"] or self.peaks.resident
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """waterfill's side of `streaming.py`: one artifact, run in a process of its own, under limits set from outside.
 
-    request, a JSON object on standard input ──► load(artifact, memory=…) ──► generate ──► answer, one JSON line
+    request, a JSON object on standard input ──► open_model(artifact, memory=…) ──► tokens ──► answer, one JSON line
 
-`pass_seconds` and `answering` serve the peers too (`stream_peers.py`), and need torch alone.
+`pass_seconds` and `answering` serve the peers (`stream_peers.py`); the former needs torch.
 """
 
 from __future__ import annotations
@@ -54,16 +54,51 @@ def pass_seconds(model: Any, prompt: Sequence[int], tokens: int, **options: Any)
 
 
 def answering(work: Callable[[Request], Request]) -> None:
-    """Answer the request on standard input: what `work` returns and the peak of resident memory, or its error."""
+    """Answer the request on standard input: what `work` returns, or its error, and the peak of resident memory if it has
+    not said that itself."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print where they like; the answer stays clean
     try:
         answer = work(json.load(sys.stdin))
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {error}", "smallest_bytes": getattr(error, "smallest_bytes", None)}
-    peak = process_memory("self").get("VmHWM")
-    answers.write(json.dumps({**answer, "peak_bytes": peak}) + "\n")
+    answers.write(json.dumps({"peak_bytes": peak_bytes(), **answer}) + "\n")
     answers.flush()
+
+
+def peak_bytes() -> int | None:
+    return process_memory("self").get("VmHWM")
+
+
+class Timed:
+    """A model of the engine's that notes when its passes begin."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.starts = model, list[float]()
+        self.vocabulary, self.positions = model.vocabulary, model.positions
+
+    @property
+    def length(self) -> int:
+        return self._model.length
+
+    def truncate(self, length: int) -> None:
+        self._model.truncate(length)
+
+    def forward(self, ids: Sequence[int], logits: int = 1) -> Any:
+        self.starts.append(time.perf_counter())
+        return self._model.forward(ids, logits)
+
+
+def engine_passes(model: Timed, prompt: Sequence[int], tokens: int, drafter: Any) -> Passes:
+    """Greedy generation of exactly so many tokens by the engine, of a text of its own."""
+    from waterfill.engine.choose import Rules
+    from waterfill.engine.generation import Run
+
+    model.truncate(0)
+    model.starts.clear()
+    run = Run(model, prompt, tokens, Rules.greedy(), frozenset(), drafter, seed=0)
+    ids = [token for new in run.tokens() for token in new]
+    return Passes(ids, [b - a for a, b in pairwise([*model.starts, time.perf_counter()])])
 
 
 def stream(request: Request) -> Request:
@@ -71,32 +106,34 @@ def stream(request: Request) -> Request:
 
     `keep` false streams everything, however much memory is left: what a small model needs to stand for a large one.
     """
-    import waterfill
+    from waterfill.engine.choose import Rules
+    from waterfill.engine.opening import open_model
+    from waterfill.engine.speculate import DraftModel, Lookup
 
-    options: dict[str, Any] = {}
+    drafter: Any = None
     if request.get("lookup"):
-        options["prompt_lookup_num_tokens"] = request["lookup"]
+        drafter = Lookup(request["lookup"])
     if request.get("draft"):
-        from waterfill.runtime.generate import drafted_by
-
-        options |= drafted_by(waterfill.load(request["draft"], verify=False))
+        drafter = DraftModel(open_model(request["draft"], verify=False), Rules.greedy())
     if not request.get("keep", True):
         from waterfill.streaming import streamer
 
         choose = streamer.choose
         streamer.choose = lambda chunks, _, speeds: choose(chunks, 0, speeds)
-    limit = {} if request["memory"] is None else {"memory": request["memory"]}
+    limit = request["memory"]
     start = time.perf_counter()
-    model = waterfill.load(request["artifact"], verify=False, **limit)
+    model = open_model(request["artifact"], verify=False, memory=limit, streamed=limit is not None)
     load_s = time.perf_counter() - start
-    generations = [vars(pass_seconds(model, prompt, request["tokens"], **options)) for prompt in request["prompts"]]
+    timed = Timed(model)
+    generations = [vars(engine_passes(timed, prompt, request["tokens"], drafter)) for prompt in request["prompts"]]
     answer: Request = {"load_s": load_s, "generations": generations, "summary": None, "stages": None}
-    if limit:
+    if model.streaming is not None:
         answer["summary"] = model.streaming.summary().to_dict()
+        answer["peak_bytes"] = peak_bytes()  # measuring the stages takes memory of its own
         if request.get("stages"):
             from waterfill.streaming import measure_stages
 
-            answer["stages"] = measure_stages(model)
+            answer["stages"] = measure_stages(model.streaming, lambda: model.forward([1]))
         model.streaming.close()
     return answer
 

@@ -25,7 +25,7 @@ from common import Report, median_spread, parse_arguments
 from kernel_peers import peers_python
 from limits import LimitError
 from stream_faults import measure_faults
-from stream_models import CODED, FIXED, KINDS, MODELS, QUICK_MODELS, Artifact, Store
+from stream_models import CODED, FAST, FIXED, KINDS, MODELS, QUICK_MODELS, Artifact, Store
 from stream_runs import Bench, Run, key
 from stream_speculation import measure_speculation
 from waterfill.budget import parse_size
@@ -171,16 +171,19 @@ def coded_criterion(bench: Bench, name: str, storage: str, rounds: list[dict[str
 def measure_peers(bench: Bench, names: list[str]) -> None:
     rows: list[list[Any]] = []
     for name in names:
-        artifact = bench.store.artifact(name, CODED)
-        memory = bench.limit(artifact)
+        artifacts = {kind: bench.store.artifact(name, kind) for kind in ((CODED,) if bench.quick else (CODED, FAST))}
+        memory, tokens = bench.limit(artifacts[CODED]), QUICK_TOKENS if bench.quick else TOKENS
         peers = peer_requests(bench, name)
         for storage, rate in bench.rates().items():
             try:
-                ours = bench.ours(artifact, rate, QUICK_TOKENS if bench.quick else TOKENS, memory)
+                runs = {kind: bench.ours(artifacts[kind], rate, tokens, memory) for kind in artifacts}
             except LimitError as error:
                 bench.report.note(f"{name}, {storage}: {error}")
                 continue
-            rows.append([name, storage, "waterfill", artifact.bits, artifact.t2, *peer_figures(ours, ours)])
+            ours = min(runs.values(), key=lambda run: run.token_s)
+            for kind, run in runs.items():
+                artifact = artifacts[kind]
+                rows.append([name, storage, f"waterfill {kind}", artifact.bits, artifact.t2, *peer_figures(run, ours)])
             for peer, (request, bits, t2) in peers.items():
                 if rate is not None and request.get("mode") in OTHER_MODES:
                     continue  # whole in memory: nothing is read for a token
@@ -191,7 +194,7 @@ def measure_peers(bench: Bench, names: list[str]) -> None:
                     continue
                 rows.append([name, storage, peer, bits, t2, *peer_figures(run, ours)])
                 peer_criterion(bench, peer, name, storage, run.token_s / ours.token_s)
-    columns = ["model", "storage", "who", "bits", "t²", "s/token", "±", "times ours", "s/prompt", "peak MB"]
+    columns = ["model", "storage", "who", "bits", "t²", "s/token", "±", "times our faster", "s/prompt", "peak MB"]
     columns += ["of it anonymous", "limit MB"]
     bench.report.table("under the same limits, more memory where a peer was killed", columns, rows, key="peers")
 

@@ -331,7 +331,7 @@ def test_the_summary_adds_up(packed: Packed, monkeypatch: pytest.MonkeyPatch) ->
     assert found.limiting in found.line
     assert found.limiting in found.short
     assert found.to_dict()["limiting"] == found.limiting
-    stages = measure_stages(model)
+    stages = measure_stages(model.streaming, lambda: logits(model, ids(1)))
     assert set(stages) == {"read_s", "decode_s", "compute_s"}
     assert all(seconds > 0 for seconds in stages.values())
     assert torch.equal(logits(model, ids()), logits(waterfill.load(packed(CODECS[0])), ids()))

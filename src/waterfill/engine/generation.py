@@ -35,7 +35,7 @@ class Speculation:
 class Generation(Iterator[str]):
     """Pieces of text, as they come. Nothing runs but while one is asked for; `close` ends the text where it is."""
 
-    def __init__(self, tokenizer: Tokenizer, run: _Run) -> None:
+    def __init__(self, tokenizer: Tokenizer, run: Run) -> None:
         self._run = run
         self._pieces = _pieces(tokenizer, run)
 
@@ -100,7 +100,7 @@ def generate(
         drafter = DraftModel(draft, rules)
     ids = tokenizer.prompt_ids(prompt)
     most = min(sampling.max_new_tokens, room(len(ids), model.positions))
-    return Generation(tokenizer, _Run(model, ids, most, rules, defaults.ends, drafter, sampling.seed))
+    return Generation(tokenizer, Run(model, ids, most, rules, defaults.ends, drafter, sampling.seed))
 
 
 @dataclass
@@ -126,7 +126,7 @@ class _Clock:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A text to be generated."""
 
     model: TokenModel
@@ -158,7 +158,7 @@ class _Run:
             ids += new
 
 
-def _pieces(tokenizer: Tokenizer, run: _Run) -> Generator[str, None, None]:
+def _pieces(tokenizer: Tokenizer, run: Run) -> Generator[str, None, None]:
     stream = TextStream(tokenizer)
     run.clock.start()
     for tokens in run.tokens():

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
-from waterfill._lazy import torch
 from waterfill.streaming.chunks import StreamedMatrix
 from waterfill.streaming.streamer import Streamer
 from waterfill.streaming.view import Activations, View
 
 
-def measure_stages(model: Any) -> dict[str, float]:
-    """Seconds of one pass with one token: `read_s` reads what is not kept, `decode_s` decodes it, `compute_s` is all
-    else, products with decoded weights and the model's own code."""
-    streamer: Streamer = model.streaming
+def measure_stages(streamer: Streamer, token: Callable[[], object]) -> dict[str, float]:
+    """Seconds of one pass with one token, which `token` runs: `read_s` reads what is not kept, `decode_s` decodes it,
+    `compute_s` is all else, products with decoded weights and the model's own code."""
     decode_s = multiply_s = 0.0
     read_s = streamer.read_alone()
     for matrix in streamer.sequence:
         decode, multiply = _work(streamer, matrix)
         decode_s, multiply_s = decode_s + decode, multiply_s + multiply
-    return {"read_s": read_s, "decode_s": decode_s, "compute_s": multiply_s + _other(model)}
+    return {"read_s": read_s, "decode_s": decode_s, "compute_s": multiply_s + _other(streamer, token)}
 
 
 def _work(streamer: Streamer, matrix: StreamedMatrix) -> tuple[float, float]:
@@ -46,14 +44,12 @@ def _work(streamer: Streamer, matrix: StreamedMatrix) -> tuple[float, float]:
     return decode_s, multiply_s
 
 
-def _other(model: Any) -> float:
-    """A token of the model's own code, with products that are not computed."""
-    ids = torch.ones(1, 1, dtype=torch.int64)
-    with model.streaming.without_weights(), torch.inference_mode():
-        past = model(ids, use_cache=True).past_key_values
-        times = []
+def _other(streamer: Streamer, token: Callable[[], object]) -> float:
+    """The model's own code for a token: products are not computed."""
+    times = []
+    with streamer.without_weights():
         for _ in range(5):
             start = time.perf_counter()
-            past = model(ids, past_key_values=past).past_key_values
+            token()
             times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
