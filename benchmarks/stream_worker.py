@@ -54,8 +54,8 @@ def pass_seconds(model: Any, prompt: Sequence[int], tokens: int, **options: Any)
 
 
 def answering(work: Callable[[Request], Request]) -> None:
-    """Answer the request on standard input: what `work` returns, or its error, and the peak of resident memory if it has
-    not said that itself."""
+    """Answer the request on standard input: what `work` returns, or its error, and the peak of resident memory, unless
+    that is in the answer."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print where they like; the answer stays clean
     try:

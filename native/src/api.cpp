@@ -15,9 +15,6 @@
 #include "pool.hpp"
 #include "product.hpp"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -53,16 +50,6 @@ bool machine_has(int isa) {
     if (isa == 3) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
     return isa == kIsaCount - 1;
-}
-
-// A stream through pages of 4 KiB looks up an address every fraction of a microsecond.
-void prefer_huge_pages([[maybe_unused]] uint8_t* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-    constexpr uintptr_t kPage = 4096;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) / kPage * kPage;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // no harm where refused
-#endif
 }
 
 void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const float* points, int bias) {

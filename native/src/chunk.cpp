@@ -182,6 +182,7 @@ int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t
     const wf_chunk& c = *chunk;
     if (!sound(f, chunk) || (!c.states && !c.row_bytes)) return -1;
     const int64_t tile_bytes = tile_code_bytes(c.table->view, c.width), groups = groups_of(c.width);
+    prefer_huge_pages(codes, tiles_of(c.rows) * tile_bytes);
     return each_part(c, [&](int64_t part, int64_t first, int64_t rows) {
         const int64_t tile = first / kTile;
         return decode_part(*f, c, part, first, rows, codes + tile * tile_bytes, scales + tile * groups * kTile);

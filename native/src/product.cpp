@@ -4,6 +4,10 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "arrange.hpp"
 #include "half.hpp"
 #include "layout.hpp"
@@ -123,6 +127,15 @@ uint8_t* scratch(Scratch slot, int64_t bytes) {
 
 void release_scratch() {
     for (auto& memory : kept) std::vector<uint8_t>().swap(memory);
+}
+
+void prefer_huge_pages([[maybe_unused]] uint8_t* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = 4096;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes)) / kPage * kPage;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // no harm where refused
+#endif
 }
 
 void to_float(const void* x, int dtype, int64_t from, int64_t count, float* out) {

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from waterfill import native
 from waterfill.engine.spec import FINAL_NORM, NORMS, OPTIONAL, PROJECTIONS, Spec
-from waterfill.engine.weights import Weights
+from waterfill.engine.weights import Weights, kernels
 from waterfill.errors import WaterfillError
 from waterfill.streaming.streamer import Streamer
 
@@ -84,10 +84,7 @@ class LlamaModel:
         pass_tokens: int,
         streaming: Streamer | None = None,
     ) -> None:
-        library, isa = native.library(), native.isa()
-        assert library is not None
-        assert isa is not None
-        self._library, self._isa = library, library.isas[isa]
+        self._library, self._isa = kernels()
         self.spec, self.weights, self._vectors = spec, weights, vectors
         self.vocabulary, self.positions = spec.vocabulary, spec.positions
         self._pass_tokens, self.streaming = pass_tokens, streaming

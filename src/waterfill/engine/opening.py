@@ -53,7 +53,7 @@ def open_model(
     vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
     if chosen.streamed:
         return _streamed(artifact, spec, vectors, chosen.limit_bytes, verify=verify, logits=logits)
-    weights = Resident(artifact, spec, verify=verify)
+    weights = Resident.load(artifact, spec, verify=verify)
     return LlamaModel(spec, weights, vectors, pass_tokens=max(LEAST_PASS, PASS_BYTES // pass_bytes(spec)))
 
 

@@ -7,7 +7,7 @@ Streamed   a callback for every product; chunks come from a `Streamer`
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,33 +47,38 @@ class Weights(Protocol):
 
 
 class Resident:
-    """Matrices decoded and arranged when they are loaded.
-
-    Raises ArtifactError where a stream is damaged or, with `verify`, a buffer is not what was packed.
-    """
+    """Matrices in memory, arranged: by tensor, `views` and whatever keeps their memory alive."""
 
     product = None
 
-    def __init__(self, artifact: Artifact, spec: Spec, *, verify: bool) -> None:
-        library, isa = native.library(), native.isa()
-        assert library is not None
-        assert isa is not None
-        self._library, self._isa, self._head = library, library.isas[isa], spec.head
-        self._held: dict[str, ChunkData] = {}
-        names, storage = packed_names(artifact), Storage(direct=False)
+    def __init__(self, views: Mapping[str, native.MatrixView], spec: Spec, owner: object) -> None:
+        self._library, self._isa = kernels()
+        self._views, self._head, self._owner = dict(views), spec.head, owner
+
+    @classmethod
+    def load(cls, artifact: Artifact, spec: Spec, *, verify: bool) -> Resident:
+        """Decode and arrange all matrices of an artifact.
+
+        Raises ArtifactError where a stream is damaged or, with `verify`, a buffer is not what was packed.
+        """
+        held: dict[str, ChunkData] = {}
+        storage = Storage(direct=False)
         try:
-            for name in tqdm(sorted(names), desc="decoding weights", leave=False, delay=1):
+            for name in tqdm(sorted(packed_names(artifact)), desc="decoding weights", leave=False, delay=1):
                 matrix = StreamedMatrix(artifact.tensors[name], storage, verify=verify)
-                self._held[name] = matrix.whole(verify=verify).arrange()
+                held[name] = matrix.whole(verify=verify).arrange()
         finally:
             storage.close()
-        self._views = {name: data.matrix_view for name, data in self._held.items()}
+        return cls({name: data.matrix_view for name, data in held.items()}, spec, held)
 
     def view(self, name: str) -> native.MatrixView:
         return self._views[name]
 
     def rows(self, ids: npt.NDArray[np.int64]) -> Floats:
-        return self._held[EMBEDDING].rows(ids)
+        view = self._views[EMBEDDING]
+        found = np.empty((len(ids), view.width), np.float32)
+        self._library.call("rows", self._isa, view, ids.ctypes.data, len(ids), 0, found.ctypes.data)
+        return found
 
     def logits(self, x: Floats) -> Floats:
         view = self._views[self._head]
@@ -132,3 +137,11 @@ class Streamed:
             self._failure = error
             return FAILED
         return 0
+
+
+def kernels() -> tuple[native.Native, int]:
+    """The library, and the number of the instruction set in use."""
+    library, isa = native.library(), native.isa()
+    assert library is not None  # `opening` has seen to it
+    assert isa is not None
+    return library, library.isas[isa]
