@@ -1,7 +1,6 @@
 """Tokens per second of a whole model: random codes in the shapes of Llama-3.2-1B, beside llama.cpp's at equal bits.
 
-    LlamaConfig ──► model without weights ──install──► packed modules ◄── random codes, scales of plausible size
-                                                             └──arrange──► generate, as `waterfill generate` does
+    shapes ──► random codes in the kernels' layout ──► the engine's model ──► tokens, as `waterfill generate` makes them
 
 Time does not depend on the values of weights, so none are encoded. The least time of a token is that of reading every
 matrix once; the embedding is read too, since it is the output head.
@@ -10,30 +9,33 @@ matrix once; the embedding is read too, since it is the output head.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import mmap
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from transformers.initialization import no_init_weights
 
-from common import EXAMPLE_MODEL, Report, median_spread
+from common import Report, median_spread
 from kernel_peers import PeerError, PeerProcess, open_peers, peers_python
 from make_checkpoint import LLAMA_3_2_1B
 from rounds import Effort, Round, Series, ratios, undisturbed
 from timing import SETTLE_S, Memory
-from waterfill import kernels
-from waterfill.artifact import StoredTensor
+from waterfill import native
 from waterfill.codecs import get_codec
-from waterfill.hf import WaterfillConfig, WaterfillQuantizer
-from waterfill.runtime.generate import generate
-from waterfill.runtime.install import install
-from waterfill.runtime.packed import PackedMatrix
+from waterfill.engine.choose import Rules
+from waterfill.engine.generation import Run
+from waterfill.engine.llama import LlamaModel
+from waterfill.engine.spec import EMBEDDING, FINAL_NORM, NORMS, PROJECTIONS, Spec
+from waterfill.engine.weights import Resident, kernels
+from waterfill.integer_grids import native_table
 
 SMALL = LLAMA_3_2_1B | {"num_hidden_layers": 4, "vocab_size": 32768}  # for --quick
 CODECS = {2: ("higgs-p2-n16",), 3: ("higgs-p2-n64",), 4: ("higgs-p1-n16", "higgs-p2-n256")}
@@ -54,22 +56,6 @@ PEER = "llama.cpp {}"
 GOALS = (("decode", DECODE, 1.5), ("prefill", PREFILL, 1.0))  # times llama.cpp's
 
 
-class Prompt:
-    """A tokenizer whose every prompt is the same tokens; ids beyond its vocabulary decode as others do."""
-
-    bos_token_id = 1
-
-    def __init__(self, tokenizer: Any, tokens: int) -> None:
-        self._tokenizer, self._ids = tokenizer, list(range(1, tokens + 1))
-
-    def __call__(self, _: str) -> dict[str, list[int]]:
-        return {"input_ids": self._ids}
-
-    def decode(self, ids: Any, **options: Any) -> str:
-        text: str = self._tokenizer.decode([int(i) % len(self._tokenizer) for i in ids], **options)
-        return text
-
-
 @dataclass(frozen=True)
 class Size:
     """What remains of a model once it is measured."""
@@ -79,72 +65,94 @@ class Size:
     size_bytes: int
 
 
-class PackedModel:
-    """A model of random codes, all of one codec."""
+class RandomModel:
+    """The engine's model with random codes, all of one codec, and no head of its own."""
 
     def __init__(self, codec: str, shapes: dict[str, Any]) -> None:
         self.codec = codec
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**shapes), dtype=torch.bfloat16).eval()
-        install(model, list(stored_tensors(model, codec)))
-        for module in model.modules():
-            if isinstance(module, PackedMatrix):
-                module.scales = torch.full(module.scales.shape, SCALE, dtype=torch.float16)
-                module.codes = random_bytes(module.codes.numel())
-        WaterfillQuantizer(WaterfillConfig(verified=True))._process_model_after_weight_loading(model)
-        model.generation_config.eos_token_id = None
-        self.model = model
-        self.matrices = [module.packed for module in model.modules() if isinstance(module, PackedMatrix)]
-        self.size_bytes = sum(matrix.codes.nbytes + matrix.scales.nbytes for matrix in self.matrices)
-        self.weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in self.matrices)
-        self._inputs = {width: torch.randn(1, width, dtype=torch.bfloat16) for _, width in shapes_of(self.matrices)}
-        self._tokenizer = AutoTokenizer.from_pretrained(EXAMPLE_MODEL)
-        self._starts: list[float] = []
-        model.register_forward_pre_hook(lambda *_: self._starts.append(time.perf_counter()))
+        self._library, isa = kernels()
+        self._table, self._isa = native_table(get_codec(codec), native.isa()), isa
+        self._arrays: list[Any] = []
+        self.spec = spec_of(shapes)
+        spec, sizes = self.spec, {"q": "heads", "k": "kv_heads", "v": "kv_heads"}
+        inner = {"gate": spec.inner, "up": spec.inner, "down": spec.hidden, "o": spec.hidden}
+        rows = {key: getattr(spec, name) * spec.head_dim for key, name in sizes.items()} | inner
+        widths = {"o": spec.heads * spec.head_dim, "down": spec.inner}
+        self.views = {EMBEDDING: self._matrix(spec.vocabulary, spec.hidden)} | {
+            f"model.layers.{layer}.{name}": self._matrix(rows[key], widths.get(key, spec.hidden))
+            for layer in range(spec.layers)
+            for key, name in PROJECTIONS.items()
+        }
+        norms = [
+            FINAL_NORM,
+            *(f"model.layers.{i}.{name}.weight" for i in range(spec.layers) for name in NORMS.values()),
+        ]
+        vectors = {name: np.ones(spec.hidden, np.float32) for name in norms}
+        self.model = LlamaModel(spec, Resident(self.views, spec, self._arrays), vectors, pass_tokens=PREFILL_TOKENS)
+        self.size_bytes = sum(array.nbytes for array in self._arrays)
+        self.weights = sum(view.rows * view.width for view in self.views.values())
 
     def decode(self, prompt: int, tokens: int) -> tuple[float, list[float]]:
-        """(tokens per second after the first one, seconds from one call of the model to the next)."""
-        self._starts.clear()
-        stats = self._generate(prompt, tokens)
-        after_prompt = self._starts[1:]
-        return stats.tokens_per_second, [b - a for a, b in pairwise(after_prompt)]
+        """(tokens per second after the first one, seconds of each)."""
+        ends = [time.perf_counter() for _ in self._run(prompt, tokens)]
+        return (len(ends) - 1) / (ends[-1] - ends[0]), [b - a for a, b in pairwise(ends)]
 
     def prefill(self, tokens: int) -> float:
         """Seconds to the first token."""
-        return float(self._generate(tokens, 1).first_token_s)
-
-    @torch.inference_mode()
-    def products(self) -> float:
-        """Seconds of the packed products of one token and nothing else, one after the other."""
         start = time.perf_counter()
-        for matrix in self.matrices:
-            kernels.matmul(self._inputs[matrix.shape[1]], matrix)
+        next(self._run(tokens, 1))
         return time.perf_counter() - start
 
-    def _generate(self, prompt: int, tokens: int) -> Any:
-        tokenizer = Prompt(self._tokenizer, prompt)
-        generation = generate(self.model, tokenizer, "", temperature=0.0, max_new_tokens=tokens)
-        for _ in generation:
-            pass
-        return generation.stats
+    def products(self) -> float:
+        """Seconds of the packed products of one token and nothing else, one after the other."""
+        x = np.ones((1, max(view.width for view in self.views.values())), np.float32)
+        y = np.empty(max(view.rows for view in self.views.values()), np.float32)
+        result = (ctypes.c_void_p * 1)(y.ctypes.data)
+        start = time.perf_counter()
+        for view in self.views.values():
+            one = (ctypes.POINTER(native.MatrixView) * 1)(ctypes.pointer(view))
+            self._library.call("matmul", self._isa, one, 1, x.ctypes.data, native.FLOAT32, 1, result)
+        return time.perf_counter() - start
+
+    def _run(self, prompt: int, tokens: int) -> Iterator[list[int]]:
+        self.model.truncate(0)
+        ids = list(range(1, prompt + 1))
+        return Run(self.model, ids, tokens, Rules.greedy(), frozenset(), None, seed=0).tokens()
+
+    def _matrix(self, rows: int, width: int) -> native.MatrixView:
+        codec, (step, table) = get_codec(self.codec), self._table
+        codes = random_bytes(self._library.codes_bytes(codec.p, codec.n, rows, width))
+        scales = np.full(self._library.scales_count(rows, width), SCALE, np.float16)
+        self._arrays += [codes, scales]
+        return native.MatrixView(rows, width, step, 1.0, table, codes.ctypes.data, scales.ctypes.data)
 
 
-def stored_tensors(model: Any, codec: str) -> Sequence[StoredTensor]:
-    """What an artifact with this codec for every matrix would declare."""
-    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
-    return [
-        StoredTensor(name, codec, tuple(module.weight.shape), "BF16", (), 0, get_codec(codec).grid.t2)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and module is not tied
-    ]
+def spec_of(shapes: dict[str, Any]) -> Spec:
+    return Spec(
+        layers=shapes["num_hidden_layers"],
+        hidden=shapes["hidden_size"],
+        heads=shapes["num_attention_heads"],
+        kv_heads=shapes["num_key_value_heads"],
+        head_dim=shapes["hidden_size"] // shapes["num_attention_heads"],
+        inner=shapes["intermediate_size"],
+        vocabulary=shapes["vocab_size"],
+        positions=shapes["max_position_embeddings"],
+        epsilon=1e-5,
+        dtype="BF16",
+        frequencies=np.ones(shapes["hidden_size"] // shapes["num_attention_heads"] // 2, np.float32),
+        head=EMBEDDING,
+        vectors=(),
+    )
 
 
-def random_bytes(count: int) -> torch.Tensor:
-    return torch.empty(-(-count // 8), dtype=torch.int64).random_().view(torch.uint8)[:count]
-
-
-def shapes_of(matrices: Sequence[kernels.Packed]) -> list[tuple[int, int]]:
-    return [matrix.shape for matrix in matrices]
+def random_bytes(count: int) -> npt.NDArray[np.uint8]:
+    """In huge pages where the system gives them, as the library asks for when it arranges weights."""
+    memory = mmap.mmap(-1, count)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    found = np.frombuffer(memory, np.uint8)
+    found[:] = np.resize(np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8), count)
+    return found
 
 
 def measure_decode(report: Report, memory: Memory, arguments: argparse.Namespace) -> None:
@@ -158,7 +166,7 @@ def measure_decode(report: Report, memory: Memory, arguments: argparse.Namespace
         tempfile.TemporaryDirectory() as folder,
     ):
         for bits, codecs in CODECS.items():
-            ours = [PackedModel(codec, shapes) for codec in codecs]
+            ours = [RandomModel(codec, shapes) for codec in codecs]
             kinds = [
                 kind for peer in peers for kind in PEER_TYPES[bits] if load_peer(report, peer, kind, shapes, folder)
             ]
@@ -169,7 +177,7 @@ def measure_decode(report: Report, memory: Memory, arguments: argparse.Namespace
     report_peers(report, samples)
 
 
-def one_round(memory: Memory, ours: Sequence[PackedModel], peers: Sequence[PeerProcess], kinds: Sequence[str]) -> Round:
+def one_round(memory: Memory, ours: Sequence[RandomModel], peers: Sequence[PeerProcess], kinds: Sequence[str]) -> Round:
     figures = {model.codec: measure_model(model, memory) for model in ours}
     for kind in kinds:
         seconds = peers[0].call("decode", kind=kind, prompt=PROMPT_TOKENS, tokens=NEW_TOKENS)
@@ -178,7 +186,7 @@ def one_round(memory: Memory, ours: Sequence[PackedModel], peers: Sequence[PeerP
     return figures
 
 
-def measure_model(model: PackedModel, memory: Memory) -> dict[str, float]:
+def measure_model(model: RandomModel, memory: Memory) -> dict[str, float]:
     before = memory.gbps()
     time.sleep(SETTLE_S)
     rate, seconds = model.decode(PROMPT_TOKENS, NEW_TOKENS)
