@@ -122,7 +122,7 @@ def stream(request: Request) -> Request:
         streamer.choose = lambda chunks, _, speeds: choose(chunks, 0, speeds)
     limit = request["memory"]
     start = time.perf_counter()
-    model = open_model(request["artifact"], verify=False, memory=limit, streamed=limit is not None)
+    model = open_model(request["artifact"], verify=False, memory=limit, streamed=not request.get("keep", True) or None)
     load_s = time.perf_counter() - start
     timed = Timed(model)
     generations = [vars(engine_passes(timed, prompt, request["tokens"], drafter)) for prompt in request["prompts"]]

@@ -1,5 +1,6 @@
 """Models that do not fit in memory: time per token of streamed weights, under limits enforced from outside.
 
+    start        what a process takes before weights do
     stages       time per token against the slowest of reading, decoding and computing, each alone; peak memory
     coded        entropy-coded against fixed-rate weights of equal predicted loss
     peers        accelerate's disk offload, AirLLM and llama.cpp under the same limits
@@ -28,6 +29,7 @@ from stream_faults import measure_faults
 from stream_models import CODED, FAST, FIXED, KINDS, MODELS, QUICK_MODELS, Artifact, Store
 from stream_runs import Bench, Run, key
 from stream_speculation import measure_speculation
+from stream_start import measure_start
 from waterfill.budget import parse_size
 
 TOKENS, QUICK_TOKENS = 8, 3
@@ -192,8 +194,13 @@ def measure_peers(bench: Bench, names: list[str]) -> None:
                 except LimitError as error:
                     bench.report.note(f"{peer}, {name}, {storage}: {error}")
                     continue
+                against = ours
+                if memory is not None and run.memory_bytes > memory:  # under the same limit: ours once more
+                    against = bench.ours(artifacts[CODED], rate, tokens, run.memory_bytes)
+                    who, size = f"waterfill {CODED}, as much memory", (artifacts[CODED].bits, artifacts[CODED].t2)
+                    rows.append([name, storage, who, *size, *peer_figures(against, ours)])
                 rows.append([name, storage, peer, bits, t2, *peer_figures(run, ours)])
-                peer_criterion(bench, peer, name, storage, run.token_s / ours.token_s)
+                peer_criterion(bench, peer, name, storage, run.token_s / against.token_s)
     columns = ["model", "storage", "who", "bits", "t²", "s/token", "±", "times our faster", "s/prompt", "peak MB"]
     columns += ["of it anonymous", "limit MB"]
     bench.report.table("under the same limits, more memory where a peer was killed", columns, rows, key="peers")
@@ -246,6 +253,7 @@ def peer_criterion(bench: Bench, peer: str, name: str, storage: str, ratio: floa
 
 
 SECTIONS = {
+    "start": lambda bench, _: measure_start(bench),
     "stages": measure_stages,
     "coded": measure_coded,
     "peers": measure_peers,

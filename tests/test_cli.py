@@ -237,12 +237,12 @@ def test_logs_and_warnings_of_others_stay_out_of_the_way(command: Command, work:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `python -m waterfill.cli …` in an empty directory."""
+    """Start `python -m waterfill …` in an empty directory."""
     started: list[subprocess.Popen[str]] = []
 
     def run(*arguments: str | Path) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "waterfill.cli", *map(str, arguments)],
+            [sys.executable, "-m", "waterfill", *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -255,6 +255,30 @@ int lanes_of(int64_t weights) {
 }
 
 // Streams that are whole, cut short or damaged: the same result, or refused by both, without a read beyond the bytes.
+// A chunk of one stream, whose levels and scales are known: its product is that of the levels.
+void expect_streamed_product(int isa, int states, int64_t rows, int64_t width, bool wide, const std::vector<uint8_t>& stream,
+                             const std::vector<uint8_t>& codes, const std::vector<uint16_t>& scales, const std::string& name) {
+    const Grid grid{1, wide ? 1 << 16 : 1 << 8, wide ? 16 : 8};
+    std::vector<int16_t> units(static_cast<size_t>(grid.n));
+    std::vector<float> points(units.size()), x(size_t(2 * width)), y(size_t(2 * rows));
+    for (int i = 0; i < grid.n; ++i) units[size_t(i)] = int16_t(i - grid.n / 2), points[size_t(i)] = float(i - grid.n / 2);
+    for (auto& v : x) v = float(int32_t(rng())) * 1e-9f;
+    const Arranged levels(isa, grid, rows, width, units, points, codes, scales, width * (wide ? 2 : 1));
+    const wf_matrix* matrix = &levels.matrix;
+    void* result = y.data();
+    if (wf_matmul(isa, &matrix, 1, x.data(), WF_FLOAT32, 2, &result)) std::abort();
+    uint32_t end = uint32_t(stream.size());
+    const wf_chunk chunk{rows, width, 0.01f, 1.0f, levels.table, stream.data(), nullptr, states, wide, &end, 0, 0, 0};
+    expect_product(isa, chunk, x, 2, y, name + ", streamed");
+    std::vector<uint8_t> arranged(levels.codes.size());
+    std::vector<uint16_t> arranged_scales(levels.scales.size());
+    expect(!wf_chunk_decode(isa, &chunk, arranged.data(), arranged_scales.data()) && arranged == levels.codes &&
+               arranged_scales == levels.scales,
+           name + ", decoded");
+    end -= 2;
+    expect(wf_chunk_decode(isa, &chunk, arranged.data(), arranged_scales.data()) == -3, name + ", cut short");
+}
+
 void compare_streams(int isa, int scalar) {
     struct {
         int64_t rows, width;
@@ -266,13 +290,13 @@ void compare_streams(int isa, int scalar) {
         for (int states : {1, 8, 256}) {
             const int lanes = lanes_of(c.rows * c.width);
             const auto stream = stream_of(c.rows, c.width, lanes, c.symbols, c.wide, c.levels);
+            std::vector<uint16_t> scales(size_t(c.rows * groups_of(c.width)));
             auto decode = [&](int on, const std::vector<uint8_t>& body, std::vector<uint8_t>& codes) {
                 std::vector<uint8_t> arena(4 + body.size());  // its end is where the sanitizer watches
                 const uint32_t end = uint32_t(arena.size());
                 std::memcpy(arena.data(), &end, 4);
                 if (!body.empty()) std::memcpy(arena.data() + 4, body.data(), body.size());
                 codes.assign(size_t(c.rows * c.width * (c.wide ? 2 : 1)), 0);
-                std::vector<uint16_t> scales(size_t(c.rows * groups_of(c.width)));
                 const int64_t status = wf_trellis_decode(on, states, c.wide, arena.data(), int64_t(arena.size()), c.rows, c.width,
                                                          codes.data(), scales.data());
                 for (uint16_t scale : scales) codes.push_back(uint8_t(scale)), codes.push_back(uint8_t(scale >> 8));
@@ -282,6 +306,7 @@ void compare_streams(int isa, int scalar) {
             const std::string name = "stream of " + std::to_string(c.symbols) + " symbols, " + std::to_string(states) + " states";
             std::vector<uint8_t> x, y;
             expect(decode(isa, stream, x) == 0 && decode(scalar, stream, y) == 0 && x == y, name);
+            expect_streamed_product(isa, states, c.rows, c.width, c.wide, stream, x, scales, name);
             for (int trial = 0; trial < 60; ++trial) {
                 auto other = stream;
                 if (trial % 2)

@@ -260,7 +260,3 @@ def _fail(sentence: str) -> None:
     else:
         click.echo(click.style("error: ", fg="red", bold=True) + sentence, err=True)
     sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

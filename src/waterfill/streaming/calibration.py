@@ -16,8 +16,7 @@ from waterfill.streaming.view import Activations, View
 
 READING_S = 0.2  # for each way
 WORKING_S = 0.2
-THREADS = (1, 2, 4)
-WAYS = (*((threads, READ_BYTES) for threads in THREADS), (1, 4 * READ_BYTES))  # of reading
+WAYS = ((2, READ_BYTES), (4, READ_BYTES), (2, 2 * READ_BYTES))  # of reading; while one thread checks, another reads
 ENOUGH = 1.2  # times as fast as decoding
 WORTH = 1.1  # a way that comes later has to be so much faster
 
@@ -25,12 +24,12 @@ WORTH = 1.1  # a way that comes later has to be so much faster
 def calibrate(storage: Storage, chunks: Sequence[Chunk]) -> tuple[Speeds, int]:
     """Speeds, and how many threads had best read; sets how much `storage` reads with one call."""
     largest = max(chunk.region.size_bytes for chunk in chunks)
-    slots = [Slot(largest) for _ in range(max(THREADS))]
+    slots = [Slot(largest) for _ in range(max(threads for threads, _ in WAYS))]
     chunk = max(chunks, key=lambda chunk: chunk.region.size_bytes)
     decode, multiply = _working_speeds(ChunkData(chunk, storage.read_into(chunk.region, slots[0])))
     enough = ENOUGH * largest * decode / chunk.weights  # faster would only take time from decoding
     following = itertools.cycle(chunks)
-    best, read_bytes_per_s = (1, READ_BYTES), 0.0
+    best, read_bytes_per_s = WAYS[0], 0.0
     for threads, storage.read_bytes in WAYS:
         speed = _reading_speed(storage, following, slots[:threads])
         if speed > WORTH * read_bytes_per_s:

@@ -31,7 +31,7 @@ from waterfill.streaming.view import Activations, View
 if TYPE_CHECKING:
     from waterfill.kernels import Packed
 
-CHUNK_BYTES = 4 << 20  # calls from Python are few; a handful of chunks is enough to read ahead
+CHUNK_BYTES = 2 << 20  # calls from Python are few; a handful of chunks is enough to read ahead
 PART_WEIGHTS = 1 << 18  # of codes
 
 
