@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from waterfill._lazy import after_import
+
 _SECTIONS = {
     "On a text": ("text_file", "against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
     "Tasks": ("tasks", "shots", "limit", "chat_template"),
@@ -17,7 +19,7 @@ _SECTIONS = {
     "Choices": ("gain", "keep", "tie", "uniform", "purpose", "codecs"),
     "Sensitivities": ("probe", "text", "calibration", "sequences", "length", "seed", "method", "sensitivity"),
     "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
-    "Running": ("memory", "draft", "lookup"),
+    "Running": ("memory", "draft", "lookup", "engine"),
 }
 
 Decorator = Callable[[Any], Any]
@@ -27,7 +29,7 @@ class SectionedCommand(click.Command):
     """Lists the options of its help by section."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        _quiet_transformers()  # not earlier: this imports it
+        after_import("transformers", _quiet_transformers)  # which most commands do, but not all
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -10,6 +10,7 @@ from waterfill.artifact import open_artifact
 from waterfill.engine.defaults import read_defaults
 from waterfill.engine.generation import Generation, generate
 from waterfill.engine.opening import open_model
+from waterfill.engine.spec import read_spec
 from waterfill.engine.tokenizer_files import load_tokenizer
 from waterfill.sampling import Message, Sampling
 from waterfill.streaming.streamer import Streamer
@@ -42,7 +43,8 @@ class Engine:
         verify: bool = True,
     ) -> None:
         opened = open_artifact(Path(artifact), verify=False)
-        self.defaults = read_defaults(opened.path)  # what takes transformers is found before any weights are read
+        read_spec(opened)  # what takes transformers is found before any weights are read
+        self.defaults = read_defaults(opened.path)
         self.tokenizer = load_tokenizer(opened.path)
         self.model = open_model(opened, memory=memory, streamed=streamed, verify=verify)
 
