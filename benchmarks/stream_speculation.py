@@ -15,8 +15,8 @@ from common import EXAMPLE_MODEL, held_out_text
 from limits import LimitError
 from stream_runs import Bench, Run, key
 
-PASS_S, QUICK_PASS_S = 0.25, 0.05
-PROMPTS, QUICK_PROMPTS = 6, 1
+PASS_S, QUICK_PASS_S = 0.2, 0.05
+PROMPTS, QUICK_PROMPTS = 4, 1
 PROMPT_TOKENS = 256
 TOKENS, QUICK_TOKENS = 96, 24
 LOOKUP = 8  # tokens guessed at a time

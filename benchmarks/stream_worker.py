@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -106,6 +107,7 @@ def stream(request: Request) -> Request:
 
     `keep` false streams everything, however much memory is left: what a small model needs to stand for a large one.
     """
+    importlib.import_module("waterfill.engine.generation")  # before memory is looked at
     from waterfill.engine.choose import Rules
     from waterfill.engine.opening import open_model
     from waterfill.engine.speculate import DraftModel, Lookup

@@ -12,7 +12,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
+from numpy.random import default_rng  # imported here, before a streamed model sees what memory is left
 
 from waterfill.engine.choose import Rules
 from waterfill.engine.defaults import Defaults
@@ -141,7 +141,7 @@ class Run:
 
     def tokens(self) -> Iterator[list[int]]:
         """The tokens of each pass of the model, up to an end of text."""
-        ids, random = list(self.ids), np.random.default_rng(self.seed)
+        ids, random = list(self.ids), default_rng(self.seed)
         end = len(ids) + self.most
         while len(ids) < end:
             draft = Draft() if self.drafter is None else self.drafter.propose(ids, end - len(ids) - 1, random)

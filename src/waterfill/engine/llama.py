@@ -20,7 +20,7 @@ from waterfill.engine.weights import Weights, kernels
 from waterfill.errors import WaterfillError
 from waterfill.streaming.streamer import Streamer
 
-NARROW = 16  # tokens of a pass whose working memory is kept for the next one, however short memory is
+NARROW = 16  # tokens of a pass whose working memory is kept for the next one
 FIRST_CAPACITY = 256  # positions of the cache to begin with; it grows by doubling
 
 Floats = npt.NDArray[np.float32]
@@ -153,7 +153,7 @@ class LlamaModel:
         )
         self.weights.expect(status)
         cache.length += len(ids)
-        if self.streaming is not None and len(ids) > NARROW:
+        if len(ids) > NARROW:
             self._library.call("release_memory")
         return out
 
