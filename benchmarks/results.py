@@ -61,7 +61,7 @@ CHAPTERS = {
         "Random weights in the shapes named, at 3 bits, streamed by the engine within a third of the artifact: `group` "
         "is what the control group counts, page cache included. `over the slowest` is the time of a token over the "
         "longest of reading, decoding and computing, each alone; decoding and computing share the cores, so where "
-        "storage is fast it is their sum that counts. llama.cpp maps its file, and what the limit leaves is page cache. "
+        "storage is fast it is their sum that counts. llama.cpp maps its file; what the limit leaves is page cache. "
         "accelerate does not end below the limit that it was given; we are then measured once more under the same one, "
         "in which all weights stay in memory.",
     ),
