@@ -33,6 +33,12 @@ int64_t elapsed_ns(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
 }
 
+int64_t parts_of(const wf_chunk& c) { return ceil_div(c.rows, part_rows(c)); }
+
+int64_t rows_of(const wf_chunk& c, int64_t part) { return least(part_rows(c), c.rows - part * part_rows(c)); }
+
+StreamShape shape_of(const wf_chunk& c) { return {c.rows, c.width, c.states, c.wide != 0}; }
+
 // Levels [rows][width] and scales [rows][groups] -> the kernels' layout.
 template <class Level>
 void arrange_levels(const Level* levels, const uint16_t* row_scales, int64_t rows, int64_t width, int bias, uint8_t* codes,
@@ -58,28 +64,16 @@ void arrange_levels(const Level* levels, const uint16_t* row_scales, int64_t row
     }
 }
 
-bool decode_streamed(const Functions& f, const wf_chunk& c, int64_t part, int64_t rows, uint8_t* codes, uint16_t* scales) {
-    const StreamShape shape{c.rows, c.width, c.states, c.wide != 0};
-    int lanes;
-    uint8_t* levels = scratch(kLevels, padded_count(rows * c.width, &lanes) * (c.wide ? 2 : 1));
-    auto* row_scales = reinterpret_cast<uint16_t*>(scratch(kIndices, rows * groups_of(c.width) * 2));
-    const int64_t from = part ? c.ends[part - 1] : 0, to = c.ends[part];
-    if (from > to || !decode_stream(f, shape, rows, c.data + from, to - from, levels, row_scales)) return false;
+// Levels of a part -> the kernels' layout.
+void arrange_part(const Functions& f, const wf_chunk& c, const Symbols& symbols, int64_t rows, const uint16_t* row_scales,
+                  uint8_t* codes, uint16_t* scales) {
+    uint8_t* levels = scratch(kLevels, symbols.count * (c.wide ? 2 : 1));
+    walk_stream(f, shape_of(c), symbols, levels);
     const int bias = c.table->view.bias;
     if (c.wide)
         arrange_levels(reinterpret_cast<const int16_t*>(levels), row_scales, rows, c.width, bias, codes, scales);
     else
         arrange_levels(reinterpret_cast<const int8_t*>(levels), row_scales, rows, c.width, bias, codes, scales);
-    return true;
-}
-
-// Rows [first, first + rows) of a chunk that is not in the kernels' layout -> that layout.
-bool decode_part(const Functions& f, const wf_chunk& c, int64_t part, int64_t first, int64_t rows, uint8_t* codes,
-                 uint16_t* scales) {
-    if (c.states) return decode_streamed(f, c, part, rows, codes, scales);
-    const StoredRows stored{c.table, c.rows, c.width, c.data, c.scales, c.word_indices, c.word_bytes, c.row_bytes};
-    arrange_tiles(f, stored, first / kTile, ceil_div(first + rows, kTile), codes, scales);
-    return true;
 }
 
 bool sound(const Functions* f, const wf_chunk* c) {
@@ -87,13 +81,44 @@ bool sound(const Functions* f, const wf_chunk* c) {
            c->word_bytes <= 7;
 }
 
-// work(part, first row, rows) -> whether it is sound; the number of the first part that is not, or 0.
-template <class Work>
-int64_t each_part(const wf_chunk& c, const Work& work) {
-    const int64_t each = part_rows(c);
+// Every part of a chunk that is not in the kernels' layout -> that layout, where place(part, codes, scales) says, and then
+// work(part, codes, scales). The number of the first part that is damaged, or 0; adds the time of decoding, of all threads.
+template <class Place, class Work>
+int64_t each_part(const Functions& f, const wf_chunk& c, const Place& place, const Work& work,
+                  std::atomic<int64_t>& decoding_ns) {
+    const int64_t each = part_rows(c), groups = groups_of(c.width);
+    if (!c.states) {
+        const StoredRows stored{c.table, c.rows, c.width, c.data, c.scales, c.word_indices, c.word_bytes, c.row_bytes};
+        parallel(parts_of(c), [&](int64_t i) {
+            const auto start = std::chrono::steady_clock::now();
+            uint8_t* codes;
+            uint16_t* scales;
+            place(i, codes, scales);
+            arrange_tiles(f, stored, i * each / kTile, ceil_div(i * each + rows_of(c, i), kTile), codes, scales);
+            decoding_ns += elapsed_ns(start);
+            work(i, codes, scales);
+        });
+        return 0;
+    }
     std::atomic<int64_t> failed{INT64_MAX};
-    parallel(ceil_div(c.rows, each), [&](int64_t i) {
-        if (!work(i, i * each, least(each, c.rows - i * each))) lower(failed, i);
+    static thread_local std::chrono::steady_clock::time_point start;
+    auto row_scales = [&](int64_t i) {  // two streams are read at a time: each has half of the memory
+        return reinterpret_cast<uint16_t*>(scratch(kIndices, 4 * each * groups)) + i % 2 * each * groups;
+    };
+    auto part = [&](int64_t i) -> StreamPart {
+        const int64_t from = i ? c.ends[i - 1] : 0, to = c.ends[i];
+        start = std::chrono::steady_clock::now();
+        return {rows_of(c, i), c.data + from, most(0, to - from), row_scales(i)};
+    };
+    each_stream(f, shape_of(c), parts_of(c), part, [&](int64_t i, const Symbols& symbols) {
+        if (!symbols.good) return lower(failed, i);
+        uint8_t* codes;
+        uint16_t* scales;
+        place(i, codes, scales);
+        arrange_part(f, c, symbols, rows_of(c, i), row_scales(i), codes, scales);
+        decoding_ns += elapsed_ns(start);
+        work(i, codes, scales);
+        start = std::chrono::steady_clock::now();
     });
     return failed == INT64_MAX ? 0 : -3 - failed.load();
 }
@@ -152,27 +177,30 @@ int64_t wf_chunk_multiply(int isa, const wf_chunk* chunk, const wf_activations* 
     if (!(x->form == form_of(*f, c.table->view))) return -2;
     const int64_t tile_bytes = tile_code_bytes(c.table->view, c.width), groups = groups_of(c.width),
                   tokens = x->view.tokens;
-    const bool arranged = !c.states && !c.row_bytes;
+    const int64_t each = part_rows(c);
     std::atomic<int64_t> decoding{0}, multiplying{0};
-    const int64_t status = each_part(c, [&](int64_t part, int64_t first, int64_t rows) {
+    auto multiply = [&](int64_t part, const uint8_t* codes, const uint16_t* scales) {
         const auto start = std::chrono::steady_clock::now();
-        const int64_t tile = first / kTile, tiles = tiles_of(rows);
-        Matrix m{rows, c.width, c.step, c.unit, &c.table->view, nullptr, nullptr};
-        if (arranged) {
-            m.codes = c.data + tile * tile_bytes, m.scales = c.scales + tile * groups * kTile;
-        } else {
-            uint8_t* codes = scratch(kPartCodes, tiles * tile_bytes);
-            auto* scales = reinterpret_cast<uint16_t*>(scratch(kPartScales, tiles * groups * kTile * 2));
-            if (!decode_part(*f, c, part, first, rows, codes, scales)) return false;
-            m.codes = codes, m.scales = scales;
-        }
-        const int64_t decoded = elapsed_ns(start);
+        const int64_t first = part * each, rows = rows_of(c, part);
+        const Matrix m{rows, c.width, c.step, c.unit, &c.table->view, codes, scales};
         float* sums = scratch_floats(kPartSums, tokens * rows);
-        f->multiply(m, x->view, 0, tiles, sums, scratch(kDecoded, f->scratch_bytes(m, x->view)));
+        f->multiply(m, x->view, 0, tiles_of(rows), sums, scratch(kDecoded, f->scratch_bytes(m, x->view)));
         for (int64_t t = 0; t < tokens; ++t) from_float(sums + t * rows, dtype, t * stride + first, rows, y);
-        decoding += decoded, multiplying += elapsed_ns(start) - decoded;
-        return true;
-    });
+        multiplying += elapsed_ns(start);
+    };
+    auto place = [&](int64_t part, uint8_t*& codes, uint16_t*& scales) {
+        const int64_t tiles = tiles_of(rows_of(c, part));
+        codes = scratch(kPartCodes, tiles * tile_bytes);
+        scales = reinterpret_cast<uint16_t*>(scratch(kPartScales, tiles * groups * kTile * 2));
+    };
+    int64_t status = 0;
+    if (!c.states && !c.row_bytes)
+        parallel(parts_of(c), [&](int64_t part) {
+            const int64_t tile = part * each / kTile;
+            multiply(part, c.data + tile * tile_bytes, c.scales + tile * groups * kTile);
+        });
+    else
+        status = each_part(*f, c, place, multiply, decoding);
     nanoseconds[0] += decoding, nanoseconds[1] += multiplying;
     return status;
 }
@@ -183,10 +211,12 @@ int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t
     if (!sound(f, chunk) || (!c.states && !c.row_bytes)) return -1;
     const int64_t tile_bytes = tile_code_bytes(c.table->view, c.width), groups = groups_of(c.width);
     prefer_huge_pages(codes, tiles_of(c.rows) * tile_bytes);
-    return each_part(c, [&](int64_t part, int64_t first, int64_t rows) {
-        const int64_t tile = first / kTile;
-        return decode_part(*f, c, part, first, rows, codes + tile * tile_bytes, scales + tile * groups * kTile);
-    });
+    auto place = [&](int64_t part, uint8_t*& part_codes, uint16_t*& part_scales) {
+        const int64_t tile = part * part_rows(c) / kTile;
+        part_codes = codes + tile * tile_bytes, part_scales = scales + tile * groups * kTile;
+    };
+    std::atomic<int64_t> nanoseconds{0};
+    return each_part(*f, c, place, [](int64_t, const uint8_t*, const uint16_t*) {}, nanoseconds);
 }
 
 int wf_checksums(const uint8_t* data, const uint32_t* ends, int64_t count, uint64_t* sums) {

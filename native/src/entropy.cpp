@@ -61,15 +61,17 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
     const int64_t streams = stream_count(shape), each = stream_rows(width), groups = groups_of(width);
     if (bytes < 4 * streams) return -2;
     std::atomic<int64_t> failed{INT64_MAX};
-    parallel(streams, [&](int64_t i) {
+    auto part = [&](int64_t i) -> StreamPart {
         const int64_t from = i ? little_endian(arena + 4 * (i - 1)) : 4 * streams, to = little_endian(arena + 4 * i);
-        const int64_t first = i * each, count = least(each, rows - first), weights = count * width;
-        int lanes;
-        uint8_t* levels = scratch(kLevels, padded_count(weights, &lanes) * (wide ? 2 : 1));
-        const bool good = from >= 4 * streams && from <= to && to <= bytes &&
-                          (i + 1 < streams || zeros(arena + to, arena + bytes)) &&
-                          decode_stream(*f, shape, count, arena + from, to - from, levels, scales + first * groups);
-        if (!good) return lower(failed, i);
+        const bool inside = from >= 4 * streams && from <= to && to <= bytes &&
+                            (i + 1 < streams || zeros(arena + to, arena + bytes));
+        return {least(each, rows - i * each), arena + (inside ? from : 0), inside ? to - from : 0, scales + i * each * groups};
+    };
+    each_stream(*f, shape, streams, part, [&](int64_t i, const Symbols& symbols) {
+        if (!symbols.good) return lower(failed, i);
+        const int64_t first = i * each, weights = least(each, rows - first) * width;
+        uint8_t* levels = scratch(kLevels, symbols.count * (wide ? 2 : 1));
+        walk_stream(*f, shape, symbols, levels);
         if (wide) {
             const int16_t* level = reinterpret_cast<const int16_t*>(levels);
             uint8_t* out = codes + 2 * first * width;

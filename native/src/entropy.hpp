@@ -17,6 +17,14 @@ struct RansTable {
     uint32_t threshold[32], own[32], other[32];
 };
 
+// A stream while it is decoded: states of 32 lanes, words that are left, and where the next symbols go.
+struct RansLanes {
+    const RansTable* table;
+    uint32_t x[kMostLanes];
+    const uint8_t *at, *end;
+    uint8_t* out;
+};
+
 // Systematic feedback convolutional code of Ungerboeck (1987, table I): parity-check polynomials without their last bit.
 struct TrellisCode {
     int states;

@@ -186,20 +186,34 @@ int64_t rans_encode(const uint8_t* symbols, int64_t count, int lanes, const uint
     return bytes;
 }
 
+namespace {
+
+// Reads the states; false where they cannot be.
+bool begin(RansLanes& r, const RansTable& table, const uint8_t* in, int64_t bytes, int lanes, uint8_t* out) {
+    Reader reader{in, in + bytes};
+    for (int lane = 0; lane < lanes; ++lane) r.x[lane] = reader.number(4);
+    if (!reader.good) return false;
+    for (int lane = 0; lane < lanes; ++lane)
+        if (r.x[lane] < kLeastState) return false;
+    r.table = &table, r.at = reader.at, r.end = reader.end, r.out = out;
+    return true;
+}
+
+// Decodes what is left; false unless it ends where and as the stream began.
+bool finish(const Functions& f, RansLanes& r, int lanes, int64_t count) {
+    if (!f.decode_symbols(*r.table, lanes, r.x, r.at, r.end, count, r.out) || r.at != r.end) return false;
+    for (int lane = 0; lane < lanes; ++lane)
+        if (r.x[lane] != kLeastState) return false;
+    return true;
+}
+
+}  // namespace
+
 bool rans_decode(const Functions& f, const uint8_t* in, int64_t bytes, int lanes, const RansTable& table, int64_t count,
                  uint8_t* out) {
     if (lanes < 1 || lanes > kMostLanes || count % lanes) return false;
-    Reader reader{in, in + bytes};
-    uint32_t x[kMostLanes];
-    for (int lane = 0; lane < lanes; ++lane) x[lane] = reader.number(4);
-    if (!reader.good) return false;
-    for (int lane = 0; lane < lanes; ++lane)
-        if (x[lane] < kLeastState) return false;
-    const uint8_t* at = reader.at;
-    if (!f.decode_symbols(table, lanes, x, at, reader.end, count, out) || at != reader.end) return false;
-    for (int lane = 0; lane < lanes; ++lane)
-        if (x[lane] != kLeastState) return false;
-    return true;
+    RansLanes r;
+    return begin(r, table, in, bytes, lanes, out) && finish(f, r, lanes, count);
 }
 
 int64_t stream_rows(int64_t width) { return kTile * most(1, kStreamWeights / (kTile * width)); }
@@ -212,9 +226,12 @@ int64_t padded_count(int64_t weights, int* lanes) {
     return ceil_div(weights, *lanes) * *lanes;
 }
 
-bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const uint8_t* in, int64_t bytes, void* levels,
-                   uint16_t* scales) {
-    Reader reader{in, in + bytes};
+namespace {
+
+// Everything before the states: false where that is damaged. `reader` stands before them.
+bool read_header(const StreamShape& s, const StreamPart& part, Reader& reader, RansTable& table, Symbols& found) {
+    const int64_t rows = part.rows;
+    uint16_t* scales = part.scales;
     const TrellisCode* code = trellis_code(s.states);
     const uint32_t flags = reader.number(1), symbols = reader.number(1) + 1, center = reader.number(1);
     const uint32_t scale_bits = reader.number(1);
@@ -247,21 +264,43 @@ bool decode_stream(const Functions& f, const StreamShape& s, int64_t rows, const
     const uint8_t* values = with_levels ? reader.take(symbols) : nullptr;
     for (uint32_t i = 0; values && i < symbols; ++i)
         if (int8_t(values[i]) == -128) return false;  // has no negative
-    RansTable table;
     if (!reader.good || !make_table(frequencies, table)) return false;
 
-    int lanes;
-    const int64_t count = padded_count(rows * s.width, &lanes);
-    const uint8_t* raw = reader.take(ceil_div(count * raw_bits, 8));
-    if (!reader.good) return false;
-    uint8_t* decoded = scratch(kSymbols, count);
-    if (!rans_decode(f, reader.at, reader.end - reader.at, lanes, table, count, decoded)) return false;
-    const Walk walk{*code, int(center), raw_bits, reinterpret_cast<const int8_t*>(values)};
+    found.count = padded_count(rows * s.width, &found.lanes);
+    found.raw = reader.take(ceil_div(found.count * raw_bits, 8));
+    found.walk = {*code, int(center), raw_bits, reinterpret_cast<const int8_t*>(values)};
+    return reader.good;
+}
+
+}  // namespace
+
+void read_streams(const Functions& f, const StreamShape& s, const StreamPart* parts, int count, Symbols* found) {
+    RansTable tables[2];
+    RansLanes lanes[2];
+    for (int i = 0; i < count; ++i) {
+        Reader reader{parts[i].in, parts[i].in + parts[i].bytes};
+        Symbols& one = found[i];
+        one.good = read_header(s, parts[i], reader, tables[i], one);
+        if (!one.good) continue;
+        uint8_t* out = scratch(i ? kMoreSymbols : kSymbols, one.count);
+        one.decoded = out;
+        one.good = begin(lanes[i], tables[i], reader.at, reader.end - reader.at, one.lanes, out);
+    }
+    int64_t done = 0;
+    if (count == 2 && found[0].good && found[1].good && found[0].lanes == kMostLanes && found[1].lanes == kMostLanes)
+        done = f.decode_pair(lanes, least(found[0].count, found[1].count));
+    for (int i = 0; i < count; ++i) {
+        if (!found[i].good) continue;
+        lanes[i].out += done;
+        found[i].good = finish(f, lanes[i], found[i].lanes, found[i].count - done);
+    }
+}
+
+void walk_stream(const Functions& f, const StreamShape& s, const Symbols& symbols, void* levels) {
     if (s.wide)
-        f.walk_wide(walk, lanes, count, decoded, raw, static_cast<int16_t*>(levels));
+        f.walk_wide(symbols.walk, symbols.lanes, symbols.count, symbols.decoded, symbols.raw, static_cast<int16_t*>(levels));
     else
-        f.walk(walk, lanes, count, decoded, static_cast<int8_t*>(levels));
-    return true;
+        f.walk(symbols.walk, symbols.lanes, symbols.count, symbols.decoded, static_cast<int8_t*>(levels));
 }
 
 void lower(std::atomic<int64_t>& least, int64_t value) {

@@ -21,7 +21,7 @@ from waterfill.streaming.limit import LEAST_PASS, PASS_BYTES, held_bytes, room
 from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import Streamer
 
-OVERHEAD_BYTES = 8 << 20  # what the interpreter and the C library take beyond what is counted
+OVERHEAD_BYTES = 12 << 20  # what the interpreter and the C library take beyond what is counted
 
 
 def open_model(
