@@ -15,28 +15,36 @@ from waterfill.codecs import LOSSLESS, Trellis, get_codec
 _log = logging.getLogger(__name__)
 
 LOADING = 1.05  # of the weights: what loading takes beyond them
-WORKING_BYTES = 150_000_000  # keys, values and activations of a short text
+WORKING_BYTES = 150_000_000  # keys, values and activations of a short text, with torch
 MOST_FREE_BYTES = 1 << 50  # where nothing is known
 FREE_SHARE = 0.8  # of the free memory that a streamed model takes
 
 
 @dataclass(frozen=True)
 class Fit:
-    """`limit_bytes` is what the process may take in all."""
+    """`limit_bytes` is what the process may take in all, `spare_bytes` what a model in memory leaves of that."""
 
     streamed: bool
     limit_bytes: int
+    spare_bytes: int
 
 
-def fit(artifact: Artifact, memory: str | int | None, streamed: bool | None = None) -> Fit:
+def fit(
+    artifact: Artifact,
+    memory: str | int | None,
+    streamed: bool | None = None,
+    *,
+    working_bytes: int = WORKING_BYTES,
+) -> Fit:
     """How to run an artifact within `memory`, of the whole process, or within what is free when that is None.
 
-    `streamed` decides by itself where it is given. Raises WaterfillError for a size that is none.
+    `streamed` decides by itself where it is given; `working_bytes` is what a model takes beside its weights. Raises
+    WaterfillError for a size that is none.
     """
     limit = None if memory is None else memory if isinstance(memory, int) else parse_size(memory)
     free = process.free_bytes() if limit is None else limit - process.resident_bytes()
+    needed = resident_size(artifact) + working_bytes
     if streamed is None:
-        needed = resident_size(artifact)
         streamed = needed > free
         if streamed and limit is None:
             _log.warning(
@@ -46,11 +54,11 @@ def fit(artifact: Artifact, memory: str | int | None, streamed: bool | None = No
             )
     if limit is None:
         limit = int(process.resident_bytes() + FREE_SHARE * min(free, MOST_FREE_BYTES))
-    return Fit(streamed, limit)
+    return Fit(streamed, limit, max(0, int(min(free, MOST_FREE_BYTES)) - needed))
 
 
 def resident_size(artifact: Artifact) -> int:
-    """Memory that a model takes when all of its weights are in it, in the form in which they are multiplied; about."""
+    """Memory that all weights take in the form in which they are multiplied; about."""
     total = 0
     for tensor in artifact.tensors.values():
         codec = None if tensor.codec in (RAW, LOSSLESS) else get_codec(tensor.codec)
@@ -60,7 +68,7 @@ def resident_size(artifact: Artifact) -> int:
             total += tensor.size_bytes
         else:
             total += math.prod(tensor.shape) * ELEMENT_BYTES[tensor.dtype]
-    return int(LOADING * total) + WORKING_BYTES
+    return int(LOADING * total)
 
 
 def packed_names(artifact: Artifact) -> frozenset[str]:

@@ -17,7 +17,7 @@ from waterfill.engine.weights import Floats, Resident, Streamed
 from waterfill.errors import UnsupportedError
 from waterfill.fit import fit, packed_names
 from waterfill.streaming.chunks import StreamedMatrix
-from waterfill.streaming.limit import LEAST_PASS, PASS_BYTES, held_bytes, room
+from waterfill.streaming.limit import LEAST_CONTEXT, LEAST_PASS, LEAST_PASS_BYTES, PASS_BYTES, held_bytes, room
 from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import Streamer
 
@@ -46,15 +46,17 @@ def open_model(
     if native.float_activations():
         raise UnsupportedError(f"{native.FLOAT_ACTIVATIONS} asks for exact activations")
     spec = read_spec(artifact)
-    chosen = fit(artifact, memory, streamed)
+    least = Cache.token_bytes(spec) * min(LEAST_CONTEXT, spec.positions) + logits * logit_bytes(spec) + LEAST_PASS_BYTES
+    chosen = fit(artifact, memory, streamed, working_bytes=OVERHEAD_BYTES + least)
     packed = packed_names(artifact)
     if verify:
         artifact.verify_files()
     vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
     if chosen.streamed:
         return _streamed(artifact, spec, vectors, chosen.limit_bytes, verify=verify, logits=logits)
+    width = min(PASS_BYTES, LEAST_PASS_BYTES + chosen.spare_bytes // 4) // pass_bytes(spec)
     weights = Resident.load(artifact, spec, verify=verify)
-    return LlamaModel(spec, weights, vectors, pass_tokens=max(LEAST_PASS, PASS_BYTES // pass_bytes(spec)))
+    return LlamaModel(spec, weights, vectors, pass_tokens=max(LEAST_PASS, width))
 
 
 def _floats(artifact: Artifact, name: str, verify: bool) -> Floats:
