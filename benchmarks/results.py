@@ -83,8 +83,8 @@ CHAPTERS = {
     "kernels": (
         "Kernels",
         "Sections measured one after the other; this virtual machine's DRAM reads at 25 to 56 GB/s from one minute to "
-        "the next, which the spreads show. Whole models are run by the engine. Other libraries' 4-bit kernels reach the "
-        "memory's speed too when it is the only load: between two that do, the ratio is that of their bits.",
+        "the next, which the spreads show. Whole models are run by the engine. Other libraries' 4-bit kernels reach "
+        "the memory's speed too when it is the only load: between two that do, the ratio is that of their bits.",
     ),
 }
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; their threads would wait for each other
@@ -84,6 +87,14 @@ def work(tmp_path_factory: pytest.TempPathFactory, ref_llama: Path) -> Path:
     (root / "text.py").write_text(Path(argparse.__file__).read_text("utf-8")[:20_000])
     (root / "latin.txt").write_bytes(b"caf\xe9 " * 99)
     return root
+
+
+@pytest.fixture
+def no_reader_left() -> Iterator[None]:
+    """Threads that read ahead end with their model."""
+    yield
+    gc.collect()
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "waterfill-read"]
 
 
 @pytest.fixture(autouse=True)

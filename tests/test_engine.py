@@ -6,12 +6,10 @@ rounding boundary, it moves by one step of 127. So logits are compared within a 
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,10 @@ from waterfill.engine.opening import open_model
 from waterfill.engine.spec import read_spec
 from waterfill.errors import ArtifactError, MemoryLimitError, UnsupportedError, WaterfillError
 
-pytestmark = pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off")
+pytestmark = [
+    pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off"),
+    pytest.mark.usefixtures("no_reader_left"),
+]
 
 CODECS = ("trellis-s8-r3.0000", "trellis-s4-r6.0000", "higgs-p1-n6", "higgs-p2-n16")
 KEEPS = (streams.nothing, streams.coded, streams.decoded, streams.mixed)
@@ -95,13 +96,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
         return out
 
     return pack
-
-
-@pytest.fixture(autouse=True)
-def _no_threads_left() -> Iterator[None]:
-    yield
-    gc.collect()
-    assert not [thread.name for thread in threading.enumerate() if thread.name == "waterfill-read"]
 
 
 def ids(count: int = 40) -> list[int]:

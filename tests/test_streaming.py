@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ from waterfill.errors import ArtifactError, MemoryLimitError, WaterfillError
 from waterfill.streaming import measure_stages
 from waterfill.streaming.chunks import StreamedMatrix
 from waterfill.streaming.residency import Residency
+
+pytestmark = pytest.mark.usefixtures("no_reader_left")
 
 CODECS = ("trellis-s8-r3.0000", "trellis-s4-r6.0000", "higgs-p1-n4", "higgs-p1-n6", "higgs-p2-n16", "higgs-p4-n1024")
 KEEPS = (streams.nothing, streams.coded, streams.decoded, streams.mixed)
@@ -44,13 +44,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
         return out
 
     return pack
-
-
-@pytest.fixture(autouse=True)
-def _no_threads_left() -> Iterator[None]:
-    yield
-    gc.collect()
-    assert not [thread.name for thread in threading.enumerate() if thread.name == "waterfill-read"]
 
 
 def ids(count: int = 12, batch: int = 1) -> torch.Tensor:
