@@ -72,8 +72,8 @@ GEMM_CODECS = ("higgs-p1-n16", "higgs-p2-n64", "higgs-p2-n256")
 GEMM_SAMPLE_S = 0.03
 FALL_GOAL = 0.9  # more tokens never lose more throughput than this
 
-QUICK_ROUNDS = 5
-PATIENCE_S, QUICK_PATIENCE_S = 60.0, 2.0
+QUICK_ROUNDS = 3
+PATIENCE_S, QUICK_PATIENCE_S = 60.0, 0.5
 
 BLOCKS = tuple(2**k for k in range(1, 11))
 L1_FLOATS = 4096  # 16 KiB, half of the smallest L1 in use

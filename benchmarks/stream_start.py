@@ -17,7 +17,7 @@ def measure_start(bench: Bench) -> None:
     """Seconds from the shell to the end of a text of one token, and the memory of the process."""
     artifact, report = bench.store.example(), bench.report
     rows = []
-    for engine in ENGINES:
+    for engine in ENGINES[:1] if bench.quick else ENGINES:
         command = [sys.executable, "-m", "waterfill", "generate", str(artifact.path), "--prompt", "def", "--engine"]
         command += [engine, "--max-new-tokens", "1", "--json"]
         runs = [
