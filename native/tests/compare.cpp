@@ -254,7 +254,6 @@ int lanes_of(int64_t weights) {
     return lanes;
 }
 
-// Streams that are whole, cut short or damaged: the same result, or refused by both, without a read beyond the bytes.
 // A chunk of one stream, whose levels and scales are known: its product is that of the levels.
 void expect_streamed_product(int isa, int states, int64_t rows, int64_t width, bool wide, const std::vector<uint8_t>& stream,
                              const std::vector<uint8_t>& codes, const std::vector<uint16_t>& scales, const std::string& name) {
@@ -279,6 +278,38 @@ void expect_streamed_product(int isa, int states, int64_t rows, int64_t width, b
     expect(wf_chunk_decode(isa, &chunk, arranged.data(), arranged_scales.data()) == -3, name + ", cut short");
 }
 
+// A matrix of so many streams that threads take two at a time: whole, and with one of them damaged.
+void compare_many_streams(int isa, int scalar) {
+    constexpr int64_t width = 2100, each = 124, count = 7, rows = (count - 1) * each + 70;  // 2^18 weights a stream
+    for (int symbols : {12, 30, 60}) {
+        std::vector<uint8_t> arena(4 * count);
+        for (int64_t i = 0; i < count; ++i) {
+            const auto stream = stream_of(i + 1 < count ? each : 70, width, 32, symbols, false, false);
+            arena.insert(arena.end(), stream.begin(), stream.end());
+            const uint32_t end = uint32_t(arena.size());
+            std::memcpy(arena.data() + 4 * i, &end, 4);
+        }
+        std::vector<uint8_t> codes[2];
+        std::vector<uint16_t> scales[2];
+        auto decode = [&](int on, int which) {
+            codes[which].assign(size_t(rows * width), 0);
+            scales[which].assign(size_t(rows * groups_of(width)), 0);
+            return wf_trellis_decode(on, 8, 0, arena.data(), int64_t(arena.size()), rows, width, codes[which].data(),
+                                     scales[which].data());
+        };
+        const std::string name = std::to_string(count) + " streams of " + std::to_string(symbols) + " symbols";
+        expect(!decode(isa, 0) && !decode(scalar, 1) && codes[0] == codes[1] && scales[0] == scales[1], name);
+        for (int64_t damaged : {0, 1, 5}) {
+            uint32_t end;
+            std::memcpy(&end, arena.data() + 4 * damaged, 4);
+            arena[end - 1000] ^= 0x40;
+            expect(decode(isa, 0) == -3 - damaged && decode(scalar, 1) == -3 - damaged, name + ", one damaged");
+            arena[end - 1000] ^= 0x40;
+        }
+    }
+}
+
+// Streams that are whole, cut short or damaged: the same result, or refused by both, without a read beyond the bytes.
 void compare_streams(int isa, int scalar) {
     struct {
         int64_t rows, width;
@@ -358,6 +389,7 @@ int main() {
                 expect(!std::memcmp(x.data(), y.data(), x.size() * sizeof(float)), "layer " + std::to_string(dtype));
             }
         compare_streams(isa, scalar);
+        compare_many_streams(isa, scalar);
         std::printf("%s equals scalar: %s\n", wf_isa(isa), failures ? "no" : "yes");
         ++compared;
     }

@@ -2,8 +2,8 @@
 
     ids ──rows──► hidden states ──wf_run_layers (cache of keys and values)──► normalised ──head──► logits
 
-What torch and transformers take in memory, some 230 MB, is weights here that need not be read again; and a token has
-no Python between its layers.
+What torch and transformers take in memory is weights here that need not be read again; and a token has no Python
+between its layers.
 """
 
 from __future__ import annotations
