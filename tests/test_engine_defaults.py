@@ -11,8 +11,17 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
 from waterfill.engine.choose import Rules
-from waterfill.engine.defaults import _HARMLESS, _LIBRARY, _OFF, Defaults, UnsupportedError, read_defaults, unsupported
+from waterfill.engine.defaults import _HARMLESS, _LIBRARY, _OFF, Defaults, UnsupportedError, read_defaults
 from waterfill.sampling import Sampling
+
+
+def unsupported(path: Path) -> str | None:
+    """Why the engine leaves an artifact to transformers; None if it does not."""
+    try:
+        read_defaults(path)
+    except UnsupportedError as reason:
+        return str(reason)
+    return None
 
 
 def write(path: Path, **options: Any) -> Path:

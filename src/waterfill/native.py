@@ -68,6 +68,7 @@ class ChunkView(ctypes.Structure):
 
 
 LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+MOST_HEAD_DIM = 512  # kMostHeadDim in native/src/matrix.hpp
 LAYER_VECTORS = ("input_norm", "post_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
 
 

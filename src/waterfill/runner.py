@@ -17,7 +17,6 @@ from waterfill.sampling import GenerationStats, Message, Sampling
 from waterfill.streaming.streamer import Streamer
 
 Choice = Literal["auto", "native", "transformers"]
-CHOICES: tuple[Choice, ...] = ("auto", "native", "transformers")
 
 _log = logging.getLogger("waterfill.engine")
 

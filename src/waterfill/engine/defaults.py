@@ -140,15 +140,6 @@ def read_defaults(path: Path) -> Defaults:
     return Defaults({name: found[name] for name in _LIBRARY if name in found}, frozenset(ends))
 
 
-def unsupported(path: Path) -> str | None:
-    """Why the engine cannot choose tokens as the artifact in `path` wants them chosen, in words; None if it can."""
-    try:
-        read_defaults(path)
-    except UnsupportedError as reason:
-        return str(reason)
-    return None
-
-
 def _covered(name: str, value: Any, *, known: bool) -> bool:
     """Whether the engine does what an option says; `known`: an option that is not known is not covered either.
 

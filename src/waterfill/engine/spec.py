@@ -21,6 +21,7 @@ import numpy.typing as npt
 from waterfill.artifact import RAW, Artifact, StoredTensor
 from waterfill.codecs import LOSSLESS
 from waterfill.errors import UnsupportedError
+from waterfill.native import MOST_HEAD_DIM
 
 KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # whose layers are those of native/src/layer.cpp
 PROJECTIONS = {  # in the order of wf_layer
@@ -39,7 +40,6 @@ OPTIONAL = {  # vectors that some of the kind have
     **{f"{key}_bias": f"{PROJECTIONS[key]}.bias" for key in "qkvo"},
 }
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
-MOST_HEAD_DIM = 512  # of the kernels
 CONFIG_BYTES = 1 << 20
 
 

@@ -15,8 +15,6 @@ from waterfill.kernels.native import view_of
 from waterfill.kernels.reference import Packed
 from waterfill.native import DTYPES, LayerView, library
 
-MOST_HEAD_DIM = 512
-
 
 class DecoderLayer:
     """Matrices in one native layout, norms and biases of the activations' dtype (float32 or bfloat16).

@@ -19,9 +19,10 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from waterfill.kernels.layer import MOST_HEAD_DIM, DecoderLayer
+from waterfill.kernels.layer import DecoderLayer
 from waterfill.kernels.native import float_activations
 from waterfill.kernels.reference import STORED
+from waterfill.native import MOST_HEAD_DIM
 from waterfill.runtime.packed import PackedLinear
 
 # Classes whose forward is that of `kernels.layer`; what may differ between them is looked at in `_look_at`.
