@@ -41,7 +41,7 @@ bool machine_has(int isa) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
-    if (isa == 0) return avx512 && __builtin_cpu_supports("avx512vbmi");
+    if (isa == 0) return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
     if (isa == 1) return avx512;
     if (isa == 2) return avx2;
 #elif defined(__aarch64__) && defined(__APPLE__)

@@ -10,6 +10,7 @@
 
 #include "gemm_avx512.hpp"
 #include "kernels.hpp"
+#include "levels_avx512.hpp"
 #include "rans_avx512.hpp"
 
 namespace waterfill {
@@ -189,7 +190,10 @@ struct Avx512 {
     static Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
     static uint32_t less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 
-    static int64_t decode_pair(RansLanes (&both)[2], int64_t count) { return decode_pair_avx512(both, count); }
+    static bool decode_rows(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width, int64_t first,
+                            int64_t last) {
+        return decode_rows_avx512<VBMI>(readers, places, count, width, first, last);
+    }
     static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
                                int64_t count, uint8_t* out) {
         const int64_t done = lanes == 32 ? decode_avx512(t, x, at, end, count, out) : 0;

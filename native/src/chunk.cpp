@@ -29,51 +29,17 @@ constexpr int64_t kPartWeights = 1 << 18;  // of codes; streams are parts themse
 
 int64_t part_rows(const wf_chunk& c) { return c.states ? stream_rows(c.width) : kTile * most(1, kPartWeights / (kTile * c.width)); }
 
-int64_t elapsed_ns(std::chrono::steady_clock::time_point start) {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
-}
-
 int64_t parts_of(const wf_chunk& c) { return ceil_div(c.rows, part_rows(c)); }
 
 int64_t rows_of(const wf_chunk& c, int64_t part) { return least(part_rows(c), c.rows - part * part_rows(c)); }
 
 StreamShape shape_of(const wf_chunk& c) { return {c.rows, c.width, c.states, c.wide != 0}; }
 
-// Levels [rows][width] and scales [rows][groups] -> the kernels' layout.
-template <class Level>
-void arrange_levels(const Level* levels, const uint16_t* row_scales, int64_t rows, int64_t width, int bias, uint8_t* codes,
-                    uint16_t* scales) {
-    constexpr int64_t kSize = sizeof(Level);
-    const int64_t chunks = chunks_per_row(width, 1), groups = groups_of(width);
-    const uint8_t flip = kSize == 1 ? uint8_t(bias) : uint8_t(0);  // adding 128 turns the upper bit over
-    for (int64_t row = 0; row < tiles_of(rows) * kTile; ++row) {
-        uint8_t* tile = codes + row / kTile * chunks * kTile * kChunk * kSize;
+// Scales [rows][groups] -> the kernels' layout.
+void arrange_scales(const uint16_t* row_scales, int64_t rows, int64_t groups, uint16_t* scales) {
+    for (int64_t row = 0; row < tiles_of(rows) * kTile; ++row)
         for (int64_t g = 0; g < groups; ++g)
             scales[(row / kTile * groups + g) * kTile + row % kTile] = row < rows ? row_scales[row * groups + g] : uint16_t(0);
-        for (int64_t c = 0; c < chunks; ++c) {
-            uint8_t* to = tile + (c * kTile + row % kTile) * kChunk * kSize;
-            const int64_t filled = row < rows ? least(kChunk, width - c * kChunk) * kSize : 0;
-            const uint8_t* from = reinterpret_cast<const uint8_t*>(levels + row * width + c * kChunk);
-            if (filled == kChunk * kSize) {
-                for (int64_t i = 0; i < kChunk * kSize; ++i) to[i] = from[i] ^ flip;
-                continue;
-            }
-            for (int64_t i = 0; i < filled; ++i) to[i] = from[i] ^ flip;
-            std::memset(to + filled, row < rows ? flip : 0, size_t(kChunk * kSize - filled));
-        }
-    }
-}
-
-// Levels of a part -> the kernels' layout.
-void arrange_part(const Functions& f, const wf_chunk& c, const Symbols& symbols, int64_t rows, const uint16_t* row_scales,
-                  uint8_t* codes, uint16_t* scales) {
-    uint8_t* levels = scratch(kLevels, symbols.count * (c.wide ? 2 : 1));
-    walk_stream(f, shape_of(c), symbols, levels);
-    const int bias = c.table->view.bias;
-    if (c.wide)
-        arrange_levels(reinterpret_cast<const int16_t*>(levels), row_scales, rows, c.width, bias, codes, scales);
-    else
-        arrange_levels(reinterpret_cast<const int8_t*>(levels), row_scales, rows, c.width, bias, codes, scales);
 }
 
 bool sound(const Functions* f, const wf_chunk* c) {
@@ -81,8 +47,9 @@ bool sound(const Functions* f, const wf_chunk* c) {
            c->word_bytes <= 7;
 }
 
-// Every part of a chunk that is not in the kernels' layout -> that layout, where place(part, codes, scales) says, and then
-// work(part, codes, scales). The number of the first part that is damaged, or 0; adds the time of decoding, of all threads.
+// Every part of a chunk that is not in the kernels' layout -> that layout, where place(part, number, codes, scales) says,
+// and then work(part, codes, scales). Parts that a thread has at the same time have different numbers. The first part that
+// is damaged, or 0; adds the time of decoding, of all threads.
 template <class Place, class Work>
 int64_t each_part(const Functions& f, const wf_chunk& c, const Place& place, const Work& work,
                   std::atomic<int64_t>& decoding_ns) {
@@ -93,7 +60,7 @@ int64_t each_part(const Functions& f, const wf_chunk& c, const Place& place, con
             const auto start = std::chrono::steady_clock::now();
             uint8_t* codes;
             uint16_t* scales;
-            place(i, codes, scales);
+            place(i, 0, codes, scales);
             arrange_tiles(f, stored, i * each / kTile, ceil_div(i * each + rows_of(c, i), kTile), codes, scales);
             decoding_ns += elapsed_ns(start);
             work(i, codes, scales);
@@ -101,25 +68,25 @@ int64_t each_part(const Functions& f, const wf_chunk& c, const Place& place, con
         return 0;
     }
     std::atomic<int64_t> failed{INT64_MAX};
-    static thread_local std::chrono::steady_clock::time_point start;
-    auto row_scales = [&](int64_t i) {  // two streams are read at a time: each has half of the memory
-        return reinterpret_cast<uint16_t*>(scratch(kIndices, 4 * each * groups)) + i % 2 * each * groups;
+    auto row_scales = [&](int together) {
+        return reinterpret_cast<uint16_t*>(scratch(kIndices, 2 * kTogether * each * groups)) + together * each * groups;
     };
-    auto part = [&](int64_t i) -> StreamPart {
+    auto part = [&](int64_t i, int together) -> StreamPart {
         const int64_t from = i ? c.ends[i - 1] : 0, to = c.ends[i];
-        start = std::chrono::steady_clock::now();
-        return {rows_of(c, i), c.data + from, most(0, to - from), row_scales(i)};
-    };
-    each_stream(f, shape_of(c), parts_of(c), part, [&](int64_t i, const Symbols& symbols) {
-        if (!symbols.good) return lower(failed, i);
         uint8_t* codes;
         uint16_t* scales;
-        place(i, codes, scales);
-        arrange_part(f, c, symbols, rows_of(c, i), row_scales(i), codes, scales);
-        decoding_ns += elapsed_ns(start);
+        place(i, together, codes, scales);
+        return {rows_of(c, i), c.data + from, most(0, to - from), row_scales(together),
+                in_tiles(shape_of(c), codes, c.table->view.bias)};
+    };
+    each_stream(f, shape_of(c), parts_of(c), part, [&](int64_t i, int together, bool good) {
+        if (!good) return lower(failed, i);
+        uint8_t* codes;
+        uint16_t* scales;
+        place(i, together, codes, scales);
+        arrange_scales(row_scales(together), rows_of(c, i), groups, scales);
         work(i, codes, scales);
-        start = std::chrono::steady_clock::now();
-    });
+    }, decoding_ns);
     return failed == INT64_MAX ? 0 : -3 - failed.load();
 }
 
@@ -188,10 +155,11 @@ int64_t wf_chunk_multiply(int isa, const wf_chunk* chunk, const wf_activations* 
         for (int64_t t = 0; t < tokens; ++t) from_float(sums + t * rows, dtype, t * stride + first, rows, y);
         multiplying += elapsed_ns(start);
     };
-    auto place = [&](int64_t part, uint8_t*& codes, uint16_t*& scales) {
-        const int64_t tiles = tiles_of(rows_of(c, part));
-        codes = scratch(kPartCodes, tiles * tile_bytes);
-        scales = reinterpret_cast<uint16_t*>(scratch(kPartScales, tiles * groups * kTile * 2));
+    const int64_t code_bytes = tiles_of(each) * tile_bytes, scale_count = tiles_of(each) * groups * kTile;
+    const int together = c.states ? int(least(kTogether, parts_of(c))) : 1;
+    auto place = [&](int64_t, int number, uint8_t*& codes, uint16_t*& scales) {
+        codes = scratch(kPartCodes, together * code_bytes) + number * code_bytes;
+        scales = reinterpret_cast<uint16_t*>(scratch(kPartScales, together * 2 * scale_count)) + number * scale_count;
     };
     int64_t status = 0;
     if (!c.states && !c.row_bytes)
@@ -211,7 +179,7 @@ int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t
     if (!sound(f, chunk) || (!c.states && !c.row_bytes)) return -1;
     const int64_t tile_bytes = tile_code_bytes(c.table->view, c.width), groups = groups_of(c.width);
     prefer_huge_pages(codes, tiles_of(c.rows) * tile_bytes);
-    auto place = [&](int64_t part, uint8_t*& part_codes, uint16_t*& part_scales) {
+    auto place = [&](int64_t part, int, uint8_t*& part_codes, uint16_t*& part_scales) {
         const int64_t tile = part * part_rows(c) / kTile;
         part_codes = codes + tile * tile_bytes, part_scales = scales + tile * groups * kTile;
     };

@@ -61,29 +61,18 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
     const int64_t streams = stream_count(shape), each = stream_rows(width), groups = groups_of(width);
     if (bytes < 4 * streams) return -2;
     std::atomic<int64_t> failed{INT64_MAX};
-    auto part = [&](int64_t i) -> StreamPart {
+    const int64_t row_bytes = width * (wide ? 2 : 1);
+    auto part = [&](int64_t i, int) -> StreamPart {
         const int64_t from = i ? little_endian(arena + 4 * (i - 1)) : 4 * streams, to = little_endian(arena + 4 * i);
         const bool inside = from >= 4 * streams && from <= to && to <= bytes &&
                             (i + 1 < streams || zeros(arena + to, arena + bytes));
-        return {least(each, rows - i * each), arena + (inside ? from : 0), inside ? to - from : 0, scales + i * each * groups};
+        return {least(each, rows - i * each), arena + (inside ? from : 0), inside ? to - from : 0, scales + i * each * groups,
+                in_rows(shape, codes + i * each * row_bytes)};
     };
-    each_stream(*f, shape, streams, part, [&](int64_t i, const Symbols& symbols) {
-        if (!symbols.good) return lower(failed, i);
-        const int64_t first = i * each, weights = least(each, rows - first) * width;
-        uint8_t* levels = scratch(kLevels, symbols.count * (wide ? 2 : 1));
-        walk_stream(*f, shape, symbols, levels);
-        if (wide) {
-            const int16_t* level = reinterpret_cast<const int16_t*>(levels);
-            uint8_t* out = codes + 2 * first * width;
-            for (int64_t k = 0; k < weights; ++k) {
-                const uint16_t code = uint16_t(level[k] + 32768);
-                std::memcpy(out + 2 * k, &code, 2);
-            }
-        } else {
-            uint8_t* out = codes + first * width;
-            for (int64_t k = 0; k < weights; ++k) out[k] = uint8_t(levels[k] ^ 0x80);
-        }
-    });
+    std::atomic<int64_t> nanoseconds{0};
+    each_stream(*f, shape, streams, part, [&](int64_t i, int, bool good) {
+        if (!good) lower(failed, i);
+    }, nanoseconds);
     return failed == INT64_MAX ? 0 : -3 - failed.load();
 }
 

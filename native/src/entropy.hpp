@@ -8,6 +8,7 @@ namespace waterfill {
 constexpr int kSlotBits = 12, kSlots = 1 << kSlotBits;
 constexpr uint32_t kLeastState = 1u << 16;
 constexpr int kMostLanes = 32;
+constexpr int kTogether = 4;  // streams that a thread reads side by side
 
 // slots[x mod 4096] = symbol << 24 | k << 12 | freq - 1. With at most 32 buckets also by bucket: threshold of the slot
 // below which the bucket's own symbol holds, and for own and other symbol << 24 | (k - slot) mod 4096 << 12 | freq - 1.
@@ -15,14 +16,6 @@ struct RansTable {
     int bucket_bits;  // log2 of the number of buckets
     uint32_t slots[kSlots];
     uint32_t threshold[32], own[32], other[32];
-};
-
-// A stream while it is decoded: states of 32 lanes, words that are left, and where the next symbols go.
-struct RansLanes {
-    const RansTable* table;
-    uint32_t x[kMostLanes];
-    const uint8_t *at, *end;
-    uint8_t* out;
 };
 
 // Systematic feedback convolutional code of Ungerboeck (1987, table I): parity-check polynomials without their last bit.
@@ -35,6 +28,26 @@ struct Walk {
     TrellisCode code;
     int center, raw_bits;
     const int8_t* levels;  // by symbol, or null: 4j + 1
+};
+
+// A stream of levels while it is read.
+struct LevelReader {
+    bool good;  // or else damaged
+    RansTable table;
+    Walk walk;
+    int lanes;
+    int64_t left;                     // symbols, padding included
+    uint32_t x[kMostLanes];           // states of the coder
+    uint8_t state[kMostLanes];        // and of the trellis
+    const uint8_t *at, *end, *raw;    // words that are left, and the numbers' raw bits
+};
+
+// Where the levels of a stream go: chunk c of row r lies at codes + r / 4 * tile + r % 4 * row + c * chunk.
+struct LevelPlace {
+    uint8_t* codes;
+    int64_t tile, row, chunk;  // bytes
+    bool padded;               // to whole chunks and tiles
+    uint16_t flip;             // bits that are turned over in every level
 };
 
 }  // namespace waterfill

@@ -183,7 +183,7 @@ struct Avx2 {
         _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(halves, halves));
         return x;
     }
-    static int64_t decode_pair(RansLanes (&)[2], int64_t) { return 0; }
+    static bool decode_rows(LevelReader* const*, const LevelPlace*, int, int64_t, int64_t, int64_t) { return false; }
     static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
                                int64_t count, uint8_t* out) {
         int64_t done = 0;

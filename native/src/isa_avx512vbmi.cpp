@@ -1,6 +1,6 @@
 #include "matrix.hpp"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512VBMI2__)
 #include "avx512.hpp"
 
 namespace waterfill {

@@ -90,7 +90,7 @@ struct Scalar {
         for (int i = 0; i < 16; ++i) mask |= uint32_t(a.at[i] < b.at[i]) << i;
         return mask;
     }
-    static int64_t decode_pair(RansLanes (&)[2], int64_t) { return 0; }
+    static bool decode_rows(LevelReader* const*, const LevelPlace*, int, int64_t, int64_t, int64_t) { return false; }
     static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
                                int64_t count, uint8_t* out) {
         return decode_plain(t, lanes, x, at, end, count, out);

@@ -459,7 +459,7 @@ struct Kernels {
         static const Functions table = {name, Isa::bias, Isa::pair_bits, order,     rotate_row<Isa::lanes>, quantise,
                                         scratch_bytes, multiply,  decode_row, dot16,
                                         rms_norm,      swiglu,    attend,
-                                        Isa::decode_symbols, Isa::decode_pair, walk_narrow, walk_lanes<int16_t>, Search<Isa>::run};
+                                        Isa::decode_symbols, Isa::decode_rows, walk_narrow, walk_lanes<int16_t>, Search<Isa>::run};
         return &table;
     }
 };

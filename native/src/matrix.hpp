@@ -75,10 +75,13 @@ struct Functions {
     // rans.hpp, trellis.hpp.
     bool (*decode_symbols)(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
                            int64_t count, uint8_t* out);
-    // The beginnings of two streams side by side: how many symbols of each, at most `count`; 0 where that is no faster.
-    int64_t (*decode_pair)(RansLanes (&both)[2], int64_t count);
-    void (*walk)(const Walk& w, int lanes, int64_t count, const uint8_t* symbols, int8_t* out);
-    void (*walk_wide)(const Walk& w, int lanes, int64_t count, const uint8_t* symbols, const uint8_t* raw, int16_t* out);
+    // Rows from `first` to `last` of up to kTogether streams side by side, in one go where this is possible; else false.
+    bool (*decode_rows)(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width, int64_t first,
+                        int64_t last);
+    // Symbols to levels, from the trellis's states [lanes] on.
+    void (*walk)(const Walk& w, int lanes, uint8_t* state, int64_t count, const uint8_t* symbols, int8_t* out);
+    void (*walk_wide)(const Walk& w, int lanes, uint8_t* state, int64_t count, const uint8_t* symbols, const uint8_t* raw,
+                      int16_t* out);
     void (*search)(const TrellisCode& code, int lanes, int64_t count, const float* x, int least, int most, uint8_t* scratch,
                    int16_t* out);
 };

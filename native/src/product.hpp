@@ -49,7 +49,7 @@ void from_float(const float* x, int dtype, int64_t to, int64_t count, void* out)
 // Memory that a thread keeps, 64-byte aligned, since allocating a megabyte would cost more than a small product.
 enum Scratch {
     kRotated, kIntegers, kIntegerScales, kCorrections, kDecoded, kIndices, kSums, kToken, kLayer, kConstants, kScores, kSymbols,
-    kMoreSymbols, kLevels, kPartCodes, kPartScales, kPartSums, kScratchSlots
+    kLevels, kPartCodes, kPartScales, kPartSums, kScratchSlots
 };
 uint8_t* scratch(Scratch slot, int64_t bytes);
 void release_scratch();

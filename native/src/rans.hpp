@@ -53,13 +53,14 @@ inline void unpack_raw(const uint8_t* raw, int64_t first, int bits, int lanes, i
     }
 }
 
-// Levels of `count / LANES` steps of a trellis in LANES lanes, each beginning in state 0.
+// Levels of `count / LANES` steps of a trellis in LANES lanes, from their states on.
 //
 // A level is a number p = 4j + 1, its sign the state's: so both unions of the code have the same probabilities, and symbols
 // are decoded without knowing the state. The path bit says which of its union's two subsets p lies in.
 template <int LANES, class Level>
-inline void walk(const Walk& w, int64_t count, const uint8_t* symbols, const uint8_t* raw, Level* out) {
-    uint8_t state[LANES] = {};
+inline void walk(const Walk& w, uint8_t* states, int64_t count, const uint8_t* symbols, const uint8_t* raw, Level* out) {
+    uint8_t state[LANES];
+    std::memcpy(state, states, LANES);
     int16_t low[LANES] = {};
     const int offset = w.code.states > 1;
     const uint8_t h0 = w.code.h0, h1 = w.code.h1;
@@ -74,11 +75,11 @@ inline void walk(const Walk& w, int64_t count, const uint8_t* symbols, const uin
         }
         std::memcpy(out, level, sizeof level);
     }
+    std::memcpy(states, state, LANES);
 }
 
 // The same with `levels` in place of 4j + 1: low rates, where centroids are not uniform.
-inline void walk_levels(const Walk& w, int lanes, int64_t count, const uint8_t* symbols, int8_t* out) {
-    uint8_t state[kMostLanes] = {};
+inline void walk_levels(const Walk& w, int lanes, uint8_t* state, int64_t count, const uint8_t* symbols, int8_t* out) {
     for (int64_t i = 0; i < count; ++i) {
         uint8_t& s = state[i % lanes];
         const uint8_t z0 = s & 1, z1 = uint8_t(((symbols[i] - w.center) ^ z0) & 1);
@@ -89,23 +90,23 @@ inline void walk_levels(const Walk& w, int lanes, int64_t count, const uint8_t* 
 }
 
 template <class Level>
-inline void walk_lanes(const Walk& w, int lanes, int64_t count, const uint8_t* symbols, const uint8_t* raw,
-                       Level* out) {
+inline void walk_lanes(const Walk& w, int lanes, uint8_t* state, int64_t count, const uint8_t* symbols,
+                       const uint8_t* raw, Level* out) {
     switch (lanes) {
-        case 1: return walk<1>(w, count, symbols, raw, out);
-        case 2: return walk<2>(w, count, symbols, raw, out);
-        case 4: return walk<4>(w, count, symbols, raw, out);
-        case 8: return walk<8>(w, count, symbols, raw, out);
-        case 16: return walk<16>(w, count, symbols, raw, out);
-        default: return walk<32>(w, count, symbols, raw, out);
+        case 1: return walk<1>(w, state, count, symbols, raw, out);
+        case 2: return walk<2>(w, state, count, symbols, raw, out);
+        case 4: return walk<4>(w, state, count, symbols, raw, out);
+        case 8: return walk<8>(w, state, count, symbols, raw, out);
+        case 16: return walk<16>(w, state, count, symbols, raw, out);
+        default: return walk<32>(w, state, count, symbols, raw, out);
     }
 }
 
-inline void walk_narrow(const Walk& w, int lanes, int64_t count, const uint8_t* symbols, int8_t* out) {
+inline void walk_narrow(const Walk& w, int lanes, uint8_t* state, int64_t count, const uint8_t* symbols, int8_t* out) {
     if (w.levels)
-        walk_levels(w, lanes, count, symbols, out);
+        walk_levels(w, lanes, state, count, symbols, out);
     else
-        walk_lanes(w, lanes, count, symbols, nullptr, out);
+        walk_lanes(w, lanes, state, count, symbols, nullptr, out);
 }
 
 }  // namespace

@@ -70,32 +70,6 @@ int64_t decode_32(const Table& table, uint32_t* x, const uint8_t*& from, const u
     return done;
 }
 
-// One stream's steps wait for one another, some seventy cycles each; those of two streams fill each other's pauses.
-template <class Table>
-int64_t decode_two(RansLanes (&both)[2], int64_t count) {
-    const Table table0(*both[0].table), table1(*both[1].table);
-    __m512i low0 = _mm512_loadu_si512(both[0].x), high0 = _mm512_loadu_si512(both[0].x + 16);
-    __m512i low1 = _mm512_loadu_si512(both[1].x), high1 = _mm512_loadu_si512(both[1].x + 16);
-    const uint8_t *at0 = both[0].at, *at1 = both[1].at;
-    int64_t done = 0;
-    for (; done < count && both[0].end - at0 >= 64 && both[1].end - at1 >= 64; done += kMostLanes) {
-        low0 = decode_lanes(table0, low0, at0, both[0].out + done);
-        low1 = decode_lanes(table1, low1, at1, both[1].out + done);
-        high0 = decode_lanes(table0, high0, at0, both[0].out + done + 16);
-        high1 = decode_lanes(table1, high1, at1, both[1].out + done + 16);
-    }
-    _mm512_storeu_si512(both[0].x, low0), _mm512_storeu_si512(both[0].x + 16, high0);
-    _mm512_storeu_si512(both[1].x, low1), _mm512_storeu_si512(both[1].x + 16, high1);
-    both[0].at = at0, both[1].at = at1;
-    return done;
-}
-
-inline int64_t decode_pair_avx512(RansLanes (&both)[2], int64_t count) {
-    const int bits = both[0].table->bucket_bits;
-    if (bits != both[1].table->bucket_bits) return 0;
-    return bits == 4 ? decode_two<Buckets<4>>(both, count) : bits == 5 ? decode_two<Buckets<5>>(both, count) : 0;
-}
-
 // As many symbols as there surely are words for; the rest is left to the scalar code.
 inline int64_t decode_avx512(const RansTable& t, uint32_t* x, const uint8_t*& at, const uint8_t* end, int64_t count,
                              uint8_t* out) {

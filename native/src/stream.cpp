@@ -188,23 +188,15 @@ int64_t rans_encode(const uint8_t* symbols, int64_t count, int lanes, const uint
 
 namespace {
 
-// Reads the states; false where they cannot be.
-bool begin(RansLanes& r, const RansTable& table, const uint8_t* in, int64_t bytes, int lanes, uint8_t* out) {
-    Reader reader{in, in + bytes};
-    for (int lane = 0; lane < lanes; ++lane) r.x[lane] = reader.number(4);
-    if (!reader.good) return false;
-    for (int lane = 0; lane < lanes; ++lane)
-        if (r.x[lane] < kLeastState) return false;
-    r.table = &table, r.at = reader.at, r.end = reader.end, r.out = out;
-    return true;
+// Reads the states of `lanes` lanes; false where they cannot be.
+bool read_states(Reader& reader, int lanes, uint32_t* x) {
+    for (int lane = 0; lane < lanes; ++lane) x[lane] = reader.number(4);
+    return reader.good && std::all_of(x, x + lanes, [](uint32_t state) { return state >= kLeastState; });
 }
 
-// Decodes what is left; false unless it ends where and as the stream began.
-bool finish(const Functions& f, RansLanes& r, int lanes, int64_t count) {
-    if (!f.decode_symbols(*r.table, lanes, r.x, r.at, r.end, count, r.out) || r.at != r.end) return false;
-    for (int lane = 0; lane < lanes; ++lane)
-        if (r.x[lane] != kLeastState) return false;
-    return true;
+// Whether a stream ends where and as it began.
+bool ended(const uint8_t* at, const uint8_t* end, const uint32_t* x, int lanes) {
+    return at == end && std::all_of(x, x + lanes, [](uint32_t state) { return state == kLeastState; });
 }
 
 }  // namespace
@@ -212,8 +204,10 @@ bool finish(const Functions& f, RansLanes& r, int lanes, int64_t count) {
 bool rans_decode(const Functions& f, const uint8_t* in, int64_t bytes, int lanes, const RansTable& table, int64_t count,
                  uint8_t* out) {
     if (lanes < 1 || lanes > kMostLanes || count % lanes) return false;
-    RansLanes r;
-    return begin(r, table, in, bytes, lanes, out) && finish(f, r, lanes, count);
+    Reader reader{in, in + bytes};
+    uint32_t x[kMostLanes];
+    return read_states(reader, lanes, x) && f.decode_symbols(table, lanes, x, reader.at, reader.end, count, out) &&
+           ended(reader.at, reader.end, x, lanes);
 }
 
 int64_t stream_rows(int64_t width) { return kTile * most(1, kStreamWeights / (kTile * width)); }
@@ -228,8 +222,9 @@ int64_t padded_count(int64_t weights, int* lanes) {
 
 namespace {
 
-// Everything before the states: false where that is damaged. `reader` stands before them.
-bool read_header(const StreamShape& s, const StreamPart& part, Reader& reader, RansTable& table, Symbols& found) {
+// Everything before the words: false where that is damaged.
+bool open_stream(const StreamShape& s, const StreamPart& part, LevelReader& r) {
+    Reader reader{part.in, part.in + part.bytes};
     const int64_t rows = part.rows;
     uint16_t* scales = part.scales;
     const TrellisCode* code = trellis_code(s.states);
@@ -264,43 +259,85 @@ bool read_header(const StreamShape& s, const StreamPart& part, Reader& reader, R
     const uint8_t* values = with_levels ? reader.take(symbols) : nullptr;
     for (uint32_t i = 0; values && i < symbols; ++i)
         if (int8_t(values[i]) == -128) return false;  // has no negative
-    if (!reader.good || !make_table(frequencies, table)) return false;
+    if (!reader.good || !make_table(frequencies, r.table)) return false;
 
-    found.count = padded_count(rows * s.width, &found.lanes);
-    found.raw = reader.take(ceil_div(found.count * raw_bits, 8));
-    found.walk = {*code, int(center), raw_bits, reinterpret_cast<const int8_t*>(values)};
-    return reader.good;
+    r.left = padded_count(rows * s.width, &r.lanes);
+    r.raw = reader.take(ceil_div(r.left * raw_bits, 8));
+    r.walk = {*code, int(center), raw_bits, reinterpret_cast<const int8_t*>(values)};
+    std::fill(r.state, r.state + kMostLanes, uint8_t(0));
+    if (!reader.good || !read_states(reader, r.lanes, r.x)) return false;
+    r.at = reader.at, r.end = reader.end;
+    return true;
+}
+
+template <class Level>
+void put_levels(const Level* levels, int64_t rows, int64_t width, const LevelPlace& to) {
+    for (int64_t row = 0; row < rows; ++row) {
+        uint8_t* out = to.codes + row / kTile * to.tile + row % kTile * to.row;
+        for (int64_t column = 0; column < width; column += kChunk, out += to.chunk) {
+            Level flipped[kChunk];
+            const int64_t filled = least(kChunk, width - column);
+            if (filled < kChunk) std::fill(flipped + filled, flipped + kChunk, Level(to.flip));
+            for (int64_t i = 0; i < filled; ++i) flipped[i] = Level(levels[row * width + column + i] ^ Level(to.flip));
+            std::memcpy(out, flipped, size_t(to.padded ? kChunk : filled) * sizeof(Level));
+        }
+    }
+}
+
+// All of a stream, symbols first.
+template <class Level>
+bool decode_levels(const Functions& f, const StreamShape& s, LevelReader& r, const StreamPart& part) {
+    uint8_t* symbols = scratch(kSymbols, r.left);
+    Level* levels = reinterpret_cast<Level*>(scratch(kLevels, r.left * int64_t(sizeof(Level))));
+    if (!f.decode_symbols(r.table, r.lanes, r.x, r.at, r.end, r.left, symbols)) return false;
+    if constexpr (sizeof(Level) == 2)
+        f.walk_wide(r.walk, r.lanes, r.state, r.left, symbols, r.raw, levels);
+    else
+        f.walk(r.walk, r.lanes, r.state, r.left, symbols, levels);
+    r.left = 0;
+    put_levels(levels, part.rows, s.width, part.to);
+    return true;
+}
+
+// Rows that fill the last tile.
+void pad_rows(int64_t rows, int64_t width, int64_t item, const LevelPlace& to) {
+    for (int64_t row = rows; to.padded && row % kTile; ++row)
+        for (int64_t c = 0; c < chunks_per_row(width, 1); ++c)
+            std::memset(to.codes + row / kTile * to.tile + row % kTile * to.row + c * to.chunk, 0, size_t(kChunk * item));
 }
 
 }  // namespace
 
-void read_streams(const Functions& f, const StreamShape& s, const StreamPart* parts, int count, Symbols* found) {
-    RansTable tables[2];
-    RansLanes lanes[2];
-    for (int i = 0; i < count; ++i) {
-        Reader reader{parts[i].in, parts[i].in + parts[i].bytes};
-        Symbols& one = found[i];
-        one.good = read_header(s, parts[i], reader, tables[i], one);
-        if (!one.good) continue;
-        uint8_t* out = scratch(i ? kMoreSymbols : kSymbols, one.count);
-        one.decoded = out;
-        one.good = begin(lanes[i], tables[i], reader.at, reader.end - reader.at, one.lanes, out);
-    }
-    int64_t done = 0;
-    if (count == 2 && found[0].good && found[1].good && found[0].lanes == kMostLanes && found[1].lanes == kMostLanes)
-        done = f.decode_pair(lanes, least(found[0].count, found[1].count));
-    for (int i = 0; i < count; ++i) {
-        if (!found[i].good) continue;
-        lanes[i].out += done;
-        found[i].good = finish(f, lanes[i], found[i].lanes, found[i].count - done);
-    }
+LevelPlace in_rows(const StreamShape& s, uint8_t* codes) {
+    const int64_t item = s.wide ? 2 : 1, row = s.width * item;
+    return {codes, kTile * row, row, kChunk * item, false, uint16_t(s.wide ? 0x8000 : 0x80)};
 }
 
-void walk_stream(const Functions& f, const StreamShape& s, const Symbols& symbols, void* levels) {
-    if (s.wide)
-        f.walk_wide(symbols.walk, symbols.lanes, symbols.count, symbols.decoded, symbols.raw, static_cast<int16_t*>(levels));
-    else
-        f.walk(symbols.walk, symbols.lanes, symbols.count, symbols.decoded, static_cast<int8_t*>(levels));
+LevelPlace in_tiles(const StreamShape& s, uint8_t* codes, int bias) {
+    const int64_t chunk = kChunk * (s.wide ? 2 : 1);
+    // adding 128 turns the upper bit over
+    return {codes, chunks_per_row(s.width, 1) * kTile * chunk, chunk, kTile * chunk, true, uint16_t(s.wide ? 0 : bias)};
+}
+
+void read_streams(const Functions& f, const StreamShape& s, const StreamPart* parts, int count, bool* good) {
+    LevelReader readers[kTogether], *sound[kTogether];
+    LevelPlace places[kTogether];
+    int sounds = 0;
+    int64_t rows = INT64_MAX;  // that all have
+    for (int i = 0; i < count; ++i) {
+        readers[i].good = open_stream(s, parts[i], readers[i]);
+        if (!readers[i].good) continue;
+        sound[sounds] = &readers[i], places[sounds] = parts[i].to, ++sounds;
+        rows = least(rows, parts[i].rows);
+    }
+    const bool together = !s.wide && sounds > 1 && f.decode_rows(sound, places, sounds, s.width, 0, rows);
+    for (int i = 0; i < count; ++i) {
+        LevelReader *r = &readers[i];
+        if (r->good && !s.wide) f.decode_rows(&r, &parts[i].to, 1, s.width, together ? rows : 0, parts[i].rows);
+        if (r->good && r->left) r->good = s.wide ? decode_levels<int16_t>(f, s, *r, parts[i]) : decode_levels<int8_t>(f, s, *r, parts[i]);
+        good[i] = r->good && ended(r->at, r->end, r->x, r->lanes);
+        if (good[i]) pad_rows(parts[i].rows, s.width, s.wide ? 2 : 1, parts[i].to);
+    }
 }
 
 void lower(std::atomic<int64_t>& least, int64_t value) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 
 #include "layout.hpp"
@@ -35,46 +36,44 @@ int64_t stream_rows(int64_t width);                // rows of each stream but th
 int64_t stream_count(const StreamShape& s);
 int64_t padded_count(int64_t weights, int* lanes);  // symbols of a stream, and how many lanes they are coded in
 
-// One stream: its rows, its bytes, and where their fp16 scales [rows][groups] go.
+// One stream: its rows, its bytes, where their fp16 scales [rows][groups] go, and where their levels.
 struct StreamPart {
     int64_t rows;
     const uint8_t* in;
     int64_t bytes;
     uint16_t* scales;
+    LevelPlace to;
 };
 
-// A stream's symbols, in memory of the calling thread, and what makes levels of them.
-struct Symbols {
-    bool good;  // or else damaged
-    Walk walk;
-    const uint8_t *raw, *decoded;
-    int lanes;
-    int64_t count;
-};
+// Row by row, as the codes of a grid of all levels.
+LevelPlace in_rows(const StreamShape& s, uint8_t* codes);
 
-// One stream or two, which together take much less than twice the time of one.
-void read_streams(const Functions& f, const StreamShape& s, const StreamPart* parts, int count, Symbols* found);
+// In the layout of the kernels whose bias is `bias`.
+LevelPlace in_tiles(const StreamShape& s, uint8_t* codes, int bias);
 
-// Symbols of a sound stream -> levels [rows * width, rounded up to lanes].
-void walk_stream(const Functions& f, const StreamShape& s, const Symbols& symbols, void* levels);
+// Up to kTogether streams, side by side where the instruction set can; `good` is false for those that are damaged.
+void read_streams(const Functions& f, const StreamShape& s, const StreamPart* parts, int count, bool* good);
 
-// work(number of a stream, its symbols) for each of `count` streams, two at a time while there are plenty. `part(i)` says
-// which one number i is.
+inline int64_t elapsed_ns(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
+}
+
+// work(number of a stream, its place among those read together, whether it is good) for each of `count` streams, after
+// part(number, place) has said which it is. Adds the time of reading, of all threads.
 template <class Part, class Work>
-void each_stream(const Functions& f, const StreamShape& s, int64_t count, const Part& part, const Work& work) {
-    std::atomic<int64_t> next{0};
-    const int workers = int(least(threads(), count));
-    parallel(workers, [&](int64_t) {
-        for (int64_t first = next.load(); first < count;) {
-            const int take = count - first > 2 * workers ? 2 : 1;
-            if (!next.compare_exchange_weak(first, first + take)) continue;
-            StreamPart parts[2];
-            Symbols found[2];
-            for (int i = 0; i < take; ++i) parts[i] = part(first + i);
-            read_streams(f, s, parts, take, found);
-            for (int i = 0; i < take; ++i) work(first + i, found[i]);
-            first = next.load();
-        }
+void each_stream(const Functions& f, const StreamShape& s, int64_t count, const Part& part, const Work& work,
+                 std::atomic<int64_t>& reading_ns) {
+    const int64_t workers = threads(), rounds = ceil_div(ceil_div(count, kTogether), workers);
+    const int64_t shares = least(count, rounds * workers);  // equal ones, so that no thread ends long after the others
+    parallel(shares, [&](int64_t share) {
+        const int64_t first = share * count / shares, stop = (share + 1) * count / shares;
+        const auto start = std::chrono::steady_clock::now();
+        StreamPart parts[kTogether];
+        bool good[kTogether];
+        for (int64_t i = first; i < stop; ++i) parts[i - first] = part(i, int(i - first));
+        read_streams(f, s, parts, int(stop - first), good);
+        reading_ns += elapsed_ns(start);
+        for (int64_t i = first; i < stop; ++i) work(i, int(i - first), good[i - first]);
     });
 }
 
