@@ -32,7 +32,7 @@ from waterfill.streaming.storage import Region, Slot, Storage
 from waterfill.streaming.summary import Summary
 from waterfill.streaming.view import Activations, View
 
-SLOTS = 6  # of the ring: one that is multiplied, two that are read, three in between
+SLOTS = 8  # of the ring: one that is multiplied, four that are read, three in between
 CHECKED_BYTES = 1 << 20  # read at a time where digests are compared
 CACHE_SHARE = 0.9  # of what is left over, for experts
 
