@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,6 +119,7 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)
             self.report.console.print(f"making {name}", style="dim", highlight=False)
             make(partial)
+            os.sync()  # what is written later disturbs what is measured next
             partial.rename(path)
         return path
 

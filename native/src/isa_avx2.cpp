@@ -6,22 +6,10 @@
 #include <immintrin.h>
 
 #include "kernels.hpp"
+#include "levels_avx2.hpp"
 
 namespace waterfill {
 namespace {
-
-// Which of the next words each of eight lanes takes, for every set of lanes that need one.
-struct Places {
-    uint8_t at[256][8];
-};
-constexpr Places make_places() {
-    Places places{};
-    for (int mask = 0; mask < 256; ++mask)
-        for (int lane = 0, next = 0; lane < 8; ++lane)
-            if (mask >> lane & 1) places.at[mask][lane] = uint8_t(next++);
-    return places;
-}
-constexpr Places kPlaces = make_places();
 
 struct Avx2 {
     static constexpr int bias = 0, lanes = 8;
@@ -164,36 +152,13 @@ struct Avx2 {
         return uint32_t(low | _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ)) << 8);
     }
 
-    // Eight lanes of 32.
-    static __m256i decode_lanes(const RansTable& t, __m256i x, const uint8_t*& at, uint8_t* out) {
-        const __m256i low12 = _mm256_set1_epi32(kSlots - 1);
-        const __m256i entry = _mm256_i32gather_epi32(reinterpret_cast<const int*>(t.slots), _mm256_and_si256(x, low12), 4);
-        const __m256i freq = _mm256_add_epi32(_mm256_and_si256(entry, low12), _mm256_set1_epi32(1));
-        x = _mm256_add_epi32(_mm256_mullo_epi32(freq, _mm256_srli_epi32(x, kSlotBits)),
-                             _mm256_and_si256(_mm256_srli_epi32(entry, 12), low12));
-        const __m256i need = _mm256_cmpeq_epi32(_mm256_srli_epi32(x, 16), _mm256_setzero_si256());
-        const uint32_t mask = uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(need)));
-        const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-        const __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.at[mask])));
-        const __m256i filled = _mm256_or_si256(_mm256_slli_epi32(x, 16), _mm256_permutevar8x32_epi32(words, places));
-        x = _mm256_blendv_epi8(x, filled, need);
-        at += 2 * __builtin_popcount(mask);
-        const __m256i symbols = _mm256_srli_epi32(entry, 24);
-        const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(symbols), _mm256_extracti128_si256(symbols, 1));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(halves, halves));
-        return x;
+    static bool decode_rows(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width, int64_t first,
+                            int64_t last) {
+        return decode_rows_avx2(readers, places, count, width, first, last);
     }
-    static bool decode_rows(LevelReader* const*, const LevelPlace*, int, int64_t, int64_t, int64_t) { return false; }
     static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
                                int64_t count, uint8_t* out) {
-        int64_t done = 0;
-        if (lanes == 32) {
-            __m256i lane[4];
-            for (int k = 0; k < 4; ++k) lane[k] = load256(x + 8 * k);
-            for (; done < count && end - at >= 80; done += 32)
-                for (int k = 0; k < 4; ++k) lane[k] = decode_lanes(t, lane[k], at, out + done + 8 * k);
-            for (int k = 0; k < 4; ++k) _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + 8 * k), lane[k]);
-        }
+        const int64_t done = lanes == kMostLanes ? decode_avx2(t, x, at, end, count, out) : 0;
         return decode_plain(t, lanes, x, at, end, count - done, out + done);
     }
 

@@ -332,11 +332,14 @@ void read_streams(const Functions& f, const StreamShape& s, const StreamPart* pa
     }
     const bool together = !s.wide && sounds > 1 && f.decode_rows(sound, places, sounds, s.width, 0, rows);
     for (int i = 0; i < count; ++i) {
-        LevelReader *r = &readers[i];
-        if (r->good && !s.wide) f.decode_rows(&r, &parts[i].to, 1, s.width, together ? rows : 0, parts[i].rows);
-        if (r->good && r->left) r->good = s.wide ? decode_levels<int16_t>(f, s, *r, parts[i]) : decode_levels<int8_t>(f, s, *r, parts[i]);
-        good[i] = r->good && ended(r->at, r->end, r->x, r->lanes);
-        if (good[i]) pad_rows(parts[i].rows, s.width, s.wide ? 2 : 1, parts[i].to);
+        LevelReader& r = readers[i];
+        LevelReader* const alone = &r;
+        const StreamPart& part = parts[i];
+        const int64_t done = together ? rows : 0;
+        if (r.good && !s.wide && done < part.rows) f.decode_rows(&alone, &part.to, 1, s.width, done, part.rows);
+        if (r.good && r.left) r.good = s.wide ? decode_levels<int16_t>(f, s, r, part) : decode_levels<int8_t>(f, s, r, part);
+        good[i] = r.good && ended(r.at, r.end, r.x, r.lanes);
+        if (good[i]) pad_rows(part.rows, s.width, s.wide ? 2 : 1, part.to);
     }
 }
 

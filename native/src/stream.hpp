@@ -32,7 +32,7 @@ struct StreamShape {
     bool wide;  // levels of 16 bits
 };
 
-int64_t stream_rows(int64_t width);                // rows of each stream but the last
+int64_t stream_rows(int64_t width);  // rows of each stream but the last
 int64_t stream_count(const StreamShape& s);
 int64_t padded_count(int64_t weights, int* lanes);  // symbols of a stream, and how many lanes they are coded in
 
