@@ -62,9 +62,9 @@ CHAPTERS = {
         "is what the control group counts, page cache included. `over the slowest` is the time of a token over the "
         "longest of reading, decoding and computing, each alone; decoding and computing share the cores, so where "
         "storage is fast it is their sum that counts. llama.cpp maps its file; what the limit leaves is page cache. "
-        "accelerate and AirLLM do not end below the limit that they were given; we are then measured once more under the "
-        "same one, in which all weights stay in memory. The device's own speed drifts: there we are measured once more "
-        "right after each peer, and `times as fast` is of those two.",
+        "accelerate and AirLLM do not end below the limit that they were given; we are then measured once more under "
+        "the same one, in which all weights stay in memory. The device's own speed drifts: there we are measured once "
+        "more right after each peer, and `times as fast` is of those two.",
     ),
     "allocation": ("Allocation", ""),
     "lossless": (

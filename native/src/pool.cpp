@@ -15,7 +15,8 @@
 namespace waterfill {
 namespace {
 
-constexpr auto kAwake = std::chrono::microseconds(50);  // how long an idle thread watches before it sleeps
+// How long an idle thread watches before it sleeps: a chunk of streamed weights is often waited for that long.
+constexpr auto kAwake = std::chrono::microseconds(400);
 
 class Pool {
    public:

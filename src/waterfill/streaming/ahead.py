@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from waterfill.errors import WaterfillError
 from waterfill.streaming.chunks import Chunk, ChunkData
-from waterfill.streaming.storage import Slot, Storage
+from waterfill.streaming.storage import Slot, Storage, make_slots
 
 Check = Callable[[Chunk, npt.NDArray[np.uint8]], None]
 
@@ -53,7 +53,7 @@ class ReadAhead:
         self._lock = threading.Condition()
         self._sequence: tuple[Chunk, ...] = ()
         self._places: dict[Chunk, int] = {}
-        self._free = [Slot(slot_bytes) for _ in range(slots)]
+        self._free = make_slots(slots, slot_bytes)
         self.nbytes = sum(slot.nbytes for slot in self._free)
         self._reads: dict[int, _Read] = {}  # by position
         self._next_read = self._next_take = self._epoch = 0

@@ -11,7 +11,7 @@ import numpy as np
 
 from waterfill.streaming.chunks import Chunk, ChunkData
 from waterfill.streaming.residency import Speeds
-from waterfill.streaming.storage import READ_BYTES, Slot, Storage
+from waterfill.streaming.storage import READ_BYTES, Slot, Storage, make_slots
 from waterfill.streaming.view import Activations, View
 
 READING_S = 0.2  # for each way
@@ -24,7 +24,7 @@ WORTH = 1.1  # a way that comes later has to be so much faster
 def calibrate(storage: Storage, chunks: Sequence[Chunk]) -> tuple[Speeds, int]:
     """Speeds, and how many threads had best read; sets how much `storage` reads with one call."""
     largest = max(chunk.region.size_bytes for chunk in chunks)
-    slots = [Slot(largest) for _ in range(max(threads for threads, _ in WAYS))]
+    slots = make_slots(max(threads for threads, _ in WAYS), largest)
     chunk = max(chunks, key=lambda chunk: chunk.region.size_bytes)
     decode, multiply = _working_speeds(ChunkData(chunk, storage.read_into(chunk.region, slots[0])))
     enough = ENOUGH * largest * decode / chunk.weights  # faster would only take time from decoding

@@ -25,13 +25,14 @@ from waterfill.codecs.packing import radix_word
 from waterfill.codecs.stream import stream_rows
 from waterfill.errors import ArtifactError
 from waterfill.integer_grids import native_table
-from waterfill.streaming.storage import Region, Storage
+from waterfill.streaming.storage import BLOCK_BYTES, HUGE_BYTES, Region, Storage
 from waterfill.streaming.view import Activations, View
 
 if TYPE_CHECKING:
     from waterfill.kernels import Packed
 
-CHUNK_BYTES = 2 << 20  # calls from Python are few; a handful of chunks is enough to read ahead
+# Calls from Python are few, a handful of chunks is enough to read ahead, and a slot is a huge page.
+CHUNK_BYTES = HUGE_BYTES - 2 * BLOCK_BYTES
 PART_WEIGHTS = 1 << 18  # of codes
 
 

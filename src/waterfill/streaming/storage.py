@@ -1,11 +1,12 @@
 """Reading regions of files as fast as storage gives them, and without filling the page cache.
 
-Direct reads where the file system takes them: whole blocks, into memory that begins on one. Where it refuses,
-ordinary ones, after which the kernel is told to forget the pages.
+Direct reads where the file system takes them: whole blocks, into memory that begins on one, in huge pages if possible.
+Where it refuses, ordinary ones, after which the kernel is told to forget the pages.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import mmap
@@ -20,6 +21,7 @@ from waterfill.errors import ArtifactError
 
 BLOCK_BYTES = 4096  # offsets, sizes and addresses of direct reads are multiples of it
 READ_BYTES = 1 << 20  # of one call, unless something else is measured to be faster
+HUGE_BYTES = 2 << 20  # of a huge page
 
 _log = logging.getLogger("waterfill.streaming")
 
@@ -33,15 +35,40 @@ class Region(NamedTuple):
 
 
 class Slot:
-    """Memory for one region of up to `size_bytes`, with room for the blocks that it begins and ends in."""
+    """Memory for one region of up to `size_bytes`, with room for the blocks that it begins and ends in: `memory`, which
+    begins on a page, or else its own."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self.memory = memoryview(mmap.mmap(-1, _round_up(size_bytes) + BLOCK_BYTES))  # begins on a page
+    def __init__(self, size_bytes: int, memory: memoryview | None = None) -> None:
+        self.memory = memoryview(mmap.mmap(-1, slot_bytes(size_bytes))) if memory is None else memory
         self.bytes = np.frombuffer(self.memory, np.uint8)
 
     @property
     def nbytes(self) -> int:
         return len(self.bytes)
+
+
+def slot_bytes(size_bytes: int) -> int:
+    return _round_up(size_bytes) + BLOCK_BYTES
+
+
+def make_slots(count: int, size_bytes: int) -> list[Slot]:
+    """Slots side by side, in huge pages where the system has them.
+
+    A direct read into scattered pages of 4 KiB has a piece for each, and a disk's queue has room for few such reads:
+    for a single one in a virtual machine's.
+    """
+    each = slot_bytes(size_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        mapping = mmap.mmap(-1, _round_up(count * each, HUGE_BYTES) + HUGE_BYTES, flags)
+        start = -np.frombuffer(mapping, np.uint8).ctypes.data % HUGE_BYTES
+        mapping.madvise(mmap.MADV_DONTFORK)  # a child's copies would be written to while disks write to ours
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    else:
+        mapping, start = mmap.mmap(-1, count * each), 0
+    memory = memoryview(mapping)[start:]
+    return [Slot(size_bytes, memory[i * each : (i + 1) * each]) for i in range(count)]
 
 
 class Storage:
@@ -125,5 +152,5 @@ def _read_at(descriptor: int, memory: memoryview, offset: int) -> int:
     return len(data)
 
 
-def _round_up(size_bytes: int) -> int:
-    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+def _round_up(size_bytes: int, unit: int = BLOCK_BYTES) -> int:
+    return -(-size_bytes // unit) * unit

@@ -28,7 +28,7 @@ from waterfill.streaming.ahead import ReadAhead
 from waterfill.streaming.calibration import calibrate
 from waterfill.streaming.chunks import Chunk, ChunkData, StreamedMatrix
 from waterfill.streaming.residency import choose
-from waterfill.streaming.storage import Region, Slot, Storage
+from waterfill.streaming.storage import Region, Slot, Storage, make_slots
 from waterfill.streaming.summary import Summary
 from waterfill.streaming.view import Activations, View
 
@@ -193,7 +193,7 @@ class Streamer:
         """Load what is kept; with `verify`, read everything and compare it with its digests."""
         kept, decoded = self.residency.kept, set(self.residency.decoded)
         total = sum(m.coded_bytes for m in self._matrices) if verify else sum(c.region.size_bytes for c in kept)
-        slot = Slot(max(chunk.region.size_bytes for matrix in self._matrices for chunk in matrix.chunks))
+        (slot,) = make_slots(1, max(chunk.region.size_bytes for matrix in self._matrices for chunk in matrix.chunks))
         done = 0
         for matrix in self._matrices:
             digest = hasher() if verify else None
