@@ -230,13 +230,15 @@ def test_a_matrix_that_was_kept_is_refused(tmp_path: Path) -> None:
         open_model(tmp_path / "out")
 
 
-def test_damage_is_found_and_the_model_can_go_on(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception comes through the library's call of a callback, and the next pass starts afresh."""
+@pytest.mark.parametrize("place", [-1, -2])
+def test_damage_is_found_and_the_model_can_go_on(packed: Packed, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """In the head, or in a layer, where an exception comes through the library's call of a callback; the next pass starts
+    afresh."""
     streams.quick(monkeypatch)
     model = streamed(packed())
     assert model.streaming is not None
     before = model.forward([1, 2, 3])
-    matrix = model.streaming.sequence[-1]  # not yet read ahead for the next pass
+    matrix = model.streaming.sequence[place]  # not yet read ahead for the next pass
     sums = matrix.sums
     assert sums is not None
     sums ^= np.uint64(1)

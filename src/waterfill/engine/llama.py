@@ -121,10 +121,10 @@ class LlamaModel:
             for start in range(0, len(tokens), self._pass_tokens):
                 piece = self._pass(tokens[start : start + self._pass_tokens])
                 states.append(piece[max(0, len(tokens) - logits - start) :])
+            return self.weights.logits(np.concatenate(states))
         except BaseException:
             self._cache.length = before
             raise
-        return self.weights.logits(np.concatenate(states))
 
     def _pass(self, ids: npt.NDArray[np.int64]) -> Floats:
         """Normalised hidden states `[tokens, hidden]` behind the last layer."""
