@@ -232,7 +232,7 @@ def test_a_matrix_that_was_kept_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [-1, -2])
 def test_damage_is_found_and_the_model_can_go_on(packed: Packed, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
-    """In the head, or in a layer, where an exception comes through the library's call of a callback; the next pass starts
+    """In the head, or in a layer, whose exception comes through the library's call of a callback. The next pass starts
     afresh."""
     streams.quick(monkeypatch)
     model = streamed(packed())
