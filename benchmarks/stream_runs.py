@@ -59,6 +59,7 @@ class Bench:
     store: Store
     quick: bool
     peers_python: str
+    storages: Sequence[str]  # names of `RATES`
     memory: int | str | None  # bytes; None: a share of the artifact, or the smallest; "none": all of it, without limit
     _known: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
@@ -68,8 +69,8 @@ class Bench:
             self.report.note(f"not enforced from outside: {reason}")
 
     def rates(self) -> dict[str, float | None]:
-        """Those of `RATES` that can be had here; a quick run takes the slowest."""
-        names = [name for name, rate in RATES.items() if rate is None or not self._refused["read"]]
+        """Those wanted that can be had here; a quick run takes the last."""
+        names = [name for name in self.storages if RATES[name] is None or not self._refused["read"]]
         return {name: RATES[name] for name in (names[-1:] if self.quick else names)}
 
     def limit(self, *artifacts: Artifact, **request: Any) -> int | None:

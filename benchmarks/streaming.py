@@ -27,7 +27,7 @@ from kernel_peers import peers_python
 from limits import LimitError
 from stream_faults import measure_faults
 from stream_models import CODED, FAST, FIXED, KINDS, MODELS, QUICK_MODELS, Artifact, Store
-from stream_runs import Bench, Run, key
+from stream_runs import RATES, Bench, Run, key
 from stream_speculation import measure_speculation
 from stream_start import measure_start
 from waterfill.budget import parse_size
@@ -54,6 +54,12 @@ def main() -> None:
         only={"choices": list(SECTIONS), "nargs": "+", "metavar": "NAME", "help": f"of {', '.join(SECTIONS)}"},
         folder={"type": Path, "default": folder, "help": "where models are kept, on the disk that is measured"},
         models={"choices": list(MODELS), "nargs": "+", "default": list(MODELS), "help": "of 1b, 3b; not with --quick"},
+        storage={
+            "choices": list(RATES),
+            "nargs": "+",
+            "default": list(RATES),
+            "help": "speeds; the slowest with --quick",
+        },
         memory={"default": None, "metavar": "SIZE", "help": "limit; `none` loads all of an artifact, to try it out"},
         peers_python={"type": Path, "default": None, "metavar": "PATH", "help": "interpreter that has the peers"},
     )
@@ -61,7 +67,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     memory = arguments.memory if arguments.memory in (None, "none") else parse_size(arguments.memory)
     store = Store(arguments.folder, report)
-    bench = Bench(report, store, arguments.quick, peers_python(arguments.peers_python), memory)
+    bench = Bench(report, store, arguments.quick, peers_python(arguments.peers_python), arguments.storage, memory)
     names = list(QUICK_MODELS) if arguments.quick else arguments.models
     for section, measure in SECTIONS.items():
         if section in (arguments.only or SECTIONS):

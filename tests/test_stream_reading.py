@@ -21,7 +21,7 @@ from waterfill.errors import ArtifactError, WaterfillError
 from waterfill.streaming import storage as storing
 from waterfill.streaming.ahead import ReadAhead
 from waterfill.streaming.residency import Speeds, choose
-from waterfill.streaming.storage import Region, Slot, Storage
+from waterfill.streaming.storage import BLOCK_BYTES, Region, Slot, Storage, make_slots
 
 SIZE = 300_777
 
@@ -207,6 +207,16 @@ def test_closing_wakes_whoever_waits(file: Path) -> None:
 def test_slots_hold_any_region_of_their_size() -> None:
     for size in (0, 1, 4095, 4096, 4097, 100_000):
         assert Slot(size).nbytes >= size + 4095 - 4095 * (size % 4096 == 0)
+
+
+@pytest.mark.parametrize("size", [1, 4096, 100_000, 2_088_960, 2_100_000])
+def test_slots_side_by_side_begin_on_blocks_and_keep_apart(size: int) -> None:
+    slots = make_slots(3, size)
+    for number, slot in enumerate(slots):
+        assert slot.nbytes == Slot(size).nbytes
+        assert slot.bytes.ctypes.data % BLOCK_BYTES == 0
+        slot.bytes[:] = number
+    assert [set(np.unique(slot.bytes).tolist()) for slot in slots] == [{0}, {1}, {2}]
 
 
 # ----------------------------------------------------------------------------------------------- what is kept in memory

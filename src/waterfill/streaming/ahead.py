@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,6 @@ import numpy.typing as npt
 from waterfill.errors import WaterfillError
 from waterfill.streaming.chunks import Chunk, ChunkData
 from waterfill.streaming.storage import Slot, Storage, make_slots
-
-Check = Callable[[Chunk, npt.NDArray[np.uint8]], None]
 
 
 class _Read:
