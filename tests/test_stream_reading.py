@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -106,7 +105,6 @@ class Piece:
 
     def __init__(self, file: Path, number: int, size: int = 12_000) -> None:
         self.region = Region(file, number * size, size)
-        self.matrix = SimpleNamespace(check=lambda chunk, data: None)
 
 
 @pytest.fixture
@@ -160,28 +158,65 @@ def test_the_ring_is_bounded(ahead: ReadAhead, pieces: list[Any]) -> None:
     assert ahead.bytes_read == 4 * 12_000, "four slots are full, and nobody takes"
 
 
+def test_what_is_not_there_yet_need_not_be_waited_for(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[Any] = [Piece(file, number) for number in range(3)]
+    storage, gate = Storage(), threading.Event()
+    hold(monkeypatch, storage, gate)
+    ahead = ReadAhead(storage, pieces, slots=2, slot_bytes=12_000)
+    assert ahead.take(pieces[0], wait=False) is None
+    gate.set()
+    expect(ahead, pieces[0])
+    found = None
+    for _ in range(1000):
+        if (found := ahead.take(pieces[1], wait=False)) is not None:
+            break
+        time.sleep(0.01)
+    assert found is not None
+    ahead.give_back(found[1])
+    expect(ahead, pieces[2])
+    ahead.close()
+    storage.close()
+
+
+def hold(monkeypatch: pytest.MonkeyPatch, storage: Storage, gate: threading.Event) -> None:
+    """Reading waits at a gate."""
+    read = storage.read_into
+
+    def held(region: Region, slot: Slot) -> Any:
+        gate.wait(10)
+        return read(region, slot)
+
+    monkeypatch.setattr(storage, "read_into", held)
+
+
 def test_what_goes_wrong_is_raised_where_it_happened(
     ahead: ReadAhead, pieces: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(chunk: Any, data: Any) -> None:
-        raise ArtifactError("altered")
+    read, bad = ahead.storage.read_into, {pieces[7].region}
 
-    pieces[7].matrix.check = refuse
+    def refuse(region: Region, slot: Slot) -> Any:
+        if region in bad:
+            raise ArtifactError("unreadable")
+        return read(region, slot)
+
+    monkeypatch.setattr(ahead.storage, "read_into", refuse)
     for _ in range(2):
         for piece in pieces[:7]:
             expect(ahead, piece)
-        with pytest.raises(ArtifactError, match="altered"):
+        with pytest.raises(ArtifactError, match="unreadable"):
             ahead.take(pieces[7])
-    pieces[7].matrix.check = lambda chunk, data: None
+        ahead.set_sequence(pieces)
+    bad.clear()
+    ahead.set_sequence(pieces)
     for piece in pieces:
         expect(ahead, piece)
 
 
-def test_closing_wakes_whoever_waits(file: Path) -> None:
+def test_closing_wakes_whoever_waits(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     piece: Any = Piece(file, 0)
-    piece.matrix.check = lambda chunk, data: gate.wait(10)
     storage = Storage()
+    hold(monkeypatch, storage, gate)
     ahead = ReadAhead(storage, [piece], slots=2, slot_bytes=12_000)
     errors: list[BaseException] = []
 

@@ -15,7 +15,7 @@ extern "C" {
 #define WF_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define WF_VERSION 4
+#define WF_VERSION 5
 
 typedef struct wf_table wf_table;
 
@@ -122,12 +122,14 @@ WF_EXPORT int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t
  * has them (`row_bytes` > 0; `word_indices` and `word_bytes` as in wf_arrange), or codes and scales in the kernels' layout. */
 typedef struct {
     int64_t rows, width;
+    int64_t part_rows;      /* of each part but the last: those of a stream, or any multiple of 4 */
     float step, unit;       /* as in wf_matrix */
     const wf_table* table;  /* that the rows are multiplied with: of streams, the table of levels */
     const uint8_t* data;    /* streams, or codes */
     const uint16_t* scales; /* of codes */
     int states, wide;
-    const uint32_t* ends;   /* of each stream, in bytes from `data` */
+    const uint32_t* ends;   /* of each part, in bytes from `data`; of codes only where `sums` are given */
+    uint64_t* sums;         /* NULL, or wf_checksums of its parts when they were first read; 0, and then set: not read yet */
     int word_indices, word_bytes;
     int64_t row_bytes;
 } wf_chunk;
@@ -139,17 +141,31 @@ WF_EXPORT wf_activations* wf_activations_new(int isa, const wf_table* table, con
                                              int64_t width);
 WF_EXPORT void wf_activations_free(wf_activations* x);
 
-/* y[t * stride + r] = row r of the chunk times token t; y of `dtype`. Nanoseconds of all threads are added to
- * nanoseconds[0], decoding, and [1], multiplying. -3 - i: stream i is damaged. */
-WF_EXPORT int64_t wf_chunk_multiply(int isa, const wf_chunk* chunk, const wf_activations* x, int dtype, void* y,
-                                    int64_t stride, int64_t* nanoseconds);
+/* y[t * stride + r] = row r of the chunk times token t of x. */
+typedef struct {
+    const wf_chunk* chunk;
+    const wf_activations* x;
+    void* y;
+    int64_t stride;
+} wf_task;
 
-/* A chunk -> the kernels' layout. -3 - i: stream i is damaged. */
+/* How many of the tasks, from the first on, may begin; called only by the thread that called wf_multiply, while others work.
+ * `finished` of them, from the first on, are done with. With `wait` there is nothing left to do: it had better wait until
+ * there is. Less than it said before: there will be no more. */
+typedef int64_t (*wf_ready)(void* context, int64_t finished, int wait);
+
+/* All tasks; with `ready` NULL they may begin at once. y of `dtype`. Nanoseconds of all threads are added to nanoseconds[0],
+ * checksums and decoding, and [1], multiplying. 1: `ready` ended it. -3 - n: a part is not what it should be, number
+ * n / 2 % 2^31 of task n / 2^32: it is damaged or, for odd n, not what it was when it was first read. */
+WF_EXPORT int64_t wf_multiply(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready, void* context,
+                              int64_t* nanoseconds);
+
+/* A chunk -> the kernels' layout. -3 - 2i: stream i is damaged. */
 WF_EXPORT int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t* scales);
 
-/* sums[i] of the bytes between ends[i - 1], or 0, and ends[i], to find out that they were read otherwise than before; not
- * part of any format. */
-WF_EXPORT int wf_checksums(const uint8_t* data, const uint32_t* ends, int64_t count, uint64_t* sums);
+/* sums[i], never 0, of the bytes between ends[i - 1], or 0, and ends[i], to find out that they were read otherwise than
+ * before; the same for every instruction set, and not part of any format. */
+WF_EXPORT int wf_checksums(int isa, const uint8_t* data, const uint32_t* ends, int64_t count, uint64_t* sums);
 
 /* Floating-point numbers of `item_bytes` bytes, 2 or 4, exactly: `count` numbers -> one stream per 2^18 of them, stream i
  * at out + i * capacity, its length in sizes[i]. `capacity` is what wf_lossless_capacity says, or more. */

@@ -62,17 +62,23 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
     if (bytes < 4 * streams) return -2;
     std::atomic<int64_t> failed{INT64_MAX};
     const int64_t row_bytes = width * (wide ? 2 : 1);
-    auto part = [&](int64_t i, int) -> StreamPart {
+    auto part = [&](int64_t i) -> StreamPart {
         const int64_t from = i ? little_endian(arena + 4 * (i - 1)) : 4 * streams, to = little_endian(arena + 4 * i);
         const bool inside = from >= 4 * streams && from <= to && to <= bytes &&
                             (i + 1 < streams || zeros(arena + to, arena + bytes));
         return {least(each, rows - i * each), arena + (inside ? from : 0), inside ? to - from : 0, scales + i * each * groups,
                 in_rows(shape, codes + i * each * row_bytes)};
     };
-    std::atomic<int64_t> nanoseconds{0};
-    each_stream(*f, shape, streams, part, [&](int64_t i, int, bool good) {
-        if (!good) lower(failed, i);
-    }, nanoseconds);
+    parallel(ceil_div(streams, kTogether), [&](int64_t share) {
+        const int64_t first = share * kTogether;
+        const int count = int(least(kTogether, streams - first));
+        StreamPart parts[kTogether];
+        bool good[kTogether];
+        for (int i = 0; i < count; ++i) parts[i] = part(first + i);
+        read_streams(*f, shape, parts, count, good);
+        for (int i = 0; i < count; ++i)
+            if (!good[i]) lower(failed, first + i);
+    });
     return failed == INT64_MAX ? 0 : -3 - failed.load();
 }
 

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "checksum.hpp"
 #include "hadamard.hpp"
 #include "half.hpp"
 #include "layer_math.hpp"
@@ -459,7 +460,8 @@ struct Kernels {
         static const Functions table = {name, Isa::bias, Isa::pair_bits, order,     rotate_row<Isa::lanes>, quantise,
                                         scratch_bytes, multiply,  decode_row, dot16,
                                         rms_norm,      swiglu,    attend,
-                                        Isa::decode_symbols, Isa::decode_rows, walk_narrow, walk_lanes<int16_t>, Search<Isa>::run};
+                                        Isa::decode_symbols, Isa::decode_rows, walk_narrow, walk_lanes<int16_t>, Search<Isa>::run,
+                                        checksum};
         return &table;
     }
 };

@@ -84,6 +84,7 @@ struct Functions {
                       int16_t* out);
     void (*search)(const TrellisCode& code, int lanes, int64_t count, const float* x, int least, int most, uint8_t* scratch,
                    int16_t* out);
+    uint64_t (*checksum)(const uint8_t* data, int64_t bytes);
 };
 
 // Tables of functions, null where the library was built without the instruction set.

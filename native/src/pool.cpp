@@ -1,10 +1,7 @@
 #include "pool.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -25,65 +22,35 @@ class Pool {
     }
 
     ~Pool() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stop_ = true;
-            round_.fetch_add(1);
-        }
-        wake_.notify_all();
+        stop_ = true;
+        rounds_.tell();
         for (auto& thread : threads_) thread.join();
     }
 
-    void run(int64_t tasks, const std::function<void(int64_t)>& work) {
+    void run(const std::function<void()>& work) {
         work_ = &work;
-        tasks_ = tasks;
-        next_.store(0, std::memory_order_relaxed);
         busy_.store(int(threads_.size()), std::memory_order_relaxed);
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            round_.fetch_add(1, std::memory_order_release);
-        }
-        if (asleep_.load()) wake_.notify_all();
-        drain();
+        rounds_.tell();
+        work();
         while (busy_.load(std::memory_order_acquire)) relax();
     }
 
     size_t size() const { return threads_.size(); }
 
    private:
-    void drain() {
-        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) (*work_)(i);
-    }
-
     void loop() {
-        uint64_t seen = 0;
-        for (;;) {
-            const auto until = std::chrono::steady_clock::now() + kAwake;
-            uint64_t round;
-            for (int spins = 0; (round = round_.load(std::memory_order_acquire)) == seen; ++spins) {
-                relax();
-                if (spins % 64 == 63 && std::chrono::steady_clock::now() > until) {
-                    std::unique_lock<std::mutex> lock(mutex_);
-                    asleep_.fetch_add(1);
-                    wake_.wait(lock, [&] { return round_.load() != seen; });
-                    asleep_.fetch_sub(1);
-                }
-            }
-            seen = round;
+        for (uint64_t seen = 0;; ++seen) {
+            rounds_.wait(seen);
             if (stop_) return;
-            drain();
+            (*work_)();
             busy_.fetch_sub(1, std::memory_order_release);
         }
     }
 
     std::vector<std::thread> threads_;
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::atomic<uint64_t> round_{0};
-    std::atomic<int> asleep_{0}, busy_{0};
-    std::atomic<int64_t> next_{0};
-    int64_t tasks_ = 0;
-    const std::function<void(int64_t)>* work_ = nullptr;
+    News rounds_;
+    std::atomic<int> busy_{0};
+    const std::function<void()>* work_ = nullptr;
     bool stop_ = false;
 };
 
@@ -110,20 +77,29 @@ void expect_forks() {
 #endif
 }
 
-struct Shared {
-    std::atomic<int64_t> next{0};
-    const int64_t tasks;
-    const std::function<void(int64_t)>& work;
-};
-
-void drain_shared(void* data) {
-    auto& shared = *static_cast<Shared*>(data);
-    for (int64_t i; (i = shared.next.fetch_add(1, std::memory_order_relaxed)) < shared.tasks;) shared.work(i);
-}
-
 int default_threads() { return std::max(1, int(std::thread::hardware_concurrency())); }
 
 }  // namespace
+
+void News::tell() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        count_.fetch_add(1, std::memory_order_release);
+    }
+    if (asleep_.load()) wake_.notify_all();
+}
+
+void News::wait(uint64_t seen) {
+    const auto until = std::chrono::steady_clock::now() + kAwake;
+    for (int spins = 0; count() == seen; ++spins) {
+        relax();
+        if (spins % 64 != 63 || std::chrono::steady_clock::now() < until) continue;
+        std::unique_lock<std::mutex> lock(mutex_);
+        asleep_.fetch_add(1);
+        wake_.wait(lock, [&] { return count_.load() != seen; });
+        asleep_.fetch_sub(1);
+    }
+}
 
 void set_threads(int count) { wanted = std::max(0, count); }
 
@@ -135,16 +111,13 @@ void set_team(void* entry) {
     team = reinterpret_cast<Team>(entry);
 }
 
-void parallel(int64_t tasks, const std::function<void(int64_t)>& work) {
+void in_all_threads(const std::function<void()>& work) {
     const int chosen = wanted;
-    if (tasks <= 1 || chosen == 1) {
-        for (int64_t i = 0; i < tasks; ++i) work(i);
-        return;
-    }
+    if (chosen == 1) return work();
     // In any other thread OpenMP would start a second team, and then let both sleep between two pieces of work.
-    if (const Team shared_team = team.load(); shared_team && std::this_thread::get_id() == team_owner) {
-        Shared shared{{0}, tasks, work};
-        shared_team(drain_shared, &shared, unsigned(chosen), 0);  // 0 threads: as many as OpenMP has been told
+    if (const Team shared = team.load(); shared && std::this_thread::get_id() == team_owner) {
+        auto call = [](void* data) { (*static_cast<const std::function<void()>*>(data))(); };
+        shared(call, const_cast<std::function<void()>*>(&work), unsigned(chosen), 0);  // 0: as many as OpenMP has been told
         return;
     }
     const int helpers = (chosen ? chosen : default_threads()) - 1;
@@ -154,7 +127,18 @@ void parallel(int64_t tasks, const std::function<void(int64_t)>& work) {
         delete pool;
         pool = new Pool(helpers);  // never freed at exit: a thread may still be in it
     }
-    pool->run(tasks, work);
+    pool->run(work);
+}
+
+void parallel(int64_t tasks, const std::function<void(int64_t)>& work) {
+    std::atomic<int64_t> next{0};
+    auto drain = [&] {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(i);
+    };
+    if (tasks <= 1)
+        drain();
+    else
+        in_all_threads(drain);
 }
 
 }  // namespace waterfill

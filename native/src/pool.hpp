@@ -2,8 +2,11 @@
 // same cores; elsewhere our own, which stay awake briefly: a matrix takes a tenth of a millisecond, waking a thread half.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -19,6 +22,23 @@ inline void relax() {
     asm volatile("yield");
 #endif
 }
+
+// What threads wait for: they watch for a while before they sleep.
+class News {
+   public:
+    uint64_t count() const { return count_.load(std::memory_order_acquire); }
+    void tell();
+    void wait(uint64_t seen);  // until count() is another
+
+   private:
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::atomic<uint64_t> count_{0};
+    std::atomic<int> asleep_{0};
+};
+
+// Calls work() in every thread, the caller's among them.
+void in_all_threads(const std::function<void()>& work);
 
 // Calls work(i) for i in 0 … tasks - 1 from several threads, the caller's among them.
 void parallel(int64_t tasks, const std::function<void(int64_t)>& work);

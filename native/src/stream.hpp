@@ -2,12 +2,10 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 
 #include "layout.hpp"
 #include "matrix.hpp"
-#include "pool.hpp"
 
 namespace waterfill {
 
@@ -53,29 +51,6 @@ LevelPlace in_tiles(const StreamShape& s, uint8_t* codes, int bias);
 
 // Up to kTogether streams, side by side where the instruction set can; `good` is false for those that are damaged.
 void read_streams(const Functions& f, const StreamShape& s, const StreamPart* parts, int count, bool* good);
-
-inline int64_t elapsed_ns(std::chrono::steady_clock::time_point start) {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - start).count();
-}
-
-// work(number of a stream, its place among those read together, whether it is good) for each of `count` streams, after
-// part(number, place) has said which it is. Adds the time of reading, of all threads.
-template <class Part, class Work>
-void each_stream(const Functions& f, const StreamShape& s, int64_t count, const Part& part, const Work& work,
-                 std::atomic<int64_t>& reading_ns) {
-    const int64_t workers = threads(), rounds = ceil_div(ceil_div(count, kTogether), workers);
-    const int64_t shares = least(count, rounds * workers);  // equal ones, so that no thread ends long after the others
-    parallel(shares, [&](int64_t share) {
-        const int64_t first = share * count / shares, stop = (share + 1) * count / shares;
-        const auto start = std::chrono::steady_clock::now();
-        StreamPart parts[kTogether];
-        bool good[kTogether];
-        for (int64_t i = first; i < stop; ++i) parts[i - first] = part(i, int(i - first));
-        read_streams(f, s, parts, int(stop - first), good);
-        reading_ns += elapsed_ns(start);
-        for (int64_t i = first; i < stop; ++i) work(i, int(i - first), good[i - first]);
-    });
-}
 
 // The first damaged stream is the one that is named, whichever thread finds one first.
 void lower(std::atomic<int64_t>& least, int64_t value);

@@ -62,6 +62,8 @@ struct Arranged {
     Arranged(const Arranged&) = delete;
 };
 
+int64_t stream_rows(int64_t width) { return std::max<int64_t>(1, (1 << 18) / (4 * width)) * 4; }
+
 int64_t groups_of(int64_t width) { return width < 1536 ? 1 : (width + 512) / 1024; }
 
 // A chunk's product is that of the matrix, in columns of a wider result.
@@ -71,7 +73,8 @@ void expect_product(int isa, const wf_chunk& chunk, const std::vector<float>& x,
     std::vector<float> wide(size_t(tokens * stride));
     int64_t nanoseconds[2] = {};
     wf_activations* prepared = wf_activations_new(isa, chunk.table, x.data(), WF_FLOAT32, tokens, chunk.width);
-    if (wf_chunk_multiply(isa, &chunk, prepared, WF_FLOAT32, wide.data(), stride, nanoseconds)) std::abort();
+    const wf_task task{&chunk, prepared, wide.data(), stride};
+    if (wf_multiply(isa, &task, 1, WF_FLOAT32, nullptr, nullptr, nanoseconds)) std::abort();
     wf_activations_free(prepared);
     for (int64_t t = 0; t < tokens; ++t)
         expect(!std::memcmp(wide.data() + t * stride, y.data() + t * chunk.rows, size_t(chunk.rows) * sizeof(float)), name);
@@ -104,7 +107,7 @@ void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
         if (wf_matmul(isa, &pa, 1, x.data(), WF_FLOAT32, tokens, &py)) std::abort();
         if (wf_matmul(scalar, &pb, 1, x.data(), WF_FLOAT32, tokens, &pz)) std::abort();
         expect(!std::memcmp(y.data(), z.data(), y.size() * sizeof(float)), name + " tokens " + std::to_string(tokens));
-        wf_chunk chunk{rows, width, 0.01f, 1.0f, a.table, stored.data(), factors.data(), 0, 0, nullptr,
+        wf_chunk chunk{rows, width, 8, 0.01f, 1.0f, a.table, stored.data(), factors.data(), 0, 0, nullptr, nullptr,
                        g.digits, g.word_bytes, row_bytes};
         expect_product(isa, chunk, x, tokens, y, name + " as stored");
         chunk.data = a.codes.data(), chunk.scales = a.scales.data(), chunk.row_bytes = 0;
@@ -267,7 +270,8 @@ void expect_streamed_product(int isa, int states, int64_t rows, int64_t width, b
     void* result = y.data();
     if (wf_matmul(isa, &matrix, 1, x.data(), WF_FLOAT32, 2, &result)) std::abort();
     uint32_t end = uint32_t(stream.size());
-    const wf_chunk chunk{rows, width, 0.01f, 1.0f, levels.table, stream.data(), nullptr, states, wide, &end, 0, 0, 0};
+    const wf_chunk chunk{rows, width, stream_rows(width), 0.01f, 1.0f, levels.table, stream.data(), nullptr, states, wide,
+                         &end, nullptr, 0, 0, 0};
     expect_product(isa, chunk, x, 2, y, name + ", streamed");
     std::vector<uint8_t> arranged(levels.codes.size());
     std::vector<uint16_t> arranged_scales(levels.scales.size());
@@ -282,7 +286,7 @@ void expect_streamed_product(int isa, int states, int64_t rows, int64_t width, b
 // numbers of symbols are not read in the same way, nor are rows that lanes do not divide.
 void compare_many_streams(int isa, int scalar, int64_t width, int most_symbols) {
     constexpr int64_t count = 7, last = 70;
-    const int64_t each = (1 << 18) / (4 * width) * 4, rows = (count - 1) * each + last;
+    const int64_t each = stream_rows(width), rows = (count - 1) * each + last;
     for (int states : {1, 8, 256}) {
         std::vector<uint8_t> arena(4 * count);
         for (int64_t i = 0; i < count; ++i) {
@@ -306,11 +310,95 @@ void compare_many_streams(int isa, int scalar, int64_t width, int most_symbols) 
         for (int64_t damaged : {0, 1, 5}) {
             uint32_t end;
             std::memcpy(&end, arena.data() + 4 * damaged, 4);
-            arena[end - 1000] ^= 0x40;
+            arena[end - 1] ^= 0x80;  // bits that only choose between symbols would give another good stream
             expect(decode(isa, 0) == -3 - damaged && decode(scalar, 1) == -3 - damaged, name + ", one damaged");
-            arena[end - 1000] ^= 0x40;
+            arena[end - 1] ^= 0x80;
         }
     }
+}
+
+// Chunks that arrive one after another, or several at a time, and are done with in the same order.
+struct Arriving {
+    int64_t count, finished = 0, ready = 0;
+    bool good = true;
+    std::minstd_rand chance{1};  // asked as often as threads need: not the generator of everything else
+
+    static int64_t answer(void* context, int64_t finished, int wait) {
+        auto& a = *static_cast<Arriving*>(context);
+        a.good &= finished >= a.finished && finished <= a.ready && (!wait || finished == a.ready);
+        a.finished = finished;
+        a.ready = std::min(a.count, a.ready + int64_t(a.chance() % 3) + (wait ? 1 : 0));
+        return a.ready;
+    }
+};
+
+// A matrix of streams as tasks of a few streams each: the product is that of the levels, damage has its place.
+void compare_tasks(int isa, int64_t width) {
+    constexpr int64_t streams = 11;
+    const int64_t each = stream_rows(width), last = std::min<int64_t>(70, each - 1), rows = (streams - 1) * each + last;
+    std::vector<uint8_t> arena(4 * streams), bytes;
+    std::vector<uint32_t> ends;
+    for (int64_t i = 0; i < streams; ++i) {
+        const auto stream = stream_of(i + 1 < streams ? each : last, width, 32, 14, false, false);
+        bytes.insert(bytes.end(), stream.begin(), stream.end());
+        ends.push_back(uint32_t(bytes.size()));
+        const uint32_t end = uint32_t(bytes.size()) + 4 * streams;
+        std::memcpy(arena.data() + 4 * i, &end, 4);
+    }
+    arena.insert(arena.end(), bytes.begin(), bytes.end());
+    std::vector<uint8_t> codes(size_t(rows * width));
+    std::vector<uint16_t> scales(size_t(rows * groups_of(width)));
+    if (wf_trellis_decode(isa, 8, 0, arena.data(), int64_t(arena.size()), rows, width, codes.data(), scales.data())) std::abort();
+    const Grid grid{1, 256, 8};
+    std::vector<int16_t> units(256);
+    std::vector<float> points(256), x(static_cast<size_t>(width)), y(static_cast<size_t>(rows)), z(y.size());
+    for (int i = 0; i < 256; ++i) units[size_t(i)] = int16_t(i - 128), points[size_t(i)] = float(i - 128);
+    for (auto& v : x) v = float(int32_t(rng())) * 1e-9f;
+    const Arranged levels(isa, grid, rows, width, units, points, codes, scales, width);
+    const wf_matrix* matrix = &levels.matrix;
+    void* result = y.data();
+    if (wf_matmul(isa, &matrix, 1, x.data(), WF_FLOAT32, 1, &result)) std::abort();
+    wf_activations* prepared = wf_activations_new(isa, levels.table, x.data(), WF_FLOAT32, 1, width);
+
+    std::vector<uint64_t> sums(static_cast<size_t>(streams));
+    std::vector<wf_chunk> chunks;
+    std::vector<std::vector<uint32_t>> chunk_ends;
+    std::vector<wf_task> tasks;
+    for (int64_t first = 0, count; first < streams; first += count) {
+        count = std::min(streams - first, int64_t(1 + chunks.size() % 3));
+        const uint32_t from = first ? ends[size_t(first) - 1] : 0;
+        auto& own = chunk_ends.emplace_back();
+        for (int64_t i = first; i < first + count; ++i) own.push_back(ends[size_t(i)] - from);
+        chunks.push_back({std::min(count * each, rows - first * each), width, each, 0.01f, 1.0f, levels.table,
+                          bytes.data() + from, nullptr, 8, 0, own.data(), &sums[size_t(first)], 0, 0, 0});
+    }
+    int64_t row = 0, nanoseconds[2] = {};
+    for (const auto& chunk : chunks) {
+        tasks.push_back({&chunk, prepared, z.data() + row, rows});
+        row += chunk.rows;
+    }
+    const int64_t count = int64_t(tasks.size());
+    auto multiply = [&](bool arriving) {
+        Arriving source{count};
+        std::fill(z.begin(), z.end(), 0.0f);
+        const int64_t status =
+            wf_multiply(isa, tasks.data(), count, WF_FLOAT32, arriving ? Arriving::answer : nullptr, &source, nanoseconds);
+        return source.good ? status : -99;
+    };
+    const std::string name = "tasks of width " + std::to_string(width);
+    for (int trial = 0; trial < 6; ++trial)
+        expect(!multiply(trial % 2) && !std::memcmp(y.data(), z.data(), y.size() * sizeof(float)), name);
+    std::vector<uint64_t> again(sums.size());
+    expect(!wf_checksums(isa, bytes.data(), ends.data(), streams, again.data()) && again == sums, name + ", checksums");
+    bytes[size_t(ends[4]) - 1] ^= 0x80;  // part 1 of task 2
+    expect(multiply(true) == -3 - ((int64_t(2) << 32) + 3) && multiply(false) == -3 - ((int64_t(2) << 32) + 3), name + ", changed");
+    std::fill(sums.begin(), sums.end(), 0);
+    expect(multiply(false) == -3 - ((int64_t(2) << 32) + 2) && !sums[4] && sums[0], name + ", damaged");
+    bytes[size_t(ends[4]) - 1] ^= 0x80;
+    expect(!multiply(true), name + ", whole again");
+    auto ended = [](void*, int64_t, int) { return int64_t(-1); };
+    expect(wf_multiply(isa, tasks.data(), count, WF_FLOAT32, ended, nullptr, nanoseconds) == 1, name + ", ended");
+    wf_activations_free(prepared);
 }
 
 // Streams that are whole, cut short or damaged: the same result, or refused by both, without a read beyond the bytes.
@@ -396,6 +484,7 @@ int main() {
         compare_streams(isa, scalar);
         for (int symbols : {14, 30, 60}) compare_many_streams(isa, scalar, 2144, symbols);
         compare_many_streams(isa, scalar, 2100, 30);
+        for (int64_t width : {2100, 2144, 70000}) compare_tasks(isa, width);
         std::printf("%s equals scalar: %s\n", wf_isa(isa), failures ? "no" : "yes");
         ++compared;
     }

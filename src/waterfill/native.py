@@ -23,7 +23,7 @@ from waterfill.errors import WaterfillError
 
 ISA_VARIABLE = "WATERFILL_ISA"
 FLOAT_ACTIVATIONS = "WATERFILL_ACTIVATIONS"
-VERSION = 4  # WF_VERSION in native/include/waterfill_native.h
+VERSION = 5  # WF_VERSION in native/include/waterfill_native.h
 _NAME = {"darwin": "libwaterfill_native.dylib", "win32": "libwaterfill_native.dll"}.get(
     sys.platform, "libwaterfill_native.so"
 )
@@ -53,6 +53,7 @@ class ChunkView(ctypes.Structure):
     _fields_ = (
         ("rows", c_int64),
         ("width", c_int64),
+        ("part_rows", c_int64),
         ("step", c_float),
         ("unit", c_float),
         ("table", c_void_p),
@@ -61,10 +62,17 @@ class ChunkView(ctypes.Structure):
         ("states", c_int),
         ("wide", c_int),
         ("ends", c_void_p),
+        ("sums", c_void_p),
         ("word_indices", c_int),
         ("word_bytes", c_int),
         ("row_bytes", c_int64),
     )
+
+
+class Task(ctypes.Structure):
+    """wf_task."""
+
+    _fields_ = (("chunk", c_void_p), ("x", c_void_p), ("y", c_void_p), ("stride", c_int64))
 
 
 LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -86,6 +94,7 @@ class LayerView(ctypes.Structure):
 
 
 PRODUCT = ctypes.CFUNCTYPE(c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int64, POINTER(c_void_p))  # wf_product
+READY = ctypes.CFUNCTYPE(c_int64, c_void_p, c_int64, c_int)  # wf_ready
 _MATRIX = POINTER(MatrixView)
 _CHUNK = POINTER(ChunkView)
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
@@ -127,9 +136,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_trellis_decode": (c_int64, [c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]),
     "wf_activations_new": (c_void_p, [c_int, c_void_p, c_void_p, c_int, c_int64, c_int64]),
     "wf_activations_free": (None, [c_void_p]),
-    "wf_chunk_multiply": (c_int64, [c_int, _CHUNK, c_void_p, c_int, c_void_p, c_int64, c_void_p]),
+    "wf_multiply": (c_int64, [c_int, POINTER(Task), c_int64, c_int, READY, c_void_p, c_void_p]),
     "wf_chunk_decode": (c_int64, [c_int, _CHUNK, c_void_p, c_void_p]),
-    "wf_checksums": (c_int, [c_void_p, c_void_p, c_int64, c_void_p]),
+    "wf_checksums": (c_int, [c_int, c_void_p, c_void_p, c_int64, c_void_p]),
     "wf_lossless_capacity": (c_int64, [c_int]),
     "wf_lossless_encode": (c_int, [c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
     "wf_lossless_decode": (c_int64, [c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p]),

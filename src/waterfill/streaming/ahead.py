@@ -48,7 +48,8 @@ class ReadAhead:
         self, storage: Storage, sequence: Sequence[Chunk], *, slots: int, slot_bytes: int, threads: int = 1
     ) -> None:
         self.storage = storage
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
+        self._filled, self._emptied = threading.Condition(self._lock), threading.Condition(self._lock)
         self._sequence: tuple[Chunk, ...] = ()
         self._places: dict[Chunk, int] = {}
         self._free = make_slots(slots, slot_bytes)
@@ -75,8 +76,9 @@ class ReadAhead:
     def __contains__(self, chunk: Chunk) -> bool:
         return chunk in self._places
 
-    def take(self, chunk: Chunk) -> tuple[ChunkData, Slot]:
-        """The chunk's bytes, as soon as they are there. Hand the slot to `give_back` when done with them.
+    def take(self, chunk: Chunk, *, wait: bool = True) -> tuple[ChunkData, Slot] | None:
+        """The chunk's bytes, unchecked, as soon as they are there; without `wait` None if they are not. Hand the slot
+        to `give_back` when done with them.
 
         Raises what reading raised: ArtifactError, mostly.
         """
@@ -88,7 +90,9 @@ class ReadAhead:
                 self._restart(self._places[chunk])
             position = self._next_take
             while (read := self._reads.get(position)) is None or not read.done:
-                self._lock.wait()
+                if not wait:
+                    return None
+                self._filled.wait()
                 if self._closed:
                     raise WaterfillError("this streamed model was closed while it was running; load it again")
             del self._reads[position]
@@ -98,19 +102,20 @@ class ReadAhead:
                 self._restart(position % count)  # so that the same call may be tried again
                 raise read.error
             assert read.data is not None
-            return ChunkData(chunk, read.data), read.slot
+            return ChunkData(chunk, read.data, unchecked=True), read.slot
 
     def give_back(self, slot: Slot) -> None:
         """The slot's memory may be written again."""
         with self._lock:
             self._free.append(slot)
-            self._lock.notify_all()
+            self._emptied.notify()
 
     def close(self) -> None:
         """Stop the threads; returns when they have ended."""
         with self._lock:
             self._closed = True
-            self._lock.notify_all()
+            self._filled.notify_all()
+            self._emptied.notify_all()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -121,13 +126,13 @@ class ReadAhead:
         self._free += [read.slot for read in self._reads.values() if read.done]
         self._reads = {}
         self._next_read = self._next_take = place
-        self._lock.notify_all()
+        self._emptied.notify_all()
 
     def read_one(self) -> bool:
         """What a reading thread does, again and again; False when it is to end."""
         with self._lock:
             while not self._closed and not (self._free and self._sequence):
-                self._lock.wait()
+                self._emptied.wait()
             if self._closed:
                 return False
             position, epoch = self._next_read, self._epoch
@@ -138,18 +143,18 @@ class ReadAhead:
         data, error = None, None
         try:
             data = self.storage.read_into(chunk.region, read.slot)
-            elapsed = time.perf_counter() - start
-            chunk.matrix.check(chunk, data)
         except BaseException as raised:  # it is the consumer's
-            elapsed, error = time.perf_counter() - start, raised
+            error = raised
+        elapsed = time.perf_counter() - start
         with self._lock:
             self.bytes_read += chunk.region.size_bytes
             self.reading_s += elapsed
             if epoch == self._epoch:
                 read.data, read.error = data, error
+                self._filled.notify()
             else:
                 self._free.append(read.slot)
-            self._lock.notify_all()
+                self._emptied.notify()
         return True
 
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -69,6 +70,24 @@ class Chunk:
         ends = self.matrix.ends[self.first_part : self.last_part + 1]
         return np.asarray(ends[1:] - ends[0], np.uint32)
 
+    @cached_property
+    def view(self) -> native.ChunkView:
+        """As the library sees it, in the form that is stored, but for the address of its bytes."""
+        matrix, isa = self.matrix, native.isa()
+        assert isa is not None
+        step, table = native_table(matrix.codec, isa)
+        unit = 2.0**matrix.exponent
+        view = native.ChunkView(self.rows, matrix.shape[1], matrix.part_rows, step * unit, unit, table)
+        view.ends, view.sums = self.ends.ctypes.data, matrix.sums[self.first_part :].ctypes.data
+        if isinstance(matrix.stored, Trellis):
+            view.states, view.wide = matrix.stored.states, int(matrix.stored.wide)
+        else:
+            assert matrix.scales is not None
+            view.scales = matrix.scales[self.first_row :].ctypes.data
+            view.word_indices, view.word_bytes = radix_word(matrix.codec.n) or (0, 0)
+            view.row_bytes = matrix.codec.row_bytes(matrix.shape[1])
+        return view
+
     @property
     def weights(self) -> int:
         return self.rows * self.matrix.shape[1]
@@ -109,8 +128,7 @@ class StreamedMatrix:
             self.ends = starts * codec.row_bytes(width)
             stored = buffers["scales"]
             self.scales = read_bytes(stored, verify=verify).view("<f2").reshape(stored.shape)
-        self.sums: npt.NDArray[np.uint64] | None = None  # checksums of the parts, where the library makes them
-        self.seen = np.zeros(len(self.ends) - 1, bool)  # which of them are known
+        self.sums = np.zeros(len(self.ends) - 1, np.uint64)  # checksums of the parts; 0: not read yet
         self.chunks = tuple(self._chunks())
 
     def _index(self, storage: Storage, count: int) -> npt.NDArray[np.int64]:
@@ -159,17 +177,19 @@ class StreamedMatrix:
         library = native.library()
         if library is None:
             return
-        if self.sums is None:
-            self.sums = np.zeros(len(self.seen), np.uint64)
+        isa = library.isas[native.isa() or "scalar"]
         found = np.empty(len(chunk.ends), np.uint64)
-        library.call("checksums", data.ctypes.data, chunk.ends.ctypes.data, len(found), found.ctypes.data)
-        parts = slice(chunk.first_part, chunk.last_part)
-        changed = np.flatnonzero(self.seen[parts] & (found != self.sums[parts]))
+        library.call("checksums", isa, data.ctypes.data, chunk.ends.ctypes.data, len(found), found.ctypes.data)
+        known = self.sums[chunk.first_part : chunk.last_part]
+        changed = np.flatnonzero((known != 0) & (found != known))
         if len(changed):
-            raise self.damaged(chunk, int(changed[0]), "is not what it was when it was first read")
-        self.sums[parts], self.seen[parts] = found, True
+            raise self.changed(chunk, int(changed[0]))
+        known[:] = found
 
-    def damaged(self, chunk: Chunk, part: int, what: str) -> ArtifactError:
+    def changed(self, chunk: Chunk, part: int) -> ArtifactError:
+        return self.damaged(chunk, part, "is not what it was when it was first read")
+
+    def damaged(self, chunk: Chunk, part: int, what: str = "is damaged") -> ArtifactError:
         offset = self.offset_bytes + int(self.ends[chunk.first_part + part])
         return ArtifactError(
             f"{self.file}: tensor {self.name!r} {what} (the part at byte {offset}); fetch the artifact again, or pack "
@@ -178,10 +198,18 @@ class StreamedMatrix:
 
 
 class ChunkData:
-    """A chunk's bytes in memory, `data` uint8; with `scales`, codes and scales in the kernels' layout."""
+    """A chunk's bytes in memory, `data` uint8; with `scales`, codes and scales in the kernels' layout; `unchecked` if
+    products are to compare its parts with what they were when they were first read."""
 
-    def __init__(self, chunk: Chunk, data: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint16] | None = None) -> None:
-        self.chunk, self.data, self._scales = chunk, data, scales
+    def __init__(
+        self,
+        chunk: Chunk,
+        data: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.uint16] | None = None,
+        *,
+        unchecked: bool = False,
+    ) -> None:
+        self.chunk, self.data, self._scales, self._unchecked = chunk, data, scales, unchecked
 
     @property
     def arranged(self) -> bool:
@@ -198,24 +226,25 @@ class ChunkData:
 
         Raises ArtifactError where a part is damaged.
         """
-        first, prepared = self.chunk.first_row, x.prepared(self.chunk.matrix.codec)
+        prepared = x.prepared(self.chunk.matrix.codec)
         if prepared is None or x.isa is None:
             from waterfill import kernels
 
+            if self._unchecked:
+                self.chunk.matrix.check(self.chunk, self.data)
+            first = self.chunk.first_row
             y.tensor()[:, first : first + self.chunk.rows] = kernels.matmul(x.view.tensor(), self.packed())
             return
         library = native.library()
         assert library is not None
-        status = library.chunk_multiply(
-            library.isas[x.isa],
-            ctypes.byref(self._view),
-            prepared,
-            y.dtype,
-            y.address + first * y.item_bytes,
-            y.width,
-            nanoseconds.ctypes.data,
-        )
-        self._expect(status)
+        task = self.task(prepared, y)
+        isa, everything = library.isas[x.isa], native.READY()
+        expect(library.multiply(isa, task, 1, y.dtype, everything, None, nanoseconds.ctypes.data), [self.chunk])
+
+    def task(self, prepared: int | None, y: View) -> native.Task:
+        """The same product for the library to compute: of `Activations.prepared`."""
+        address = y.address + self.chunk.first_row * y.item_bytes
+        return native.Task(ctypes.addressof(self._view), prepared, address, y.width)
 
     def copy(self) -> ChunkData:
         return ChunkData(self.chunk, self.data.copy(), self._scales)
@@ -229,7 +258,7 @@ class ChunkData:
         codes = np.empty(library.codes_bytes(codec.p, codec.n, rows, width), np.uint8)
         scales = np.empty(library.scales_count(rows, width), np.uint16)
         view = ctypes.byref(self._view)
-        self._expect(library.chunk_decode(library.isas[isa], view, codes.ctypes.data, scales.ctypes.data))
+        expect(library.chunk_decode(library.isas[isa], view, codes.ctypes.data, scales.ctypes.data), [self.chunk])
         return ChunkData(self.chunk, codes, scales)
 
     def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -275,28 +304,21 @@ class ChunkData:
     @cached_property
     def _view(self) -> native.ChunkView:
         """As the library sees it."""
-        matrix, isa = self.chunk.matrix, native.isa()
-        assert isa is not None
-        step, table = native_table(matrix.codec, isa)
-        unit = 2.0**matrix.exponent
-        view = native.ChunkView(self.chunk.rows, matrix.shape[1], step * unit, unit, table, self.data.ctypes.data)
+        view = native.ChunkView.from_buffer_copy(self.chunk.view)
+        view.data = self.data.ctypes.data
         if self._scales is not None:
-            view.scales = self._scales.ctypes.data
-        elif isinstance(matrix.stored, Trellis):
-            view.states, view.wide, view.ends = (
-                matrix.stored.states,
-                int(matrix.stored.wide),
-                self.chunk.ends.ctypes.data,
-            )
-        else:
-            assert matrix.scales is not None
-            view.scales = matrix.scales[self.chunk.first_row :].ctypes.data
-            view.word_indices, view.word_bytes = radix_word(matrix.codec.n) or (0, 0)
-            view.row_bytes = matrix.codec.row_bytes(matrix.shape[1])
+            view.scales, view.states, view.row_bytes = self._scales.ctypes.data, 0, 0
+        if not self._unchecked:
+            view.sums = None
         return view
 
-    def _expect(self, status: int) -> None:
-        if status <= -3:
-            raise self.chunk.matrix.damaged(self.chunk, -3 - status, "is damaged")
-        if status:
-            raise ValueError(f"the library refused a chunk of {self.chunk.matrix.name!r} (status {status})")
+
+def expect(status: int, chunks: Sequence[Chunk]) -> None:
+    """Raise what a status of the library says of `chunks`: ArtifactError for a part that is not what it should be."""
+    if status <= -3:
+        task, flaw = divmod(-3 - status, 1 << 32)
+        part, changed = divmod(flaw, 2)
+        chunk = chunks[task]
+        raise chunk.matrix.changed(chunk, part) if changed else chunk.matrix.damaged(chunk, part)
+    if status:
+        raise ValueError(f"the library refused chunks of {chunks[0].matrix.name!r} (status {status})")

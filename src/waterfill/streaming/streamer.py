@@ -27,6 +27,7 @@ from waterfill.errors import ArtifactError
 from waterfill.streaming.ahead import ReadAhead
 from waterfill.streaming.calibration import calibrate
 from waterfill.streaming.chunks import Chunk, ChunkData, StreamedMatrix
+from waterfill.streaming.products import Held, Product, Products
 from waterfill.streaming.residency import choose
 from waterfill.streaming.storage import Region, Slot, Storage, make_slots
 from waterfill.streaming.summary import Summary
@@ -94,25 +95,29 @@ class Streamer:
 
     # ------------------------------------------------------------------------------------------- what is computed
 
-    def product(self, matrix: StreamedMatrix, x: View | Activations, y: View) -> None:
+    def product(self, matrix: StreamedMatrix, x: View, y: View) -> None:
         """Write x W^T: x `[tokens, in]`, y `[tokens, out]`. Raises ArtifactError for a chunk that is damaged."""
-        shared = x if isinstance(x, Activations) else Activations(x)
-        if (y.width, shared.view.width) != matrix.shape or y.tokens != shared.view.tokens:
-            raise ValueError(f"{matrix.name} multiplies x [t, {matrix.shape[1]}] into y [t, {matrix.shape[0]}]")
-        if self._idle:
-            y.clear()
-        elif y.tokens:
-            with self._lock:
-                self._begin(matrix)
-                for chunk in matrix.chunks:
-                    self._multiply(chunk, shared, y)
-                self._ended_s = time.perf_counter()
+        self.products([matrix], x, [y])
 
     def products(self, matrices: Sequence[StreamedMatrix], x: View, ys: Sequence[View]) -> None:
-        """`product` with each of several matrices, for which x is rotated and rounded once per codec."""
+        """`product` with each of several matrices, for which x is rotated and rounded once per codec. Their y have one
+        dtype."""
         shared = Activations(x)
         for matrix, y in zip(matrices, ys, strict=True):
-            self.product(matrix, shared, y)
+            if (y.width, x.width) != matrix.shape or y.tokens != x.tokens:
+                raise ValueError(f"{matrix.name} multiplies x [t, {matrix.shape[1]}] into y [t, {matrix.shape[0]}]")
+            if self._idle:
+                y.clear()
+        if self._idle or not x.tokens:
+            return
+        with self._lock:
+            for matrix in matrices:
+                self._begin(matrix)
+            products = [
+                Product(chunk, shared, y) for matrix, y in zip(matrices, ys, strict=True) for chunk in matrix.chunks
+            ]
+            Products(products, self._take, self._give_back).run(self._nanoseconds)
+            self._ended_s = time.perf_counter()
 
     def rows(self, matrix: StreamedMatrix, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Rows of W by number: `[count]` -> `[count, in]`; reads the parts that they lie in."""
@@ -132,21 +137,21 @@ class Streamer:
         with self._lock:
             return np.concatenate([self._on_demand(chunk).rows(chunk.numbers) for chunk in matrix.chunks])
 
-    def _multiply(self, chunk: Chunk, x: Activations, y: View) -> None:
+    def _take(self, chunk: Chunk, wait: bool) -> Held | None:
         kept = self._kept.get(chunk)
         if kept is None and (self._ahead is None or chunk not in self._ahead):
             kept = self._on_demand(chunk)
         if kept is not None:
-            kept.multiply(x, y, self._nanoseconds)
-            return
+            return kept, None
         assert self._ahead is not None
         start = time.perf_counter()
-        data, slot = self._ahead.take(chunk)
+        taken = self._ahead.take(chunk, wait=wait)
         self._waiting_s += time.perf_counter() - start
-        try:
-            data.multiply(x, y, self._nanoseconds)
-        finally:
-            self._ahead.give_back(slot)
+        return taken
+
+    def _give_back(self, slot: Slot) -> None:
+        assert self._ahead is not None
+        self._ahead.give_back(slot)
 
     def _on_demand(self, chunk: Chunk) -> ChunkData:
         """A chunk that is not in the sequence: the ones used last stay in memory, as many as fit."""
@@ -317,8 +322,10 @@ class Streamer:
             for _ in range(2):  # the first fills the ring, as the pass before it does
                 start = time.perf_counter()
                 for chunk in streamed:
-                    assert self._ahead is not None
-                    self._ahead.give_back(self._ahead.take(chunk)[1])
+                    held = self._take(chunk, True)
+                    assert held is not None
+                    assert held[1] is not None
+                    self._give_back(held[1])
                 elapsed = time.perf_counter() - start
             return elapsed
 

@@ -1,0 +1,38 @@
+// Parts of chunks: what one thread decodes at a time, into memory that stays in its cache.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "../include/waterfill_native.h"
+#include "layout.hpp"
+#include "matrix.hpp"
+#include "stream.hpp"
+
+namespace waterfill {
+
+bool sound(const Functions* f, const wf_chunk& c);
+
+int64_t parts_of(const wf_chunk& c);
+int64_t rows_of(const wf_chunk& c, int64_t part);
+
+inline bool arranged(const wf_chunk& c) { return !c.states && !c.row_bytes; }
+
+// Which part of which task is not what it should be, as one number: the first of them has the least.
+inline int64_t flaw(int64_t task, int64_t part, bool changed) { return task << 32 | part << 1 | int64_t(changed); }
+inline int64_t status_of(const std::atomic<int64_t>& least_flaw) { return least_flaw == INT64_MAX ? 0 : -3 - least_flaw; }
+
+// Where a part goes, in the kernels' layout.
+struct PartPlace {
+    uint8_t* codes;
+    uint16_t* scales;
+};
+
+// Up to kTogether parts that are not in the kernels' layout yet, from part `first` on -> places[i]; good[i] is false for
+// those that are damaged.
+void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int count, const PartPlace* places, bool* good);
+
+// Of part `part`'s bytes, never 0: to find out that they were read otherwise than before.
+uint64_t checksum_of(const Functions& f, const uint8_t* data, const uint32_t* ends, int64_t part);
+
+}  // namespace waterfill
