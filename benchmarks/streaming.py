@@ -32,10 +32,10 @@ from stream_speculation import measure_speculation
 from stream_start import measure_start
 from waterfill.budget import parse_size
 
-TOKENS, QUICK_TOKENS = 8, 3
+TOKENS, QUICK_TOKENS = 8, 8
 PEER_TOKENS, QUICK_PEER_TOKENS = 3, 1
 ROUNDS = 2  # of processes; one in a quick run
-CODED_ROUNDS = 3
+CODED_ROUNDS, DEVICE_ROUNDS = 3, 7  # a device's own speed drifts
 STAGES_GOAL, CODED_GOAL, ACCELERATE_GOAL, LLAMA_CPP_GOAL = 1.15, 1.08, 5.0, 1.3
 STAGES = ("read_s", "decode_s", "compute_s")
 QUICK_KINDS = (CODED, FIXED)
@@ -111,7 +111,7 @@ def measure_stages(bench: Bench, names: list[str]) -> None:
 
 def stage_figures(bench: Bench, name: str, runs: list[Run]) -> list[Any]:
     """A row; the criterion on the time that overlapping leaves."""
-    token_s, spread_s = median_spread([s for run in runs for s in run.seconds])
+    token_s, spread_s = median_spread([run.token_s for run in runs])
     head = [1 / token_s, 1e3 * token_s, 1e3 * spread_s]
     last = runs[-1]
     summary = last.answer["summary"] or {}
@@ -143,9 +143,8 @@ def measure_coded(bench: Bench, names: list[str]) -> None:
         memory = bench.limit(*artifacts.values())
         for storage, rate in bench.rates().items():
             try:
-                rounds = [
-                    coded_round(bench, artifacts, rate, memory) for _ in range(1 if bench.quick else CODED_ROUNDS)
-                ]
+                count = 1 if bench.quick else CODED_ROUNDS if rate else DEVICE_ROUNDS
+                rounds = [coded_round(bench, artifacts, rate, memory) for _ in range(count)]
             except LimitError as error:
                 bench.report.note(f"{name}, {storage}: {error}")
                 continue
@@ -205,7 +204,9 @@ def measure_peers(bench: Bench, names: list[str]) -> None:
                     bench.report.note(f"{peer}, {name}, {storage}: {error}")
                     continue
                 against, more = ours, memory is not None and run.memory_bytes > memory
-                if more or rate is None:  # ours under the same limit, and within a minute: a device's own speed drifts
+                if (
+                    more or rate is None
+                ) and not bench.quick:  # ours under the same limit, and within a minute: a device's own speed drifts
                     kind, why = (CODED, "as much memory") if more else (fastest, "once more")
                     artifact, against = artifacts[kind], bench.ours(artifacts[kind], rate, tokens, run.memory_bytes)
                     who = f"waterfill {kind}, {why}"
@@ -250,7 +251,7 @@ def llama_cpp(file: Path, mode: str) -> dict[str, Any]:
 
 
 def peer_figures(run: Run, ours: Run) -> list[Any]:
-    token_s, spread_s = median_spread(run.seconds)
+    token_s, spread_s = run.token_s, median_spread(run.seconds)[1]
     passes = run.answer.get("generations", [run.answer])[0]["seconds"]
     memory = [megabytes(run.peak_bytes), megabytes(run.peaks.anonymous), megabytes(run.memory_bytes)]
     return [token_s, spread_s, token_s / ours.token_s, passes[0], *memory]

@@ -16,7 +16,7 @@ from waterfill.streaming.view import Activations, View
 
 READING_S = 0.2  # for each way
 WORKING_S = 0.2
-WAYS = ((4, READ_BYTES), (4, 2 * READ_BYTES), (2, READ_BYTES))  # threads that read, how much at a time
+WAYS = ((4, 2 * READ_BYTES), (4, READ_BYTES), (2, READ_BYTES))  # threads that read, how much at a time
 ENOUGH = 1.2  # times as fast as decoding
 WORTH = 1.1  # a way that comes later has to be so much faster
 

@@ -35,6 +35,7 @@ from waterfill.streaming.view import Activations, View
 
 SLOTS = 8  # of the ring: one that is multiplied, four that are read, three in between
 CHECKED_BYTES = 1 << 20  # read at a time where digests are compared
+ALONE_S = 1.0  # of reading alone
 CACHE_SHARE = 0.9  # of what is left over, for experts
 
 Progress = Callable[[int, int], object]
@@ -315,19 +316,21 @@ class Streamer:
         return self._kept.get(chunk) or self._read(chunk)
 
     def read_alone(self) -> float:
-        """Seconds of a pass that only reads."""
+        """Seconds of a pass that only reads: of as many as a second has, or one."""
         with self._lock:
             streamed = self._streamed()
             self._follow()
-            for _ in range(2):  # the first fills the ring, as the pass before it does
-                start = time.perf_counter()
+            start, passes = 0.0, -1
+            while passes < 1 or time.perf_counter() - start < ALONE_S:
+                if passes == 0:  # the first filled the ring, as the pass before it does
+                    start = time.perf_counter()
                 for chunk in streamed:
                     held = self._take(chunk, True)
                     assert held is not None
                     assert held[1] is not None
                     self._give_back(held[1])
-                elapsed = time.perf_counter() - start
-            return elapsed
+                passes += 1
+            return (time.perf_counter() - start) / passes
 
     @contextmanager
     def without_weights(self) -> Iterator[None]:
