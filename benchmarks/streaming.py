@@ -204,9 +204,7 @@ def measure_peers(bench: Bench, names: list[str]) -> None:
                     bench.report.note(f"{peer}, {name}, {storage}: {error}")
                     continue
                 against, more = ours, memory is not None and run.memory_bytes > memory
-                if (
-                    more or rate is None
-                ) and not bench.quick:  # ours under the same limit, and within a minute: a device's own speed drifts
+                if (more or rate is None) and not bench.quick:  # within a minute: a device's own speed drifts
                     kind, why = (CODED, "as much memory") if more else (fastest, "once more")
                     artifact, against = artifacts[kind], bench.ours(artifacts[kind], rate, tokens, run.memory_bytes)
                     who = f"waterfill {kind}, {why}"
