@@ -30,6 +30,7 @@ from waterfill.budget import Budget
 from waterfill.engine.llama import Cache, LlamaModel
 from waterfill.engine.opening import open_model
 from waterfill.engine.spec import read_spec
+from waterfill.engine.weights import Streamed
 from waterfill.errors import ArtifactError, MemoryLimitError, UnsupportedError, WaterfillError
 
 pytestmark = [
@@ -247,6 +248,28 @@ def test_damage_is_found_and_the_model_can_go_on(packed: Packed, monkeypatch: py
     sums ^= np.uint64(1)
     model.truncate(0)
     assert np.array_equal(model.forward([1, 2, 3]), before)
+    model.streaming.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_as_the_library_calls_back(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes before the callback's first line can catch it: the pass ends, and is not taken for whole."""
+    streams.quick(monkeypatch)
+    multiply, calls = Streamed._multiply, list[int]()
+
+    def interrupted(self: Streamed, *given: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        multiply(self, *given)
+
+    monkeypatch.setattr(Streamed, "_multiply", interrupted)
+    model = streamed(packed())
+    with pytest.raises(KeyboardInterrupt):
+        model.forward([1, 2, 3])
+    assert model.length == 0
+    assert np.array_equal(model.forward([1, 2, 3]), open_model(packed()).forward([1, 2, 3]))
+    assert model.streaming is not None
     model.streaming.close()
 
 

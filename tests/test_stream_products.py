@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -138,3 +139,23 @@ def test_the_part_that_changed_is_named(case: Case, several_threads: None) -> No
     matrix.sums[place] = 0  # as if it had never been read
     case.run(Source(3))
     assert matrix.sums[place] != 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_an_interrupt_as_the_library_calls_back(
+    case: Case, call: int, several_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes before the callback's first line can catch it: the library gets no answer."""
+    ready, calls = Products._ready, list[int]()
+
+    def interrupted(self: Products, *given: Any) -> None:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        ready(self, *given)
+
+    monkeypatch.setattr(Products, "_ready", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        case.run(Source(2))
+    assert all(np.array_equal(*pair) for pair in zip(case.run(Source(2)), case.whole(), strict=True))

@@ -80,13 +80,16 @@ typedef struct {
 } wf_layer;
 
 /* The caller's own products, where matrices are not in memory: `count` matrices of a layer, from `first` on in the order of
- * wf_layer, each times x [tokens][width] -> y[i] [tokens][rows]. Anything but 0 ends the pass. */
-typedef int (*wf_product)(void* context, int layer, int first, int count, const float* x, int64_t tokens, float* const* y);
+ * wf_layer, each times x [tokens][width] -> y[i] [tokens][rows]. Unless it sets *status to 0 the pass ends. It is not what it
+ * returns: an interpreter that is interrupted as it is called back returns anything. */
+typedef void (*wf_product)(void* context, int layer, int first, int count, const float* x, int64_t tokens, float* const* y,
+                           int* status);
+enum { WF_UNANSWERED = -100 }; /* *status before */
 
 /* Consecutive tokens of one text through all layers: hidden states [tokens][hidden] in place, then normalised to `out` by
  * `final_norm`, of the first layer's dtype. cosine and sine [tokens][head_dim]. keys[i] and values[i] are layer i's cache,
  * [kv_heads][capacity][head_dim], of which `position` positions are filled and `tokens` more are written. With `product`
- * matrices need no more than their shapes; what it returned is returned. */
+ * matrices need no more than their shapes; the status that it set, but for 0, is returned. */
 WF_EXPORT int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens, const float* cosine,
                             const float* sine, void* const* keys, void* const* values, int64_t capacity, int64_t position,
                             const void* final_norm, float* out, wf_product product, void* context);
@@ -149,10 +152,10 @@ typedef struct {
     int64_t stride;
 } wf_task;
 
-/* How many of the tasks, from the first on, may begin; called only by the thread that called wf_multiply, while others work.
- * `finished` of them, from the first on, are done with. With `wait` there is nothing left to do: it had better wait until
- * there is. Less than it said before: there will be no more. */
-typedef int64_t (*wf_ready)(void* context, int64_t finished, int wait);
+/* Sets *count to how many of the tasks, from the first on, may begin; called only by the thread that called wf_multiply,
+ * while others work. `finished` of them, from the first on, are done with. With `wait` there is nothing left to do: it had
+ * better wait until there is. Less than it said before, or nothing: there will be no more. */
+typedef void (*wf_ready)(void* context, int64_t finished, int wait, int64_t* count);
 
 /* All tasks; with `ready` NULL they may begin at once. y of `dtype`. Nanoseconds of all threads are added to nanoseconds[0],
  * checksums and decoding, and [1], multiplying. 1: `ready` ended it. -3 - n: a part is not what it should be, number

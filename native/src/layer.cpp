@@ -82,7 +82,11 @@ int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass&
           *gate = take(inner), *up = take(inner);
     const wf_matrix* const matrices[] = {layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down};
     auto multiply = [&](int first, int count, const float* in, std::initializer_list<float*> out) {
-        if (pass.product) return pass.product(pass.context, number, first, count, in, tokens, out.begin());
+        if (pass.product) {
+            int status = WF_UNANSWERED;
+            pass.product(pass.context, number, first, count, in, tokens, out.begin(), &status);
+            return status;
+        }
         void* results[3] = {};
         std::copy(out.begin(), out.end(), results);
         products(f, matrices + first, count, in, WF_FLOAT32, tokens, results);

@@ -54,7 +54,7 @@ class Tasks {
         else
             in_all_threads([&] { std::this_thread::get_id() == caller ? lead(ready, context) : help(); });
         if (refused_) return refused_;
-        return least_flaw_ < INT64_MAX ? status_of(least_flaw_) : int64_t(open_ < count_);
+        return least_flaw_ < INT64_MAX ? status_of(least_flaw_) : int64_t(ended_);
     }
 
     std::atomic<int64_t> decoding_ns{0}, multiplying_ns{0};
@@ -73,7 +73,9 @@ class Tasks {
             const bool hungry = open_ < count_ && unbegun_ < 2 * kTogether * workers_;
             if (asking_ && (hungry || finished > told)) {
                 told = finished;
-                open(ready(context, finished, hungry && finished == open_));  // only then is there nothing else to do
+                int64_t count = -1;
+                ready(context, finished, hungry && finished == open_, &count);  // only then is there nothing else to do
+                open(count);
             }
             Share share;
             if (begin(share))
@@ -95,7 +97,10 @@ class Tasks {
 
     // Lets the first `count` tasks begin.
     void open(int64_t count) {
-        if (count < open_ || count > count_) return close();
+        if (count < open_ || count > count_) {
+            ended_ = true;
+            return close();
+        }
         for (int64_t i = open_; i < count; ++i) {
             const wf_task& task = tasks_[i];
             const wf_chunk& c = *task.chunk;
@@ -201,7 +206,7 @@ class Tasks {
     std::atomic<int64_t> unbegun_{0};  // parts
     std::atomic<bool> closed_{false};
     std::atomic<int64_t> least_flaw_{INT64_MAX};
-    bool asking_ = true;
+    bool asking_ = true, ended_ = false;
     int64_t refused_ = 0;
 };
 

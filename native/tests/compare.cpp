@@ -126,11 +126,12 @@ struct Elsewhere {
     const wf_layer* layer;
 };
 
-int multiply_elsewhere(void* context, int, int first, int count, const float* x, int64_t tokens, float* const* y) {
+void multiply_elsewhere(void* context, int, int first, int count, const float* x, int64_t tokens, float* const* y,
+                        int* status) {
     const auto& own = *static_cast<const Elsewhere*>(context);
     void* results[3] = {};
     for (int i = 0; i < count; ++i) results[i] = y[i];
-    return wf_matmul(own.isa, &own.layer->q + first, count, x, WF_FLOAT32, tokens, results);
+    *status = wf_matmul(own.isa, &own.layer->q + first, count, x, WF_FLOAT32, tokens, results);
 }
 
 // Two layers, which share their weights, and thirteen tokens: in one pass, one by one, and with products elsewhere.
@@ -323,12 +324,12 @@ struct Arriving {
     bool good = true;
     std::minstd_rand chance{1};  // asked as often as threads need: not the generator of everything else
 
-    static int64_t answer(void* context, int64_t finished, int wait) {
+    static void answer(void* context, int64_t finished, int wait, int64_t* count) {
         auto& a = *static_cast<Arriving*>(context);
         a.good &= finished >= a.finished && finished <= a.ready && (!wait || finished == a.ready);
         a.finished = finished;
         a.ready = std::min(a.count, a.ready + int64_t(a.chance() % 3) + (wait ? 1 : 0));
-        return a.ready;
+        *count = a.ready;
     }
 };
 
@@ -396,7 +397,7 @@ void compare_tasks(int isa, int64_t width) {
     expect(multiply(false) == -3 - ((int64_t(2) << 32) + 2) && !sums[4] && sums[0], name + ", damaged");
     bytes[size_t(ends[4]) - 1] ^= 0x80;
     expect(!multiply(true), name + ", whole again");
-    auto ended = [](void*, int64_t, int) { return int64_t(-1); };
+    auto ended = [](void*, int64_t, int, int64_t*) {};
     expect(wf_multiply(isa, tasks.data(), count, WF_FLOAT32, ended, nullptr, nanoseconds) == 1, name + ", ended");
     wf_activations_free(prepared);
 }

@@ -93,8 +93,11 @@ class LayerView(ctypes.Structure):
     )
 
 
-PRODUCT = ctypes.CFUNCTYPE(c_int, c_void_p, c_int, c_int, c_int, c_void_p, c_int64, POINTER(c_void_p))  # wf_product
-READY = ctypes.CFUNCTYPE(c_int64, c_void_p, c_int64, c_int)  # wf_ready
+PRODUCT = ctypes.CFUNCTYPE(  # wf_product
+    None, c_void_p, c_int, c_int, c_int, c_void_p, c_int64, POINTER(c_void_p), POINTER(c_int)
+)
+UNANSWERED = -100  # WF_UNANSWERED: an exception came just as a callback was called
+READY = ctypes.CFUNCTYPE(None, c_void_p, c_int64, c_int, POINTER(c_int64))  # wf_ready
 _MATRIX = POINTER(MatrixView)
 _CHUNK = POINTER(ChunkView)
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {

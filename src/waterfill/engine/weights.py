@@ -25,8 +25,6 @@ from waterfill.streaming.view import View
 
 Floats = npt.NDArray[np.float32]
 
-FAILED = -100  # what a callback returns that has kept an exception
-
 
 class Weights(Protocol):
     """What a pass multiplies with. `product` is a wf_product, or None where the library has all matrices."""
@@ -121,22 +119,23 @@ class Streamed:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+        if status == native.UNANSWERED:
+            raise KeyboardInterrupt
         if status:
             raise ValueError(f"wf_run_layers refused its arguments (status {status})")
 
     def _multiply(
-        self, _: int | None, layer: int, first: int, count: int, x: int, tokens: int, ys: Sequence[int]
-    ) -> int:
+        self, _: int | None, layer: int, first: int, count: int, x: int, tokens: int, ys: Sequence[int], status: Any
+    ) -> None:
         """wf_product. An exception cannot pass through the library: it is kept, and raised behind it."""
         try:
             matrices = self._layers[layer][first : first + count]
             given = View(x, native.FLOAT32, tokens, matrices[0].shape[1], None)
             results = [View(ys[i], native.FLOAT32, tokens, matrix.shape[0], None) for i, matrix in enumerate(matrices)]
             self._streamer.products(matrices, given, results)
+            status[0] = 0
         except BaseException as error:
             self._failure = error
-            return FAILED
-        return 0
 
 
 def kernels() -> tuple[native.Native, int]:

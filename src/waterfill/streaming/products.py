@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -76,11 +76,11 @@ class Products:
         status = library.multiply(library.isas[isa], self._tasks, len(self._tasks), dtype, ready, None, address)
         if self._failure is not None:
             raise self._failure
-        if status == ENDED:  # by an exception that arrived just before `_ready` could keep it
+        if status == ENDED:  # by an exception that came just as `_ready` was called
             raise KeyboardInterrupt
         expect(status, [product.chunk for product in self._products])
 
-    def _ready(self, _: int | None, finished: int, wait: int) -> int:
+    def _ready(self, _: int | None, finished: int, wait: int, count: Any) -> None:
         """wf_ready. An exception cannot pass through the library: it is kept, and raised behind it."""
         try:
             self._finish(finished)
@@ -90,10 +90,9 @@ class Products:
                     break
                 self._tasks[number] = self._held[-1][0].task(self._prepared[number], self._products[number].y)
                 wait = False
+            count[0] = self._taken
         except BaseException as error:
             self._failure = error
-            return -1
-        return self._taken
 
     def _next(self, chunk: Chunk, *, wait: bool) -> bool:
         """Take the next product's chunk; False if it is not there."""

@@ -139,8 +139,11 @@ class Streamer:
             return np.concatenate([self._on_demand(chunk).rows(chunk.numbers) for chunk in matrix.chunks])
 
     def _take(self, chunk: Chunk, wait: bool) -> Held | None:
+        """What `Products` asks for. A chunk that nothing reads ahead is there once it was waited for: one at a time."""
         kept = self._kept.get(chunk)
         if kept is None and (self._ahead is None or chunk not in self._ahead):
+            if not wait and chunk not in self._cache:
+                return None
             kept = self._on_demand(chunk)
         if kept is not None:
             return kept, None
