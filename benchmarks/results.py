@@ -65,7 +65,8 @@ CHAPTERS = {
         "accelerate and AirLLM do not end below the limit that they were given; we are then measured once more under "
         "the same one, in which all weights stay in memory. The device's own speed drifts: there we are measured once "
         "more right after each peer, and `times as fast` is of those two. Rows of one model and storage are of one "
-        "run; those of storage that is slowed down were measured some commits before the others.",
+        "run; beside fixed rates and peers, those of storage that is slowed down were measured some commits before "
+        "the others.",
     ),
     "allocation": ("Allocation", ""),
     "lossless": (

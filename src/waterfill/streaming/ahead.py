@@ -48,7 +48,7 @@ class ReadAhead:
         self, storage: Storage, sequence: Sequence[Chunk], *, slots: int, slot_bytes: int, threads: int = 1
     ) -> None:
         self.storage = storage
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # whoever holds it may be the one that collects the model, and closes this
         self._filled, self._emptied = threading.Condition(self._lock), threading.Condition(self._lock)
         self._sequence: tuple[Chunk, ...] = ()
         self._places: dict[Chunk, int] = {}
@@ -111,13 +111,13 @@ class ReadAhead:
             self._emptied.notify()
 
     def close(self) -> None:
-        """Stop the threads; returns when they have ended."""
+        """Stop the threads; returns when they have ended, unless it is one of them that calls."""
         with self._lock:
             self._closed = True
             self._filled.notify_all()
             self._emptied.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
+        if threading.current_thread() not in self._threads:
+            for thread in self._threads:
                 thread.join()
 
     def _restart(self, place: int) -> None:
