@@ -174,16 +174,19 @@ def streamer(packed: Packed) -> Iterator[Streamer]:
 
 @needs_native
 def test_matrices_of_one_codec_share_the_activations(streamer: Streamer) -> None:
-    first, second, *_ = (matrix for matrix in streamer.sequence if matrix.shape[1] == 96)
-    x = np.random.default_rng(0).standard_normal((3, 96), np.float32)
-    shared, y = Activations(View.of_array(x)), np.empty((3, first.shape[0]), np.float32)
-    streamer.product(first, shared, View.of_array(y))
+    matrices = [matrix for matrix in streamer.sequence if matrix.shape[1] == 96][:2]
+    x, nanoseconds = np.random.default_rng(0).standard_normal((3, 96), np.float32), np.zeros(2, np.int64)
+    expected = [np.empty((3, matrix.shape[0]), np.float32) for matrix in matrices]
+    streamer.products(matrices, View.of_array(x), [View.of_array(y) for y in expected])
+    shared = Activations(View.of_array(x))
+    handle = shared.prepared(matrices[0].codec)
     x[:] = np.nan  # it was rotated and rounded before
-    again, other = np.empty_like(y), np.empty((3, second.shape[0]), np.float32)
-    streamer.product(first, shared, View.of_array(again))
-    streamer.product(second, shared, View.of_array(other))
-    assert again.tobytes() == y.tobytes()
-    assert np.isfinite(other).all()
+    assert shared.prepared(matrices[1].codec) == handle
+    for matrix, y in zip(matrices, expected, strict=True):
+        found = np.empty_like(y)
+        for chunk in matrix.chunks:
+            streamer.held(chunk).multiply(shared, View.of_array(found), nanoseconds)
+        assert found.tobytes() == y.tobytes()
 
 
 @needs_native
