@@ -42,7 +42,7 @@ QUICK_KINDS = (CODED, FIXED)
 GGUF_TYPES = ("Q2_K", "Q3_K", "Q4_0")
 COMPARABLE = ("Q3_K", "Q4_0")  # the nearest types with more error than 3 bits entropy-coded, and with less
 # Peers that make float weights do not end in less, twice the embeddings and more: they read pages again and again.
-LEAST_DENSE_MEMORY = {"1b": 1_600_000_000, "3b": 2_400_000_000}
+LEAST_DENSE_MEMORY = {"tiny": 440_000_000, "1b": 1_600_000_000, "3b": 2_400_000_000}
 OTHER_MODES = ("none", "direct_io")  # of llama.cpp, beside mapping
 
 
