@@ -24,7 +24,7 @@ from waterfill.streaming.products import Held, Product, Products
 from waterfill.streaming.storage import Slot, Storage
 from waterfill.streaming.view import Activations, View
 
-pytestmark = pytest.mark.skipif(native.isa() is None, reason="needs the native kernels")
+pytestmark = pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off")
 
 CODECS = ("trellis-s8-r3.0000", "higgs-p2-n16")
 Floats = npt.NDArray[np.float32]
