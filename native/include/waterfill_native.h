@@ -152,16 +152,16 @@ typedef struct {
     int64_t stride;
 } wf_task;
 
-/* Sets *count to how many of the tasks, from the first on, may begin; called only by the thread that called wf_multiply,
- * while others work. `finished` of them, from the first on, are done with. With `wait` there is nothing left to do: it had
+/* Sets *count to how many of the tasks, from the first on, may begin; called only in the caller's
+ * thread, while others work. `finished` of them, from the first on, are done with. With `wait` there is nothing left to do: it had
  * better wait until there is. Less than it said before, or nothing: there will be no more. */
 typedef void (*wf_ready)(void* context, int64_t finished, int wait, int64_t* count);
 
 /* All tasks; with `ready` NULL they may begin at once. y of `dtype`. Nanoseconds of all threads are added to nanoseconds[0],
  * checksums and decoding, and [1], multiplying. 1: `ready` ended it. -3 - n: a part is not what it should be, number
  * n / 2 % 2^31 of task n / 2^32: it is damaged or, for odd n, not what it was when it was first read. */
-WF_EXPORT int64_t wf_multiply(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready, void* context,
-                              int64_t* nanoseconds);
+WF_EXPORT int64_t wf_multiply_chunks(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready,
+                                     void* context, int64_t* nanoseconds);
 
 /* A chunk -> the kernels' layout. -3 - 2i: stream i is damaged. */
 WF_EXPORT int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t* scales);

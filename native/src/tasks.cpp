@@ -1,7 +1,7 @@
 // Chunks that are multiplied while others are still on their way from storage.
 //
 // The caller's thread opens tasks, as the chunks they multiply arrive; all threads take parts of open tasks. They meet
-// once, behind the last task: at the end of every chunk they would wait for each other about a fifth of the time.
+// once, behind the last task: at the end of every chunk all would wait for the slowest.
 #include <atomic>
 #include <chrono>
 #include <memory>
@@ -45,7 +45,7 @@ class Tasks {
     Tasks(const Functions& f, const wf_task* tasks, int64_t count, int dtype)
         : f_(f), tasks_(tasks), count_(count), dtype_(dtype), workers_(threads()), states_(new State[size_t(count)]) {}
 
-    // Returns what wf_multiply is to.
+    // Returns what wf_multiply_chunks is to.
     int64_t run(wf_ready ready, void* context) {
         const std::thread::id caller = std::this_thread::get_id();
         if (!ready) asking_ = false, open(count_);
@@ -230,7 +230,7 @@ wf_activations* wf_activations_new(int isa, const wf_table* table, const void* x
 
 void wf_activations_free(wf_activations* x) { delete x; }
 
-int64_t wf_multiply(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready, void* context,
+int64_t wf_multiply_chunks(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready, void* context,
                     int64_t* nanoseconds) {
     const Functions* f = functions(isa);
     if (!f || count < 1 || dtype < 0 || dtype > 2) return -1;

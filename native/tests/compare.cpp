@@ -74,7 +74,7 @@ void expect_product(int isa, const wf_chunk& chunk, const std::vector<float>& x,
     int64_t nanoseconds[2] = {};
     wf_activations* prepared = wf_activations_new(isa, chunk.table, x.data(), WF_FLOAT32, tokens, chunk.width);
     const wf_task task{&chunk, prepared, wide.data(), stride};
-    if (wf_multiply(isa, &task, 1, WF_FLOAT32, nullptr, nullptr, nanoseconds)) std::abort();
+    if (wf_multiply_chunks(isa, &task, 1, WF_FLOAT32, nullptr, nullptr, nanoseconds)) std::abort();
     wf_activations_free(prepared);
     for (int64_t t = 0; t < tokens; ++t)
         expect(!std::memcmp(wide.data() + t * stride, y.data() + t * chunk.rows, size_t(chunk.rows) * sizeof(float)), name);
@@ -383,7 +383,7 @@ void compare_tasks(int isa, int64_t width) {
         Arriving source{count};
         std::fill(z.begin(), z.end(), 0.0f);
         const int64_t status =
-            wf_multiply(isa, tasks.data(), count, WF_FLOAT32, arriving ? Arriving::answer : nullptr, &source, nanoseconds);
+            wf_multiply_chunks(isa, tasks.data(), count, WF_FLOAT32, arriving ? Arriving::answer : nullptr, &source, nanoseconds);
         return source.good ? status : -99;
     };
     const std::string name = "tasks of width " + std::to_string(width);
@@ -398,7 +398,7 @@ void compare_tasks(int isa, int64_t width) {
     bytes[size_t(ends[4]) - 1] ^= 0x80;
     expect(!multiply(true), name + ", whole again");
     auto ended = [](void*, int64_t, int, int64_t*) {};
-    expect(wf_multiply(isa, tasks.data(), count, WF_FLOAT32, ended, nullptr, nanoseconds) == 1, name + ", ended");
+    expect(wf_multiply_chunks(isa, tasks.data(), count, WF_FLOAT32, ended, nullptr, nanoseconds) == 1, name + ", ended");
     wf_activations_free(prepared);
 }
 

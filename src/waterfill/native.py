@@ -139,7 +139,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_trellis_decode": (c_int64, [c_int, c_int, c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p]),
     "wf_activations_new": (c_void_p, [c_int, c_void_p, c_void_p, c_int, c_int64, c_int64]),
     "wf_activations_free": (None, [c_void_p]),
-    "wf_multiply": (c_int64, [c_int, POINTER(Task), c_int64, c_int, READY, c_void_p, c_void_p]),
+    "wf_multiply_chunks": (c_int64, [c_int, POINTER(Task), c_int64, c_int, READY, c_void_p, c_void_p]),
     "wf_chunk_decode": (c_int64, [c_int, _CHUNK, c_void_p, c_void_p]),
     "wf_checksums": (c_int, [c_int, c_void_p, c_void_p, c_int64, c_void_p]),
     "wf_lossless_capacity": (c_int64, [c_int]),

@@ -239,7 +239,7 @@ class ChunkData:
         assert library is not None
         task = self.task(prepared, y)
         isa, everything = library.isas[x.isa], native.READY()
-        expect(library.multiply(isa, task, 1, y.dtype, everything, None, nanoseconds.ctypes.data), [self.chunk])
+        expect(library.multiply_chunks(isa, task, 1, y.dtype, everything, None, nanoseconds.ctypes.data), [self.chunk])
 
     def task(self, prepared: int | None, y: View) -> native.Task:
         """The same product for the library to compute: of `Activations.prepared`."""

@@ -19,7 +19,7 @@ from waterfill.streaming.chunks import Chunk, ChunkData, expect
 from waterfill.streaming.storage import Slot
 from waterfill.streaming.view import Activations, View
 
-ENDED = 1  # of wf_multiply: `ready` said that there is no more
+ENDED = 1  # of wf_multiply_chunks: `ready` said that there is no more
 
 Held = tuple[ChunkData, Slot | None]  # with the slot of the ring that the bytes lie in, if any
 Take = Callable[[Chunk, bool], Held | None]  # a chunk; None: it is not there yet, and was not to be waited for
@@ -73,7 +73,7 @@ class Products:
         library = native.library()
         assert library is not None
         ready, address = native.READY(self._ready), nanoseconds.ctypes.data
-        status = library.multiply(library.isas[isa], self._tasks, len(self._tasks), dtype, ready, None, address)
+        status = library.multiply_chunks(library.isas[isa], self._tasks, len(self._tasks), dtype, ready, None, address)
         if self._failure is not None:
             raise self._failure
         if status == ENDED:  # by an exception that came just as `_ready` was called

@@ -321,19 +321,20 @@ class Streamer:
     def read_alone(self) -> float:
         """Seconds of a pass that only reads: of as many as a second has, or one."""
         with self._lock:
-            streamed = self._streamed()
             self._follow()
-            start, passes = 0.0, -1
-            while passes < 1 or time.perf_counter() - start < ALONE_S:
-                if passes == 0:  # the first filled the ring, as the pass before it does
-                    start = time.perf_counter()
-                for chunk in streamed:
-                    held = self._take(chunk, True)
-                    assert held is not None
-                    assert held[1] is not None
-                    self._give_back(held[1])
+            self._read_through()  # fills the ring, as the pass before a pass does
+            start, passes = time.perf_counter(), 0
+            while not passes or time.perf_counter() - start < ALONE_S:
+                self._read_through()
                 passes += 1
             return (time.perf_counter() - start) / passes
+
+    def _read_through(self) -> None:
+        for chunk in self._streamed():
+            assert self._ahead is not None
+            taken = self._ahead.take(chunk)
+            assert taken is not None
+            self._give_back(taken[1])
 
     @contextmanager
     def without_weights(self) -> Iterator[None]:
