@@ -66,7 +66,7 @@ CHAPTERS = {
         "the same one, in which all weights stay in memory. The device's own speed drifts: there we are measured once "
         "more right after each peer, and `times as fast` is of those two. Rows of one model and storage are of one "
         "run; beside fixed rates and peers, those of storage that is slowed down were measured some commits before "
-        "the others.",
+        "the others, and are medians of passes where the others are means.",
     ),
     "allocation": ("Allocation", ""),
     "lossless": (

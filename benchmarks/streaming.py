@@ -32,7 +32,7 @@ from stream_speculation import measure_speculation
 from stream_start import measure_start
 from waterfill.budget import parse_size
 
-TOKENS, QUICK_TOKENS = 8, 8
+TOKENS = 8
 PEER_TOKENS, QUICK_PEER_TOKENS = 3, 1
 ROUNDS = 2  # of processes; one in a quick run
 CODED_ROUNDS, DEVICE_ROUNDS = 3, 7  # a device's own speed drifts
@@ -93,8 +93,7 @@ def measure_stages(bench: Bench, names: list[str]) -> None:
         for storage, rate in bench.rates().items():
             try:
                 some = [
-                    bench.ours(artifact, rate, QUICK_TOKENS if bench.quick else TOKENS, memory, stages=True)
-                    for _ in range(1 if bench.quick else ROUNDS)
+                    bench.ours(artifact, rate, TOKENS, memory, stages=True) for _ in range(1 if bench.quick else ROUNDS)
                 ]
             except LimitError as error:
                 bench.report.note(f"{name}, {storage}: {error}")
@@ -160,8 +159,7 @@ def measure_coded(bench: Bench, names: list[str]) -> None:
 
 
 def coded_round(bench: Bench, artifacts: dict[str, Artifact], rate: float | None, memory: int | None) -> dict[str, Run]:
-    tokens = QUICK_TOKENS if bench.quick else TOKENS
-    return {kind: bench.ours(artifact, rate, tokens, memory) for kind, artifact in artifacts.items()}
+    return {kind: bench.ours(artifact, rate, TOKENS, memory) for kind, artifact in artifacts.items()}
 
 
 def coded_criterion(bench: Bench, name: str, storage: str, rounds: list[dict[str, Run]]) -> None:
@@ -183,11 +181,11 @@ def measure_peers(bench: Bench, names: list[str]) -> None:
     rows: list[list[Any]] = []
     for name in names:
         artifacts = {kind: bench.store.artifact(name, kind) for kind in ((CODED,) if bench.quick else (CODED, FAST))}
-        memory, tokens = bench.limit(artifacts[CODED]), QUICK_TOKENS if bench.quick else TOKENS
+        memory = bench.limit(artifacts[CODED])
         peers = peer_requests(bench, name)
         for storage, rate in bench.rates().items():
             try:
-                runs = {kind: bench.ours(artifacts[kind], rate, tokens, memory) for kind in artifacts}
+                runs = {kind: bench.ours(artifacts[kind], rate, TOKENS, memory) for kind in artifacts}
             except LimitError as error:
                 bench.report.note(f"{name}, {storage}: {error}")
                 continue
@@ -204,9 +202,10 @@ def measure_peers(bench: Bench, names: list[str]) -> None:
                     bench.report.note(f"{peer}, {name}, {storage}: {error}")
                     continue
                 against, more = ours, memory is not None and run.memory_bytes > memory
-                if (more or rate is None) and not bench.quick:  # within a minute: a device's own speed drifts
+                if (more or rate is None) and not bench.quick:
+                    # ours under the same limit, and within a minute: a device's own speed drifts
                     kind, why = (CODED, "as much memory") if more else (fastest, "once more")
-                    artifact, against = artifacts[kind], bench.ours(artifacts[kind], rate, tokens, run.memory_bytes)
+                    artifact, against = artifacts[kind], bench.ours(artifacts[kind], rate, TOKENS, run.memory_bytes)
                     who = f"waterfill {kind}, {why}"
                     rows.append([name, storage, who, artifact.bits, artifact.t2, *peer_figures(against, ours)])
                 rows.append([name, storage, peer, bits, t2, *peer_figures(run, ours)])
