@@ -23,6 +23,7 @@ from waterfill.kernels.layer import DecoderLayer
 from waterfill.kernels.native import float_activations
 from waterfill.kernels.reference import STORED
 from waterfill.native import MOST_HEAD_DIM
+from waterfill.runtime.made import make
 from waterfill.runtime.packed import PackedLinear
 
 # Classes whose forward is that of `kernels.layer`; what may differ between them is looked at in `_look_at`.
@@ -177,4 +178,4 @@ def _look_at(layer: Any) -> _Known | None:
 
 @cache
 def _fused_class(original: Any) -> Any:
-    return type(f"Fused{original.__name__}", (FusedLayer, original), {})
+    return make(f"Fused{original.__name__}", (FusedLayer, original), _fused_class, original)
