@@ -280,6 +280,9 @@ class PackedExperts(TensorModule):
             matrix = self._modules[str(expert)] = PackedMatrix()
             matrix.transposed, matrix.dtype = transposed, dtype
         self.transposed = transposed
+        self._weights: dict[
+            int, StandIn
+        ] = {}  # of the experts used, which keeps them from being made for every product
 
     def expert(self, index: int) -> PackedMatrix:
         return cast(PackedMatrix, self._modules[str(index)])
@@ -293,9 +296,11 @@ class PackedExperts(TensorModule):
 
     def __getitem__(self, index: Any) -> Any:
         """One expert's weight, `[out, in]`, or `[in, out]` where the model keeps it so; else what the tensor has."""
-        if isinstance(index, int) or (isinstance(index, torch.Tensor) and index.ndim == 0):
-            return self.expert(range(len(self))[int(index)]).weight
-        return self.stand_in()[index]
+        if not isinstance(index, int) and not (isinstance(index, torch.Tensor) and index.ndim == 0):
+            return self.stand_in()[index]
+        number = range(len(self))[int(index)]
+        weight = self._weights[number] = self.expert(number).weight
+        return weight
 
     def __iter__(self) -> Iterator[StandIn]:
         return (expert.weight for expert in self.experts)
@@ -313,6 +318,9 @@ class PackedExperts(TensorModule):
     @property
     def loading(self) -> bool:
         return self.expert(0).loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_weights": {}}
 
     def dense(self) -> torch.Tensor:
         """float32 `[expert, out, in]`."""

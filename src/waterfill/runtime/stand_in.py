@@ -67,9 +67,10 @@ class StandIn(torch.Tensor):
         transposed: bool = False,
         view: torch.Tensor | None = None,
     ) -> StandIn:
-        made: StandIn = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape), strides=strides, dtype=dtype, device=device
-        )
+        with torch.inference_mode(mode=False):  # it may outlive the mode, and be viewed in it
+            made: StandIn = torch.Tensor._make_wrapper_subclass(
+                cls, tuple(shape), strides=strides, dtype=dtype, device=device
+            )
         made._holder, made._transposed, made._view = holder, transposed, view
         return made
 
@@ -143,6 +144,10 @@ class StandIn(torch.Tensor):
 
     def data_ptr(self) -> NoReturn:
         _refuse(self, "read through a pointer")
+
+    def untyped_storage(self) -> NoReturn:
+        """Torch would hand out memory that is not there."""
+        _refuse(self, "read or shared as memory")
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self.decode().__dlpack__(*args, **kwargs)
@@ -238,8 +243,8 @@ def _memory(tensor: torch.Tensor) -> int | None:
 
 def _refuse(weight: StandIn, what: str) -> NoReturn:
     raise WaterfillError(
-        f"a packed weight {list(weight.shape)} cannot be {what}: it can be multiplied or divided by powers of two in "
-        "place; for anything else change the original model and pack it again, or work on a copy, weight.clone()"
+        f"a packed weight {list(weight.shape)} cannot be {what}: in place it can be multiplied or divided by powers of "
+        "two; for anything else take a copy, weight.clone(), or change the original model and pack it again"
     )
 
 
