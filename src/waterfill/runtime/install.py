@@ -125,9 +125,9 @@ def _tie(model: Any, ties: dict[str, str]) -> None:
     """Tie modules, given as {parameter: the packed one that it shares}, and leave transformers none of them to tie."""
     for target, source in ties.items():
         tie(model.get_submodule(target.removesuffix(".weight")), model.get_submodule(source.removesuffix(".weight")))
-    for _, module in model.named_modules():
-        for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
-            keys = getattr(module, attribute, None)
-            if isinstance(keys, dict):
-                left = {k: v for k, v in keys.items() if not any(target.endswith(k) for target in ties)}
-                setattr(module, attribute, left)
+    for path, module in model.named_modules():
+        keys = getattr(module, "all_tied_weights_keys", None)
+        if ties and isinstance(keys, dict):
+            prefix = f"{path}." if path else ""
+            left = {target: source for target, source in keys.items() if prefix + target not in ties}
+            module.all_tied_weights_keys = module._tied_weights_keys = left  # the latter may have been patterns
