@@ -20,7 +20,7 @@ from waterfill import kernels
 from waterfill.codecs import TableCodec, Trellis
 from waterfill.errors import WaterfillError
 from waterfill.runtime.made import make
-from waterfill.runtime.stand_in import StandIn, TensorModule
+from waterfill.runtime.stand_in import StandIn, TensorModule, Traced
 
 _DTYPES = {"F16": torch.float16, "U8": torch.uint8}
 _EXPONENTS = range(-96, 97)  # of a matrix that is scaled: beyond these, float32 might not hold its weights
@@ -83,12 +83,14 @@ class PackedMatrix(_HasWeight):
             self.register_buffer(key, torch.empty(part.shape, dtype=_DTYPES[part.dtype], device="meta"))
 
     @property
-    def weight(self) -> StandIn:
-        """For model code that looks at a weight from outside, mostly for its dtype or device; one object as long as
-        anybody holds it."""
+    def weight(self) -> Any:
+        """For model code that looks at a weight from outside, mostly for its dtype or device: a `StandIn`, one object
+        as long as anybody holds it."""
+        if torch.compiler.is_compiling():
+            return self._stand_in(Traced)
         known = None if self._weight is None else self._weight()
         if known is None:
-            known = StandIn(self, self.stored_shape, self.dtype, self.device, transposed=self.transposed)
+            known = self._stand_in(StandIn)
             self._weight = weakref.ref(known)
         return known
 
@@ -98,6 +100,9 @@ class PackedMatrix(_HasWeight):
             raise WaterfillError(
                 f"the weight of {type(self).__name__} is packed and cannot be replaced; replace the module"
             )
+
+    def _stand_in(self, kind: Any) -> Any:
+        return kind(self, self.stored_shape, self.dtype, self.device, transposed=self.transposed)
 
     @property
     def device(self) -> torch.device:
@@ -197,7 +202,7 @@ class Tied(_HasWeight):
         return self._matrix[0]
 
     @property
-    def weight(self) -> StandIn:
+    def weight(self) -> Any:
         """The other module's."""
         return self.matrix.weight
 
@@ -299,7 +304,9 @@ class PackedExperts(TensorModule):
         if not isinstance(index, int) and not (isinstance(index, torch.Tensor) and index.ndim == 0):
             return self.stand_in()[index]
         number = range(len(self))[int(index)]
-        weight = self._weights[number] = self.expert(number).weight
+        weight = self.expert(number).weight
+        if isinstance(weight, StandIn):
+            self._weights[number] = weight
         return weight
 
     def __iter__(self) -> Iterator[StandIn]:

@@ -67,7 +67,7 @@ class StandIn(torch.Tensor):
         transposed: bool = False,
         view: torch.Tensor | None = None,
     ) -> StandIn:
-        with torch.inference_mode(mode=False):  # it may outlive the mode, and be viewed in it
+        with torch.inference_mode(False):  # it may outlive the mode, and be viewed in it
             made: StandIn = torch.Tensor._make_wrapper_subclass(
                 cls, tuple(shape), strides=strides, dtype=dtype, device=device
             )
@@ -163,6 +163,42 @@ class StandIn(torch.Tensor):
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
+class Traced:
+    """What `torch.compile` sees of a matrix in a stand-in's place, whose making it cannot trace."""
+
+    _view = None
+    ndim = 2
+
+    def __init__(
+        self, holder: Holder, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, transposed: bool
+    ) -> None:
+        self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
+        self._holder, self._transposed = holder, transposed
+
+    def decode(self) -> torch.Tensor:
+        """As `StandIn.decode`."""
+        rows = self.shape[1 if self._transposed else 0]
+        weight = self._holder.rows(torch.arange(rows, device=self.device)).to(self.dtype)
+        return weight.mT if self._transposed else weight
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decode(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (product := _product(func, args, kwargs)) is not None:
+            return product
+        return func(*(_decoded(x) for x in args), **{name: _decoded(x) for name, x in kwargs.items()})
+
+
+_STAND_INS = (StandIn, Traced)
+
+
+def _decoded(x: Any) -> Any:
+    return x.decode() if isinstance(x, Traced) else x
+
+
 def _product(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     """x W^T from the codes, where `func` computes that."""
     if func is nn.functional.linear:
@@ -178,7 +214,7 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> torch.Tensor | None:
 
 
 def _from_codes(x: Any, weight: Any, *, transposed: bool) -> torch.Tensor | None:
-    if not isinstance(weight, StandIn) or isinstance(x, StandIn) or weight._transposed != transposed:
+    if not isinstance(weight, _STAND_INS) or isinstance(x, _STAND_INS) or weight._transposed != transposed:
         return None
     if weight._view is not None or weight.ndim != 2 or weight._holder.loading:
         return None
