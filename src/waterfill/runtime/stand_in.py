@@ -24,6 +24,7 @@ from waterfill.errors import WaterfillError
 
 _aten = torch.ops.aten
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+_BY_ELEMENT = (torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_)  # these go to the memory at once
 _SCALINGS = {_aten.mul_.Tensor: 1, _aten.mul_.Scalar: 1, _aten.div_.Tensor: -1, _aten.div_.Scalar: -1}
 
 
@@ -81,7 +82,8 @@ class StandIn(torch.Tensor):
         if self._holder.loading:
             return torch.full((), math.nan, dtype=self.dtype, device=self.device).expand(self.shape)
         weight = self._holder.dense().to(self.dtype)
-        return weight.mT if self._transposed else weight
+        weight = weight.mT if self._transposed else weight
+        return weight.contiguous() if self.is_contiguous() else weight
 
     def stands_for(self, holder: Holder) -> bool:
         """Whether it is the whole weight of that holder."""
@@ -92,6 +94,8 @@ class StandIn(torch.Tensor):
         kwargs = kwargs or {}
         if (product := _product(func, args, kwargs)) is not None:
             return product
+        if func in _BY_ELEMENT:
+            _refuse(next(x for x in args if isinstance(x, cls)), f"given to {func.__name__}")
         if getattr(func, "__name__", "") == "__set__" or func is torch.Tensor.requires_grad_:
             return _set(func, *args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
