@@ -20,7 +20,8 @@ from transformers.utils.logging import tqdm
 from waterfill.artifact import StoredTensor
 from waterfill.codecs import lossless
 from waterfill.errors import ArtifactError
-from waterfill.runtime.stand_in import StandIn, TensorModule
+from waterfill.runtime.stand_in import StandIn
+from waterfill.runtime.tensor_module import TensorModule
 
 _TIES = "all_tied_weights_keys"
 

@@ -55,7 +55,10 @@ def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = Fal
     hold(model, [tensor for tensor in tensors if tensor.codec == LOSSLESS], dtype)
     if streamed:  # their buffers are in the files, but not in the model
         names = "|".join(re.escape(buffer.name) for tensor in packed.values() for buffer in tensor.buffers)
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), names}
+        known = model._keys_to_ignore_on_load_unexpected  # a set, but for early versions, which add lists to it
+        model._keys_to_ignore_on_load_unexpected = (
+            {*known, names} if isinstance(known, set) else [*(known or ()), names]
+        )
 
 
 def arrange(model: Any) -> None:

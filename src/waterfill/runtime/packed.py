@@ -20,7 +20,8 @@ from waterfill import kernels
 from waterfill.codecs import TableCodec, Trellis
 from waterfill.errors import WaterfillError
 from waterfill.runtime.made import make
-from waterfill.runtime.stand_in import StandIn, TensorModule, Traced
+from waterfill.runtime.stand_in import StandIn, Traced
+from waterfill.runtime.tensor_module import TensorModule
 
 _DTYPES = {"F16": torch.float16, "U8": torch.uint8}
 _EXPONENTS = range(-96, 97)  # of a matrix that is scaled: beyond these, float32 might not hold its weights
