@@ -47,7 +47,8 @@ class Coded(TensorModule):
     def decode(self) -> torch.Tensor:
         """The tensor, as it was packed."""
         assert self.tensor is not None
-        return lossless.decode(self.streams.cpu(), self.tensor.shape, lossless.DTYPES[self.tensor.dtype])
+        streams = self.streams.cpu().to(torch.uint8)  # early versions make float32 of all that a model keeps so
+        return lossless.decode(streams, self.tensor.shape, lossless.DTYPES[self.tensor.dtype])
 
 
 @dataclass
