@@ -22,7 +22,7 @@ from waterfill import kernels
 from waterfill.artifact import RAW, open_artifact
 from waterfill.codecs import LOSSLESS, Encoded, get_codec, lossless
 from waterfill.errors import ArtifactError
-from waterfill.runtime.packed import PackedLinear, PackedMatrix, TiedHead
+from waterfill.runtime.packed import PackedLinear, PackedMatrix, TiedLinear
 
 FAMILIES: dict[str, Callable[..., Path]] = {
     name.removeprefix("tiny_"): builder for name, builder in vars(models).items() if name.startswith("tiny_")
@@ -181,9 +181,9 @@ def test_streams_become_levels_when_they_are_loaded(
 def test_tied_heads_stay_tied(packed: Callable[..., tuple[Path, Path]]) -> None:
     for family, tied in (("gemma", True), ("gpt2", True), ("granite_moe", True), ("llama", False), ("gpt_oss", False)):
         model = waterfill.load(packed(family)[1])
-        assert isinstance(model.get_output_embeddings(), TiedHead) == tied, family
+        assert isinstance(model.get_output_embeddings(), TiedLinear) == tied, family
         model.tie_weights()
-        assert isinstance(model.get_output_embeddings(), TiedHead) == tied, family
+        assert isinstance(model.get_output_embeddings(), TiedLinear) == tied, family
 
 
 def test_a_head_may_be_packed_while_the_embedding_is_kept(tmp_path: Path) -> None:

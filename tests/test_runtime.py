@@ -20,15 +20,16 @@ from waterfill import kernels
 from waterfill.codecs import Encoded, Higgs, get_codec
 from waterfill.kernels import reference
 from waterfill.runtime.packed import (
-    DecodedOnUse,
     PackedEmbedding,
     PackedExperts,
     PackedLinear,
     PackedMatrix,
-    TiedHead,
+    TiedLinear,
     pack_embedding,
     pack_linear,
+    tie,
 )
+from waterfill.runtime.stand_in import StandIn
 
 FAMILIES: dict[str, Callable[..., Path]] = {
     name.removeprefix("tiny_"): builder for name, builder in vars(models).items() if name.startswith("tiny_")
@@ -200,7 +201,9 @@ def test_a_subclass_keeps_what_it_does_around_the_look_up() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_tied_head_multiplies_with_the_packed_embedding(bias: bool, dtype: torch.dtype, small_tiles: None) -> None:
     embedding, weight = packed_embedding(172, dtype)
-    head = TiedHead(embedding, nn.Parameter(torch.randn(50).to(dtype)) if bias else None)
+    head: Any = nn.Linear(172, 50, bias=bias).to(dtype)
+    tie(head, embedding)
+    assert isinstance(head, TiedLinear)
     x = torch.randn(2, 3, 172).to(dtype)
     expected = F.linear(x.float(), weight).to(dtype)
     if head.bias is not None:
@@ -255,7 +258,7 @@ def test_the_weight_that_model_code_sees_is_decoded_only_when_computed_with(
     weight: Any = module.weight
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "dense", None)
-        assert isinstance(weight, DecodedOnUse)
+        assert isinstance(weight, StandIn)
         assert (weight.dtype, weight.device, weight.shape, weight.ndim) == (
             torch.bfloat16,
             torch.device("cpu"),

@@ -34,6 +34,7 @@ __all__ = [
     "matmul",
     "matmul_many",
     "rows",
+    "usable",
 ]
 
 _log = logging.getLogger("waterfill.kernels")
@@ -49,6 +50,12 @@ def implementation() -> str:
     library.share_threads()
     _log.info("packed matrices are multiplied by the native kernels, %s", isa)
     return isa
+
+
+def usable(layout: str) -> bool:
+    """Whether matrices in that layout can be multiplied in this process."""
+    found = library.library()
+    return layout == STORED or (found is not None and layout in found.isas)
 
 
 def arrange(packed: Packed) -> Packed:

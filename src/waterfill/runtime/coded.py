@@ -20,27 +20,35 @@ from transformers.utils.logging import tqdm
 from waterfill.artifact import StoredTensor
 from waterfill.codecs import lossless
 from waterfill.errors import ArtifactError
+from waterfill.runtime.stand_in import StandIn
+from waterfill.runtime.tensor_module import TensorModule
 
 _TIES = "all_tied_weights_keys"
 
 
-class Coded(nn.Module):
+class Coded(TensorModule):
     """Stands in a tensor's place. Without streams it is that of a tensor tied to another one."""
 
     streams: torch.Tensor  # uint8 [bytes]
-    _is_hf_initialized = True  # transformers' functions that initialise a weight leave it alone
+    loading = True
 
-    def __init__(self, tensor: StoredTensor | None = None) -> None:
+    def __init__(self, like: torch.Tensor, tensor: StoredTensor | None = None) -> None:
         super().__init__()
+        self._like = like.shape, like.dtype, torch.device("cpu")
         self.tensor = tensor
         if tensor is not None:
             (size_bytes,) = tensor.buffers[0].shape
             self.register_buffer("streams", torch.empty(size_bytes, dtype=torch.uint8, device="meta"))
 
+    def stand_in(self) -> StandIn:
+        """For a tensor that has no values yet."""
+        return StandIn(self, *self._like)
+
     def decode(self) -> torch.Tensor:
         """The tensor, as it was packed."""
         assert self.tensor is not None
-        return lossless.decode(self.streams.cpu(), self.tensor.shape, lossless.DTYPES[self.tensor.dtype])
+        streams = self.streams.cpu().to(torch.uint8)  # early versions make float32 of all that a model keeps so
+        return lossless.decode(streams, self.tensor.shape, lossless.DTYPES[self.tensor.dtype])
 
 
 @dataclass
@@ -78,23 +86,23 @@ class _Holding:
     ties: dict[str, str] = field(default_factory=dict)
 
 
-def hold(model: Any, tensors: Iterable[StoredTensor]) -> None:
-    """Put modules in the place of all tensors, given those that are losslessly coded.
+def hold(model: Any, tensors: Iterable[StoredTensor], dtype: torch.dtype) -> None:
+    """Put modules in the place of all tensors, given those that are losslessly coded, and the model's dtype.
 
     Raises:
         ArtifactError: a tensor has no place in the model, or is not what its place calls for.
     """
     holding = _Holding(ties=dict(getattr(model, _TIES, None) or {}))
-    dtypes, orders = _dtype_plan(model), dict[nn.Module, list[str]]()
+    dtypes, orders = _dtype_plan(model, dtype), dict[nn.Module, list[str]]()
     for stored in tensors:
         aliases = [target for target, source in holding.ties.items() if source == stored.name]
         original = _find(model, stored)
         kind = nn.Parameter if isinstance(original, nn.Parameter) else None
-        coded = Coded(stored)
-        modules = [(stored.name, coded), *((alias, Coded()) for alias in aliases)]
+        coded = Coded(original, stored)
+        modules = [(stored.name, coded), *((alias, Coded(original)) for alias in aliases)]
         places = [_replace(model, name, module, orders) for name, module in modules]
-        dtype = next((dtype for pattern, dtype in dtypes if pattern.search(stored.name)), original.dtype)
-        holding.tensors.append(_Held(coded, places, dtype, original.requires_grad if kind else None))
+        wanted = next((dtype for pattern, dtype in dtypes if pattern.search(stored.name)), original.dtype)
+        holding.tensors.append(_Held(coded, places, wanted, original.requires_grad if kind else None))
     if holding.tensors:
         held = {held.coded.tensor.name for held in holding.tensors if held.coded.tensor}
         setattr(model, _TIES, {k: v for k, v in holding.ties.items() if v not in held})
@@ -153,7 +161,7 @@ def _replace(model: nn.Module, path: str, coded: Coded, orders: dict[nn.Module, 
     return _Place(owner, name, order)
 
 
-def _dtype_plan(model: Any) -> list[tuple[Any, torch.dtype]]:
+def _dtype_plan(model: Any, dtype: torch.dtype) -> list[tuple[Any, torch.dtype]]:
     """Patterns of the tensors that transformers gives another dtype than the model's, as its loader has it."""
-    plan = model._get_dtype_plan(model.dtype) if hasattr(model, "_get_dtype_plan") else {}
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     return [(build_glob_alternation([pattern])[0], dtype) for pattern, dtype in plan.items()]

@@ -23,6 +23,7 @@ from waterfill.kernels.layer import DecoderLayer
 from waterfill.kernels.native import float_activations
 from waterfill.kernels.reference import STORED
 from waterfill.native import MOST_HEAD_DIM
+from waterfill.runtime.made import make
 from waterfill.runtime.packed import PackedLinear
 
 # Classes whose forward is that of `kernels.layer`; what may differ between them is looked at in `_look_at`.
@@ -43,10 +44,10 @@ def fuse(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class _Known:
-    """A layer's native form, and the modules (owner, name, module) that it was made from."""
+    """A layer's native form, and the modules (owner, name, module, its exponent) that it was made from."""
 
     native: DecoderLayer
-    modules: tuple[tuple[nn.Module, str, nn.Module], ...]
+    modules: tuple[tuple[nn.Module, str, PackedLinear, int], ...]
 
 
 # By layer; None for one that does not fit. Outside the modules, which are copied and pickled.
@@ -97,7 +98,10 @@ def _usable(layer: Any, hidden: torch.Tensor, given: dict[str, Any]) -> DecoderL
     if layer not in _known:
         _known[layer] = _look_at(layer)
     known = _known[layer]
-    if known is None or any(owner._modules[name] is not module for owner, name, module in known.modules):
+    if known is None or any(
+        owner._modules[name] is not module or module.exponent != exponent
+        for owner, name, module, exponent in known.modules
+    ):
         return None
     native, entry, cosine = known.native, past.layers[attention.layer_idx], given["position_embeddings"][0]
     if type(entry) is not DynamicLayer or not entry.is_initialized or entry.keys.shape[0] != 1:
@@ -169,12 +173,11 @@ def _look_at(layer: Any) -> _Known | None:
         scaling=attention.scaling,
         dtype=first.dtype,
     )
-    owners = ((attention, _PROJECTIONS), (mlp, _GATED))
-    return _Known(
-        native, tuple((owner, name, getattr(owner, name)) for owner, names in owners for name in names.values())
-    )
+    places = [(attention, name) for name in _PROJECTIONS.values()] + [(mlp, name) for name in _GATED.values()]
+    made_from = ((owner, name, getattr(owner, name)) for owner, name in places)
+    return _Known(native, tuple((owner, name, module, module.exponent) for owner, name, module in made_from))
 
 
 @cache
 def _fused_class(original: Any) -> Any:
-    return type(f"Fused{original.__name__}", (FusedLayer, original), {})
+    return make(f"Fused{original.__name__}", (FusedLayer, original), _fused_class, original)

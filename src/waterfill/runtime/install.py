@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -21,12 +21,11 @@ from waterfill.errors import ArtifactError
 from waterfill.runtime.coded import decode_coded, hold
 from waterfill.runtime.fused import fuse
 from waterfill.runtime.packed import (
-    PackedEmbedding,
     PackedExperts,
     PackedMatrix,
-    TiedHead,
     pack_embedding,
     pack_linear,
+    tie,
 )
 
 _log = logging.getLogger(__name__)
@@ -40,34 +39,39 @@ def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = Fal
     """
     tensors = list(tensors)
     packed = {tensor.name: tensor for tensor in tensors if tensor.codec not in (RAW, LOSSLESS)}
-    tied = _tied_head(model)
+    dtype, ties = model.dtype, dict(getattr(model, "all_tied_weights_keys", None) or {})
     experts = False
     for name, tensor in packed.items():
         module = _find(model, name)
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-            dtype = module.weight.dtype
-            _attach(_convert(module), tensor, dtype, streamed)
+            weight_dtype = module.weight.dtype
+            _attach(_convert(module), tensor, weight_dtype, streamed)
         else:
             _attach_expert(model, tensor, streamed)
             experts = True
     if experts:  # the other implementations want all experts as one dense tensor
         model.set_experts_implementation("eager")
-    if tied is not None and tied[1] in packed:
-        _tie(model, *tied)
-    hold(model, [tensor for tensor in tensors if tensor.codec == LOSSLESS])
+    _tie(model, {target: source for target, source in ties.items() if source.removesuffix(".weight") in packed})
+    hold(model, [tensor for tensor in tensors if tensor.codec == LOSSLESS], dtype)
     if streamed:  # their buffers are in the files, but not in the model
         names = "|".join(re.escape(buffer.name) for tensor in packed.values() for buffer in tensor.buffers)
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), names}
+        known = model._keys_to_ignore_on_load_unexpected  # a set, but for early versions, which add lists to it
+        model._keys_to_ignore_on_load_unexpected = (
+            {*known, names} if isinstance(known, set) else [*(known or ()), names]
+        )
 
 
 def arrange(model: Any) -> None:
     """Bring the buffers of every packed module, loaded by now, into the layout that the kernels multiply from."""
     decode_coded(model)
-    packed = [module for module in model.modules() if isinstance(module, PackedMatrix) and not module.streamed]
+    every = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+    packed = [module for module in every if not module.streamed]
     coded = [module for module in packed if isinstance(module.stored, Trellis)]
     stored = sum(module.streams.nbytes for module in coded)
     for module in tqdm(packed, desc="decoding weights", disable=None if coded else True, leave=False, delay=1):
         module.arrange()
+    for module in every:
+        module.end_loading()
     if coded:
         memory = sum(buffer.nbytes for module in coded for buffer in module.buffers(recurse=False))
         _log.info(
@@ -92,6 +96,7 @@ def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any, streamed: bo
         raise ArtifactError(f"tensor {tensor.name!r} has codec {tensor.codec!r}, which cannot be run from its codes")
     out_features, in_features = tensor.shape
     module.attach(codec, (out_features, in_features), tensor.exponent, dtype, streamed=streamed)
+    module.loading = True
 
 
 def _attach_expert(model: nn.Module, tensor: StoredTensor, streamed: bool) -> None:
@@ -119,24 +124,13 @@ def _find(model: nn.Module, path: str) -> Any:
         return None
 
 
-def _tied_head(model: Any) -> tuple[str, str] | None:
-    """(path of the output head, path of the embedding it shares its weight with), found before anything is replaced."""
-    head = model.get_output_embeddings()
-    if head is None or not model.all_tied_weights_keys:
-        return None
-    paths = {id(module): path for path, module in model.named_modules()}
-    head_path = paths[id(head)]
-    source = model.all_tied_weights_keys.get(f"{head_path}.weight")
-    return (head_path, source.removesuffix(".weight")) if source else None
-
-
-def _tie(model: Any, head_path: str, embedding_path: str) -> None:
-    head = model.get_submodule(head_path)
-    embedding = cast(PackedEmbedding, model.get_submodule(embedding_path))
-    model.set_submodule(head_path, TiedHead(embedding, head._parameters.get("bias")))
-    weight = f"{head_path}.weight"
-    for _, module in model.named_modules():  # nothing is left for transformers to tie
-        for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
-            keys = getattr(module, attribute, None)
-            if isinstance(keys, dict) and any(weight.endswith(key) for key in keys):
-                setattr(module, attribute, {k: v for k, v in keys.items() if not weight.endswith(k)})
+def _tie(model: Any, ties: dict[str, str]) -> None:
+    """Tie modules, given as {parameter: the packed one that it shares}, and leave transformers none of them to tie."""
+    for target, source in ties.items():
+        tie(model.get_submodule(target.removesuffix(".weight")), model.get_submodule(source.removesuffix(".weight")))
+    for path, module in model.named_modules():
+        keys = getattr(module, "all_tied_weights_keys", None)
+        if ties and isinstance(keys, dict):
+            prefix = f"{path}." if path else ""
+            left = {target: source for target, source in keys.items() if prefix + target not in ties}
+            module.all_tied_weights_keys = module._tied_weights_keys = left  # the latter may have been patterns

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from waterfill.artifact import Artifact, StoredTensor
-from waterfill.runtime.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, TiedHead
+from waterfill.runtime.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, TiedLinear
 from waterfill.streaming.chunks import StreamedMatrix
 from waterfill.streaming.limit import OVERHEAD_BYTES, held_bytes, longest, pass_tokens, room
 from waterfill.streaming.source import Source
@@ -87,7 +87,7 @@ def _order(
         for index in range(len(module))
     }
     every = [matrices[p] for p, m in modules.items() if isinstance(m, PackedLinear) and p not in experts]
-    tied = {id(m._embedding[0]) for m in model.modules() if isinstance(m, TiedHead)}
+    tied = {id(m.matrix) for m in model.modules() if isinstance(m, TiedLinear)}
     every += [matrices[p] for p, m in modules.items() if isinstance(m, PackedEmbedding) and id(m) in tied]
     chosen = set(every)
     return every, [matrix for matrix in matrices.values() if matrix not in chosen]
