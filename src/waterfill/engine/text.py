@@ -45,9 +45,9 @@ class Tokenizer:
                 f"the model's chat templates are {', '.join(sorted(self.templates))} and none is the default; "
                 'call one of them "default" or give the prompt as text'
             )
-        from waterfill.engine.template import render  # Jinja takes 10 MB, and many a prompt is text
+        from waterfill.templates import conversation_text  # Jinja takes 10 MB, and many a prompt is text
 
-        text = render(self.templates["default"], messages, self.special_tokens)
+        text = conversation_text(self.templates["default"], messages, self.special_tokens)
         return _ids(self.backend.encode(text, add_special_tokens=False))  # the template writes them itself
 
     def decode(self, ids: Sequence[int]) -> str:

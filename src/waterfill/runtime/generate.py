@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -33,6 +32,7 @@ from waterfill.sampling import (
     refused,
     room,
 )
+from waterfill.templates import conversation_text
 
 __all__ = ["DRAFT_TOKENS", "Generation", "GenerationStats", "Message", "Sampling", "drafted_by", "generate"]
 
@@ -209,10 +209,10 @@ def _conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def _templated_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    conversation = [dict(message) for message in messages]
     try:
-        encoding = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
-    except TemplateError as error:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, none of them the default
         raise refused(error) from error
-    ids: list[int] = encoding["input_ids"]
+    text = conversation_text(template, messages, tokenizer.special_tokens_map)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them itself
     return ids
