@@ -104,6 +104,8 @@ _HARMLESS = frozenset(
     ]
 )
 
+OPTIONS = frozenset([*_LIBRARY, *_OFF, *_HARMLESS, "eos_token_id"])  # of a generation, also in config.json
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -131,7 +133,7 @@ def read_defaults(path: Path) -> Defaults:
     file = own if own.exists() else path / CONFIG_FILE
     try:
         found = {name: value for name, value in json.loads(file.read_text("utf-8")).items() if value is not None}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UnsupportedError(f"{file.name} is not a JSON object that can be read") from error
     for name, value in found.items():
         if not _covered(name, value, known=file is own):

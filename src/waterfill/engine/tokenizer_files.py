@@ -79,7 +79,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def _read(file: Path) -> Settings:
     try:
         found = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedError(f"{file.name} cannot be read") from error
     if not isinstance(found, dict):
         raise UnsupportedError(f"{file.name} is not a JSON object")
