@@ -1,4 +1,4 @@
-"""The engine reads in a config.json what transformers' config class makes of it, or leaves the model to transformers."""
+"""The engine reads in a config.json what transformers' config class makes of it, or leaves the model to that."""
 
 from __future__ import annotations
 

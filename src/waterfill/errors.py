@@ -32,6 +32,13 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= MOST_QUOTED else f"{line[:MOST_QUOTED]}…"
 
 
+def unknown_token(where: str, token: int, known: int) -> WaterfillError:
+    """The error for a text with a token that the model has no embedding for."""
+    return WaterfillError(
+        f"{where} holds token {token}, but the model knows {known} tokens; use the model's own tokenizer"
+    )
+
+
 class MemoryLimitError(WaterfillError):
     """A model cannot be run in the memory that it was given; `smallest_bytes` would do."""
 

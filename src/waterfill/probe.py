@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from waterfill.errors import WaterfillError
+from waterfill.errors import WaterfillError, unknown_token
 from waterfill.estimators import check_probabilities
 
 Progress = Callable[[int, int], None]
@@ -48,11 +48,14 @@ class Probe:
 def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Progress | None = None) -> torch.Tensor:
     """int64 `[sequences, length]`, deterministic for a seed. `tokenizer` is needed for text only."""
     length = min(probe.length, max_positions(model.config))
+    vocabulary = model.get_input_embeddings().num_embeddings
     if probe.kind == "text":
-        return _windows(tokenizer, probe, length)
+        tokens = _windows(tokenizer, probe, length)
+        if (highest := int(tokens.max())) >= vocabulary:
+            raise unknown_token(str(probe.text), highest, vocabulary)
+        return tokens
     generator = torch.Generator().manual_seed(probe.seed)
     if probe.kind == "random":
-        vocabulary = model.get_input_embeddings().num_embeddings
         return torch.randint(vocabulary, (probe.sequences, length), generator=generator)
     return _sample(model, probe.sequences, length, generator, progress)
 

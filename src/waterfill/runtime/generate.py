@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from waterfill.choices import FILE
+from waterfill.errors import WaterfillError, first_line, unknown_token
 from waterfill.sampling import (
     DRAFT_TOKENS,
     GenerationStats,
@@ -33,6 +35,9 @@ from waterfill.sampling import (
     room,
 )
 from waterfill.templates import conversation_text
+
+# What a generation_config.json says besides how to choose.
+_NO_CHOICES = {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 __all__ = ["DRAFT_TOKENS", "Generation", "GenerationStats", "Message", "Sampling", "drafted_by", "generate"]
 
@@ -83,15 +88,21 @@ def generate(
 
     Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
     WaterfillError for a sampling value outside its range, malformed messages, or a prompt that is not valid
-    UTF-8 or leaves no room.
+    UTF-8, leaves no room or holds tokens that the model does not know; from the iteration, for choices of the model's
+    generation_config.json that transformers refuses.
     """
     sampling = replace(sampling or Sampling(), **overrides)
     ids = _prompt_ids(tokenizer, prompt)
+    known = int(model.config.get_text_config().vocab_size)
+    if (highest := int(ids.max())) >= known:
+        raise unknown_token("the prompt", highest, known)
     arguments = {
         "input_ids": ids.to(model.device),
         "attention_mask": torch.ones_like(ids, device=model.device),
         "max_new_tokens": min(sampling.max_new_tokens, room(ids.shape[1], _positions(model))),
         "num_beams": 1,  # beams have no text to stream before the end
+        "num_return_sequences": 1,
+        "tokenizer": tokenizer,  # for stop strings
         **sampling.arguments(),
         **_speculation(draft, lookup),
     }
@@ -127,7 +138,7 @@ def _stream(model: Any, streamer: _Streamer, arguments: dict[str, Any], seed: in
             with _seeded(model, seed):
                 model.generate(**arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]))
         except BaseException as error:
-            errors.append(error)
+            errors.append(error if streamer.begun else _blamed(model, error))
             streamer.on_finalized_text("", stream_end=True)  # the consumer is waiting for text that will not come
 
     thread = threading.Thread(target=work, name="waterfill-generate", daemon=True)
@@ -152,6 +163,11 @@ class _Streamer(TextIteratorStreamer):  # type: ignore[misc]
 
     def start(self) -> None:
         self._start_s = time.perf_counter()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a token has come."""
+        return self._tokens > 0
 
     def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:
@@ -184,6 +200,19 @@ def _seeded(model: Any, seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def _blamed(model: Any, error: BaseException) -> BaseException:
+    """An error before the first token: transformers looks at most of a model's own choices as late as that."""
+    choices = sorted(model.generation_config.to_diff_dict().keys() - _NO_CHOICES)
+    if not choices or not isinstance(error, Exception) or isinstance(error, WaterfillError | MemoryError):
+        return error
+    blamed = WaterfillError(
+        f"the model cannot generate as its {FILE} wants, which sets {', '.join(choices)} ({first_line(error)}); "
+        "change it"
+    )
+    blamed.__cause__ = error
+    return blamed
 
 
 def _positions(model: Any) -> int | None:
