@@ -18,6 +18,7 @@ from waterfill.errors import ArtifactError, WaterfillError, first_line
 from waterfill.fit import fit, packed_names
 from waterfill.pack import PLAN_FILE
 from waterfill.plan import Plan
+from waterfill.tokenizing import check_file, check_growth, in_words
 
 _log = logging.getLogger(__name__)
 
@@ -86,8 +87,10 @@ def load_tokenizer(path: Path) -> Any:
 
     Raises WaterfillError if there is none, or none without code of its own.
     """
+    check_file(path / "tokenizer.json")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with in_words():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way on files that are absent or damaged
         if "trust_remote_code" in str(error):
             raise WaterfillError(
@@ -97,6 +100,8 @@ def load_tokenizer(path: Path) -> Any:
         raise _no_tokenizer(path, first_line(error)) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise _no_tokenizer(path, "it knows no text")  # some classes make one without files
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        check_growth(backend)
     return tokenizer
 
 

@@ -16,6 +16,7 @@ import torch
 
 from waterfill.errors import WaterfillError, unknown_token
 from waterfill.estimators import check_probabilities
+from waterfill.tokenizing import in_words
 
 Progress = Callable[[int, int], None]
 Kind = Literal["self", "random", "text"]
@@ -107,7 +108,8 @@ def _windows(tokenizer: Any, probe: Probe, length: int) -> torch.Tensor:
         text = probe.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise WaterfillError(f"cannot read {probe.text} as UTF-8 text ({error}); name a readable text file") from error
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    with in_words():
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(ids) // length
     if available < probe.sequences:
         raise WaterfillError(

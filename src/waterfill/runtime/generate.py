@@ -35,6 +35,7 @@ from waterfill.sampling import (
     room,
 )
 from waterfill.templates import conversation_text
+from waterfill.tokenizing import failed, in_words
 
 # What a generation_config.json says besides how to choose.
 _NO_CHOICES = {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -138,7 +139,7 @@ def _stream(model: Any, streamer: _Streamer, arguments: dict[str, Any], seed: in
             with _seeded(model, seed):
                 model.generate(**arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]))
         except BaseException as error:
-            errors.append(error if streamer.begun else _blamed(model, error))
+            errors.append(failed(error) or (error if streamer.begun else _blamed(model, error)))
             streamer.on_finalized_text("", stream_end=True)  # the consumer is waiting for text that will not come
 
     thread = threading.Thread(target=work, name="waterfill-generate", daemon=True)
@@ -221,11 +222,12 @@ def _positions(model: Any) -> int | None:
 
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> Tensor:
     """Token ids, int64 [1, tokens], of a text or a conversation."""
-    if isinstance(prompt, str):
-        check_text(prompt)
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        ids = _conversation_ids(tokenizer, prompt)
+    with in_words():
+        if isinstance(prompt, str):
+            check_text(prompt)
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = _conversation_ids(tokenizer, prompt)
     return torch.tensor([begun(ids, tokenizer.bos_token_id)], dtype=torch.int64)
 
 
