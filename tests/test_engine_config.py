@@ -222,3 +222,14 @@ def test_numbers_of_no_sense_are_refused_before_anything_is_made_of_them(tmp_pat
                 assert ours(tmp_path, tensors) is None, change
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert ours(tmp_path, tensors) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_has_the_shape_that_the_config_states(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of(kind, {})))
+    tensors = stored(theirs(tmp_path))
+    assert ours(tmp_path, tensors) is not None
+    for name, tensor in tensors.items():
+        for shape in {(*tensor.shape[:-1], tensor.shape[-1] + 1), (tensor.shape[0] - 1, *tensor.shape[1:]), (3,)}:
+            wrong = SimpleNamespace(**{**vars(tensor), "shape": shape})
+            assert ours(tmp_path, {**tensors, name: wrong}) is None, name

@@ -103,7 +103,8 @@ _ROTARY = frozenset(
 
 @dataclass(frozen=True)
 class Config:
-    """Shapes and constants, not yet compared with the tensors."""
+    """Shapes and constants, not yet compared with the tensors. `frequencies` float32 `[head_dim / 2]` are those of the
+    rotary positions, in radians per token."""
 
     layers: int
     hidden: int
@@ -112,12 +113,12 @@ class Config:
     head_dim: int
     inner: int
     vocabulary: int
-    positions: int
+    positions: int  # most tokens of a text
     epsilon: float
-    dtype: str | None  # F32, BF16, F16; None for that of the tensors
+    dtype: str | None  # F32, BF16 or F16; None for that of the tensors
+    frequencies: npt.NDArray[np.float32]
     tied: bool  # whether the embedding is the head
-    vectors: frozenset[str]  # biases and norms that layers have, by the names of `spec.OPTIONAL`
-    frequencies: npt.NDArray[np.float32]  # [head_dim / 2], radians per token
+    vectors: tuple[str, ...]  # those of `spec.OPTIONAL` that layers have
 
 
 def read_config(found: Fields) -> Config:
@@ -224,10 +225,11 @@ def _dtype(found: Fields) -> str | None:
     return None if name is None else _DTYPES[name]
 
 
-def _vectors(found: Fields, kind: str) -> frozenset[str]:
-    stated = _BIASES if _flag(found, "attention_bias") and kind in ("llama", "qwen3") else ()
-    own = {"qwen2": _BIASES[:3], "qwen3": ("q_norm", "k_norm")}
-    return frozenset([*stated, *own.get(kind, ())])
+def _vectors(found: Fields, kind: str) -> tuple[str, ...]:
+    if kind == "qwen2":
+        return _BIASES[:3]
+    biases = _BIASES if _flag(found, "attention_bias") and kind != "mistral" else ()
+    return ("q_norm", "k_norm", *biases) if kind == "qwen3" else biases
 
 
 def _frequencies(found: Fields, head_dim: int) -> npt.NDArray[np.float32]:

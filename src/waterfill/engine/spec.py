@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +40,13 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_hea
 CONFIG_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Spec:
-    """Shapes and constants. `frequencies` float32 `[head_dim / 2]` are those of the rotary positions, in radians per
-    token."""
+class Spec(Config):
+    """A config that its tensors agree with."""
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    vocabulary: int
-    positions: int  # most tokens of a text
-    epsilon: float
-    dtype: str  # of the checkpoint: F32, BF16 or F16
-    frequencies: npt.NDArray[np.float32]
-    head: str  # the tensor that makes logits: its own, or the embedding
-    vectors: tuple[str, ...]  # those of OPTIONAL that layers have
+    @property
+    def head(self) -> str:
+        """The tensor that makes logits: its own, or the embedding."""
+        return EMBEDDING if self.tied else HEAD
 
     @property
     def scaling(self) -> float:
@@ -73,25 +62,10 @@ class Spec:
 def read_spec(artifact: Artifact) -> Spec:
     """Raises UnsupportedError for a model that the engine does not run."""
     config, tensors = read_config(read_json(artifact.path / "config.json")), artifact.tensors
-    vectors = tuple(key for key in OPTIONAL if key in config.vectors)
-    head = EMBEDDING if config.tied else HEAD
-    _check_names(tensors, config.layers, vectors, head)
-    _check_shapes(tensors, config, head)
-    return Spec(
-        layers=config.layers,
-        hidden=config.hidden,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        inner=config.inner,
-        vocabulary=config.vocabulary,
-        positions=config.positions,
-        epsilon=config.epsilon,
-        dtype=config.dtype or tensors[EMBEDDING].dtype,
-        frequencies=config.frequencies,
-        head=head,
-        vectors=vectors,
-    )
+    spec = Spec(**vars(config))
+    _check_names(tensors, spec)
+    _check_shapes(tensors, spec)
+    return replace(spec, dtype=spec.dtype or tensors[EMBEDDING].dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,12 +81,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_names(tensors: Mapping[str, StoredTensor], layers: int, vectors: tuple[str, ...], head: str) -> None:
+def _check_names(tensors: Mapping[str, StoredTensor], spec: Spec) -> None:
     """Exactly the tensors that the engine knows; packed ones are called like modules, kept ones like parameters."""
-    parts = [f"model.layers.{layer}." for layer in range(layers)]
-    matrices = {EMBEDDING, head, *(part + name for part in parts for name in PROJECTIONS.values())}
+    parts = [f"model.layers.{layer}." for layer in range(spec.layers)]
+    matrices = {EMBEDDING, spec.head, *(part + name for part in parts for name in PROJECTIONS.values())}
     kept = {FINAL_NORM, *(f"{part}{name}.weight" for part in parts for name in NORMS.values())}
-    kept |= {part + OPTIONAL[key] for part in parts for key in vectors}
+    kept |= {part + OPTIONAL[key] for part in parts for key in spec.vectors}
     for name in sorted(matrices):
         if f"{name}.weight" in tensors:
             raise UnsupportedError(f"{name} was kept as it is")
@@ -123,17 +97,21 @@ def _check_names(tensors: Mapping[str, StoredTensor], layers: int, vectors: tupl
             raise UnsupportedError(f"{name} is packed, or not of floating point")
 
 
-def _check_shapes(tensors: Mapping[str, StoredTensor], config: Config, head: str) -> None:
+def _check_shapes(tensors: Mapping[str, StoredTensor], spec: Spec) -> None:
     """All layers alike, and as config.json says."""
-    hidden, inner, vocabulary = config.hidden, config.inner, config.vocabulary
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    if config.heads % config.kv_heads:
-        raise UnsupportedError(f"its {config.heads} heads do not share {config.kv_heads} heads of keys evenly")
+    hidden, inner, vocabulary = spec.hidden, spec.inner, spec.vocabulary
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    if spec.heads % spec.kv_heads:
+        raise UnsupportedError(f"its {spec.heads} heads do not share {spec.kv_heads} heads of keys evenly")
     shapes = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
     shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    expected = {EMBEDDING: (vocabulary, hidden), head: (vocabulary, hidden)}
-    for layer in range(config.layers):
-        expected |= {f"model.layers.{layer}.{name}": shapes[key] for key, name in PROJECTIONS.items()}
+    lengths = {"q_norm": spec.head_dim, "k_norm": spec.head_dim, **{f"{key}_bias": shapes[key][0] for key in "qkvo"}}
+    expected: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden), spec.head: (vocabulary, hidden)}
+    expected[FINAL_NORM] = (hidden,)
+    for part in (f"model.layers.{layer}." for layer in range(spec.layers)):
+        expected |= {part + name: shapes[key] for key, name in PROJECTIONS.items()}
+        expected |= {f"{part}{name}.weight": (hidden,) for name in NORMS.values()}
+        expected |= {part + OPTIONAL[key]: (lengths[key],) for key in spec.vectors}
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise UnsupportedError(f"its {name} is {list(tensors[name].shape)}, and not {list(shape)}")
