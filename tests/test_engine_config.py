@@ -220,6 +220,11 @@ def test_numbers_of_no_sense_are_refused_before_anything_is_made_of_them(tmp_pat
             (tmp_path / "config.json").write_text(json.dumps(config_of("llama", change)))
             if value != 10**9 or name not in ("rms_norm_eps", "rope_theta"):
                 assert ours(tmp_path, tensors) is None, change
+    for name in BASE.keys() | {"model_type", "architectures", "dtype", "layer_types", "sliding_window", "head_dim"}:
+        for value in ([], [1], {}, {"a": 1}, "x", float("nan")):
+            (tmp_path / "config.json").write_text(json.dumps(config_of("llama", {"rope_theta": 7000.0, name: value})))
+            if name != "rope_parameters" or value not in ([], {}):
+                assert ours(tmp_path, tensors) is None or (name, value) in (("dtype", []), ("dtype", {})), (name, value)
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert ours(tmp_path, tensors) is None
 

@@ -49,16 +49,19 @@ class Probe:
 def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Progress | None = None) -> torch.Tensor:
     """int64 `[sequences, length]`, deterministic for a seed. `tokenizer` is needed for text only."""
     length = min(probe.length, max_positions(model.config))
+    if probe.kind == "self":
+        return _sample(model, probe.sequences, length, _generator(probe), progress)
     vocabulary = model.get_input_embeddings().num_embeddings
-    if probe.kind == "text":
-        tokens = _windows(tokenizer, probe, length)
-        if (highest := int(tokens.max())) >= vocabulary:
-            raise unknown_token(str(probe.text), highest, vocabulary)
-        return tokens
-    generator = torch.Generator().manual_seed(probe.seed)
     if probe.kind == "random":
-        return torch.randint(vocabulary, (probe.sequences, length), generator=generator)
-    return _sample(model, probe.sequences, length, generator, progress)
+        return torch.randint(vocabulary, (probe.sequences, length), generator=_generator(probe))
+    tokens = _windows(tokenizer, probe, length)
+    if (highest := int(tokens.max())) >= vocabulary:
+        raise unknown_token(str(probe.text), highest, vocabulary)
+    return tokens
+
+
+def _generator(probe: Probe) -> torch.Generator:
+    return torch.Generator().manual_seed(probe.seed)
 
 
 def max_positions(config: Any) -> int:

@@ -124,7 +124,7 @@ class Config:
 def read_config(found: Fields) -> Config:
     """Raises UnsupportedError for a model that the engine does not run, or cannot be sure of."""
     kind = found.get("model_type")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UnsupportedError(f"its kind is {kind!r}, not one of {', '.join(sorted(KINDS))}")
     if unknown := found.keys() - _READ - _HARMLESS - OPTIONS:
         raise UnsupportedError(f"its config.json sets {min(unknown)}, which is not known here")
@@ -186,8 +186,7 @@ def _flag(found: Fields, name: str) -> bool:
 
 def _check_windows(found: Fields, kind: str, layers: int) -> None:
     """Every layer attends to all tokens. A window that is stated also limits the cache, whatever the layers say."""
-    qwen = kind.startswith("qwen")
-    if qwen:  # which has a window unless this is off, and ignores sliding_window then
+    if kind.startswith("qwen"):  # which has a window unless this is off, and ignores sliding_window then
         _expect(found, use_sliding_window={None, False})
     elif found.get("sliding_window") is not None or found.get("use_sliding_window"):
         raise UnsupportedError(f"its sliding_window is {found.get('sliding_window')!r}")
@@ -220,9 +219,11 @@ def _kv_heads(found: Fields, kind: str, heads: int) -> int:
 
 def _dtype(found: Fields) -> str | None:
     name = found.get("dtype") or found.get("torch_dtype")
-    if name is not None and name not in _DTYPES:
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in _DTYPES:
         raise UnsupportedError(f"its dtype is {name!r}")
-    return None if name is None else _DTYPES[name]
+    return _DTYPES[name]
 
 
 def _vectors(found: Fields, kind: str) -> tuple[str, ...]:

@@ -104,6 +104,7 @@ _HARMLESS = frozenset(
     ]
 )
 
+_MOST = 1 << 40  # of any number: more than any option means, and safe to reckon with
 OPTIONS = frozenset([*_LIBRARY, *_OFF, *_HARMLESS, "eos_token_id"])  # of a generation, also in config.json
 
 
@@ -147,7 +148,7 @@ def _covered(name: str, value: Any, *, known: bool) -> bool:
 
     Values that transformers refuses are not covered: it has errors of its own for them.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
     match name:
         case "eos_token_id":
             return all(type(end) is int for end in _ids(value))

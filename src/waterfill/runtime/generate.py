@@ -39,6 +39,7 @@ from waterfill.tokenizing import failed, in_words
 
 # What a generation_config.json says besides how to choose.
 _NO_CHOICES = {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
+_NO_BLAME = (WaterfillError, MemoryError, torch.OutOfMemoryError)
 
 __all__ = ["DRAFT_TOKENS", "Generation", "GenerationStats", "Message", "Sampling", "drafted_by", "generate"]
 
@@ -94,8 +95,8 @@ def generate(
     """
     sampling = replace(sampling or Sampling(), **overrides)
     ids = _prompt_ids(tokenizer, prompt)
-    known = int(model.config.get_text_config().vocab_size)
-    if (highest := int(ids.max())) >= known:
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    if known is not None and (highest := int(ids.max())) >= known:
         raise unknown_token("the prompt", highest, known)
     arguments = {
         "input_ids": ids.to(model.device),
@@ -206,7 +207,7 @@ def _seeded(model: Any, seed: int | None) -> Iterator[None]:
 def _blamed(model: Any, error: BaseException) -> BaseException:
     """An error before the first token: transformers looks at most of a model's own choices as late as that."""
     choices = sorted(model.generation_config.to_diff_dict().keys() - _NO_CHOICES)
-    if not choices or not isinstance(error, Exception) or isinstance(error, WaterfillError | MemoryError):
+    if not choices or not isinstance(error, Exception) or isinstance(error, _NO_BLAME):
         return error
     blamed = WaterfillError(
         f"the model cannot generate as its {FILE} wants, which sets {', '.join(choices)} ({first_line(error)}); "
