@@ -13,7 +13,7 @@ import pytest
 
 import models
 from commands import SCALAR, Command
-from waterfill import kernels
+from waterfill import _console, kernels
 
 BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["plan"], r"Missing argument 'MODEL'; try waterfill plan --help"),
@@ -140,3 +140,18 @@ def test_conversations_that_are_not_utf8(
     assert (result.code, result.out) == (2, "")
     expected = "standard input is not UTF-8 text" if strict else "the prompt is not valid UTF-8"
     assert re.fullmatch(rf"error: {expected}[^\n]+\n", result.err)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_characters_that_an_encoding_lacks_are_shown_as_escapes(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    _console.show_everything()
+    for stream in streams.values():
+        stream.write("a 日本 🙂 \udcff")
+        stream.flush()
+        written = stream.buffer.getvalue()  # type: ignore[attr-defined]
+        assert written.startswith(b"a ")
+        assert written.endswith(b"\\udcff")
+        assert ("日".encode() if encoding == "utf-8" else b"\\u65e5") in written

@@ -108,8 +108,8 @@ def streamed(path: Path, spare_bytes: int = 200_000_000, **options: Any) -> Llam
 
 
 @torch.inference_mode()
-def expected(path: Path, tokens: list[int], dtype: torch.dtype = torch.float32) -> npt.NDArray[np.float32]:
-    logits: torch.Tensor = waterfill.load(path, dtype=dtype)(torch.tensor([tokens])).logits[0]
+def expected(path: Path, tokens: list[int], **options: Any) -> npt.NDArray[np.float32]:
+    logits: torch.Tensor = waterfill.load(path, dtype=torch.float32, **options)(torch.tensor([tokens])).logits[0]
     return logits.float().numpy()
 
 
@@ -126,6 +126,35 @@ def test_logits_are_those_of_transformers(packed: Packed, kind: str) -> None:
     assert found.shape == wanted.shape
     assert distance(found, wanted) < TOLERANCE
     assert distance(found[:, ::-1], wanted) > 10 * TOLERANCE  # the measure tells models apart
+
+
+OLDER: dict[str, dict[str, Any]] = {
+    "older names": {"rope_parameters": None, "rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "both names, alike": {"rope_parameters": LLAMA3, "rope_scaling": LLAMA3},
+    "a base beside": {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, "rope_theta": 1e6},
+}
+
+
+@pytest.mark.parametrize("change", OLDER.values(), ids=OLDER)
+def test_logits_are_those_of_transformers_with_fields_of_older_configs(
+    packed: Packed, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    copy = _with_config(packed(), tmp_path / "copy", change)
+    found = open_model(copy, verify=False).forward(ids(), logits=40)
+    wanted = expected(copy, ids(), verify=False)
+    assert distance(found, wanted) < TOLERANCE
+    assert distance(expected(packed(), ids()), wanted) > 4 * TOLERANCE  # the change matters
+
+
+def _with_config(path: Path, copy: Path, change: dict[str, Any]) -> Path:
+    """An artifact with other fields in its config.json."""
+    copy.mkdir()
+    for file in path.iterdir():
+        (copy / file.name).symlink_to(file)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config | change))
+    return copy
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -207,21 +236,14 @@ def test_rotary_frequencies_are_those_of_transformers(packed: Packed) -> None:
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "only a part of each head"),
         ({"num_hidden_layers": 2}, r"tensor model\.layers\.2\."),
         ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
-        ({"num_attention_heads": 5}, "heads do not fit"),
+        ({"num_attention_heads": 5}, "5 heads do not share 2 heads of keys"),
         ({"rms_norm_eps": None}, "rms_norm_eps is None"),
         ({"head_dim": 23}, "head_dim is 23"),
     ],
 )
 def test_other_models_are_refused_in_words(packed: Packed, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in packed().iterdir():
-        (copy / file.name).symlink_to(file)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").unlink()
-    (copy / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UnsupportedError, match=reason):
-        open_model(copy, verify=False)
+        open_model(_with_config(packed(), tmp_path / "copy", change), verify=False)
 
 
 def test_a_matrix_that_was_kept_is_refused(tmp_path: Path) -> None:

@@ -257,3 +257,12 @@ def test_neither_torch_nor_transformers_is_imported(ref_llama: Path) -> None:
     here = Path(__file__).parent
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=here)
     assert done.stdout.strip() == "['jinja2']", done.stderr
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.prompt_ids(PROMPT)
+    small = Toy(max(ids))
+    with pytest.raises(
+        WaterfillError, match=f"the prompt holds token {max(ids)}, but the model knows {max(ids)} tokens"
+    ):
+        generate(small, tokenizer, PROMPT)

@@ -202,12 +202,12 @@ def test_conversations_equal_those_of_transformers(pairs: dict[str, Pair]) -> No
 
 def test_files_of_templates_come_before_settings(tmp_path: Path) -> None:
     path = write(tmp_path / "a", bytes_backend(), bos_token="<s>", chat_template="settings")
-    (path / "chat_template.jinja").write_text("file {{ messages[0].content }}")
+    (path / "chat_template.jinja").write_text("file {{ messages[1].content }}")
     (path / "additional_chat_templates").mkdir()
     (path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     pair = Pair(path)
     assert pair.ours.prompt_ids(TALK) == pair.theirs.apply_chat_template(TALK)["input_ids"]
-    assert pair.ours.decode(pair.ours.prompt_ids(TALK)) == "file  Be <brief> & kind. "
+    assert pair.ours.decode(pair.ours.prompt_ids(TALK)) == "file Où est 日本?\n🙂"
     (path / "chat_template.jinja").unlink()
     with pytest.raises(WaterfillError, match="chat templates are tool_use and none is the default"):
         load_tokenizer(path).prompt_ids(TALK)

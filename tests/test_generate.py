@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from waterfill.errors import WaterfillError
+from waterfill.loading import _check_choices
 from waterfill.runtime.generate import Generation, Sampling, generate
 
 PROMPT = "def read_file(path):\n"
@@ -227,3 +229,64 @@ def test_generation_ends_where_the_models_positions_do(model: Any, tokenizer: An
     assert generation.stats.tokens == 1024 - prompt_tokens < 100
     with pytest.raises(WaterfillError, match="but the model has room for 1024; shorten it"):
         generate(model, tokenizer, long)
+
+
+# What a generation_config.json says, and whether it is refused before the weights are read (a), as a generation starts
+# (b), or is no obstacle.
+CHOICES: list[tuple[Any, str]] = [
+    ("{", "a"), ("[1]", "a"), ('"x"', "a"), ("null", "a"), ("[" * 100_000, "a"), ("{}", ""),
+    ({"stop_strings": ["the end"]}, ""), ({"stop_strings": "x"}, ""), ({"stop_strings": 5}, "a"),
+    ({"num_return_sequences": 3, "do_sample": True}, ""), ({"num_return_sequences": 3}, "a"), ({"num_beams": 4}, ""),
+    ({"num_beams": "x"}, "a"), ({"do_sample": True, "temperature": 0.0}, "b"), ({"temperature": "hot"}, "a"),
+    ({"repetition_penalty": 0}, "b"), ({"repetition_penalty": [1]}, "a"), ({"do_sample": True, "top_k": 50.0}, "b"),
+    ({"top_k": 1.5}, "a"), ({"do_sample": True, "min_p": 2.0}, "b"), ({"do_sample": "yes"}, "a"),
+    ({"penalty_alpha": 0.6, "top_k": 4}, "b"), ({"dola_layers": "low"}, "b"), ({"constraints": [1]}, "b"),
+    ({"bad_words_ids": [3]}, "b"), ({"bad_words_ids": [[99999]]}, "b"), ({"suppress_tokens": "x"}, "a"),
+    ({"suppress_tokens": [1]}, ""), ({"eos_token_id": "x"}, "a"), ({"eos_token_id": [1, None]}, "a"),
+    ({"eos_token_id": 99999}, ""), ({"pad_token_id": True}, "a"), ({"forced_eos_token_id": 99999}, "a"),
+    ({"forced_eos_token_id": [3]}, ""), ({"max_new_tokens": 0}, "a"), ({"max_length": "x"}, "a"),
+    ({"no_repeat_ngram_size": "x"}, "a"), ({"no_repeat_ngram_size": 2}, ""), ({"guidance_scale": 1.5}, ""),
+    ({"exponential_decay_length_penalty": 3}, "b"), ({"sequence_bias": 3}, "b"), ({"watermarking_config": 3}, "a"),
+    ({"cache_implementation": "nonsense"}, "a"), ({"use_cache": "x"}, "a"), ({"prefill_chunk_size": 0}, "b"),
+    ({"prompt_lookup_num_tokens": "x"}, "a"), ({"max_time": "x"}, "a"), ({"use_mtp": True}, "b"),
+    ({"early_stopping": "x"}, "a"), ({"custom_generate": "some/code"}, ""), ({"an_option_of_next_year": [1]}, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("choices", "refused"), CHOICES, ids=range(len(CHOICES)))
+def test_choices_of_the_model_are_followed_or_refused_in_words(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: Any, refused: str
+) -> None:
+    text = choices if isinstance(choices, str) else json.dumps(choices)
+    (tmp_path / "generation_config.json").write_text(text)
+    if refused == "a":
+        with pytest.raises(WaterfillError, match=r"generation_config\.json (sets|has|holds|cannot)"):
+            _check_choices(tmp_path, model.config)
+        return
+    _check_choices(tmp_path, model.config)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig.from_pretrained(tmp_path))
+    generation = generate(model, tokenizer, "once", max_new_tokens=3, seed=1)
+    if refused:
+        with pytest.raises(WaterfillError, match=r"as its generation_config\.json wants, which sets .*; change it"):
+            list(generation)
+    else:
+        list(generation)
+        assert 1 <= generation.stats.tokens <= 3
+
+
+def test_a_text_ends_at_a_stop_string(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = "".join(generate(model, tokenizer, "def read(", temperature=0, max_new_tokens=24))
+    stop = whole[5:8]
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(stop_strings=[stop], eos_token_id=0))
+    text = "".join(generate(model, tokenizer, "def read(", temperature=0, max_new_tokens=24))
+    assert stop in text
+    assert whole.startswith(text)
+    assert len(text) < len(whole)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(model: Any, tokenizer: Any) -> None:
+    known = model.config.vocab_size
+    tokenizer.add_tokens(["<|extra|>"])
+    assert len(tokenizer) == known + 1
+    with pytest.raises(WaterfillError, match=f"the prompt holds token {known}, but the model knows {known} tokens"):
+        generate(model, tokenizer, "a <|extra|>")

@@ -134,6 +134,14 @@ def test_text_probe_is_spread_over_the_text(trained: Any, ref_llama: Path, tmp_p
         probe_tokens(trained, tokenizer, Probe(kind="text", text=file, sequences=9999, length=50))
 
 
+def test_text_with_tokens_that_the_model_does_not_know(model: Any, tmp_path: Path) -> None:
+    text, known = tmp_path / "text.txt", model.get_input_embeddings().num_embeddings
+    text.write_text("anything")
+    probe = Probe(kind="text", text=text, sequences=2, length=8)
+    with pytest.raises(WaterfillError, match=f"text.txt holds token {known}, but the model knows {known} tokens"):
+        probe_tokens(model, lambda *_, **__: {"input_ids": [*range(15), known]}, probe)
+
+
 def test_text_that_cannot_be_read(model: Any, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for name in ("latin.txt", "absent.txt"):

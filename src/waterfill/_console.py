@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -19,6 +20,13 @@ PIPED_WIDTH = 200  # of tables that no terminal limits
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that stand on the command line; the others have the defaults of the Python functions."""
     return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+
+
+def show_everything() -> None:
+    """Have characters that a stream's encoding lacks written as escapes: a model may say anything."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def out() -> Console:

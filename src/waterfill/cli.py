@@ -24,6 +24,7 @@ from waterfill._console import given as _given
 from waterfill._console import note as _note
 from waterfill._console import out as _out
 from waterfill._console import print_json as _print_json
+from waterfill._console import show_everything
 from waterfill.errors import WaterfillError, first_line
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -233,6 +234,7 @@ class _Log(logging.Handler):
 
 def main() -> None:
     """Entry point: errors become one sentence, or one JSON object, and exit code 2."""
+    show_everything()
     log = logging.getLogger("waterfill")
     log.handlers = [_Log()]
     log.setLevel(logging.INFO)

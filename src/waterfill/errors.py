@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MOST_QUOTED = 400  # characters of another library's error
+
 
 class WaterfillError(Exception):
     """Base of every error that waterfill raises on purpose; the command line prints it and exits with code 2."""
@@ -26,7 +28,15 @@ class BudgetError(WaterfillError):
 
 def first_line(error: BaseException) -> str:
     """What another library's error says, short enough to be quoted in a sentence."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return line if len(line) <= MOST_QUOTED else f"{line[:MOST_QUOTED]}…"
+
+
+def unknown_token(where: str, token: int, known: int) -> WaterfillError:
+    """The error for a text with a token that the model has no embedding for."""
+    return WaterfillError(
+        f"{where} holds token {token}, but the model knows {known} tokens; use the model's own tokenizer"
+    )
 
 
 class MemoryLimitError(WaterfillError):

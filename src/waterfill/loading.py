@@ -13,10 +13,12 @@ import transformers
 from waterfill import process
 from waterfill.artifact import open_artifact
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite
-from waterfill.errors import ArtifactError, WaterfillError
+from waterfill.choices import FILE, check_choices
+from waterfill.errors import ArtifactError, WaterfillError, first_line
 from waterfill.fit import fit, packed_names
 from waterfill.pack import PLAN_FILE
 from waterfill.plan import Plan
+from waterfill.tokenizing import check_file, check_growth, in_words
 
 _log = logging.getLogger(__name__)
 
@@ -53,10 +55,11 @@ def load(
     if verify:
         opened.verify_files()
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    _check_choices(path, config)
     config.quantization_config |= {"verified": True, "streamed": chosen.streamed}
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype="auto" if dtype is None else dtype
+        path, config=config, dtype="auto" if dtype is None else dtype, trust_remote_code=False
     ).eval()
     model.streaming = None
     if chosen.streamed:
@@ -66,18 +69,46 @@ def load(
     return model
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in the directory of a checkpoint or artifact; WaterfillError if there is none."""
-    absent = WaterfillError(
-        f"{path} has no tokenizer that transformers can load; put the files of the model's tokenizer there"
-    )
+def _check_choices(path: Path, config: Any) -> None:
+    """Refuse a generation_config.json that a generation would stumble over."""
+    check_choices(path, getattr(config.get_text_config(), "vocab_size", None))
+    if not (path / FILE).exists():
+        return
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        transformers.GenerationConfig.from_pretrained(path)
+    except Exception as error:  # it validates itself in many ways
+        raise WaterfillError(
+            f"{path / FILE} has choices that transformers refuses ({first_line(error)}); change them"
+        ) from error
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in the directory of a checkpoint or artifact. Code that comes with it is never run.
+
+    Raises WaterfillError if there is none, or none without code of its own.
+    """
+    check_file(path / "tokenizer.json")
+    try:
+        with in_words():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way on files that are absent or damaged
-        raise absent from error
+        if "trust_remote_code" in str(error):
+            raise WaterfillError(
+                f"the tokenizer of {path} needs code of its own, which is never run; give files that one of "
+                "transformers' own tokenizers can read"
+            ) from error
+        raise _no_tokenizer(path, first_line(error)) from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise absent  # without files some classes make a tokenizer that knows no text
+        raise _no_tokenizer(path, "it knows no text")  # some classes make one without files
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        check_growth(backend)
     return tokenizer
+
+
+def _no_tokenizer(path: Path, reason: str) -> WaterfillError:
+    return WaterfillError(
+        f"{path} has no tokenizer that transformers can load ({reason}); put the files of the model's tokenizer there"
+    )
 
 
 def read_plan(artifact: Path) -> Plan:
@@ -99,7 +130,7 @@ def load_checkpoint(checkpoint: Checkpoint) -> Any:
     if dtype is None:
         _log.warning("%s is measured in its own dtype: a float32 copy would not fit in memory", checkpoint.path)
     return transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=dtype or "auto", experts_implementation="eager"
+        checkpoint.path, dtype=dtype or "auto", experts_implementation="eager", trust_remote_code=False
     ).eval()
 
 

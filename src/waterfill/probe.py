@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from waterfill.errors import WaterfillError
+from waterfill.errors import WaterfillError, unknown_token
 from waterfill.estimators import check_probabilities
+from waterfill.tokenizing import in_words
 
 Progress = Callable[[int, int], None]
 Kind = Literal["self", "random", "text"]
@@ -48,13 +49,19 @@ class Probe:
 def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Progress | None = None) -> torch.Tensor:
     """int64 `[sequences, length]`, deterministic for a seed. `tokenizer` is needed for text only."""
     length = min(probe.length, max_positions(model.config))
-    if probe.kind == "text":
-        return _windows(tokenizer, probe, length)
-    generator = torch.Generator().manual_seed(probe.seed)
+    if probe.kind == "self":
+        return _sample(model, probe.sequences, length, _generator(probe), progress)
+    vocabulary = model.get_input_embeddings().num_embeddings
     if probe.kind == "random":
-        vocabulary = model.get_input_embeddings().num_embeddings
-        return torch.randint(vocabulary, (probe.sequences, length), generator=generator)
-    return _sample(model, probe.sequences, length, generator, progress)
+        return torch.randint(vocabulary, (probe.sequences, length), generator=_generator(probe))
+    tokens = _windows(tokenizer, probe, length)
+    if (highest := int(tokens.max())) >= vocabulary:
+        raise unknown_token(str(probe.text), highest, vocabulary)
+    return tokens
+
+
+def _generator(probe: Probe) -> torch.Generator:
+    return torch.Generator().manual_seed(probe.seed)
 
 
 def max_positions(config: Any) -> int:
@@ -104,7 +111,8 @@ def _windows(tokenizer: Any, probe: Probe, length: int) -> torch.Tensor:
         text = probe.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise WaterfillError(f"cannot read {probe.text} as UTF-8 text ({error}); name a readable text file") from error
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    with in_words():
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(ids) // length
     if available < probe.sequences:
         raise WaterfillError(

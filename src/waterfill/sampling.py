@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from waterfill.errors import WaterfillError
+from waterfill.errors import WaterfillError, first_line
 
 DRAFT_TOKENS = 5  # that a draft writes before they are verified
 
@@ -111,8 +111,8 @@ def plain_lines(messages: Sequence[Message]) -> str:
 
 
 def refused(error: Exception) -> WaterfillError:
-    """The error for a chat template that fails, or that will not have a conversation."""
-    return WaterfillError(f"the model's chat template refuses the conversation ({error}); change it")
+    """The error for a chat template that will not have a conversation."""
+    return WaterfillError(f"the model's chat template refuses the conversation ({first_line(error)}); change it")
 
 
 def begun(ids: list[int], beginning: int | None) -> list[int]:

@@ -96,7 +96,9 @@ class CheckpointSubject(Subject):
         return load_checkpoint(self.checkpoint)
 
     def load_to_run(self) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype="auto").eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            self.path, dtype="auto", trust_remote_code=False
+        ).eval()
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.path)
@@ -158,7 +160,7 @@ def _is_packed(path: Path) -> bool:
 
 def _positions(path: Path) -> int | None:
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise WaterfillError(f"transformers does not know the model of {path} ({error}); check its {CONFIG}") from error
     return positions(SimpleNamespace(config=config))

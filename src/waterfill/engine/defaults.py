@@ -104,6 +104,9 @@ _HARMLESS = frozenset(
     ]
 )
 
+_MOST = 1 << 40  # of any number: more than any option means, and safe to reckon with
+OPTIONS = frozenset([*_LIBRARY, *_OFF, *_HARMLESS, "eos_token_id"])  # of a generation, also in config.json
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -131,7 +134,7 @@ def read_defaults(path: Path) -> Defaults:
     file = own if own.exists() else path / CONFIG_FILE
     try:
         found = {name: value for name, value in json.loads(file.read_text("utf-8")).items() if value is not None}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UnsupportedError(f"{file.name} is not a JSON object that can be read") from error
     for name, value in found.items():
         if not _covered(name, value, known=file is own):
@@ -145,7 +148,7 @@ def _covered(name: str, value: Any, *, known: bool) -> bool:
 
     Values that transformers refuses are not covered: it has errors of its own for them.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
     match name:
         case "eos_token_id":
             return all(type(end) is int for end in _ids(value))

@@ -19,7 +19,7 @@ from waterfill.engine.defaults import Defaults
 from waterfill.engine.model import TokenModel, read
 from waterfill.engine.speculate import Draft, Drafter, DraftModel, Lookup, verify
 from waterfill.engine.text import TextStream, Tokenizer
-from waterfill.errors import WaterfillError
+from waterfill.errors import WaterfillError, unknown_token
 from waterfill.sampling import GenerationStats, Message, Sampling, check_speculation, room
 
 
@@ -85,7 +85,7 @@ def generate(
 
     Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
     WaterfillError for a sampling value outside its range, malformed messages, a prompt that is not valid UTF-8 or
-    leaves no room, or a draft of another vocabulary.
+    leaves no room, tokens that the model does not know, or a draft of another vocabulary.
     """
     sampling, defaults = replace(sampling or Sampling(), **overrides), defaults or Defaults()
     check_speculation(draft, lookup)
@@ -99,6 +99,8 @@ def generate(
             )
         drafter = DraftModel(draft, rules)
     ids = tokenizer.prompt_ids(prompt)
+    if max(ids) >= model.vocabulary:
+        raise unknown_token("the prompt", max(ids), model.vocabulary)
     most = min(sampling.max_new_tokens, room(len(ids), model.positions))
     return Generation(tokenizer, Run(model, ids, most, rules, defaults.ends, drafter, sampling.seed))
 

@@ -2,16 +2,14 @@
 
     artifact ──read_spec──► Spec, or `UnsupportedError` in words, for whoever then falls back to transformers
 
-Nothing is guessed: a field that config.json leaves to a class of transformers, a rotary scheme, a tensor or an
-activation that is not known here is a reason not to run the model.
+Nothing is guessed: a field (`config`) or a tensor that is not known here is a reason not to run the model.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,9 @@ import numpy.typing as npt
 
 from waterfill.artifact import RAW, Artifact, StoredTensor
 from waterfill.codecs import LOSSLESS
+from waterfill.engine.config import Config, read_config
 from waterfill.errors import UnsupportedError
-from waterfill.native import MOST_HEAD_DIM
 
-KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # whose layers are those of native/src/layer.cpp
 PROJECTIONS = {  # in the order of wf_layer
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -43,24 +40,13 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_hea
 CONFIG_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Spec:
-    """Shapes and constants. `frequencies` float32 `[head_dim / 2]` are those of the rotary positions, in radians per
-    token."""
+class Spec(Config):
+    """A config that its tensors agree with."""
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int
-    vocabulary: int
-    positions: int  # most tokens of a text
-    epsilon: float
-    dtype: str  # of the checkpoint: F32, BF16 or F16
-    frequencies: npt.NDArray[np.float32]
-    head: str  # the tensor that makes logits: its own, or the embedding
-    vectors: tuple[str, ...]  # those of OPTIONAL that layers have
+    @property
+    def head(self) -> str:
+        """The tensor that makes logits: its own, or the embedding."""
+        return EMBEDDING if self.tied else HEAD
 
     @property
     def scaling(self) -> float:
@@ -75,52 +61,11 @@ class Spec:
 
 def read_spec(artifact: Artifact) -> Spec:
     """Raises UnsupportedError for a model that the engine does not run."""
-    config = read_json(artifact.path / "config.json")
-    kind = config.get("model_type")
-    if kind not in KINDS:
-        raise UnsupportedError(f"its kind is {kind!r}, not one of {', '.join(sorted(KINDS))}")
-    if config.get("architectures") not in (None, [f"{_class(str(kind))}ForCausalLM"]):
-        raise UnsupportedError(f"its architecture is {config['architectures']!r}")
-    _expect(config, hidden_act={"silu"}, pretraining_tp={None, 1}, use_sliding_window={None, False})
-    if kind == "mistral":
-        _expect(config, sliding_window={None})
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise UnsupportedError("some of its layers do not attend to everything")
-    tensors, layers = artifact.tensors, _integer(config, "num_hidden_layers")
-    vectors = tuple(key for key, name in OPTIONAL.items() if f"model.layers.0.{name}" in tensors)
-    head = HEAD if {HEAD, f"{HEAD}.weight"} & set(tensors) else EMBEDDING
-    _check_names(tensors, layers, vectors, head)
-    if head == EMBEDDING and config.get("tie_word_embeddings") is not True:
-        raise UnsupportedError("it has no output head of its own, and does not say that it is the embedding")
-    shape = {key: tensors[f"model.layers.0.{name}"].shape for key, name in PROJECTIONS.items()}
-    hidden, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
-    if not (head_dim := config.get("head_dim")):
-        if kind == "qwen3":
-            raise UnsupportedError("its config.json has no head_dim")
-        head_dim = hidden // heads
-    if not isinstance(head_dim, int) or head_dim % 2 or not 2 <= head_dim <= MOST_HEAD_DIM:
-        raise UnsupportedError(f"its head_dim is {head_dim!r}")
-    kv_heads, rest = divmod(shape["k"][0], head_dim)
-    if rest or not kv_heads or shape["q"][0] != heads * head_dim or heads % kv_heads:
-        raise UnsupportedError(
-            f"its heads do not fit its matrices: {heads} of {head_dim}, {shape['k'][0]} rows of keys"
-        )
-    _check_shapes(tensors, layers, shape)
-    return Spec(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        inner=shape["gate"][0],
-        vocabulary=tensors[head].shape[0],
-        positions=_integer(config, "max_position_embeddings"),
-        epsilon=_number(config, "rms_norm_eps"),
-        dtype=tensors[EMBEDDING].dtype,
-        frequencies=_frequencies(config, head_dim),
-        head=head,
-        vectors=vectors,
-    )
+    config, tensors = read_config(read_json(artifact.path / "config.json")), artifact.tensors
+    spec = Spec(**vars(config))
+    _check_names(tensors, spec)
+    _check_shapes(tensors, spec)
+    return replace(spec, dtype=spec.dtype or tensors[EMBEDDING].dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -129,44 +74,19 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > CONFIG_BYTES:
             raise UnsupportedError(f"{path.name} is larger than {CONFIG_BYTES} bytes")
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(found, dict):
         raise UnsupportedError(f"{path.name} is not an object")
     return found
 
 
-def _class(kind: str) -> str:
-    return kind[0].upper() + kind[1:]
-
-
-def _expect(config: Mapping[str, Any], **allowed: set[Any]) -> None:
-    for name, values in allowed.items():
-        found = config.get(name)
-        if not isinstance(found, str | int | float | None) or found not in values:
-            raise UnsupportedError(f"its {name} is {found!r}")
-
-
-def _integer(config: Mapping[str, Any], name: str) -> int:
-    found = config.get(name)
-    if type(found) is not int or found < 1:
-        raise UnsupportedError(f"its {name} is {found!r}")
-    return found
-
-
-def _number(config: Mapping[str, Any], name: str) -> float:
-    found = config.get(name)
-    if type(found) not in (int, float) or not 0 <= float(found) < math.inf:  # type: ignore[arg-type]
-        raise UnsupportedError(f"its {name} is {found!r}")
-    return float(found)  # type: ignore[arg-type]
-
-
-def _check_names(tensors: Mapping[str, StoredTensor], layers: int, vectors: tuple[str, ...], head: str) -> None:
+def _check_names(tensors: Mapping[str, StoredTensor], spec: Spec) -> None:
     """Exactly the tensors that the engine knows; packed ones are called like modules, kept ones like parameters."""
-    parts = [f"model.layers.{layer}." for layer in range(layers)]
-    matrices = {EMBEDDING, head, *(part + name for part in parts for name in PROJECTIONS.values())}
+    parts = [f"model.layers.{layer}." for layer in range(spec.layers)]
+    matrices = {EMBEDDING, spec.head, *(part + name for part in parts for name in PROJECTIONS.values())}
     kept = {FINAL_NORM, *(f"{part}{name}.weight" for part in parts for name in NORMS.values())}
-    kept |= {part + OPTIONAL[key] for part in parts for key in vectors}
+    kept |= {part + OPTIONAL[key] for part in parts for key in spec.vectors}
     for name in sorted(matrices):
         if f"{name}.weight" in tensors:
             raise UnsupportedError(f"{name} was kept as it is")
@@ -177,36 +97,21 @@ def _check_names(tensors: Mapping[str, StoredTensor], layers: int, vectors: tupl
             raise UnsupportedError(f"{name} is packed, or not of floating point")
 
 
-def _check_shapes(tensors: Mapping[str, StoredTensor], layers: int, shape: Mapping[str, tuple[int, ...]]) -> None:
-    """All layers alike, and matrices that follow one another."""
-    hidden, (q, _), (kv, _), (inner, _) = tensors[EMBEDDING].shape[1], shape["q"], shape["k"], shape["gate"]
-    expected = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
-    expected |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    for layer in range(layers):
-        for key, name in PROJECTIONS.items():
-            if tensors[f"model.layers.{layer}.{name}"].shape != expected[key]:
-                raise UnsupportedError(f"layer {layer} has a {name} of another shape than {list(expected[key])}")
-
-
-def _frequencies(config: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
-    """Radians per token of each pair of coordinates (RoFormer, arXiv 2104.09864), scaled as Llama 3.1's are, or
-    linearly."""
-    rotary = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = rotary.get("rope_type", rotary.get("type", "default"))
-    base = _number({**config, **rotary}, "rope_theta")
-    if base <= 0 or rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UnsupportedError("its rotary positions turn only a part of each head")
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain: npt.NDArray[np.float32] = (1 / np.float32(base) ** exponents).astype(np.float32)
-    if kind == "default":
-        return plain
-    if kind == "linear":
-        return plain / np.float32(_number(rotary, "factor"))
-    if kind != "llama3":
-        raise UnsupportedError(f"its rotary positions are of type {kind!r}")
-    factor, low, high = (_number(rotary, f"{name}factor") for name in ("", "low_freq_", "high_freq_"))
-    context = _number(rotary, "original_max_position_embeddings")
-    turns = context * plain / (2 * math.pi)  # of each pair over the context that the model was first trained with
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    scaled: npt.NDArray[np.float32] = ((1 - smooth) * plain / factor + smooth * plain).astype(np.float32)
-    return scaled
+def _check_shapes(tensors: Mapping[str, StoredTensor], spec: Spec) -> None:
+    """All layers alike, and as config.json says."""
+    hidden, inner, vocabulary = spec.hidden, spec.inner, spec.vocabulary
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    if spec.heads % spec.kv_heads:
+        raise UnsupportedError(f"its {spec.heads} heads do not share {spec.kv_heads} heads of keys evenly")
+    shapes = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+    shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    lengths = {"q_norm": spec.head_dim, "k_norm": spec.head_dim, **{f"{key}_bias": shapes[key][0] for key in "qkvo"}}
+    expected: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden), spec.head: (vocabulary, hidden)}
+    expected[FINAL_NORM] = (hidden,)
+    for part in (f"model.layers.{layer}." for layer in range(spec.layers)):
+        expected |= {part + name: shapes[key] for key, name in PROJECTIONS.items()}
+        expected |= {f"{part}{name}.weight": (hidden,) for name in NORMS.values()}
+        expected |= {part + OPTIONAL[key]: (lengths[key],) for key in spec.vectors}
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UnsupportedError(f"its {name} is {list(tensors[name].shape)}, and not {list(shape)}")

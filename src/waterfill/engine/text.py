@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from waterfill.errors import WaterfillError
 from waterfill.sampling import Message, begun, check_messages, check_text, plain_lines
+from waterfill.tokenizing import in_words
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no character, or not yet
 
@@ -28,11 +29,12 @@ class Tokenizer:
         Raises WaterfillError for text that is not UTF-8, malformed messages, a template that refuses them, and an
         empty prompt if no token begins a text.
         """
-        if isinstance(prompt, str):
-            check_text(prompt)
-            ids = _ids(self.backend.encode(prompt))
-        else:
-            ids = self._conversation_ids(prompt)
+        with in_words():
+            if isinstance(prompt, str):
+                check_text(prompt)
+                ids = _ids(self.backend.encode(prompt))
+            else:
+                ids = self._conversation_ids(prompt)
         beginning = self.special_tokens.get("bos_token")
         return begun(ids, None if beginning is None else self.backend.token_to_id(beginning))
 
@@ -45,14 +47,15 @@ class Tokenizer:
                 f"the model's chat templates are {', '.join(sorted(self.templates))} and none is the default; "
                 'call one of them "default" or give the prompt as text'
             )
-        from waterfill.engine.template import render  # Jinja takes 10 MB, and many a prompt is text
+        from waterfill.templates import conversation_text  # Jinja takes 10 MB, and many a prompt is text
 
-        text = render(self.templates["default"], messages, self.special_tokens)
+        text = conversation_text(self.templates["default"], messages, self.special_tokens)
         return _ids(self.backend.encode(text, add_special_tokens=False))  # the template writes them itself
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, without special tokens."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=True)
+        with in_words():
+            text: str = self.backend.decode(list(ids), skip_special_tokens=True)
         return text
 
 

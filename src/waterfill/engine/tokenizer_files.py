@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from waterfill.engine.defaults import CONFIG_FILE
 from waterfill.engine.text import Tokenizer
 from waterfill.errors import UnsupportedError
+from waterfill.tokenizing import check_file, check_growth, in_words
 
 Settings = dict[str, Any]
 
@@ -54,8 +55,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UnsupportedError("tekken.json is a tokenizer of another kind")
     file = path / "tokenizer.json"
     known = _class(settings, config, file)
+    check_file(file)
     try:
-        backend = Backend.from_file(str(file))
+        with in_words():
+            backend = Backend.from_file(str(file))
     except Exception as error:  # the library raises nothing more special
         raise UnsupportedError("there is no tokenizer.json that can be read") from error
     if settings.get("clean_up_tokenization_spaces") and not isinstance(backend.model, models.BPE):
@@ -68,6 +71,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UnsupportedError("the settings of the tokenizer cannot be understood") from error
     if known is not None:
         known.parts(backend, settings)
+    check_growth(backend)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = bool(settings.get("split_special_tokens", False))
@@ -79,7 +83,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def _read(file: Path) -> Settings:
     try:
         found = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedError(f"{file.name} cannot be read") from error
     if not isinstance(found, dict):
         raise UnsupportedError(f"{file.name} is not a JSON object")

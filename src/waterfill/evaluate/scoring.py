@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from waterfill.errors import WaterfillError
+from waterfill.errors import WaterfillError, unknown_token
 from waterfill.evaluate.conventions import Convention, Window, batches, stacked
 from waterfill.evaluate.journal import Journal
 from waterfill.evaluate.text import positions
@@ -71,9 +71,7 @@ def prepare(model: Any, cut: Sequence[Window]) -> None:
     highest = max(int(window.ids.max()) for window in cut)
     vocabulary = int(model.config.get_text_config().vocab_size)
     if highest >= vocabulary:
-        raise WaterfillError(
-            f"the text holds token {highest}, but the model knows {vocabulary} tokens; use the model's own tokenizer"
-        )
+        raise unknown_token("the text", highest, vocabulary)
     model.eval()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from waterfill.errors import WaterfillError
+from waterfill.tokenizing import in_words
 
 USUAL_CONTEXT = 2048  # of the published WikiText-2 figures
 
@@ -26,7 +27,8 @@ def token_ids(tokenizer: Any, path: str | Path) -> Tensor:
     except (OSError, UnicodeDecodeError) as error:
         raise WaterfillError(f"{path} cannot be read as UTF-8 text ({error}); name a plain-text file") from error
     # verbose=False: the text is longer than the model's context on purpose, the tokenizer's warning would mislead.
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    with in_words():
+        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def begin_token(tokenizer: Any) -> int | None:

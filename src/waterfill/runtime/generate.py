@@ -16,10 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from waterfill.choices import FILE
+from waterfill.errors import WaterfillError, first_line, unknown_token
 from waterfill.sampling import (
     DRAFT_TOKENS,
     GenerationStats,
@@ -33,6 +34,12 @@ from waterfill.sampling import (
     refused,
     room,
 )
+from waterfill.templates import conversation_text
+from waterfill.tokenizing import failed, in_words
+
+# What a generation_config.json says besides how to choose.
+_NO_CHOICES = {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
+_NO_BLAME = (WaterfillError, MemoryError, torch.OutOfMemoryError)
 
 __all__ = ["DRAFT_TOKENS", "Generation", "GenerationStats", "Message", "Sampling", "drafted_by", "generate"]
 
@@ -83,15 +90,21 @@ def generate(
 
     Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
     WaterfillError for a sampling value outside its range, malformed messages, or a prompt that is not valid
-    UTF-8 or leaves no room.
+    UTF-8, leaves no room or holds tokens that the model does not know; from the iteration, for choices of the model's
+    generation_config.json that transformers refuses.
     """
     sampling = replace(sampling or Sampling(), **overrides)
     ids = _prompt_ids(tokenizer, prompt)
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    if known is not None and (highest := int(ids.max())) >= known:
+        raise unknown_token("the prompt", highest, known)
     arguments = {
         "input_ids": ids.to(model.device),
         "attention_mask": torch.ones_like(ids, device=model.device),
         "max_new_tokens": min(sampling.max_new_tokens, room(ids.shape[1], _positions(model))),
         "num_beams": 1,  # beams have no text to stream before the end
+        "num_return_sequences": 1,
+        "tokenizer": tokenizer,  # for stop strings
         **sampling.arguments(),
         **_speculation(draft, lookup),
     }
@@ -127,7 +140,7 @@ def _stream(model: Any, streamer: _Streamer, arguments: dict[str, Any], seed: in
             with _seeded(model, seed):
                 model.generate(**arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]))
         except BaseException as error:
-            errors.append(error)
+            errors.append(failed(error) or (error if streamer.begun else _blamed(model, error)))
             streamer.on_finalized_text("", stream_end=True)  # the consumer is waiting for text that will not come
 
     thread = threading.Thread(target=work, name="waterfill-generate", daemon=True)
@@ -152,6 +165,11 @@ class _Streamer(TextIteratorStreamer):  # type: ignore[misc]
 
     def start(self) -> None:
         self._start_s = time.perf_counter()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a token has come."""
+        return self._tokens > 0
 
     def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:
@@ -186,17 +204,31 @@ def _seeded(model: Any, seed: int | None) -> Iterator[None]:
         yield
 
 
+def _blamed(model: Any, error: BaseException) -> BaseException:
+    """An error before the first token: transformers looks at most of a model's own choices as late as that."""
+    choices = sorted(model.generation_config.to_diff_dict().keys() - _NO_CHOICES)
+    if not choices or not isinstance(error, Exception) or isinstance(error, _NO_BLAME):
+        return error
+    blamed = WaterfillError(
+        f"the model cannot generate as its {FILE} wants, which sets {', '.join(choices)} ({first_line(error)}); "
+        "change it"
+    )
+    blamed.__cause__ = error
+    return blamed
+
+
 def _positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> Tensor:
     """Token ids, int64 [1, tokens], of a text or a conversation."""
-    if isinstance(prompt, str):
-        check_text(prompt)
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        ids = _conversation_ids(tokenizer, prompt)
+    with in_words():
+        if isinstance(prompt, str):
+            check_text(prompt)
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = _conversation_ids(tokenizer, prompt)
     return torch.tensor([begun(ids, tokenizer.bos_token_id)], dtype=torch.int64)
 
 
@@ -209,10 +241,10 @@ def _conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def _templated_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    conversation = [dict(message) for message in messages]
     try:
-        encoding = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
-    except TemplateError as error:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several, none of them the default
         raise refused(error) from error
-    ids: list[int] = encoding["input_ids"]
+    text = conversation_text(template, messages, tokenizer.special_tokens_map)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them itself
     return ids
