@@ -26,6 +26,7 @@ from transformers import (
 from waterfill import kernels, native
 from waterfill.codecs import Higgs, get_codec
 from waterfill.kernels.layer import DecoderLayer
+from waterfill.model_calls import cache_argument, read_on
 from waterfill.runtime import fused
 from waterfill.runtime.fused import FusedLayer, fuse
 from waterfill.runtime.packed import PackedMatrix, pack_linear
@@ -100,9 +101,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def decode(model: Any, cache: Any = None, tokens: int = TOKENS, **given: Any) -> tuple[torch.Tensor, Any]:
     """Logits `[tokens, vocabulary]` of tokens that follow a prompt one by one, and the cache."""
     ids = torch.arange(PROMPT + tokens).unsqueeze(0) * 31 % SHAPE["vocab_size"]
-    cache = model(ids[:, :PROMPT], past_key_values=cache, use_cache=True).past_key_values
-    steps = [model(ids[:, i : i + 1], past_key_values=cache, **given) for i in range(PROMPT, PROMPT + tokens)]
-    return torch.cat([step.logits[0] for step in steps]).float(), cache
+    _, cache = read_on(model, ids[:, :PROMPT], cache)
+    steps = [step(model, ids[:, i : i + 1], cache, **given).logits for i in range(PROMPT, PROMPT + tokens)]
+    return torch.cat([logits[0] for logits in steps]).float(), cache
+
+
+def step(model: Any, ids: Any, cache: Any, **given: Any) -> Any:
+    return model(ids, **{str(cache_argument(type(model))): cache}, **given)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, share: float = 0.02) -> bool:
@@ -140,7 +145,7 @@ def test_a_cropped_cache_goes_on_from_there(calls: list[int]) -> None:
     cache.crop(-3)
     with torch.inference_mode():
         ids = torch.arange(PROMPT + TOKENS).unsqueeze(0) * 31 % SHAPE["vocab_size"]
-        again = model(ids[:, -3:-2], past_key_values=cache).logits[0].float()
+        again = step(model, ids[:, -3:-2], cache).logits[0].float()
     assert torch.equal(again, logits[-3:-2])
 
 
@@ -150,8 +155,8 @@ def test_a_copied_cache_is_a_branch_of_its_own() -> None:
     _, cache = decode(model)
     branch = copy.deepcopy(cache)
     with torch.inference_mode():
-        model(torch.tensor([[3]]), past_key_values=cache)
-        model(torch.tensor([[7]]), past_key_values=branch)
+        step(model, torch.tensor([[3]]), cache)
+        step(model, torch.tensor([[7]]), branch)
     assert not torch.equal(cache.layers[0].keys[:, :, -1], branch.layers[0].keys[:, :, -1])
     assert torch.equal(cache.layers[0].keys[:, :, :-1], branch.layers[0].keys[:, :, :-1])
 
@@ -163,8 +168,8 @@ def test_long_contexts_share_the_heads_among_threads(calls: list[int]) -> None:
 
     @torch.inference_mode()
     def last(model: Any) -> torch.Tensor:
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        return model(ids[:, -1:], past_key_values=cache).logits[0].float()
+        _, cache = read_on(model, ids[:, :-1])
+        return read_on(model, ids[:, -1:], cache)[0][0].float()
 
     assert close(last(packed_model(config)), last(packed_model(config, fuse_layers=False)))
     assert calls == [1199] * SHAPE["num_hidden_layers"]
@@ -173,8 +178,8 @@ def test_long_contexts_share_the_heads_among_threads(calls: list[int]) -> None:
 @torch.inference_mode()
 def test_a_batch_runs_as_it_always_did(calls: list[int]) -> None:
     model = packed_model(FAMILIES["llama"]())
-    cache = model(torch.tensor([[1, 2], [3, 4]]), use_cache=True).past_key_values
-    model(torch.tensor([[5], [6]]), past_key_values=cache)
+    _, cache = read_on(model, torch.tensor([[1, 2], [3, 4]]))
+    read_on(model, torch.tensor([[5], [6]]), cache)
     assert calls == []
 
 
@@ -192,7 +197,7 @@ def test_attentions_can_still_be_asked_for(calls: list[int]) -> None:
     model.set_attn_implementation("eager")
     _, cache = decode(model, tokens=1)
     with torch.inference_mode():
-        output = model(torch.tensor([[5]]), past_key_values=cache, output_attentions=True)
+        output = step(model, torch.tensor([[5]]), cache, output_attentions=True)
     assert len(output.attentions) == SHAPE["num_hidden_layers"]
     assert all(attention is not None for attention in output.attentions)
 
@@ -203,7 +208,7 @@ def test_hidden_states_are_those_after_each_layer(calls: list[int]) -> None:
     for one in (model, plain):
         _, cache = decode(one, tokens=1)
         with torch.inference_mode():
-            output = one(torch.tensor([[5]]), past_key_values=cache, output_hidden_states=True)
+            output = step(one, torch.tensor([[5]]), cache, output_hidden_states=True)
         states.append(output.hidden_states)
     assert len(states[0]) == len(states[1]) == SHAPE["num_hidden_layers"] + 1
     assert all(close(found, known) for found, known in zip(*states, strict=True))
@@ -250,7 +255,7 @@ def test_gradients_run_as_they_always_did(calls: list[int]) -> None:
     _, cache = decode(model, tokens=1)
     calls.clear()
     hidden = torch.randn(1, 1, SHAPE["hidden_size"], requires_grad=True)
-    model(inputs_embeds=hidden, past_key_values=copy.deepcopy(cache)).logits.sum().backward()
+    step(model, None, copy.deepcopy(cache), inputs_embeds=hidden).logits.sum().backward()
     assert calls == []
     assert hidden.grad is not None
 

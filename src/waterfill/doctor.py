@@ -105,14 +105,11 @@ def read_bytes_per_s() -> float:
 
 def _library() -> tuple[Path | None, str | None]:
     """Path of the native library, and what is wrong with it."""
-    path = native.find()
-    if path is None:
-        return None, "it was not built; install waterfill again where there are CMake and a C++ compiler"
     try:
-        native.Native(path)
-    except (OSError, AttributeError, WaterfillError) as error:
-        return path, first_line(error)
-    return path, None
+        native.load()
+    except WaterfillError as error:
+        return native.find(), str(error)
+    return native.find(), None
 
 
 def _known(library: native.Native) -> Iterator[str]:
@@ -132,7 +129,7 @@ def _choice(problem: str | None) -> tuple[str | None, str]:
     if wanted:
         return chosen or STORED, f"{native.ISA_VARIABLE} is {wanted}"
     if chosen is None:
-        return STORED, "the native library cannot be used" if problem else "it has no instruction set of this machine"
+        return STORED, "the native library cannot be used" if problem else native.why_not()
     return chosen, "the best that this build and this machine share"
 
 
