@@ -49,6 +49,11 @@ def read_on(model: Any, ids: torch.Tensor, past: Any = None) -> tuple[torch.Tens
     return output.logits, ids if kept is None else kept
 
 
+def output_cache(output: Mapping[str, Any]) -> Any:
+    """The cache in what a model, or its `generate`, returns; None if there is none."""
+    return next((output[name] for name in CACHE_NAMES if name in output), None)
+
+
 def cache_argument(model_class: Any) -> str | None:
     """What a class's forward calls its cache; None if it takes none."""
     return next((name for name in CACHE_NAMES if name in _parameters(model_class)), None)

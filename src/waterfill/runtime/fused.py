@@ -77,6 +77,7 @@ class _Known:
 
 # By layer. Outside the modules, which are copied and pickled.
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_obstacles: WeakKeyDictionary[nn.Module, _Obstacle] = WeakKeyDictionary()  # the last one that each layer met
 
 
 class FusedLayer:
@@ -86,6 +87,7 @@ class FusedLayer:
         """One token through the native layer, anything else through the model's own code."""
         step = None if _is_for_the_model(self, hidden_states, kwargs) else _step(self, hidden_states, kwargs)
         if isinstance(step, _Obstacle):
+            _obstacles[self] = step
             _say(step)
         if not isinstance(step, tuple):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -106,6 +108,11 @@ class FusedLayer:
 def _say(obstacle: _Obstacle) -> None:
     """In the log, once per process."""
     _log.log(obstacle.level, "decoder layers run one operator at a time, which is slower: %s", obstacle.reason)
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """What has been in the way of a layer of this model, if anything."""
+    return next((_obstacles[module].reason for module in model.modules() if module in _obstacles), None)
 
 
 def _unknown(reason: str) -> _Obstacle:
