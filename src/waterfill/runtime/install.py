@@ -57,8 +57,7 @@ def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = Fal
     hold(model, [tensor for tensor in tensors if tensor.codec == LOSSLESS])
     if streamed:  # their buffers are in the files, but not in the model
         names = "|".join(re.escape(buffer.name) for tensor in packed.values() for buffer in tensor.buffers)
-        ignored = model._keys_to_ignore_on_load_unexpected or []  # a list or a set, by transformers' version
-        model._keys_to_ignore_on_load_unexpected = type(ignored)([*ignored, names])
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), names}
 
 
 def arrange(model: Any) -> None:
