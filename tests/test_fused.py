@@ -188,6 +188,23 @@ def test_a_call_that_is_not_known_is_said_and_runs_as_it_always_did(
     assert fused.obstacle(model) == line
 
 
+def test_parts_of_other_names_are_said(
+    lines: Callable[[], list[str]], calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a transformers whose caches have their layers elsewhere: what is asked of them is not there."""
+    model = packed_model(FAMILIES["llama"]())
+
+    def absent(layer: Any) -> None:
+        raise AttributeError("'LlamaAttention' object has no attribute 'scaling'")
+
+    monkeypatch.setattr(fused, "_look_at", absent)
+    logits, _ = decode(model, tokens=2)
+    assert torch.equal(logits, decode(packed_model(FAMILIES["llama"](), fuse_layers=False), tokens=2)[0])
+    (line,) = lines()
+    assert line.endswith("has other names for parts of them ('LlamaAttention' object has no attribute 'scaling')")
+    assert calls == []
+
+
 def gelu(model: Any) -> None:
     for layer in model.model.layers:
         layer.mlp.act_fn = nn.GELU()

@@ -220,6 +220,16 @@ def test_without_the_library_the_reference_multiplies(
         native.isa()
 
 
+@needs_native
+def test_a_library_for_other_machines_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native.Native, "isas", {})
+    caplog.set_level(logging.WARNING, "waterfill.kernels")
+    assert native.isa() is None
+    assert messages(caplog) == [f"{SLOW}it has no instruction set of this machine"]
+
+
 @pytest.mark.parametrize("damage", ["text", "empty", "another library"])
 def test_a_library_that_cannot_be_loaded_is_one_warning(
     damage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from waterfill._lazy import torch
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # the newest first; the last one is RWKV's
 LAYER_ARGUMENTS = CACHE_NAMES[:2]  # of decoder layers with keys and values

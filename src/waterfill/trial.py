@@ -62,7 +62,7 @@ def run(ways: dict[str, str]) -> None:
         _compare("transformers, token by token,", logits, plain)
         ways["transformers"] = "right"
         if off := _turned_off():
-            ways |= {"native layers": off, "engine": off}
+            ways.update({"native layers": off, "engine": off})
             return
         if not fused.was_native(past):
             reason = fused.obstacle(model) or "nothing is known to be in the way"

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from waterfill.errors import first_line
 from waterfill.kernels.layer import DecoderLayer
 from waterfill.kernels.native import float_activations
 from waterfill.kernels.reference import STORED
@@ -29,7 +30,7 @@ from waterfill.model_calls import LAYER_ARGUMENTS, handed_cache
 from waterfill.native import MOST_HEAD_DIM
 from waterfill.runtime.packed import PackedLinear
 
-# Classes whose forward is that of `kernels.layer`, by model type; what may differ between them `_obstacles` looks at.
+# Classes whose forward is that of `kernels.layer`, by model type; what may differ between them `_reason` looks at.
 LLAMA_KIND = {
     "llama": "LlamaDecoderLayer",
     "mistral": "MistralDecoderLayer",
@@ -85,7 +86,10 @@ class FusedLayer:
 
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """One token through the native layer, anything else through the model's own code."""
-        step = None if _is_for_the_model(self, hidden_states, kwargs) else _step(self, hidden_states, kwargs)
+        try:
+            step = None if _is_for_the_model(self, hidden_states, kwargs) else _step(self, hidden_states, kwargs)
+        except (AttributeError, KeyError) as error:
+            step = _unknown(f"has other names for parts of them ({first_line(error)})")
         if isinstance(step, _Obstacle):
             _obstacles[self] = step
             _say(step)
