@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _ctypes
+import json
 import re
 import subprocess
 import sys
@@ -17,10 +18,15 @@ import waterfill
 from commands import Command
 from kernel_samples import ISAS, NOT_BUILT, nothing_decided, one_thread
 from test_cli import documented, shape
-from waterfill import doctor, kernels, native
+from waterfill import doctor, kernels, native, trial
+from waterfill.engine.llama import LlamaModel
+from waterfill.errors import UnsupportedError
+from waterfill.kernels.layer import DecoderLayer
+from waterfill.runtime import fused, install
 
 needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
 
+WAYS = ("transformers", "native layers", "engine")
 EXTRAS = {"bench", "compare", "eval", "gguf", "grids", "plot"}
 
 
@@ -56,6 +62,7 @@ def test_the_record_is_the_documented_one(command: Command) -> None:
     assert {"avx2", "neon", "scalar"} < set(record["instruction_sets"]), "those of other machines too"
     assert (record["multiplies"], record["activations"]) == (ISAS[0], "integer")
     assert (record["healthy"], record["error"], record["problem"]) == (True, None, None)
+    assert record["ways"] == dict.fromkeys(WAYS, "right")
     assert 1e8 < record["read_bytes_per_s"] < 1e13
     assert 1e8 < record["memory_bytes"] < 1e14
 
@@ -70,6 +77,7 @@ def test_the_table_says_the_same(command: Command) -> None:
     assert line(text, "instruction sets").startswith(", ".join(ISAS) + "; not here: ")
     assert line(text, "multiplied by") == f"{ISAS[0]}: the best that this build and this machine share"
     assert line(text, "activations") == "as integers"
+    assert line(text, "tokens made by") == ", ".join(WAYS)
     assert line(text, "self-check") == "passed"
 
 
@@ -86,6 +94,9 @@ def test_what_the_environment_chooses(
     assert record["multiplies"] == ("stored" if isa == "none" else isa)
     assert record["why"] == f"WATERFILL_ISA is {isa}"
     assert record["activations"] == ("float" if isa == "none" else activations)
+    off = {isa: f"WATERFILL_ISA is {isa}", activations: f"WATERFILL_ACTIVATIONS is {activations}"}
+    how = off["none"] if "none" in off else off.get("float", "right")
+    assert record["ways"] == {"transformers": "right", "native layers": how, "engine": how}
 
 
 def test_an_instruction_set_that_is_not_there_is_the_finding(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +129,7 @@ def test_why_there_is_no_library(
         monkeypatch.setattr(native, "VERSION", 99)
         file, reason = native.find(), r"this waterfill needs 99; install waterfill again"
     monkeypatch.setattr(native, "find", lambda: file)
+    monkeypatch.setattr(doctor, "_try_ways", lambda ways: None)  # takes seconds without the library
     result = command("doctor", "--json")
     record = result.record
     assert (result.code, record["healthy"]) == (0, True), "the reference is right"
@@ -172,6 +184,45 @@ def test_optional_extras(command: Command, monkeypatch: pytest.MonkeyPatch) -> N
     assert "transformers is not installed" in text
 
 
+def unequal(y: Any) -> Any:
+    return 1.2 * y
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("where", "name", "spoil", "error"),
+    [
+        (fused, "handed_cache", lambda found: (False, None), "decoder layers run one operator at a time.* hands them"),
+        (fused, "fuse", lambda found: None, "decoder layers run one operator at a time.*nothing is known to be in the"),
+        (DecoderLayer, "__call__", unequal, r"transformers, token by token, computes other logits .*\(\d+% off\)"),
+        (LlamaModel, "forward", unequal, r"the engine computes other logits of a small Llama .*\(\d+% off\)"),
+        (LlamaModel, "forward", lambda found: found[0, 0], "TypeError: .*"),
+    ],
+    ids=["no cache", "not exchanged", "wrong layers", "wrong engine", "broken engine"],
+)
+def test_ways_that_are_not_taken_or_lead_elsewhere_are_found(
+    where: Any, name: str, spoil: Any, error: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(where, name)
+    where = install if name == "fuse" else where  # where it is called
+    monkeypatch.setattr(where, name, lambda *given: spoil(right(*given)) if name != "fuse" else None)
+    result = command("doctor", "--json")
+    assert (result.code, result.err, result.record["healthy"]) == (1, "", False)
+    assert re.match(error, result.record["error"])
+
+
+@needs_native
+def test_an_engine_that_refuses_is_found(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise UnsupportedError("its kind is 'llama'")
+
+    monkeypatch.setattr(trial, "open_model", refuse)
+    result = command("doctor")
+    assert result.code == 1
+    assert line(result.out, "self-check") == "failed: the engine does not run a small Llama: its kind is 'llama'"
+    assert line(result.out, "tokens made by") == "transformers, native layers"
+
+
 WITHOUT_TRANSFORMERS = """
 import sys
 sys.modules["transformers"] = None  # as where it cannot be imported
@@ -184,5 +235,7 @@ main()
 def test_a_broken_transformers_does_not_stop_it() -> None:
     command = [sys.executable, "-c", WITHOUT_TRANSFORMERS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert '"healthy": true' in done.stdout
+    record = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, record["healthy"]) == (1, "", False)
+    assert record["multiplies"] is not None
+    assert record["error"].startswith("ModuleNotFoundError: import of transformers halted")

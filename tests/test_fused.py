@@ -7,11 +7,14 @@ and where that moves an activation across a rounding boundary, by one step of 12
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,9 +26,11 @@ from transformers import (
     StaticCache,
 )
 
+from test_model_calls import LAYER_CALLS
 from waterfill import kernels, native
 from waterfill.codecs import Higgs, get_codec
 from waterfill.kernels.layer import DecoderLayer
+from waterfill.model_calls import cache_argument, read_on
 from waterfill.runtime import fused
 from waterfill.runtime.fused import FusedLayer, fuse
 from waterfill.runtime.packed import PackedMatrix, pack_linear
@@ -82,6 +87,15 @@ def pack(module: nn.Linear, codec: Any) -> None:
     packed.scales, packed.codes = encoded.buffers["scales"], encoded.buffers["codes"]
 
 
+@pytest.fixture(autouse=True)
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was logged about layers that run one operator at a time, as in a process that has said nothing yet."""
+    fused._say.cache_clear()
+    caplog.set_level(logging.INFO, "waterfill.kernels")
+    begin = "decoder layers run one operator at a time, which is slower: "
+    return lambda: [m.removeprefix(begin) for m in caplog.messages if m.startswith(begin)]
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Positions that went through the native layer, in order."""
@@ -100,9 +114,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def decode(model: Any, cache: Any = None, tokens: int = TOKENS, **given: Any) -> tuple[torch.Tensor, Any]:
     """Logits `[tokens, vocabulary]` of tokens that follow a prompt one by one, and the cache."""
     ids = torch.arange(PROMPT + tokens).unsqueeze(0) * 31 % SHAPE["vocab_size"]
-    cache = model(ids[:, :PROMPT], past_key_values=cache, use_cache=True).past_key_values
-    steps = [model(ids[:, i : i + 1], past_key_values=cache, **given) for i in range(PROMPT, PROMPT + tokens)]
-    return torch.cat([step.logits[0] for step in steps]).float(), cache
+    _, cache = read_on(model, ids[:, :PROMPT], cache)
+    steps = [step(model, ids[:, i : i + 1], cache, **given).logits for i in range(PROMPT, PROMPT + tokens)]
+    return torch.cat([logits[0] for logits in steps]).float(), cache
+
+
+def step(model: Any, ids: Any, cache: Any, **given: Any) -> Any:
+    return model(ids, **{str(cache_argument(type(model))): cache}, **given)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, share: float = 0.02) -> bool:
@@ -111,7 +129,9 @@ def close(found: torch.Tensor, expected: torch.Tensor, share: float = 0.02) -> b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_as_module_by_module(family: str, dtype: torch.dtype, calls: list[int]) -> None:
+def test_the_same_as_module_by_module(
+    family: str, dtype: torch.dtype, calls: list[int], lines: Callable[[], list[str]]
+) -> None:
     config = FAMILIES[family]()
     logits, cache = decode(packed_model(config, dtype))
     layers = SHAPE["num_hidden_layers"]
@@ -123,6 +143,123 @@ def test_the_same_as_module_by_module(family: str, dtype: torch.dtype, calls: li
         assert found.keys.shape == known.keys.shape
         assert close(found.keys.float(), known.keys.float(), share)
         assert close(found.values.float(), known.values.float(), share)
+    assert lines() == []
+
+
+@pytest.mark.parametrize("names", LAYER_CALLS.values(), ids=LAYER_CALLS)
+@torch.inference_mode()
+def test_a_layer_called_as_each_transformers_does(
+    names: tuple[str, ...], calls: list[int], lines: Callable[[], list[str]]
+) -> None:
+    model = packed_model(FAMILIES["llama"]())
+    _, cache = decode(model, tokens=1)
+    expected = decode(model, tokens=2)[1].layers[0]
+    calls.clear()
+    hidden = model.model.embed_tokens(torch.tensor([[(PROMPT + 1) * 31 % SHAPE["vocab_size"]]]))
+    place = torch.tensor([[PROMPT + 1]])
+    known = {"position_ids": place, "cache_position": place[0], "use_cache": True, "attention_mask": None}
+    rotary = model.model.rotary_emb(hidden, place)
+    out = model.model.layers[0](hidden, position_embeddings=rotary, **{name: known.get(name, cache) for name in names})
+    assert out.shape == hidden.shape
+    assert calls == [PROMPT + 1]
+    assert torch.equal(cache.layers[0].keys, expected.keys)
+    assert lines() == []
+
+
+@torch.inference_mode()
+def test_a_call_that_is_not_known_is_said_and_runs_as_it_always_did(
+    calls: list[int], lines: Callable[[], list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = packed_model(FAMILIES["llama"]())
+    _, cache = decode(model, tokens=1)
+    calls.clear()
+    hidden = torch.randn(1, 1, SHAPE["hidden_size"])
+    rotary = model.model.rotary_emb(hidden, torch.tensor([[PROMPT + 1]]))
+    for layer in model.model.layers:
+        for _ in range(2):
+            assert layer(hidden, position_embeddings=rotary, keys_and_values=cache).shape == hidden.shape
+    assert calls == []
+    (line,) = lines()
+    assert (
+        line
+        == f"transformers {transformers.__version__} hands them no cache or past_key_values with position_embeddings"
+    )
+    assert caplog.records[-1].levelname == "WARNING"
+    assert fused.obstacle(model) == line
+
+
+def test_parts_of_other_names_are_said(
+    lines: Callable[[], list[str]], calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a transformers whose caches have their layers elsewhere: what is asked of them is not there."""
+    model = packed_model(FAMILIES["llama"]())
+
+    def absent(layer: Any) -> None:
+        raise AttributeError("'LlamaAttention' object has no attribute 'scaling'")
+
+    monkeypatch.setattr(fused, "_look_at", absent)
+    logits, _ = decode(model, tokens=2)
+    assert torch.equal(logits, decode(packed_model(FAMILIES["llama"](), fuse_layers=False), tokens=2)[0])
+    (line,) = lines()
+    assert line.endswith("has other names for parts of them ('LlamaAttention' object has no attribute 'scaling')")
+    assert calls == []
+
+
+def gelu(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+
+
+def adapted(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = nn.Sequential(mlp.up_proj)
+
+
+OBSTACLES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
+    "window": (lambda: MistralConfig(**SHAPE, sliding_window=99), lambda _: None, "window|DynamicSlidingWindowLayer"),
+    "biases": (lambda: LlamaConfig(**SHAPE, mlp_bias=True), lambda _: None, "they have biases of gate_proj, up_proj"),
+    "activation": (FAMILIES["llama"], gelu, "their activation function is GELU"),
+    "adapter": (FAMILIES["llama"], adapted, "the matrix up_proj of one is a Sequential, not packed"),
+    "half": (FAMILIES["llama"], lambda model: model.to(torch.float16), "their activations are torch.float16"),
+}
+
+
+@pytest.mark.parametrize(("config", "change", "reason"), OBSTACLES.values(), ids=OBSTACLES)
+def test_what_is_in_the_way_is_said_once(
+    config: Callable[[], Any], change: Callable[[Any], Any], reason: str, lines: Callable[[], list[str]]
+) -> None:
+    model = packed_model(config())
+    change(model)
+    decode(model, tokens=2)
+    decode(model, tokens=2)
+    (line,) = lines()
+    assert re.search(reason, line)
+    assert fused.obstacle(model) == line
+
+
+def test_another_class_of_layers_is_said(lines: Callable[[], list[str]]) -> None:
+    """A transformers whose Llama has layers of another name."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.config = LlamaConfig(**SHAPE)  # type: ignore[assignment]
+    fuse(model)
+    assert lines() == [f"transformers {transformers.__version__} has no LlamaDecoderLayer"]
+
+
+@torch.inference_mode()
+def test_what_nobody_expects_to_be_quick_is_not_mentioned(
+    lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed_model(FAMILIES["llama"]())
+    model(torch.tensor([[1]]), use_cache=False)  # without a cache
+    model(torch.tensor([[1]]), use_cache=True)  # the first token of a text
+    _, cache = read_on(model, torch.tensor([[1, 2], [3, 4]]))  # a prompt, a batch
+    read_on(model, torch.tensor([[5], [6]]), cache)
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    decode(model, tokens=1)
+    decode(model, tokens=1, attention_mask=torch.tensor([[1, 0, *[1] * (PROMPT - 1)]]))
+    monkeypatch.setenv("WATERFILL_ACTIVATIONS", "float")
+    decode(model, tokens=1)
+    assert lines() == []
 
 
 def test_a_cache_grows_past_its_first_room(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
@@ -140,7 +277,7 @@ def test_a_cropped_cache_goes_on_from_there(calls: list[int]) -> None:
     cache.crop(-3)
     with torch.inference_mode():
         ids = torch.arange(PROMPT + TOKENS).unsqueeze(0) * 31 % SHAPE["vocab_size"]
-        again = model(ids[:, -3:-2], past_key_values=cache).logits[0].float()
+        again = step(model, ids[:, -3:-2], cache).logits[0].float()
     assert torch.equal(again, logits[-3:-2])
 
 
@@ -150,8 +287,8 @@ def test_a_copied_cache_is_a_branch_of_its_own() -> None:
     _, cache = decode(model)
     branch = copy.deepcopy(cache)
     with torch.inference_mode():
-        model(torch.tensor([[3]]), past_key_values=cache)
-        model(torch.tensor([[7]]), past_key_values=branch)
+        step(model, torch.tensor([[3]]), cache)
+        step(model, torch.tensor([[7]]), branch)
     assert not torch.equal(cache.layers[0].keys[:, :, -1], branch.layers[0].keys[:, :, -1])
     assert torch.equal(cache.layers[0].keys[:, :, :-1], branch.layers[0].keys[:, :, :-1])
 
@@ -163,8 +300,8 @@ def test_long_contexts_share_the_heads_among_threads(calls: list[int]) -> None:
 
     @torch.inference_mode()
     def last(model: Any) -> torch.Tensor:
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
-        return model(ids[:, -1:], past_key_values=cache).logits[0].float()
+        _, cache = read_on(model, ids[:, :-1])
+        return read_on(model, ids[:, -1:], cache)[0][0].float()
 
     assert close(last(packed_model(config)), last(packed_model(config, fuse_layers=False)))
     assert calls == [1199] * SHAPE["num_hidden_layers"]
@@ -173,8 +310,8 @@ def test_long_contexts_share_the_heads_among_threads(calls: list[int]) -> None:
 @torch.inference_mode()
 def test_a_batch_runs_as_it_always_did(calls: list[int]) -> None:
     model = packed_model(FAMILIES["llama"]())
-    cache = model(torch.tensor([[1, 2], [3, 4]]), use_cache=True).past_key_values
-    model(torch.tensor([[5], [6]]), past_key_values=cache)
+    _, cache = read_on(model, torch.tensor([[1, 2], [3, 4]]))
+    read_on(model, torch.tensor([[5], [6]]), cache)
     assert calls == []
 
 
@@ -192,7 +329,7 @@ def test_attentions_can_still_be_asked_for(calls: list[int]) -> None:
     model.set_attn_implementation("eager")
     _, cache = decode(model, tokens=1)
     with torch.inference_mode():
-        output = model(torch.tensor([[5]]), past_key_values=cache, output_attentions=True)
+        output = step(model, torch.tensor([[5]]), cache, output_attentions=True)
     assert len(output.attentions) == SHAPE["num_hidden_layers"]
     assert all(attention is not None for attention in output.attentions)
 
@@ -203,16 +340,17 @@ def test_hidden_states_are_those_after_each_layer(calls: list[int]) -> None:
     for one in (model, plain):
         _, cache = decode(one, tokens=1)
         with torch.inference_mode():
-            output = one(torch.tensor([[5]]), past_key_values=cache, output_hidden_states=True)
+            output = step(one, torch.tensor([[5]]), cache, output_hidden_states=True)
         states.append(output.hidden_states)
     assert len(states[0]) == len(states[1]) == SHAPE["num_hidden_layers"] + 1
     assert all(close(found, known) for found, known in zip(*states, strict=True))
 
 
-def test_another_cache_is_left_to_the_model(calls: list[int]) -> None:
+def test_another_cache_is_left_to_the_model(calls: list[int], lines: Callable[[], list[str]]) -> None:
     config = FAMILIES["llama"]()
     logits, _ = decode(packed_model(config), StaticCache(config=config, max_cache_len=64))
     assert calls == []
+    assert lines() == [], "whoever takes one knows"
     assert close(logits, decode(packed_model(config))[0])
 
 
@@ -245,13 +383,13 @@ def test_an_exchanged_projection_is_used(calls: list[int]) -> None:
     assert len(calls) == SHAPE["num_hidden_layers"] - 1
 
 
-def test_gradients_run_as_they_always_did(calls: list[int]) -> None:
+def test_gradients_run_as_they_always_did(calls: list[int], lines: Callable[[], list[str]]) -> None:
     model = packed_model(FAMILIES["llama"]())
     _, cache = decode(model, tokens=1)
     calls.clear()
     hidden = torch.randn(1, 1, SHAPE["hidden_size"], requires_grad=True)
-    model(inputs_embeds=hidden, past_key_values=copy.deepcopy(cache)).logits.sum().backward()
-    assert calls == []
+    step(model, None, copy.deepcopy(cache), inputs_embeds=hidden).logits.sum().backward()
+    assert calls == lines() == []
     assert hidden.grad is not None
 
 

@@ -19,6 +19,7 @@ from waterfill import native
 from waterfill.budget import Budget
 from waterfill.errors import UnsupportedError, WaterfillError
 from waterfill.runner import Options, open_runner
+from waterfill.runtime import fused
 from waterfill.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off")
@@ -48,6 +49,18 @@ def test_both_engines_say_the_same(work: Path, command: Command) -> None:
     assert len({result.out for result in texts.values()}) == 1
     assert texts["auto"].out.startswith("def read(")
     assert all("12 tokens, first after" in result.err for result in texts.values())
+    assert not any("slow" in result.err for result in texts.values())
+
+
+def test_layers_that_are_not_native_calls_are_one_line(
+    work: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under a transformers whose layers are called otherwise."""
+    fused._say.cache_clear()
+    monkeypatch.setattr(fused, "handed_cache", lambda given: (False, None))
+    result = command("generate", work / "packed", "-p", "def read(", *GREEDY, "--engine", "transformers")
+    assert result.code == 0
+    assert result.err.count("decoder layers run one operator at a time, which is slower: transformers ") == 1
 
 
 def test_a_model_of_another_kind_falls_back_and_says_why(gpt2: Path, command: Command) -> None:

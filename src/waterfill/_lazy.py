@@ -96,7 +96,7 @@ class LazyMapping(Mapping[K, V]):
 
 def after_import(package: str, action: Callable[[], object]) -> None:
     """Call `action` at the end of each import of `package`; at once if it is imported already."""
-    if package in sys.modules:
+    if sys.modules.get(package) is not None:  # None: it cannot be imported
         action()
     else:
         sys.meta_path.insert(0, _Watcher(package, action))

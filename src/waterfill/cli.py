@@ -210,12 +210,13 @@ commands.add_command(cli_run.generate)
 commands.add_command(cli_run.chat)
 
 
-@commands.command(cls=click.Command)  # without transformers: what is broken has to be shown
+@commands.command()
 @_json
 def doctor(as_json: bool) -> None:
     """Show what computes here, and check that it is right."""
     from waterfill.doctor import diagnose
 
+    logging.getLogger("waterfill").setLevel(logging.ERROR)  # a diagnosis says all of that itself
     found = diagnose()
     if as_json:
         _print_json(asdict(found))

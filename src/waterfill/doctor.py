@@ -1,6 +1,7 @@
 """What `waterfill doctor` tells: versions, the machine, which kernels multiply here and why, whether they are right.
 
-It needs torch and the grids, and looks at everything else from outside, so that it can report what is broken.
+It needs torch and the grids, and looks at everything else from outside, so that it can report what is broken. A tiny
+model goes through every way that tokens are made (`trial`), because a way that is not taken is slow, and nothing else.
 """
 
 from __future__ import annotations
@@ -56,18 +57,20 @@ class Diagnosis:
     multiplies: str | None  # an instruction set, or "stored", the torch reference; None where the choice is refused
     why: str
     activations: str  # "integer" or "float", as they are multiplied
+    ways: dict[str, str]  # by which a tiny model makes tokens: "right", or why it is not taken here
     error: str | None  # of the self-check
     healthy: bool
     extras: dict[str, list[str]]  # packages that are missing of each optional extra
 
 
 def diagnose() -> Diagnosis:
-    """Look, check and measure; takes about half a second."""
+    """Look, check and measure; takes some seconds, most of them to import transformers."""
     path, problem = _library()
     loaded = native.library() if problem is None else None
     usable = list(loaded.isas) if loaded else []
     multiplies, why = _choice(problem)
-    error = why if multiplies is None else _self_check(multiplies)
+    ways: dict[str, str] = {}
+    error = why if multiplies is None else _self_check(multiplies) or _try_ways(ways)
     return Diagnosis(
         waterfill=waterfill.__version__,
         python=platform.python_version(),
@@ -84,6 +87,7 @@ def diagnose() -> Diagnosis:
         multiplies=multiplies,
         why=why,
         activations="integer" if multiplies not in (None, STORED) and _integers() else "float",
+        ways=ways,
         error=error,
         healthy=error is None,
         extras=dict(_extras()),
@@ -105,14 +109,11 @@ def read_bytes_per_s() -> float:
 
 def _library() -> tuple[Path | None, str | None]:
     """Path of the native library, and what is wrong with it."""
-    path = native.find()
-    if path is None:
-        return None, "it was not built; install waterfill again where there are CMake and a C++ compiler"
     try:
-        native.Native(path)
-    except (OSError, AttributeError, WaterfillError) as error:
-        return path, first_line(error)
-    return path, None
+        native.load()
+    except WaterfillError as error:
+        return native.find(), str(error)
+    return native.find(), None
 
 
 def _known(library: native.Native) -> Iterator[str]:
@@ -132,7 +133,7 @@ def _choice(problem: str | None) -> tuple[str | None, str]:
     if wanted:
         return chosen or STORED, f"{native.ISA_VARIABLE} is {wanted}"
     if chosen is None:
-        return STORED, "the native library cannot be used" if problem else "it has no instruction set of this machine"
+        return STORED, "the native library cannot be used" if problem else native.why_not()
     return chosen, "the best that this build and this machine share"
 
 
@@ -158,6 +159,19 @@ def _self_check(layout: str) -> str | None:
         noise = float((codec.decode(encoded) - weight).square().sum())
         if abs(noise - encoded.noise_power) > LARGEST_ERROR * encoded.noise_power:
             return f"{CHECKED_STREAMS} decodes to something else than was encoded"
+    except Exception as error:  # whatever fails here is the finding
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def _try_ways(ways: dict[str, str]) -> str | None:
+    """What is wrong with tokens of a tiny model; how each way went is noted in `ways`."""
+    try:
+        from waterfill import trial  # imports transformers, which may be what is broken
+
+        trial.run(ways)
+    except WaterfillError as error:
+        return str(error)
     except Exception as error:  # whatever fails here is the finding
         return f"{type(error).__name__}: {first_line(error)}"
     return None

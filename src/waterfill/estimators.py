@@ -15,6 +15,7 @@ import torch
 from waterfill.architecture import Matrix
 from waterfill.errors import WaterfillError
 from waterfill.hadamard import groups
+from waterfill.model_calls import read
 
 PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
 SCALE_STEP = 0.05  # relative change of scale by which `perturb_pass` measures beta, both ways
@@ -53,7 +54,7 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
 
     handles = [parameters[name].register_post_accumulate_grad_hook(consume(name)) for name in by_parameter]
     try:
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1].flatten(0, 1).to(torch.float32)
+        logits = read(model, part)[:, :-1].flatten(0, 1).to(torch.float32)
         log_p = logits.log_softmax(-1)
         check_probabilities(log_p.detach())
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
@@ -116,7 +117,7 @@ def _perturb(
 
 
 def _log_probabilities(model: Any, part: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=part, use_cache=False).logits[:, :-1].flatten(0, 1)
+    logits = read(model, part)[:, :-1].flatten(0, 1)
     return torch.as_tensor(logits.to(torch.float32).log_softmax(-1))
 
 

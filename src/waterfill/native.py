@@ -19,7 +19,7 @@ from pathlib import Path
 
 from waterfill import process
 from waterfill._lazy import LazyMapping, torch
-from waterfill.errors import WaterfillError
+from waterfill.errors import WaterfillError, first_line
 
 ISA_VARIABLE = "WATERFILL_ISA"
 FLOAT_ACTIVATIONS = "WATERFILL_ACTIVATIONS"
@@ -197,18 +197,24 @@ class Native:
 
 @lru_cache(maxsize=1)
 def library() -> Native | None:
-    """The library, or None where it was not built or cannot be loaded; says so once."""
-    path = find()
-    if path is None:
-        _log.info("the native kernels were not built (no C++ compiler?)")
-        return None
+    """The library, or None where it was not built or cannot be loaded."""
     try:
-        native = Native(path)
-    except (OSError, AttributeError, WaterfillError) as error:
-        _log.warning("the native kernels cannot be used: %s", error)
+        native = load()
+    except WaterfillError:
         return None
     native.choose_threads()
     return native
+
+
+def load() -> Native:
+    """The library, anew. Raises WaterfillError where there is none that can be used; says why."""
+    path = find()
+    if path is None:
+        raise WaterfillError("it was not built; install waterfill again where there are CMake and a C++ compiler")
+    try:
+        return Native(path)
+    except (OSError, AttributeError) as error:
+        raise WaterfillError(first_line(error)) from error
 
 
 def share_threads() -> None:
@@ -266,21 +272,33 @@ def float_activations() -> bool:
 
 @lru_cache(maxsize=1)
 def isa() -> str | None:
-    """Name of the instruction set in use: the best one, or WATERFILL_ISA's. None is the torch reference.
+    """Name of the instruction set in use: the best one, or WATERFILL_ISA's. None is the torch reference; says why once.
 
     Raises WaterfillError for a name that this machine or build does not have.
     """
     wanted = os.environ.get(ISA_VARIABLE, "")
     native = library()
     names = list(native.isas) if native else []
-    if wanted == "none":
-        return None
-    if wanted and wanted not in names:
+    if wanted and wanted not in [*names, "none"]:
         raise WaterfillError(
             f"{ISA_VARIABLE} is {wanted!r}, which this machine or build does not have; choose one of "
             f"{', '.join([*names, 'none'])}"
         )
-    return wanted or next(iter(names), None)
+    chosen = None if wanted == "none" else wanted or next(iter(names), None)
+    if chosen is None:
+        _log.warning("torch computes in place of the native library, which is slow: %s", why_not())
+    return chosen
+
+
+def why_not() -> str:
+    """Why `isa` is None: what keeps the library from being used."""
+    if os.environ.get(ISA_VARIABLE) == "none":
+        return f"{ISA_VARIABLE} is none"
+    try:
+        load()
+    except WaterfillError as error:
+        return str(error)
+    return "it has no instruction set of this machine"
 
 
 def rotate(x: torch.Tensor, *, inverse: bool) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ import torch
 
 from waterfill.errors import WaterfillError, unknown_token
 from waterfill.estimators import check_probabilities
+from waterfill.model_calls import read_on
 from waterfill.tokenizing import in_words
 
 Progress = Callable[[int, int], None]
@@ -83,11 +84,10 @@ def _sample(
     start = _start_token(model.config)
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens[:, 0] = start if start is not None else torch.randint(vocabulary, (sequences,), generator=generator)
-    cache = None
+    past = None
     for position in range(1, length):
-        output = model(input_ids=tokens[:, position - 1 : position], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        cumulative = output.logits[:, -1].to(torch.float64).softmax(-1).cumsum(-1)
+        logits, past = read_on(model, tokens[:, position - 1 : position], past)
+        cumulative = logits[:, -1].to(torch.float64).softmax(-1).cumsum(-1)
         check_probabilities(cumulative[:, -1])
         draw = torch.rand(sequences, 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
         tokens[:, position] = torch.searchsorted(cumulative, draw).clamp_max(vocabulary - 1)[:, 0]

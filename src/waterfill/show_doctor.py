@@ -28,6 +28,7 @@ def view(found: Diagnosis) -> Table:
         "instruction sets": Text(_instruction_sets(found)),
         "multiplied by": _choice(found),
         "activations": Text(f"as {found.activations}s"),
+        "tokens made by": Text(", ".join(_way(*way) for way in found.ways.items()) or "nobody"),
         "self-check": Text("passed", "green") if found.error is None else Text(f"failed: {found.error}", "bold red"),
         "extras": Text(", ".join(_extra(*extra) for extra in found.extras.items()) or "none"),
     }
@@ -64,6 +65,10 @@ def _choice(found: Diagnosis) -> Text:
     if found.multiplies == "stored":
         return Text(f"{_REFERENCE}: {found.why}", "yellow")
     return Text(f"{found.multiplies}: {found.why}")
+
+
+def _way(name: str, how: str) -> str:
+    return name if how == "right" else f"not {name} ({how})"
 
 
 def _extra(name: str, missing: list[str]) -> str:

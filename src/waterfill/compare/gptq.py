@@ -25,6 +25,7 @@ from waterfill.compare.moments import calibration_of, module_of
 from waterfill.compare.peers import library
 from waterfill.compare.stored import as_it_is, file_bytes, kept_buffers, stored
 from waterfill.estimators import matrix_view
+from waterfill.model_calls import read
 
 GROUP = 128
 BITS = (2, 3, 4, 8)
@@ -110,7 +111,7 @@ def _observe(model: Any, tokens: Tensor, watched: dict[str, tuple[Any, Any]]) ->
         for sequence in tokens:
             waiting |= watched.keys()
             with contextlib.suppress(_Enough):
-                model(input_ids=sequence[None], use_cache=False)
+                read(model, sequence[None])
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from waterfill.architecture import Matrix
 from waterfill.compare.base import Subject, Unavailable
+from waterfill.model_calls import read
 
 
 def calibration_of(subject: Subject) -> Tensor:
@@ -54,7 +55,7 @@ def second_moments(subject: Subject) -> dict[str, Tensor]:
                 handles.append(module.register_forward_pre_hook(watch(matrix.name)))
         try:
             for sequence in tokens:
-                subject.model(input_ids=sequence[None], use_cache=False)
+                read(subject.model, sequence[None])
         finally:
             for handle in handles:
                 handle.remove()

@@ -42,7 +42,7 @@ def open_model(
     if not isinstance(artifact, Artifact):
         artifact = open_artifact(Path(artifact), verify=False)
     if native.isa() is None:
-        raise UnsupportedError("the native kernels are not there, or turned off")
+        raise UnsupportedError(f"the native library is not used: {native.why_not()}")
     if native.float_activations():
         raise UnsupportedError(f"{native.FLOAT_ACTIVATIONS} asks for exact activations")
     spec = read_spec(artifact)

@@ -16,6 +16,7 @@ from waterfill.errors import WaterfillError, unknown_token
 from waterfill.evaluate.conventions import Convention, Window, batches, stacked
 from waterfill.evaluate.journal import Journal
 from waterfill.evaluate.text import positions
+from waterfill.model_calls import read, read_on
 
 Progress = Callable[[int, int], None]  # called with (windows done, windows in all)
 Score = Callable[[Sequence[Window]], list[Tensor]]
@@ -52,14 +53,12 @@ def window_logits(model: Any, some: Sequence[Window], how: Convention) -> list[T
     ids, first = stacked(some).to(model.device), some[0].first
     with torch.inference_mode():
         if not how.decodes:
-            logits = model(input_ids=ids, use_cache=False).logits
-            return [row[first:-1] for row in logits]
+            return [row[first:-1] for row in read(model, ids)]
         past, steps = None, []
         for step in range(ids.shape[1] - 1):
-            output = model(input_ids=ids[:, step : step + 1], past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            logits, past = read_on(model, ids[:, step : step + 1], past)
             if step >= first:
-                steps.append(output.logits[:, -1])
+                steps.append(logits[:, -1])
         return list(torch.stack(steps, dim=1))
 
 

@@ -3,7 +3,7 @@
     artifact ──Packed("stored")──► arrange ──Packed(instruction set)──► matmul, matmul_many, rows, dense
 
 Which implementation runs is decided once per process and logged once: the native library with the best instruction
-set, or the torch reference, which is always there.
+set, or the torch reference, which is always there (`native.isa` says why).
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def implementation() -> str:
     """Who multiplies: an instruction set of the native library, or "stored", the torch reference."""
     isa = library.isa()
     if isa is None:
-        _log.warning("packed matrices are multiplied by the torch reference, which is slow; see `waterfill doctor`")
         return STORED
     library.share_threads()
     _log.info("packed matrices are multiplied by the native kernels, %s", isa)
