@@ -118,6 +118,12 @@ def describe(checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Architecture:
     return Architecture(tuple(tensors), tied_head, ignored)
 
 
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, tied ones by each of theirs: `Matrix.parameter` is the one that the others are tied to, which
+    need not be the first."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
 def _roles(model: Any) -> dict[str, tuple[Role, bool]]:
     """Parameters that hold matrices, by state-dict name: their role, and whether they hold them as `[in, out]`."""
     head = model.get_output_embeddings()
@@ -159,7 +165,7 @@ def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bo
     if role != "expert":
         pieces = _pieces(checkpoint, tensor, tensor.sources[0], None, transposed)
         return [Matrix(name, tensor.name, None, transposed, shape, tensor.dtype, role, pieces)]
-    fused = len(tensor.sources) == 1
+    fused = len(checkpoint.tensors[tensor.sources[0][0]].shape) == len(tensor.shape)
     matrices = []
     for expert in range(tensor.shape[0]):
         sources, index = (tensor.sources[0], expert) if fused else (tensor.sources[expert], None)
@@ -215,4 +221,4 @@ def read_kept(checkpoint: Checkpoint, kept: Kept) -> torch.Tensor:
         for source, part in zip(group, parts, strict=True):
             check_finite(part, source, checkpoint.tensors[source].file)
         groups.append(parts[0] if len(parts) == 1 else torch.cat(parts))
-    return groups[0] if len(groups) == 1 else torch.stack(groups)
+    return torch.stack(groups) if groups[0].ndim < len(kept.shape) else groups[0]

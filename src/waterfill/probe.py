@@ -52,9 +52,15 @@ def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Progress | 
         return _windows(tokenizer, probe, length)
     generator = torch.Generator().manual_seed(probe.seed)
     if probe.kind == "random":
-        vocabulary = model.get_input_embeddings().num_embeddings
-        return torch.randint(vocabulary, (probe.sequences, length), generator=generator)
+        return torch.randint(_vocabulary(model), (probe.sequences, length), generator=generator)
     return _sample(model, probe.sequences, length, generator, progress)
+
+
+def _vocabulary(model: Any) -> int:
+    """Tokens that are both read and predicted: an embedding may have rows for prompts as well, a head for padding."""
+    rows = [len(model.get_input_embeddings().weight)]
+    head = model.get_output_embeddings()
+    return min(rows if head is None else [*rows, len(head.weight)])
 
 
 def max_positions(config: Any) -> int:
@@ -74,7 +80,7 @@ def _sample(
     """Ancestral sampling through the key/value cache. A document that ends is followed by the next one."""
     tokens = torch.empty(sequences, length, dtype=torch.int64)
     start = _start_token(model.config)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = _vocabulary(model)
     tokens[:, 0] = start if start is not None else torch.randint(vocabulary, (sequences,), generator=generator)
     cache = None
     for position in range(1, length):

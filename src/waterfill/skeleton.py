@@ -205,7 +205,7 @@ def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, group
                 f"{info.file}: tensor {info.name!r} has dtype {info.dtype}, but {first.name!r}, with which it makes up "
                 f"{name!r}, has {first.dtype}: expected one dtype; convert the checkpoint first."
             )
-    if _joined_shape([[info.shape for info in group] for group in infos]) != tuple(tensor.shape):
+    if _joined_shape([[info.shape for info in group] for group in infos], tensor.ndim) != tuple(tensor.shape):
         raise CheckpointError(
             f"{first.file}: tensor {first.name!r} of shape {list(first.shape)}, one of {sum(map(len, infos))} for "
             f"{name!r}, does not lead to the shape {list(tensor.shape)} that {CONFIG} calls for: expected the config "
@@ -214,8 +214,9 @@ def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, group
     return Stored(name, tuple(tensor.shape), first.dtype, groups)
 
 
-def _joined_shape(groups: Sequence[Sequence[tuple[int, ...]]]) -> tuple[int, ...] | None:
-    """Shape of the stack of the concatenations along the first axis; None if the parts do not fit together."""
+def _joined_shape(groups: Sequence[Sequence[tuple[int, ...]]], dimensions: int) -> tuple[int, ...] | None:
+    """Shape of the stack of the concatenations along the first axis; None if the parts do not fit together. A single
+    one is a stack as well where that gives it as many `dimensions` as it should have."""
     joined = set()
     for first, *rest in groups:
         if any(shape[1:] != first[1:] for shape in rest):
@@ -224,4 +225,4 @@ def _joined_shape(groups: Sequence[Sequence[tuple[int, ...]]]) -> tuple[int, ...
     if len(joined) > 1:
         return None
     shape = joined.pop()
-    return (len(groups), *shape) if len(groups) > 1 else shape
+    return (len(groups), *shape) if len(groups) > 1 or len(shape) < dimensions else shape
