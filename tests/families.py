@@ -1,8 +1,8 @@
 """One causal family of transformers, tiny, through everything: plan, pack, load, compare, generate, stream.
 
-    tiny_config ──► checkpoint ──plan, pack──► artifacts: lossless, for storage, for memory
-                        │                          │ load
-                     original, dense twin ◄────────┴── equal?
+tiny_config ──► checkpoint ──plan, pack──► artifacts: lossless, for storage, for memory
+                    │                          │ load
+                 original, dense twin ◄────────┴── equal?
 """
 
 from __future__ import annotations

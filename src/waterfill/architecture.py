@@ -5,7 +5,7 @@
                     read_rows(matrix, start, stop) · read_kept(kept)
 
 The decision rests on shape and role, never on a list of model names. A matrix is the weight of an `nn.Linear`, `Conv1D`
-or `nn.Embedding`, or one expert of a fused 3-D parameter whose module declares how it is oriented. Everything else is
+or `nn.Embedding`, or one expert of a fused 3-D parameter whose module says how it is oriented. Everything else is
 kept as it is: vectors, norms, biases, convolution kernels, router weights, buffers.
 """
 
@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from waterfill.checkpoint import Checkpoint, check_finite
 from waterfill.errors import CheckpointError
+from waterfill.experts import fused_experts
 from waterfill.skeleton import Stored, build_skeleton, locate
 
 # A smaller matrix saves fewer bytes than its scales and its entries in the artifact cost, give or take.
@@ -133,12 +134,9 @@ def _roles(model: Any) -> dict[str, tuple[Role, bool]]:
             if not _uses_own_weight(type(module)):
                 role: Role = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
                 roles[f"{path}.weight"] = role, isinstance(module, Conv1D)
-        elif (transposed := getattr(module, "is_transposed", None)) is not None:
-            # transformers' `use_experts_implementation` sets it. Other 3-D parameters are no experts (the state
-            # matrices of a Mamba mixer, for one), or do not say which axis is which.
-            for name, parameter in module.named_parameters(prefix=path, recurse=False):
-                if parameter.ndim == 3:
-                    roles[name] = "expert", bool(transposed)
+        else:
+            for name, transposed in fused_experts(module).items():
+                roles[f"{path}.{name}"] = "expert", transposed
     return roles
 
 
