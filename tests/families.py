@@ -11,7 +11,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -95,7 +94,7 @@ class _Check:
             logits(original(self.checkpoint))
         with self.stage("plan"):
             plans = {"lossless": waterfill.plan(self.checkpoint, lossless=True)}
-            measured = waterfill.sensitivity(self.checkpoint, probe="random", sequences=2, length=16)
+            measured = waterfill.sensitivity(self.checkpoint, sequences=2, length=12)
             for purpose in ("storage", "memory"):
                 plans[purpose] = waterfill.plan(self.checkpoint, bits=BITS, purpose=purpose, sensitivity=measured)
             self.outcome.packed_share = packed_share(plans["memory"])
@@ -119,7 +118,10 @@ class _Check:
             for name, tensor in others.items():
                 assert state[name].dtype == tensor.dtype, f"{name} is {state[name].dtype}, not {tensor.dtype}"
                 assert torch.equal(state[name], tensor), f"{name} differs"
-            assert torch.equal(logits(aligned(model)), logits(aligned(expected))), "logits differ"
+            if not _runs(expected):  # XLNet, in bfloat16
+                self.note(f"transformers itself does not run it in {expected.dtype}")
+                model, expected = model.float(), expected.float()
+            assert torch.equal(logits(model), logits(expected)), "logits differ"
 
     def packed(self, purpose: str) -> None:
         with self.stage(f"load, for {purpose}"):
@@ -176,12 +178,12 @@ def original(checkpoint: Path, dtype: Any = torch.float32, experts_implementatio
     return AutoModelForCausalLM.from_pretrained(checkpoint, **options).eval()
 
 
-def aligned(model: Any) -> Any:
-    """The model with every tensor where torch would put it: on addresses of other alignments, such as those in a mapped
-    file, convolutions in bfloat16 add up in another order."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    return model
+def _runs(model: Any) -> bool:
+    try:
+        logits(model)
+    except RuntimeError:
+        return False
+    return True
 
 
 def dense_twin(checkpoint: Path, artifact: Path) -> Any:

@@ -1,6 +1,6 @@
 """Every causal family that the installed transformers knows: planned, packed, loaded, compared, generating, streamed.
 
-A sample runs by default; all of them with `-m "slow or not slow"`. `benchmarks/families.py` makes docs/families.md of it.
+A sample runs by default, the others with `-m slow`. `benchmarks/families.py` makes docs/families.md of the same code.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections import Counter
 from functools import cache
+from typing import TypeGuard
 
 from torch import nn
 
@@ -38,41 +38,39 @@ def fused_experts(module: nn.Module) -> dict[str, bool]:
 
 @cache
 def _used_as_experts(module_class: type[nn.Module]) -> dict[str, bool]:
-    """Attributes that a class's forward multiplies with in one of the two ways only."""
+    """Attributes that a class's forward multiplies with in one of the two ways, and in no other."""
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(module_class.forward)))
-    except (OSError, TypeError, SyntaxError):  # no source, or a part of an expression
+    except (OSError, TypeError, SyntaxError):  # no source, or only a part of a statement
         return {}
-    ways: dict[str, set[bool]] = {}
-    counted: Counter[str] = Counter()
+    ways: dict[str, set[bool | None]] = {}
+    understood: set[ast.AST] = set()
     for node in ast.walk(code):
-        if isinstance(node, ast.Call) and (found := _product(node)):
-            name, transposed = found
-            ways.setdefault(name, set()).add(transposed)
-            counted[name] += 1
-        elif (name := _own(node)) is not None:
-            counted[name] -= 1
-        elif isinstance(node, ast.Attribute) and node.attr in _ASKED and (name := _own(node.value)) is not None:
-            counted[name] += 1
-        elif isinstance(node, ast.Compare) and (name := _own(node.left)) is not None:  # with None
-            counted[name] += 1
-    return {name: found.pop() for name, found in ways.items() if len(found) == 1 and counted[name] == 0}
+        if (product := _product(node)) is not None:
+            weight, transposed = product
+            understood.add(weight)
+            ways.setdefault(weight.attr, set()).add(transposed)
+        elif isinstance(node, ast.Attribute) and node.attr in _ASKED:
+            understood.add(node.value)
+        elif isinstance(node, ast.Compare):  # with None
+            understood.add(node.left)
+    for node in ast.walk(code):
+        if _is_own(node) and node not in understood:
+            ways.setdefault(node.attr, set()).add(None)
+    return {name: way for name, (way, *others) in ways.items() if way is not None and not others}
 
 
-def _product(call: ast.Call) -> tuple[str, bool] | None:
-    """The attribute of self that a call multiplies with, and whether it is one of `[in, out]`."""
-    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    if len(call.args) < 2 or function not in ("linear", "bmm"):
+def _product(node: ast.AST) -> tuple[ast.Attribute, bool] | None:
+    """The attribute of self that a call multiplies with, and whether it is taken as `[in, out]`."""
+    if not isinstance(node, ast.Call) or len(node.args) < 2:
         return None
-    weight = call.args[1]
-    if function == "bmm":
-        name = _own(weight)
-    else:
-        name = _own(weight.value) if isinstance(weight, ast.Subscript) else None
-    return None if name is None else (name, function == "bmm")
+    function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    weight = node.args[1]
+    if function == "linear" and isinstance(weight, ast.Subscript) and _is_own(weight.value):
+        return weight.value, False
+    return (weight, True) if function == "bmm" and _is_own(weight) else None
 
 
-def _own(node: ast.AST) -> str | None:
-    """`name` of an expression `self.name`."""
-    own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return node.attr if own and isinstance(node, ast.Attribute) else None
+def _is_own(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    """Whether it is `self.name`."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
