@@ -13,7 +13,7 @@ import ast
 import inspect
 import textwrap
 from functools import cache
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -32,12 +32,13 @@ def fused_experts(module: nn.Module) -> dict[str, bool]:
     declared = getattr(module, "is_transposed", None)
     if declared is not None:
         return dict.fromkeys(names, bool(declared))
-    used = _used_as_experts(type(module))
+    module_class: Any = type(module)
+    used = _used_as_experts(module_class)
     return {name: used[name] for name in names if name in used}
 
 
 @cache
-def _used_as_experts(module_class: type[nn.Module]) -> dict[str, bool]:
+def _used_as_experts(module_class: Any) -> dict[str, bool]:
     """Attributes that a class's forward multiplies with in one of the two ways, and in no other."""
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(module_class.forward)))
