@@ -83,6 +83,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {f"indexer_{name}": value for name, value in _INDEXER.items()},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 48]},
+    "rwkv": {"attention_hidden_size": 64},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128, "chunk_size": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

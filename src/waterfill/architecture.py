@@ -159,8 +159,8 @@ def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bo
     shape = (columns, rows) if transposed else (rows, columns)
     if shape[1] < MIN_IN_FEATURES or rows * columns < MIN_WEIGHTS:
         return []
-    name = tensor.name.removesuffix(".weight")
     if role != "expert":
+        name = tensor.name.removesuffix(".weight")
         pieces = _pieces(checkpoint, tensor, tensor.sources[0], None, transposed)
         return [Matrix(name, tensor.name, None, transposed, shape, tensor.dtype, role, pieces)]
     fused = len(checkpoint.tensors[tensor.sources[0][0]].shape) == len(tensor.shape)
@@ -168,7 +168,8 @@ def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bo
     for expert in range(tensor.shape[0]):
         sources, index = (tensor.sources[0], expert) if fused else (tensor.sources[expert], None)
         pieces = _pieces(checkpoint, tensor, sources, index, transposed)
-        matrices.append(Matrix(f"{name}.{expert}", tensor.name, expert, transposed, shape, tensor.dtype, role, pieces))
+        name = f"{tensor.name}.{expert}"
+        matrices.append(Matrix(name, tensor.name, expert, transposed, shape, tensor.dtype, role, pieces))
     return matrices
 
 
