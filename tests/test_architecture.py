@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CamembertConfig,
@@ -19,7 +18,6 @@ from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
 )
-from transformers.pytorch_utils import Conv1D
 
 from models import (
     tiny_deepseek_v3,
@@ -31,7 +29,7 @@ from models import (
     tiny_mixtral,
     tiny_qwen2,
 )
-from waterfill.architecture import Architecture, Kept, Matrix, _uses_own_weight, describe, read_kept, read_rows
+from waterfill.architecture import Architecture, Kept, Matrix, describe, read_kept, read_rows
 from waterfill.checkpoint import Checkpoint, open_checkpoint
 from waterfill.errors import CheckpointError
 
@@ -225,7 +223,7 @@ def test_buffers_are_kept_if_they_are_stored(tmp_path: Path) -> None:
     assert buffer not in {tensor.name for tensor in described(path)[1].tensors}
 
 
-def test_3d_parameters_of_undeclared_orientation_are_kept(tmp_path: Path) -> None:
+def test_experts_are_known_by_how_they_are_multiplied_with(tmp_path: Path) -> None:
     config = Llama4TextConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -240,8 +238,10 @@ def test_3d_parameters_of_undeclared_orientation_are_kept(tmp_path: Path) -> Non
     )
     Llama4ForCausalLM(config).save_pretrained(tmp_path)
     checkpoint, architecture = described(tmp_path)
-    kept = {kept.name for kept in architecture.kept if "experts" in kept.name}
-    assert kept == {f"model.layers.0.feed_forward.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    experts = {
+        (matrix.parameter.rpartition(".")[2], matrix.shape) for matrix in architecture.matrices if matrix.transposed
+    }
+    assert experts == {("gate_up_proj", (192, 64)), ("down_proj", (64, 96))}
     assert_equals_transformers(tmp_path, checkpoint, architecture)
 
 
@@ -262,27 +262,13 @@ def test_tied_tensor_has_the_embedding_s_name_even_if_the_head_comes_first(tmp_p
     assert_equals_transformers(tmp_path, checkpoint, architecture)
 
 
-class Scaled(nn.Embedding):
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return super().forward(tokens) * torch.tensor(2.0, dtype=self.weight.dtype, device=self.weight.device)
-
-
-class ByHand(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.T
-
-
-class BelowByHand(ByHand):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + 1
-
-
-@pytest.mark.parametrize(
-    ("module_class", "expected"),
-    [(nn.Linear, False), (nn.Embedding, False), (Conv1D, False), (Scaled, False), (ByHand, True), (BelowByHand, True)],
-)
-def test_modules_that_compute_with_their_weight_are_told_apart(module_class: type[nn.Module], expected: bool) -> None:
-    assert _uses_own_weight(module_class) is expected
+def test_a_single_expert_is_a_stack_of_one(tmp_path: Path) -> None:
+    path = tiny_mixtral(tmp_path, experts=1, num_experts_per_tok=1)
+    checkpoint, architecture = described(path)
+    assert {matrix.expert for matrix in architecture.matrices if matrix.role == "expert"} == {0}
+    assert_equals_transformers(path, checkpoint, architecture)
+    checkpoint, architecture = described(path, keep=["*.experts.*"])
+    assert_equals_transformers(path, checkpoint, architecture)
 
 
 # -- keep -------------------------------------------------------------------------------------------------------------

@@ -11,13 +11,10 @@ kept as it is: vectors, norms, biases, convolution kernels, router weights, buff
 
 from __future__ import annotations
 
-import dis
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -131,26 +128,12 @@ def _roles(model: Any) -> dict[str, tuple[Role, bool]]:
     roles: dict[str, tuple[Role, bool]] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-            if not _uses_own_weight(type(module)):
-                role: Role = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
-                roles[f"{path}.weight"] = role, isinstance(module, Conv1D)
+            role: Role = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
+            roles[f"{path}.weight"] = role, isinstance(module, Conv1D)
         else:
             for name, transposed in fused_experts(module).items():
                 roles[f"{path}.{name}"] = "expert", transposed
     return roles
-
-
-def _uses_own_weight(module_class: type[nn.Module]) -> bool:
-    """Whether a subclass of `nn.Linear` and the like computes with `self.weight` itself, which a packed module does not
-    have, rather than through the forward that it inherits. Asking for the weight's dtype or device is no such use."""
-    for cls in module_class.__mro__:
-        if cls in (nn.Linear, nn.Embedding, Conv1D):
-            break
-        if "forward" in vars(cls):
-            code = dis.get_instructions(inspect.unwrap(vars(cls)["forward"]))
-            if any(a.argval == "weight" and b.argval not in ("dtype", "device") for a, b in pairwise(code)):
-                return True
-    return False
 
 
 def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bool) -> list[Matrix]:
