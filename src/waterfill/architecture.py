@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from waterfill.checkpoint import Checkpoint, check_finite
 from waterfill.errors import CheckpointError
 from waterfill.experts import fused_experts
-from waterfill.skeleton import Stored, build_skeleton, locate
+from waterfill.skeleton import Part, Stored, build_skeleton, locate, shape_of
 
 # A smaller matrix saves fewer bytes than its scales and its entries in the artifact cost, give or take.
 MIN_IN_FEATURES = 32
@@ -38,13 +38,14 @@ Kept: TypeAlias = Stored
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of a matrix's rows as the checkpoint holds it: tensor `source`, or `source[expert]` where that is 3-D. It
-    is `[rows, in]`, or `[in, rows]` where `transposed`."""
+    """A run of a matrix's rows as the checkpoint holds it: tensor `source`, or `source[expert]` where that is 3-D, from
+    its row `start` on. It is `[rows, in]`, or `[in, rows]` where `transposed`."""
 
     source: str
     expert: int | None
     transposed: bool
     rows: int
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bo
         name = tensor.name.removesuffix(".weight")
         pieces = _pieces(checkpoint, tensor, tensor.sources[0], None, transposed)
         return [Matrix(name, tensor.name, None, transposed, shape, tensor.dtype, role, pieces)]
-    fused = len(checkpoint.tensors[tensor.sources[0][0]].shape) == len(tensor.shape)
+    fused = len(checkpoint.tensors[tensor.sources[0][0].source].shape) == len(tensor.shape)
     matrices = []
     for expert in range(tensor.shape[0]):
         sources, index = (tensor.sources[0], expert) if fused else (tensor.sources[expert], None)
@@ -157,17 +158,19 @@ def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bo
 
 
 def _pieces(
-    checkpoint: Checkpoint, tensor: Stored, sources: tuple[str, ...], expert: int | None, transposed: bool
+    checkpoint: Checkpoint, tensor: Stored, parts: tuple[Part, ...], expert: int | None, transposed: bool
 ) -> tuple[Piece, ...]:
-    if len(sources) > 1 and (transposed or expert is not None):
-        file = checkpoint.tensors[sources[0]].file
+    if (transposed or expert is not None) and not (len(parts) == 1 and parts[0].whole):
+        source = parts[0].source
         raise CheckpointError(
-            f"{file}: tensor {sources[0]!r} and {len(sources) - 1} others are joined into {tensor.name!r} along an "
-            "axis other than its rows: store the model in transformers' own layout, with "
+            f"{checkpoint.tensors[source].file}: tensor {source!r} makes up {tensor.name!r} along an axis other "
+            "than its rows: store the model in transformers' own layout, with "
             "save_pretrained(…, save_original_format=False)."
         )
     row_axis = -1 if transposed else -2
-    return tuple(Piece(source, expert, transposed, checkpoint.tensors[source].shape[row_axis]) for source in sources)
+    return tuple(
+        Piece(part.source, expert, transposed, shape_of(checkpoint, part)[row_axis], part.start) for part in parts
+    )
 
 
 def read_rows(checkpoint: Checkpoint, matrix: Matrix, start: int, stop: int) -> torch.Tensor:
@@ -188,7 +191,8 @@ def read_rows(checkpoint: Checkpoint, matrix: Matrix, start: int, stop: int) -> 
         first += piece.rows
         if low >= high:
             continue
-        index = (slice(None), slice(low, high)) if piece.transposed else (slice(low, high),)
+        rows = slice(piece.start + low, piece.start + high)
+        index = (slice(None), rows) if piece.transposed else (rows,)
         part = checkpoint.read(piece.source, index if piece.expert is None else (piece.expert, *index))
         check_finite(part, piece.source, checkpoint.tensors[piece.source].file)
         parts.append(part.t() if piece.transposed else part)
@@ -199,8 +203,8 @@ def read_kept(checkpoint: Checkpoint, kept: Kept) -> torch.Tensor:
     """A kept tensor in its own shape and dtype; raises CheckpointError if it holds NaN or Inf."""
     groups = []
     for group in kept.sources:
-        parts = [checkpoint.read(source) for source in group]
-        for source, part in zip(group, parts, strict=True):
+        parts = [checkpoint.read(part.source, ... if part.whole else slice(part.start, part.stop)) for part in group]
+        for (source, *_), part in zip(group, parts, strict=True):
             check_finite(part, source, checkpoint.tensors[source].file)
         groups.append(parts[0] if len(parts) == 1 else torch.cat(parts))
     return torch.stack(groups) if groups[0].ndim < len(kept.shape) else groups[0]

@@ -86,6 +86,11 @@ def _sample(
     for position in range(1, length):
         output = model(input_ids=tokens[:, position - 1 : position], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
+        if output.logits.shape[1] != 1:
+            raise WaterfillError(
+                f"{type(model).__name__} predicts nothing from a token that follows others, and so cannot sample its own "
+                "text; give it one (--text), or random tokens (--probe random)"
+            )
         cumulative = output.logits[:, -1].to(torch.float64).softmax(-1).cumsum(-1)
         check_probabilities(cumulative[:, -1])
         draw = torch.rand(sequences, 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
