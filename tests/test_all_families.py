@@ -15,6 +15,7 @@ import tiny_configs
 SAMPLE = {
     "bart",  # a decoder of an encoder-decoder; scaled embeddings; learned positions
     "deepseek_v3",  # low-rank attention, a buffer in the router
+    "falcon",  # linear layers with a forward of their own
     "gemma3",  # multimodal; scaled embeddings, sliding windows
     "gpt2",  # Conv1D, tied head
     "gpt_oss",  # experts stored transposed, with biases
@@ -22,7 +23,7 @@ SAMPLE = {
     "llama",
     "mamba",  # no attention at all
     "mixtral",
-    "mpt",  # head tied without being in the config's usual place; no biases in norms
+    "llama4_text",  # experts multiplied with all at once
     "recurrent_gemma",  # recurrent layers, windows
     "rwkv",  # weights rescaled in place
 }
