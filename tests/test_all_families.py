@@ -21,9 +21,9 @@ SAMPLE = {
     "gpt_oss",  # experts stored transposed, with biases
     "jamba",  # attention, Mamba, experts
     "llama",
+    "llama4_text",  # experts multiplied with all at once
     "mamba",  # no attention at all
     "mixtral",
-    "llama4_text",  # experts multiplied with all at once
     "recurrent_gemma",  # recurrent layers, windows
     "rwkv",  # weights rescaled in place
 }
