@@ -157,5 +157,5 @@ def test_a_model_that_cannot_be_continued_cannot_sample(model: Any, monkeypatch:
         return output
 
     monkeypatch.setattr(type(model), "forward", nothing)
-    with pytest.raises(WaterfillError, match=r"LlamaForCausalLM predicts nothing from a token .*--probe random"):
+    with pytest.raises(WaterfillError, match=r"LlamaForCausalLM predicts 0 tokens from one .*--probe random"):
         probe_tokens(model, None, Probe("self", sequences=2, length=4))
