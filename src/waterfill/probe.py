@@ -88,8 +88,8 @@ def _sample(
         cache = output.past_key_values
         if output.logits.shape[1] != 1:
             raise WaterfillError(
-                f"{type(model).__name__} predicts {output.logits.shape[1]} tokens from one that follows others, and cannot "
-                "sample its own text; give it one (--text), or random tokens (--probe random)"
+                f"{type(model).__name__} predicts {output.logits.shape[1]} tokens from one that follows others, and "
+                "cannot sample its own text; give it one (--text), or random tokens (--probe random)"
             )
         cumulative = output.logits[:, -1].to(torch.float64).softmax(-1).cumsum(-1)
         check_probabilities(cumulative[:, -1])
