@@ -2,7 +2,7 @@
 
 Each family has a tiny model with its config class's own defaults in all but size (`tests/tiny_configs.py`). It is
 planned, packed (losslessly, and at 5 bits per weight for storage and for memory), loaded, compared with a dense twin
-that holds the decoded weights, made to generate, and streamed (`tests/families.py`). docs/families.md is made here:
+that holds the decoded weights, made to generate, and streamed (`tests/family_check.py`). docs/families.md is made here:
 
     python benchmarks/families.py --write
 """
@@ -25,7 +25,7 @@ from common import REPOSITORY, Report, parse_arguments
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from families import BITS, FAMILIES, TOLERANCE, Outcome, check
+from family_check import BITS, FAMILIES, TOLERANCE, Outcome, check
 
 PAGE = REPOSITORY / "docs" / "families.md"
 STATUSES = ("passed", "failed", "refused", "not built")

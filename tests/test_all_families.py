@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import families
+import family_check
 import tiny_configs
 
 SAMPLE = {
@@ -30,14 +30,14 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in families.FAMILIES]
+    "family", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in family_check.FAMILIES]
 )
 def test_a_family_packs_or_is_refused(family: str, tmp_path: Path) -> None:
-    outcome = families.check(family, tmp_path)
+    outcome = family_check.check(family, tmp_path)
     assert outcome.status != "failed", f"{outcome.stage}: {outcome.reason}\n{outcome.trace}"
     assert family not in SAMPLE or outcome.status == "passed", f"{outcome.status}: {outcome.reason}"
 
 
 def test_the_sample_is_of_known_families() -> None:
-    assert set(families.FAMILIES) >= SAMPLE
-    assert set(tiny_configs.FITTING) - set(families.FAMILIES) <= set(), "a family that no longer exists"
+    assert set(family_check.FAMILIES) >= SAMPLE
+    assert set(tiny_configs.FITTING) - set(family_check.FAMILIES) <= set(), "a family that no longer exists"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import models
 import waterfill
-from families import dense_twin, original
+from family_check import dense_twin, original
 from waterfill import kernels
 from waterfill.artifact import RAW, open_artifact
 from waterfill.codecs import LOSSLESS

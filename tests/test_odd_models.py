@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import families
+import family_check
 import waterfill
 from waterfill import api
 from waterfill.errors import WaterfillError
@@ -16,13 +16,13 @@ PROBE: Any = {"sequences": 2, "length": 8}
 
 
 def test_a_head_that_comes_before_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
-    families.build("camembert", tmp_path)
+    family_check.build("camembert", tmp_path)
     found = waterfill.sensitivity(tmp_path, **PROBE).tensors["roberta.embeddings.word_embeddings"]
     assert found.alpha > 0 < found.beta
 
 
 def test_what_a_class_cannot_do_is_said_with_what_else_to_do(tmp_path: Path) -> None:
-    families.build("reformer", tmp_path)
+    family_check.build("reformer", tmp_path)
     with pytest.raises(WaterfillError, match=r"ReformerModelWithLMHead fails at being measured by fisher \(.*--method"):
         waterfill.sensitivity(tmp_path, probe="random", **PROBE)
 
