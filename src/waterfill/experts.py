@@ -53,8 +53,8 @@ def _used_as_experts(module_class: Any) -> dict[str, bool]:
             ways.setdefault(weight.attr, set()).add(transposed)
         elif isinstance(node, ast.Attribute) and node.attr in _ASKED:
             understood.add(node.value)
-        elif isinstance(node, ast.Compare):  # with None
-            understood.add(node.left)
+        elif isinstance(node, ast.Compare) and all(isinstance(operator, ast.Is | ast.IsNot) for operator in node.ops):
+            understood.add(node.left)  # is it None?
     for node in ast.walk(code):
         if _is_own(node) and node not in understood:
             ways.setdefault(node.attr, set()).add(None)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -93,8 +92,7 @@ def _compute_as_dense(model: Any) -> None:
     """Take back the mark by which transformers' Mamba kinds compute a product of quantised models in another way, which
     rounds otherwise: a lossless model is the original one to the bit."""
     for module in model.modules():
-        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
-            vars(config).pop("_is_quantized", None)
+        getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
 
 
 def register() -> None:

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from waterfill.checkpoint import CONFIG, KEPT_DTYPES, WEIGHT_DTYPES, Checkpoint, TensorInfo
+from waterfill.checkpoint import CONFIG, KEPT_DTYPES, WEIGHT_DTYPES, Checkpoint
 from waterfill.errors import CheckpointError, first_line
 
 
@@ -167,7 +167,7 @@ def _find_on_disk(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Groups]
         converter = converter_of[next(iter(keys))]
         first, *others = converter.target_patterns
         targets = [name, *(name.replace(first, other) for other in others)]
-        rows = [state[target].shape[0] if target in state else 0 for target in targets]
+        rows = [next(iter(state[target].shape), 0) if target in state else 0 for target in targets]
         gathered |= dict(zip(targets, _gather(checkpoint, name, converter, keys, rows), strict=False))
     return gathered | direct, tuple(ignored)
 
@@ -204,21 +204,24 @@ def _cuts_rows(operation: Any) -> bool:
 
 def _check_equal(checkpoint: Checkpoint, places: Sequence[Groups]) -> None:
     """A tied tensor that is stored under several names must be equal under all, or one of its values would be lost."""
-    if any(not groups[0][0].whole for groups in places):
-        return  # rows of one tensor, which nothing else is tied to
-    first, *others = (checkpoint.tensors[groups[0][0].source] for groups in places)
+    first, *others = (groups[0][0] for groups in places)
+    dtype = checkpoint.tensors[first.source].dtype
     for other in others:
-        if (first.shape, first.dtype) != (other.shape, other.dtype) or not all(
-            torch.equal(checkpoint.read(first.name, rows), checkpoint.read(other.name, rows)) for rows in _blocks(first)
+        info = checkpoint.tensors[other.source]
+        if (shape_of(checkpoint, first), dtype) != (shape_of(checkpoint, other), info.dtype) or not all(
+            map(torch.equal, _blocks(checkpoint, first), _blocks(checkpoint, other))
         ):
             raise CheckpointError(
-                f"{other.file}: tensor {other.name!r} differs from {first.name!r}, though {CONFIG} ties them: set "
+                f"{info.file}: tensor {other.source!r} differs from {first.source!r}, though {CONFIG} ties them: set "
                 '"tie_word_embeddings": false there.'
             )
 
 
-def _blocks(tensor: TensorInfo) -> Iterator[slice]:
-    return (slice(start, start + _COMPARED_ROWS) for start in range(0, tensor.shape[0], _COMPARED_ROWS))
+def _blocks(checkpoint: Checkpoint, part: Part) -> Iterator[torch.Tensor]:
+    """Its rows, some thousands at a time."""
+    stop = part.start + shape_of(checkpoint, part)[0]
+    for start in range(part.start, stop, _COMPARED_ROWS):
+        yield checkpoint.read(part.source, slice(start, min(start + _COMPARED_ROWS, stop)))
 
 
 def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, groups: Groups) -> Stored:
