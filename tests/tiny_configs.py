@@ -59,7 +59,13 @@ FITTING: dict[str, dict[str, Any]] = {
         **{f"n_{part}_layers": 2 for part in ("input", "recurrent", "output")},
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note": {"text_config.head_dim": 32, "vision_config.adapter_in_dim": 64},
+    "dots3_note": {
+        "text_config.head_dim": 32,
+        "vision_config.adapter_in_dim": 64,
+        "vision_config.adapter_out_dim": 64,
+        "audio_config.adapter_input_size": 64,
+        "audio_config.adapter_out_dim": 64,
+    },
     "dots3_note_text": {"head_dim": 32},
     "falcon_h1": {"mamba_d_head": 16},
     "gemma3n_text": {
