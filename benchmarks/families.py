@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import torch
 import transformers
@@ -52,10 +53,10 @@ the class's defaults, or not run it on tokens alone.
 {others}
 ## Passed
 
-{passed}.
+{passed}
 
 Vectors, convolutions, and what the model's code uses otherwise than in a product stay as they are. At least
-{little_share:.0%} of the weights of these tiny models are packed, except in
+{little_share:.0%} of the weights of these tiny models, in which convolutions weigh more than in real ones, are packed, except in
 
 {little}
 What was said on the way, where anything was:
@@ -132,7 +133,7 @@ def _page(outcomes: Sequence[Outcome]) -> str:
         little_share=LITTLE,
         little=_table(("family", "packed"), [(o.family, f"{o.packed_share:.0%}") for o in little]),
         notes=_table(("family", "what"), [(o.family, note) for o in passed for note in o.notes]),
-        passed=", ".join(outcome.family for outcome in passed),
+        passed=fill(", ".join(outcome.family for outcome in passed) + ".", 118, break_on_hyphens=False),
     )
 
 

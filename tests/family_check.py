@@ -129,7 +129,7 @@ class _Check:
                 assert state[name].dtype == tensor.dtype, f"{name} is {state[name].dtype}, not {tensor.dtype}"
                 assert torch.equal(state[name], tensor), f"{name} differs"
             if not _runs(expected):  # XLNet, in bfloat16
-                self.note(f"transformers itself does not run it in {expected.dtype}")
+                self.note("transformers itself does not run it in the checkpoint's dtype")
                 model = waterfill.load(self.root / "lossless", dtype=torch.float32)
                 expected = original(self.checkpoint)
             assert torch.equal(logits(model), logits(expected)), "logits differ"
