@@ -56,7 +56,8 @@ the class's defaults, or not run it on tokens alone.
 {passed}
 
 Vectors, convolutions, and what the model's code uses otherwise than in a product stay as they are. At least
-{little_share:.0%} of the weights of these tiny models, in which convolutions weigh more than in real ones, are packed, except in
+{little_share:.0%} of the weights of these tiny models, in which convolutions weigh more than in real ones, are packed,
+except in
 
 {little}
 What was said on the way, where anything was:
