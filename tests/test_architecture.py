@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CamembertConfig,
@@ -19,8 +18,8 @@ from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
 )
-from transformers.pytorch_utils import Conv1D
 
+import waterfill.skeleton
 from models import (
     tiny_deepseek_v3,
     tiny_gemma,
@@ -31,9 +30,12 @@ from models import (
     tiny_mixtral,
     tiny_qwen2,
 )
-from waterfill.architecture import Architecture, Kept, Matrix, _uses_own_weight, describe, read_kept, read_rows
+from waterfill.architecture import Architecture, Kept, Matrix, describe, read_kept, read_rows
 from waterfill.checkpoint import Checkpoint, open_checkpoint
+from waterfill.codecs import lossless
 from waterfill.errors import CheckpointError
+from waterfill.kept import coded_bytes
+from waterfill.skeleton import Part
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "llama": tiny_llama,
@@ -225,7 +227,7 @@ def test_buffers_are_kept_if_they_are_stored(tmp_path: Path) -> None:
     assert buffer not in {tensor.name for tensor in described(path)[1].tensors}
 
 
-def test_3d_parameters_of_undeclared_orientation_are_kept(tmp_path: Path) -> None:
+def test_experts_are_known_by_how_they_are_multiplied_with(tmp_path: Path) -> None:
     config = Llama4TextConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -240,8 +242,10 @@ def test_3d_parameters_of_undeclared_orientation_are_kept(tmp_path: Path) -> Non
     )
     Llama4ForCausalLM(config).save_pretrained(tmp_path)
     checkpoint, architecture = described(tmp_path)
-    kept = {kept.name for kept in architecture.kept if "experts" in kept.name}
-    assert kept == {f"model.layers.0.feed_forward.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    experts = {
+        (matrix.parameter.rpartition(".")[2], matrix.shape) for matrix in architecture.matrices if matrix.transposed
+    }
+    assert experts == {("gate_up_proj", (192, 64)), ("down_proj", (64, 96))}
     assert_equals_transformers(tmp_path, checkpoint, architecture)
 
 
@@ -262,27 +266,13 @@ def test_tied_tensor_has_the_embedding_s_name_even_if_the_head_comes_first(tmp_p
     assert_equals_transformers(tmp_path, checkpoint, architecture)
 
 
-class Scaled(nn.Embedding):
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return super().forward(tokens) * torch.tensor(2.0, dtype=self.weight.dtype, device=self.weight.device)
-
-
-class ByHand(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.T
-
-
-class BelowByHand(ByHand):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + 1
-
-
-@pytest.mark.parametrize(
-    ("module_class", "expected"),
-    [(nn.Linear, False), (nn.Embedding, False), (Conv1D, False), (Scaled, False), (ByHand, True), (BelowByHand, True)],
-)
-def test_modules_that_compute_with_their_weight_are_told_apart(module_class: type[nn.Module], expected: bool) -> None:
-    assert _uses_own_weight(module_class) is expected
+def test_a_single_expert_is_a_stack_of_one(tmp_path: Path) -> None:
+    path = tiny_mixtral(tmp_path, experts=1, num_experts_per_tok=1)
+    checkpoint, architecture = described(path)
+    assert {matrix.expert for matrix in architecture.matrices if matrix.role == "expert"} == {0}
+    assert_equals_transformers(path, checkpoint, architecture)
+    checkpoint, architecture = described(path, keep=["*.experts.*"])
+    assert_equals_transformers(path, checkpoint, architecture)
 
 
 # -- keep -------------------------------------------------------------------------------------------------------------
@@ -292,7 +282,7 @@ def test_modules_that_compute_with_their_weight_are_told_apart(module_class: typ
 def test_keep_by_tensor_or_parameter_name(tmp_path: Path, pattern: str) -> None:
     path = tiny_llama(tmp_path)
     checkpoint, architecture = described(path, keep=[pattern])
-    assert architecture.tensors[-1] == Kept("lm_head.weight", (256, 64), "BF16", (("lm_head.weight",),))
+    assert architecture.tensors[-1] == Kept("lm_head.weight", (256, 64), "BF16", ((Part("lm_head.weight"),),))
     assert "lm_head" not in {matrix.name for matrix in architecture.matrices}
     assert_equals_transformers(path, checkpoint, architecture)
 
@@ -463,14 +453,50 @@ def test_not_a_causal_language_model(tmp_path: Path, changes: dict[str, Any], ex
 def test_conversions_that_mix_rows_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.core_model_loading import Interleave, WeightConverter
 
-    import waterfill.skeleton
-
     converter = WeightConverter(r"mlp\.up_proj", "mlp.up_proj", [Interleave(dim=0)])
     monkeypatch.setattr(waterfill.skeleton, "get_model_conversion_mapping", lambda model: [converter])
     path = tiny_llama(tmp_path)
     message = failure(path)
     assert f"{path / 'model.safetensors'}: 'model.layers.0.mlp.up_proj.weight' is made from tensor" in message
     assert "Interleave(dim=0)" in message
+
+
+@pytest.mark.parametrize(
+    ("joined", "parts"),
+    [("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]), ("self_attn.qkv", [f"self_attn.{x}_proj" for x in "qkv"])],
+)
+@pytest.mark.parametrize("keep", [(), ("*",)])
+def test_rows_may_be_cut_from_one_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: str, parts: list[str], keep: Sequence[str]
+) -> None:
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    class Split(Chunk):
+        """Into parts as long as the parameters are."""
+
+    operation = Chunk(dim=0) if len(parts) == 2 else Split(dim=0)
+    converter = WeightConverter(f"{joined}.weight", [f"{part}.weight" for part in parts], [operation])
+    path = tiny_llama(tmp_path)
+    original = load_file(path / "model.safetensors")
+
+    def join(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for layer in ("model.layers.0.", "model.layers.1."):
+            rows = [tensors.pop(f"{layer}{part}.weight") for part in parts]
+            tensors[f"{layer}{joined}.weight"] = torch.cat(rows)
+        return tensors
+
+    edit_tensors(path, join)
+    monkeypatch.setattr(waterfill.skeleton, "get_model_conversion_mapping", lambda model: [converter])
+    checkpoint, architecture = described(path, keep=keep)
+    for matrix in architecture.matrices:
+        assert torch.equal(read_rows(checkpoint, matrix, 0, matrix.shape[0]), original[matrix.parameter]), matrix.name
+        assert torch.equal(read_rows(checkpoint, matrix, 3, 30), original[matrix.parameter][3:30]), matrix.name
+    for kept in architecture.kept:
+        assert torch.equal(read_kept(checkpoint, kept), original[kept.name])
+    for tensor in architecture.tensors:
+        size_bytes = coded_bytes(checkpoint, tensor)
+        name = tensor.parameter if isinstance(tensor, Matrix) else tensor.name
+        assert size_bytes == lossless.buffer_bytes(len(stream) for stream in lossless.encode_streams([original[name]]))
 
 
 def test_names_are_unique(tmp_path: Path) -> None:

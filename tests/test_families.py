@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from transformers.pytorch_utils import Conv1D
 
 import models
 import waterfill
+from family_check import dense_twin, original
 from waterfill import kernels
 from waterfill.artifact import RAW, open_artifact
-from waterfill.codecs import LOSSLESS, Encoded, get_codec, lossless
+from waterfill.codecs import LOSSLESS
 from waterfill.errors import ArtifactError
 from waterfill.runtime.packed import PackedLinear, PackedMatrix, TiedLinear
 
@@ -55,37 +55,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def original(checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, experts_implementation="eager").eval()
-
-
-def dense_twin(checkpoint: Path, artifact: Path) -> Any:
-    """The original model, float32, with the weights that the artifact decodes to."""
-    model = original(checkpoint)
-    state = model.state_dict(keep_vars=True)
-    stored = open_artifact(artifact)
-    for name, tensor in stored.tensors.items():
-        if tensor.codec == RAW:
-            target, weight = state[name], stored.read(name)
-        elif tensor.codec == LOSSLESS:
-            streams = stored.read(f"{name}.streams")
-            target, weight = state[name], lossless.decode(streams, tensor.shape, lossless.DTYPES[tensor.dtype])
-        else:
-            codec = get_codec(tensor.codec)
-            buffers = {key: stored.read(f"{name}.{key}") for key in codec.layout(tensor.shape)}
-            weight = codec.decode(Encoded(tensor.shape, buffers, tensor.exponent, 0.0, 0.0))
-            owner, _, leaf = name.rpartition(".")
-            if leaf.isdecimal():
-                module = model.get_submodule(owner.rpartition(".")[0])
-                target, transposed = state[owner][int(leaf)], bool(module.is_transposed)
-            else:
-                target, transposed = state[f"{name}.weight"], isinstance(model.get_submodule(name), Conv1D)
-            weight = weight.T if transposed else weight
-        with torch.no_grad():
-            target.copy_(weight.reshape(target.shape))
-    return model
 
 
 def token_ids() -> torch.Tensor:

@@ -147,3 +147,23 @@ def test_text_that_cannot_be_read(model: Any, tmp_path: Path) -> None:
     for name in ("latin.txt", "absent.txt"):
         with pytest.raises(WaterfillError, match=f"cannot read .*{name} as UTF-8 text"):
             probe_tokens(model, None, Probe(kind="text", text=tmp_path / name))
+
+
+def test_random_tokens_are_such_as_are_read_and_predicted(model: Any) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    model.set_input_embeddings(torch.nn.Embedding(8 * rows, 64))
+    tokens = probe_tokens(model, None, Probe("random", sequences=4, length=64))
+    assert rows - 16 < tokens.max() < rows
+
+
+def test_a_model_that_cannot_be_continued_cannot_sample(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = type(model).forward
+
+    def nothing(self: Any, *args: Any, **options: Any) -> Any:
+        output = forward(self, *args, **options)
+        output.logits = output.logits[:, :0]
+        return output
+
+    monkeypatch.setattr(type(model), "forward", nothing)
+    with pytest.raises(WaterfillError, match=r"LlamaForCausalLM predicts 0 tokens from one .*--probe random"):
+        probe_tokens(model, None, Probe("self", sequences=2, length=4))

@@ -7,9 +7,11 @@ plan ──► pack ──► load ──► generate
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Literal, TypedDict, Unpack, cast
 
 from waterfill.architecture import Architecture, Kept, Matrix, describe
@@ -17,7 +19,7 @@ from waterfill.artifact import RAW, check_target, open_artifact
 from waterfill.budget import Budget, parse_size
 from waterfill.checkpoint import Checkpoint, open_checkpoint
 from waterfill.codecs import LOSSLESS
-from waterfill.errors import BudgetError, WaterfillError
+from waterfill.errors import BudgetError, WaterfillError, first_line
 from waterfill.evaluation import Evaluation, evaluate
 from waterfill.kept import coded_bytes
 from waterfill.loading import load, load_checkpoint, load_tokenizer, read_plan
@@ -244,20 +246,39 @@ def _measure(
 
     tokenizer = load_tokenizer(checkpoint.path) if text else None  # before minutes of loading
     model = load_checkpoint(checkpoint)
-    tokens = probe_tokens(model, tokenizer, probe, step("sampling a probe"))
-    return measure(
-        model,
-        architecture.matrices,
-        tokens,
-        method=options.get("method", "fisher"),
-        seed=probe.seed,
-        fingerprint=checkpoint.fingerprint,
-        probe={
-            "kind": probe.kind,
-            "sequences": tokens.shape[0],
-            "length": tokens.shape[1],
-            "seed": probe.seed,
-            "text": Path(text).name if text else None,
-        },
-        progress=step("measuring sensitivities"),
-    )
+    method = options.get("method", "fisher")
+    with _failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
+        tokens = probe_tokens(model, tokenizer, probe, step("sampling a probe"))
+    with _failing(model, f"being measured by {method}", "the other method may do (--method), or keep all (--lossless)"):
+        return measure(
+            model,
+            architecture.matrices,
+            tokens,
+            method=method,
+            seed=probe.seed,
+            fingerprint=checkpoint.fingerprint,
+            probe={
+                "kind": probe.kind,
+                "sequences": tokens.shape[0],
+                "length": tokens.shape[1],
+                "seed": probe.seed,
+                "text": Path(text).name if text else None,
+            },
+            progress=step("measuring sensitivities"),
+        )
+
+
+@contextmanager
+def _failing(model: object, doing: str, advice: str) -> Iterator[None]:
+    """What transformers' code raises becomes a sentence: a model class may lack what others have."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, WaterfillError) or not _raised_in("transformers", error):
+            raise
+        raise WaterfillError(f"{type(model).__name__} fails at {doing} ({first_line(error)}); {advice}") from error
+
+
+def _raised_in(package: str, error: Exception) -> bool:
+    names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    return any(name.partition(".")[0] == package for name in names)

@@ -5,19 +5,16 @@
                     read_rows(matrix, start, stop) · read_kept(kept)
 
 The decision rests on shape and role, never on a list of model names. A matrix is the weight of an `nn.Linear`, `Conv1D`
-or `nn.Embedding`, or one expert of a fused 3-D parameter whose module declares how it is oriented. Everything else is
+or `nn.Embedding`, or one expert of a fused 3-D parameter whose module says how it is oriented. Everything else is
 kept as it is: vectors, norms, biases, convolution kernels, router weights, buffers.
 """
 
 from __future__ import annotations
 
-import dis
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -26,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from waterfill.checkpoint import Checkpoint, check_finite
 from waterfill.errors import CheckpointError
-from waterfill.skeleton import Stored, build_skeleton, locate
+from waterfill.experts import fused_experts
+from waterfill.skeleton import Part, Stored, build_skeleton, locate, shape_of
 
 # A smaller matrix saves fewer bytes than its scales and its entries in the artifact cost, give or take.
 MIN_IN_FEATURES = 32
@@ -40,13 +38,14 @@ Kept: TypeAlias = Stored
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of a matrix's rows as the checkpoint holds it: tensor `source`, or `source[expert]` where that is 3-D. It
-    is `[rows, in]`, or `[in, rows]` where `transposed`."""
+    """A run of a matrix's rows as the checkpoint holds it: tensor `source`, or `source[expert]` where that is 3-D, from
+    its row `start` on. It is `[rows, in]`, or `[in, rows]` where `transposed`."""
 
     source: str
     expert: int | None
     transposed: bool
     rows: int
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,35 +117,24 @@ def describe(checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Architecture:
     return Architecture(tuple(tensors), tied_head, ignored)
 
 
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by name, tied ones by each of theirs: `Matrix.parameter` is the one that the others are tied to, which
+    need not be the first."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
 def _roles(model: Any) -> dict[str, tuple[Role, bool]]:
     """Parameters that hold matrices, by state-dict name: their role, and whether they hold them as `[in, out]`."""
     head = model.get_output_embeddings()
     roles: dict[str, tuple[Role, bool]] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-            if not _uses_own_weight(type(module)):
-                role: Role = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
-                roles[f"{path}.weight"] = role, isinstance(module, Conv1D)
-        elif (transposed := getattr(module, "is_transposed", None)) is not None:
-            # transformers' `use_experts_implementation` sets it. Other 3-D parameters are no experts (the state
-            # matrices of a Mamba mixer, for one), or do not say which axis is which.
-            for name, parameter in module.named_parameters(prefix=path, recurse=False):
-                if parameter.ndim == 3:
-                    roles[name] = "expert", bool(transposed)
+            role: Role = "head" if module is head else "embedding" if isinstance(module, nn.Embedding) else "linear"
+            roles[f"{path}.weight"] = role, isinstance(module, Conv1D)
+        else:
+            for name, transposed in fused_experts(module).items():
+                roles[f"{path}.{name}"] = "expert", transposed
     return roles
-
-
-def _uses_own_weight(module_class: type[nn.Module]) -> bool:
-    """Whether a subclass of `nn.Linear` and the like computes with `self.weight` itself, which a packed module does not
-    have, rather than through the forward that it inherits. Asking for the weight's dtype or device is no such use."""
-    for cls in module_class.__mro__:
-        if cls in (nn.Linear, nn.Embedding, Conv1D):
-            break
-        if "forward" in vars(cls):
-            code = dis.get_instructions(inspect.unwrap(vars(cls)["forward"]))
-            if any(a.argval == "weight" and b.argval not in ("dtype", "device") for a, b in pairwise(code)):
-                return True
-    return False
 
 
 def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bool) -> list[Matrix]:
@@ -155,31 +143,34 @@ def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bo
     shape = (columns, rows) if transposed else (rows, columns)
     if shape[1] < MIN_IN_FEATURES or rows * columns < MIN_WEIGHTS:
         return []
-    name = tensor.name.removesuffix(".weight")
     if role != "expert":
+        name = tensor.name.removesuffix(".weight")
         pieces = _pieces(checkpoint, tensor, tensor.sources[0], None, transposed)
         return [Matrix(name, tensor.name, None, transposed, shape, tensor.dtype, role, pieces)]
-    fused = len(tensor.sources) == 1
+    fused = len(checkpoint.tensors[tensor.sources[0][0].source].shape) == len(tensor.shape)
     matrices = []
     for expert in range(tensor.shape[0]):
         sources, index = (tensor.sources[0], expert) if fused else (tensor.sources[expert], None)
         pieces = _pieces(checkpoint, tensor, sources, index, transposed)
-        matrices.append(Matrix(f"{name}.{expert}", tensor.name, expert, transposed, shape, tensor.dtype, role, pieces))
+        name = f"{tensor.name}.{expert}"
+        matrices.append(Matrix(name, tensor.name, expert, transposed, shape, tensor.dtype, role, pieces))
     return matrices
 
 
 def _pieces(
-    checkpoint: Checkpoint, tensor: Stored, sources: tuple[str, ...], expert: int | None, transposed: bool
+    checkpoint: Checkpoint, tensor: Stored, parts: tuple[Part, ...], expert: int | None, transposed: bool
 ) -> tuple[Piece, ...]:
-    if len(sources) > 1 and (transposed or expert is not None):
-        file = checkpoint.tensors[sources[0]].file
+    if (transposed or expert is not None) and not (len(parts) == 1 and parts[0].whole):
+        source = parts[0].source
         raise CheckpointError(
-            f"{file}: tensor {sources[0]!r} and {len(sources) - 1} others are joined into {tensor.name!r} along an "
-            "axis other than its rows: store the model in transformers' own layout, with "
+            f"{checkpoint.tensors[source].file}: tensor {source!r} makes up {tensor.name!r} along an axis other "
+            "than its rows: store the model in transformers' own layout, with "
             "save_pretrained(…, save_original_format=False)."
         )
     row_axis = -1 if transposed else -2
-    return tuple(Piece(source, expert, transposed, checkpoint.tensors[source].shape[row_axis]) for source in sources)
+    return tuple(
+        Piece(part.source, expert, transposed, shape_of(checkpoint, part)[row_axis], part.start) for part in parts
+    )
 
 
 def read_rows(checkpoint: Checkpoint, matrix: Matrix, start: int, stop: int) -> torch.Tensor:
@@ -200,7 +191,8 @@ def read_rows(checkpoint: Checkpoint, matrix: Matrix, start: int, stop: int) -> 
         first += piece.rows
         if low >= high:
             continue
-        index = (slice(None), slice(low, high)) if piece.transposed else (slice(low, high),)
+        rows = slice(piece.start + low, piece.start + high)
+        index = (slice(None), rows) if piece.transposed else (rows,)
         part = checkpoint.read(piece.source, index if piece.expert is None else (piece.expert, *index))
         check_finite(part, piece.source, checkpoint.tensors[piece.source].file)
         parts.append(part.t() if piece.transposed else part)
@@ -211,8 +203,8 @@ def read_kept(checkpoint: Checkpoint, kept: Kept) -> torch.Tensor:
     """A kept tensor in its own shape and dtype; raises CheckpointError if it holds NaN or Inf."""
     groups = []
     for group in kept.sources:
-        parts = [checkpoint.read(source) for source in group]
-        for source, part in zip(group, parts, strict=True):
+        parts = [checkpoint.read(part.source, ... if part.whole else slice(part.start, part.stop)) for part in group]
+        for (source, *_), part in zip(group, parts, strict=True):
             check_finite(part, source, checkpoint.tensors[source].file)
         groups.append(parts[0] if len(parts) == 1 else torch.cat(parts))
-    return groups[0] if len(groups) == 1 else torch.stack(groups)
+    return torch.stack(groups) if groups[0].ndim < len(kept.shape) else groups[0]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from waterfill.architecture import Matrix
+from waterfill.architecture import Matrix, parameters_of
 from waterfill.errors import WaterfillError
 from waterfill.hadamard import groups
 from waterfill.model_calls import read
@@ -38,7 +38,7 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
     by_parameter: dict[str, list[Matrix]] = {}
     for matrix in matrices:
         by_parameter.setdefault(matrix.parameter, []).append(matrix)
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
 
     def consume(name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
@@ -81,7 +81,7 @@ def check_probabilities(p: torch.Tensor) -> None:
 @torch.inference_mode()
 def perturb_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
     """KL on `part`, int64 `[sequences, length]`, as one matrix after the other is disturbed."""
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     reference = _log_probabilities(model, part)
     alpha: dict[str, float] = {}
     beta: dict[str, float] = {}

@@ -72,8 +72,11 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from waterfill.runtime.install import arrange
+        from waterfill.runtime.packed import PackedMatrix
 
         arrange(model)
+        if not any(isinstance(module, PackedMatrix) for module in model.modules()):
+            _compute_as_dense(model)
         model.config.quantization_config = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
 
     def is_serializable(self) -> bool:
@@ -83,6 +86,13 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _compute_as_dense(model: Any) -> None:
+    """Take back the mark by which transformers' Mamba kinds compute a product of quantised models in another way, which
+    rounds otherwise: a lossless model is the original one to the bit."""
+    for module in model.modules():
+        getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
 
 
 def register() -> None:

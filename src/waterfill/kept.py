@@ -20,6 +20,7 @@ from waterfill.artifact import ArtifactWriter
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, Index, check_finite
 from waterfill.codecs import lossless
 from waterfill.errors import CheckpointError
+from waterfill.skeleton import Part
 
 BLOCK_NUMBERS = 1 << 20
 
@@ -66,23 +67,26 @@ def write_coded(
     writer.write(buffer, at, bytes(size_bytes - at))
 
 
-def _sources(tensor: Kept | Matrix) -> Sequence[str]:
-    """Checkpoint tensors that hold the parameter's numbers, one behind the other."""
-    if isinstance(tensor, Matrix):
-        return [piece.source for piece in tensor.pieces]
-    return list(chain.from_iterable(tensor.sources))
+def _sources(tensor: Kept | Matrix) -> Sequence[Part]:
+    """What holds the parameter's numbers, one behind the other."""
+    if isinstance(tensor, Kept):
+        return list(chain.from_iterable(tensor.sources))
+    if tensor.transposed:  # rows are columns of what is stored: all of it
+        return [Part(piece.source) for piece in tensor.pieces]
+    return [Part(piece.source, piece.start, piece.start + piece.rows) for piece in tensor.pieces]
 
 
 def _numbers(checkpoint: Checkpoint, tensor: Kept | Matrix, step: Step | None = None) -> Iterator[torch.Tensor]:
     """The numbers of the parameter in the model's order, in flat parts."""
-    for source in _sources(tensor):
-        info = checkpoint.tensors[source]
+    for part in _sources(tensor):
+        info = checkpoint.tensors[part.source]
         count = math.prod(info.shape)
         rows = max(1, BLOCK_NUMBERS * info.shape[0] // count) if count and info.shape else 0
-        blocks: list[Index] = [slice(i, i + rows) for i in range(0, info.shape[0], rows)] if rows else [...]
+        stop = part.stop or (info.shape or (0,))[0]
+        blocks: list[Index] = [slice(i, min(i + rows, stop)) for i in range(part.start, stop, rows)] if rows else [...]
         for block in blocks:
-            part = checkpoint.read(source, block)
-            check_finite(part, source, info.file)
-            yield part.reshape(-1)
+            numbers = checkpoint.read(part.source, block)
+            check_finite(numbers, part.source, info.file)
+            yield numbers.reshape(-1)
             if step:
-                step(part.numel())
+                step(numbers.numel())

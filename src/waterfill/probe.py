@@ -52,7 +52,7 @@ def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Progress | 
     length = min(probe.length, max_positions(model.config))
     if probe.kind == "self":
         return _sample(model, probe.sequences, length, _generator(probe), progress)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = _vocabulary(model)
     if probe.kind == "random":
         return torch.randint(vocabulary, (probe.sequences, length), generator=_generator(probe))
     tokens = _windows(tokenizer, probe, length)
@@ -63,6 +63,13 @@ def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Progress | 
 
 def _generator(probe: Probe) -> torch.Generator:
     return torch.Generator().manual_seed(probe.seed)
+
+
+def _vocabulary(model: Any) -> int:
+    """Tokens that are both read and predicted: an embedding may have rows for prompts as well, a head for padding."""
+    rows = [len(model.get_input_embeddings().weight)]
+    head = model.get_output_embeddings()
+    return min(rows if head is None else [*rows, len(head.weight)])
 
 
 def max_positions(config: Any) -> int:
@@ -82,11 +89,16 @@ def _sample(
     """Ancestral sampling through the key/value cache. A document that ends is followed by the next one."""
     tokens = torch.empty(sequences, length, dtype=torch.int64)
     start = _start_token(model.config)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = _vocabulary(model)
     tokens[:, 0] = start if start is not None else torch.randint(vocabulary, (sequences,), generator=generator)
     past = None
     for position in range(1, length):
         logits, past = read_on(model, tokens[:, position - 1 : position], past)
+        if logits.shape[1] != 1:
+            raise WaterfillError(
+                f"{type(model).__name__} predicts {logits.shape[1]} tokens from one that follows others, and cannot "
+                "sample its own text; give it one (--text), or random tokens (--probe random)"
+            )
         cumulative = logits[:, -1].to(torch.float64).softmax(-1).cumsum(-1)
         check_probabilities(cumulative[:, -1])
         draw = torch.rand(sequences, 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]

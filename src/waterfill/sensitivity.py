@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from waterfill.architecture import Matrix
+from waterfill.architecture import Matrix, parameters_of
 from waterfill.errors import WaterfillError
 from waterfill.estimators import Sample, fisher_pass, perturb_pass
 from waterfill.loss import Coefficients
@@ -148,17 +148,19 @@ def _mean_and_stderr(values: Sequence[float], weights: torch.Tensor) -> tuple[fl
 @contextmanager
 def _only_trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
     """Gradients for these parameters alone, evaluation mode; flags are put back afterwards, gradients are dropped."""
-    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = {module: module.training for module in model.modules()}
     model.eval()
     model.zero_grad()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
+    model.requires_grad_(False)
+    for name, parameter in parameters_of(model).items():
+        if name in names:
+            parameter.requires_grad_()
     try:
         yield
     finally:
         for module, flag in training.items():
             module.training = flag
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
         model.zero_grad()

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
-from typing import Any
+from itertools import accumulate, chain, pairwise, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -27,12 +27,25 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from waterfill.checkpoint import CONFIG, KEPT_DTYPES, WEIGHT_DTYPES, Checkpoint, TensorInfo
+from waterfill.checkpoint import CONFIG, KEPT_DTYPES, WEIGHT_DTYPES, Checkpoint
 from waterfill.errors import CheckpointError, first_line
 
-Groups = tuple[tuple[str, ...], ...]
-"""Checkpoint tensors that make up one parameter: those of a group follow each other along the first axis; several
-groups, one per expert, are stacked along a new one."""
+
+class Part(NamedTuple):
+    """Checkpoint tensor `source`, or its rows `start` to `stop`, along the first axis."""
+
+    source: str
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.stop is None
+
+
+Groups = tuple[tuple[Part, ...], ...]
+"""What makes up one parameter: the parts of a group follow each other along the first axis; groups, one per expert, are
+stacked along a new one."""
 
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _COMPARED_ROWS = 4096
@@ -146,53 +159,75 @@ def _find_on_disk(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Groups]
         if name not in state or (pattern is None and name in direct):
             ignored.append(key)
         elif pattern is None:
-            direct[name] = ((key,),)
+            direct[name] = ((Part(key),),)
         else:
             converted.setdefault(name, {}).setdefault(pattern, []).append(key)
-    gathered = {
-        name: _gather(checkpoint, name, converter_of[next(iter(keys))], keys) for name, keys in converted.items()
-    }
+    gathered: dict[str, Groups] = {}
+    for name, keys in converted.items():
+        converter = converter_of[next(iter(keys))]
+        first, *others = converter.target_patterns
+        targets = [name, *(name.replace(first, other) for other in others)]
+        rows = [next(iter(state[target].shape), 0) if target in state else 0 for target in targets]
+        gathered |= dict(zip(targets, _gather(checkpoint, name, converter, keys, rows), strict=False))
     return gathered | direct, tuple(ignored)
 
 
-def _gather(checkpoint: Checkpoint, name: str, converter: Any, keys: Mapping[str, list[str]]) -> Groups:
-    """What a converter makes of `keys` (by source pattern), if it only stacks experts and appends rows."""
-    ordered = [keys[pattern] for pattern in converter.source_patterns if pattern in keys]
+def _gather(
+    checkpoint: Checkpoint, name: str, converter: Any, keys: Mapping[str, list[str]], rows: Sequence[int]
+) -> list[Groups]:
+    """What a converter makes of `keys` (by source pattern), if it only stacks experts, appends rows, or cuts `rows` for
+    each of its targets from one tensor."""
+    ordered = [[Part(key) for key in keys[pattern]] for pattern in converter.source_patterns if pattern in keys]
     match converter.operations:
         case [MergeModulelist(dim=0)] if len(ordered) == 1:
-            return tuple((key,) for key in ordered[0])
+            return [tuple((part,) for part in ordered[0])]
         case [MergeModulelist(dim=0), Concatenate(dim=1)]:
-            return tuple(tuple(filter(None, group)) for group in zip_longest(*ordered))
-        case [Concatenate(dim=0)] if len(converter.target_patterns) == 1:
-            return (tuple(chain.from_iterable(ordered)),)
+            return [tuple(tuple(filter(None, group)) for group in zip_longest(*ordered))]
+        case [Concatenate(dim=0)] if len(rows) == 1:
+            return [(tuple(chain.from_iterable(ordered)),)]
+        case [operation] if _cuts_rows(operation) and len(rows) > 1 and len(ordered) == len(ordered[0]) == 1:
+            source = ordered[0][0].source
+            ends = list(accumulate(rows, initial=0))
+            if ends[-1] == checkpoint.tensors[source].shape[0]:
+                return [((Part(source, start, stop),),) for start, stop in pairwise(ends)]
     raise CheckpointError(
-        f"{checkpoint.tensors[ordered[0][0]].file}: {name!r} is made from tensor {ordered[0][0]!r} by "
+        f"{checkpoint.tensors[ordered[0][0].source].file}: {name!r} is made from tensor {ordered[0][0].source!r} by "
         f"{', '.join(map(repr, converter.operations))}, which leaves no rows to read one by one: store the model in "
         "transformers' own layout, with save_pretrained(…, save_original_format=False)."
     )
 
 
+def _cuts_rows(operation: Any) -> bool:
+    """Not all versions of transformers have both."""
+    return type(operation).__name__ in ("Chunk", "Split") and operation.dim == 0
+
+
 def _check_equal(checkpoint: Checkpoint, places: Sequence[Groups]) -> None:
     """A tied tensor that is stored under several names must be equal under all, or one of its values would be lost."""
-    first, *others = (checkpoint.tensors[groups[0][0]] for groups in places)
+    first, *others = (groups[0][0] for groups in places)
+    dtype = checkpoint.tensors[first.source].dtype
     for other in others:
-        if (first.shape, first.dtype) != (other.shape, other.dtype) or not all(
-            torch.equal(checkpoint.read(first.name, rows), checkpoint.read(other.name, rows)) for rows in _blocks(first)
+        info = checkpoint.tensors[other.source]
+        if (shape_of(checkpoint, first), dtype) != (shape_of(checkpoint, other), info.dtype) or not all(
+            map(torch.equal, _blocks(checkpoint, first), _blocks(checkpoint, other))
         ):
             raise CheckpointError(
-                f"{other.file}: tensor {other.name!r} differs from {first.name!r}, though {CONFIG} ties them: set "
+                f"{info.file}: tensor {other.source!r} differs from {first.source!r}, though {CONFIG} ties them: set "
                 '"tie_word_embeddings": false there.'
             )
 
 
-def _blocks(tensor: TensorInfo) -> Iterator[slice]:
-    return (slice(start, start + _COMPARED_ROWS) for start in range(0, tensor.shape[0], _COMPARED_ROWS))
+def _blocks(checkpoint: Checkpoint, part: Part) -> Iterator[torch.Tensor]:
+    """Its rows, some thousands at a time."""
+    stop = part.start + shape_of(checkpoint, part)[0]
+    for start in range(part.start, stop, _COMPARED_ROWS):
+        yield checkpoint.read(part.source, slice(start, min(start + _COMPARED_ROWS, stop)))
 
 
 def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, groups: Groups) -> Stored:
     """`groups` as the place of `tensor`, if they have its shape and one dtype that a parameter, or buffer, may have."""
     permitted = WEIGHT_DTYPES if isinstance(tensor, nn.Parameter) else KEPT_DTYPES
-    infos = [[checkpoint.tensors[source] for source in group] for group in groups]
+    infos = [[checkpoint.tensors[part.source] for part in group] for group in groups]
     first = infos[0][0]
     for info in chain.from_iterable(infos):
         if info.dtype not in permitted:
@@ -205,7 +240,9 @@ def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, group
                 f"{info.file}: tensor {info.name!r} has dtype {info.dtype}, but {first.name!r}, with which it makes up "
                 f"{name!r}, has {first.dtype}: expected one dtype; convert the checkpoint first."
             )
-    if _joined_shape([[info.shape for info in group] for group in infos]) != tuple(tensor.shape):
+    if _joined_shape([[shape_of(checkpoint, part) for part in group] for group in groups], tensor.ndim) != tuple(
+        tensor.shape
+    ):
         raise CheckpointError(
             f"{first.file}: tensor {first.name!r} of shape {list(first.shape)}, one of {sum(map(len, infos))} for "
             f"{name!r}, does not lead to the shape {list(tensor.shape)} that {CONFIG} calls for: expected the config "
@@ -214,8 +251,15 @@ def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, group
     return Stored(name, tuple(tensor.shape), first.dtype, groups)
 
 
-def _joined_shape(groups: Sequence[Sequence[tuple[int, ...]]]) -> tuple[int, ...] | None:
-    """Shape of the stack of the concatenations along the first axis; None if the parts do not fit together."""
+def shape_of(checkpoint: Checkpoint, part: Part) -> tuple[int, ...]:
+    """Shape of a part of a checkpoint tensor."""
+    shape = checkpoint.tensors[part.source].shape
+    return shape if part.stop is None else (part.stop - part.start, *shape[1:])
+
+
+def _joined_shape(groups: Sequence[Sequence[tuple[int, ...]]], dimensions: int) -> tuple[int, ...] | None:
+    """Shape of the stack of the concatenations along the first axis; None if the parts do not fit together. A single
+    one is a stack as well where that gives it as many `dimensions` as it should have."""
     joined = set()
     for first, *rest in groups:
         if any(shape[1:] != first[1:] for shape in rest):
@@ -224,4 +268,4 @@ def _joined_shape(groups: Sequence[Sequence[tuple[int, ...]]]) -> tuple[int, ...
     if len(joined) > 1:
         return None
     shape = joined.pop()
-    return (len(groups), *shape) if len(groups) > 1 else shape
+    return (len(groups), *shape) if len(groups) > 1 or len(shape) < dimensions else shape

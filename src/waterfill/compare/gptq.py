@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from waterfill.architecture import Matrix
+from waterfill.architecture import Matrix, parameters_of
 from waterfill.artifact import Buffer
 from waterfill.compare.base import Candidate, Method, Put, Subject, Unavailable, register
 from waterfill.compare.moments import calibration_of, module_of
@@ -42,7 +42,7 @@ def run(bits: int, subject: Subject, put: Put) -> Candidate:
     config = library("gptqmodel.quantization", "gptqmodel").QuantizeConfig
     tokens = calibration_of(subject)
     model = copy.deepcopy(subject.model)
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     buffers: list[Buffer] = []
     payload, kept = 0, []
     for _, members in groupby(subject.architecture.matrices, key=_layer):

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from waterfill.architecture import Matrix
+from waterfill.architecture import Matrix, parameters_of
 from waterfill.artifact import Buffer
 from waterfill.compare.base import Candidate, Method, Put, Subject, Unavailable, register
 from waterfill.compare.ggml import NAMES, quantise
@@ -51,7 +51,7 @@ def run(mixture: str, subject: Subject, put: Put, *, weighted: bool = False) -> 
     """Every matrix in the type that llama.cpp chooses for it."""
     chosen = chosen_types(mixture, subject)
     moments = second_moments(subject) if weighted else {}
-    parameters = dict(subject.model.named_parameters())
+    parameters = parameters_of(subject.model)
     buffers: list[Buffer] = []
     payload = 0
     for matrix in subject.architecture.matrices:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from waterfill.architecture import parameters_of
 from waterfill.budget import Budget
 from waterfill.compare.base import OURS, Method, Row, Subject, Unavailable
 from waterfill.compare.cache import VERSION, Results
@@ -206,7 +207,7 @@ class _Bench:
     def _measure(self, method: Method, row: Row) -> Row:
         with torch.no_grad():
             model = self._restored()
-            parameters = dict(model.named_parameters())
+            parameters = parameters_of(model)
             matrices = {matrix.name: matrix for matrix in self.subject.architecture.matrices}
 
             def put(name: str, weight: Tensor) -> None:

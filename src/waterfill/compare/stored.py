@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from waterfill.architecture import Architecture, Matrix
+from waterfill.architecture import Architecture, Matrix, parameters_of
 from waterfill.artifact import Buffer
 from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.compare.base import Candidate, Put, Subject, Unavailable
@@ -61,7 +61,7 @@ Quantiser = Callable[[Tensor], Stored]
 
 def run_quantiser(quantiser: Quantiser, subject: Subject, put: Put) -> Candidate:
     """Every matrix through a quantiser of matrices; one that does not fit stays as it is, and the note says so."""
-    parameters = dict(subject.model.named_parameters())
+    parameters = parameters_of(subject.model)
     buffers: list[Buffer] = []
     payload = 0
     refused: dict[str, str] = {}

@@ -18,6 +18,7 @@ from waterfill import kernels
 from waterfill.artifact import RAW, StoredTensor
 from waterfill.codecs import LOSSLESS, TableCodec, Trellis, get_codec
 from waterfill.errors import ArtifactError
+from waterfill.experts import fused_experts
 from waterfill.runtime.coded import decode_coded, hold
 from waterfill.runtime.fused import fuse
 from waterfill.runtime.packed import (
@@ -108,9 +109,10 @@ def _attach_expert(model: nn.Module, tensor: StoredTensor, streamed: bool) -> No
         raise ArtifactError(f"tensor {tensor.name!r} has no place in {type(model).__name__}; pack the model again")
     container = getattr(parent, attribute)
     if not isinstance(container, PackedExperts):
+        transposed = fused_experts(parent).get(attribute, False)
         parameter = parent._parameters.pop(attribute)
         assert parameter is not None
-        container = PackedExperts(len(parameter), bool(getattr(parent, "is_transposed", False)), parameter.dtype)
+        container = PackedExperts(len(parameter), transposed, parameter.dtype)
         setattr(parent, attribute, container)
     if int(index) >= len(container):
         raise ArtifactError(f"tensor {tensor.name!r} is one expert too many: {path} has {len(container)}")
