@@ -66,6 +66,11 @@ class Matrix:
     role: Role
     pieces: tuple[Piece, ...]
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The matrix as the parameter holds it."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+
 
 @dataclass(frozen=True)
 class Architecture:

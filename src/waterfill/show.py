@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # they import torch, which the command line does without unti
     from waterfill.runtime.generate import GenerationStats
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
+HARDLY_MEASURED = 0.5  # share of the measurement in its sensitivity, below which a matrix is named as assumed
 NOTABLE_SHARE = 0.01  # of the artifact, that a kept tensor must have to be named
 
 _PROBES = {"self": "text from the model itself", "random": "random tokens"}
@@ -114,6 +116,7 @@ def _summary(plan: Plan) -> Table:
             "kept": f"{len(plan.kept)} other tensors, {format_size(kept_bytes)}{_largest_kept(plan)}",
             "weight files": f"{files}, {times:.1f} times smaller",
             "predicted": _prediction(plan.predicted, plan.probe),
+            **_evidence(plan),
             "allocation": plan.optimal,
         }
     grid = Table.grid(padding=(0, 2))
@@ -145,6 +148,22 @@ def _prediction(predicted: Prediction, probe: Mapping[str, Any]) -> Text:
         f"perplexity +{rise:.2f} % (+{low:.2f} to +{high:.2f}), measured on {measured_on}",
         style="green",
     )
+
+
+def _evidence(plan: Plan) -> dict[str, Text]:
+    """A line about the matrices whose sensitivities were assumed rather than measured, if there are any."""
+    assumed = [tensor for tensor in plan.tensors if tensor.measured < HARDLY_MEASURED]
+    if not assumed:
+        return {}
+    unreached = sum(tensor.measured == 0 for tensor in assumed)
+    share = 100 * sum(tensor.weights for tensor in assumed) / sum(tensor.weights for tensor in plan.tensors)
+    like = Counter(_kind(tensor.like or "") for tensor in assumed).most_common()
+    sentence = (
+        f"the probe hardly reached {len(assumed)} matrices ({share:.2g} % of the weights), {unreached} of them not at "
+        f"all; they are taken to be as sensitive as {like[0][0]}{' and others' if len(like) > 1 else ''} usually are, "
+        "and the prediction does not cover text that uses them more; --keep keeps them as they are"
+    )
+    return {"not measured": Text(sentence, style="yellow")}
 
 
 @dataclass(frozen=True)
