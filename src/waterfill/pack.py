@@ -20,6 +20,7 @@ import torch
 
 from waterfill.architecture import Architecture, Kept, Matrix, read_kept, read_rows
 from waterfill.artifact import FORMAT_VERSION, RAW, ArtifactWriter, is_file_name, lay_out
+from waterfill.artifact.format import quote
 from waterfill.checkpoint import Checkpoint
 from waterfill.codecs import LOSSLESS, base, get_codec, scale_exponent
 from waterfill.errors import WaterfillError
@@ -107,7 +108,7 @@ def _check_tensors(plan: Plan, architecture: Architecture) -> None:
 
 
 def _described(fields: list[Any] | None) -> str:
-    return "no tensor" if fields is None else f"{fields[0][:80]!r} ({', '.join(map(str, fields[1:]))})"
+    return "no tensor" if fields is None else f"{quote(fields[0])} ({', '.join(map(str, fields[1:]))})"
 
 
 def _write_matrix(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix) -> Iterator[int]:

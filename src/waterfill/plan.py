@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Annotated, Any, cast
 from waterfill import typed
 from waterfill.architecture import Role
 from waterfill.artifact import RAW, Buffer, TensorSpec
+from waterfill.artifact.format import quote
 from waterfill.budget import Budget
 from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.codecs import LOSSLESS, Levels, get_codec
@@ -166,7 +167,7 @@ def _from_json(data: dict[str, Any]) -> Plan:
         _check_kept(kept)
     everything: list[TensorPlan | KeptPlan] = [*plan.tensors, *plan.kept]
     name, times = Counter(tensor.name for tensor in everything).most_common(1)[0] if everything else ("", 0)
-    _agree(times < 2, f"{name[:80]!r} is in it {times} times")
+    _agree(times < 2, f"{quote(name)} is in it {times} times")
     stored = everything if plan.lossless else plan.tensors
     weights = sum(math.prod(tensor.shape) for tensor in stored)
     size_bytes = sum(tensor.size_bytes for tensor in stored)
@@ -190,8 +191,10 @@ def _check_budget(plan: Plan) -> None:
 
 
 def _check_matrix(tensor: TensorPlan) -> None:
-    where = f"of {tensor.name[:80]!r}"
-    _agree(tensor.dtype in WEIGHT_DTYPES, f"dtype {where} is {tensor.dtype!r}, expected {' or '.join(WEIGHT_DTYPES)}")
+    where = f"of {quote(tensor.name)}"
+    _agree(
+        tensor.dtype in WEIGHT_DTYPES, f"dtype {where} is {quote(tensor.dtype)}, expected {' or '.join(WEIGHT_DTYPES)}"
+    )
     _agree(tensor.stored_shape in (tensor.shape, tensor.shape[::-1]), f"stored_shape {where} is not its shape")
     if tensor.role == "expert":
         numbered = tensor.name.rpartition(".")[2]
@@ -201,18 +204,21 @@ def _check_matrix(tensor: TensorPlan) -> None:
         try:
             _agree(not isinstance(get_codec(tensor.codec), Levels), f"codec {where} is one of memory only")
         except WaterfillError as error:
-            raise ValueError(f"codec {where}: {error}") from error
+            raise ValueError(f"codec {where} is {quote(tensor.codec)}, which this waterfill does not know") from error
     _check_size(tensor, where)
     bits = 8 * tensor.size_bytes / tensor.weights
     _agree(_close(tensor.rate_bits, bits), f"rate_bits {where} is {tensor.rate_bits}, where its bytes make {bits}")
 
 
 def _check_kept(kept: KeptPlan) -> None:
-    where = f"of {kept.name[:80]!r}"
-    _agree(kept.codec in (RAW, LOSSLESS), f"codec {where} is {kept.codec[:80]!r}, expected {RAW} or {LOSSLESS}")
-    permitted = KEPT_DTYPES if kept.codec == RAW else WEIGHT_DTYPES
-    _agree(kept.dtype in permitted, f"dtype {where} is {kept.dtype!r}, expected {' or '.join(permitted)}")
+    where = f"of {quote(kept.name)}"
+    _agree(kept.codec in (RAW, LOSSLESS), f"codec {where} is {quote(kept.codec)}, expected {RAW} or {LOSSLESS}")
+    _check_dtype(kept, KEPT_DTYPES if kept.codec == RAW else WEIGHT_DTYPES, where)
     _check_size(kept, where)
+
+
+def _check_dtype(tensor: TensorPlan | KeptPlan, permitted: Collection[str], where: str) -> None:
+    _agree(tensor.dtype in permitted, f"dtype {where} is {quote(tensor.dtype)}, expected {' or '.join(permitted)}")
 
 
 def _check_size(tensor: TensorPlan | KeptPlan, where: str) -> None:

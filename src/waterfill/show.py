@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # they import torch, which the command line does without unti
     from waterfill.runtime.generate import GenerationStats
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
+MOST_KL = 700.0  # whose perplexity is still a number
 HARDLY_MEASURED = 0.5  # share of the measurement in its sensitivity, below which a matrix is named as assumed
 NOTABLE_SHARE = 0.01  # of the artifact, that a kept tensor must have to be named
 
@@ -142,7 +143,7 @@ def _prediction(predicted: Prediction, probe: Mapping[str, Any]) -> Text:
             style="yellow",
         )
     measured_on = probe.get("text") or _PROBES.get(str(probe.get("kind")), "an unknown probe")
-    rise, low, high = (100 * math.expm1(kl) for kl in (predicted.kl, predicted.kl_low, predicted.kl_high))
+    rise, low, high = (100 * math.expm1(min(kl, MOST_KL)) for kl in (predicted.kl, predicted.kl_low, predicted.kl_high))
     return Text(
         f"KL {predicted.kl:.4g} nats per token ({predicted.kl_low:.3g} to {predicted.kl_high:.3g}), "
         f"perplexity +{rise:.2f} % (+{low:.2f} to +{high:.2f}), measured on {measured_on}",

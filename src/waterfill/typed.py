@@ -71,7 +71,8 @@ def read(kind: Any, value: Any, where: str = "") -> Any:
     if origin is not None and issubclass(origin, Mapping):
         _expect(value, isinstance(value, dict), where, "an object")
         return {
-            read(str, key, f"a name in {where}"): read(parts[1], item, f"{where}.{key}") for key, item in value.items()
+            read(str, key, f"a name in {where}"): read(parts[1], item, f"{where}[{_shown(key)}]")
+            for key, item in value.items()
         }
     return _read_plain(kind, value, where)
 
@@ -97,7 +98,7 @@ def _read_record(cls: Any, value: Any, where: str) -> Any:
     hints, inside = _hints(cls), f"{where}." if where else ""
     for name in value:
         if name not in hints:
-            raise ValueError(f"{inside}{name[:80]} is a field that it should not have")
+            raise ValueError(f"{where or 'it'} has a field {_shown(name)} that it should not have")
     required = [field.name for field in fields(cls) if field.default is MISSING]
     for name in required:
         if name not in value:
