@@ -143,8 +143,9 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = Qwen3MoeForCausalLM(config)
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(config)
         for parameter in model.parameters():
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 100
             parameter.add_(torch.randn_like(parameter), alpha=fan_in**-0.5)

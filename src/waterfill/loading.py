@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 
 from waterfill import process
 from waterfill.artifact import open_artifact
-from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite
+from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, warn_of_adapter
 from waterfill.errors import ArtifactError, WaterfillError
 from waterfill.fit import fit, packed_names
 from waterfill.pack import PLAN_FILE
@@ -55,15 +56,20 @@ def load(
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
     config = transformers.AutoConfig.from_pretrained(path)
     config.quantization_config |= {"verified": True, "streamed": chosen.streamed}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype="auto" if dtype is None else dtype
-    ).eval()
+    warn_of_adapter(path)
+    model = model_of(path, config=config, dtype="auto" if dtype is None else dtype)
     model.streaming = None
     if chosen.streamed:
         from waterfill.streaming.attach import attach
 
         attach(model, opened, chosen.limit_bytes, verify=verify, logits=logits)
     return model
+
+
+def model_of(path: Path, **options: Any) -> Any:
+    """The transformers model of a directory, by itself: an adapter beside it is not added, though peft be installed."""
+    nowhere = {"subfolder": os.devnull}  # where transformers looks for adapters; below a file there are none
+    return transformers.AutoModelForCausalLM.from_pretrained(path, adapter_kwargs=nowhere, **options).eval()
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -98,9 +104,7 @@ def load_checkpoint(checkpoint: Checkpoint) -> Any:
     dtype = measuring_dtype(checkpoint)
     if dtype is None:
         _log.warning("%s is measured in its own dtype: a float32 copy would not fit in memory", checkpoint.path)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=dtype or "auto", experts_implementation="eager"
-    ).eval()
+    return model_of(checkpoint.path, dtype=dtype or "auto", experts_implementation="eager")
 
 
 def measuring_dtype(checkpoint: Checkpoint) -> torch.dtype | None:

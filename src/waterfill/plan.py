@@ -91,6 +91,15 @@ def kept_spec(name: str, codec: str, shape: tuple[int, ...], dtype: str, size_by
 
 
 @dataclass(frozen=True)
+class Unused:
+    """A tensor of the checkpoint that the model of its config.json has no place for, and that is left out."""
+
+    name: str  # in the checkpoint
+    size_bytes: Count
+    expected: bool  # whether transformers knows it as superfluous
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Predicted loss: KL(model || packed), nats per token, and perplexity on text like the probe.
 
@@ -127,6 +136,7 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     kept: tuple[KeptPlan, ...]
     optimal: str  # how good the allocation is, in one sentence
+    unused: tuple[Unused, ...] = ()
 
     @property
     def lossless(self) -> bool:

@@ -108,7 +108,7 @@ def _summary(plan: Plan) -> Table:
         lines |= {
             "tensors": f"{len(plan.kept)} at {plan.bits:.4g} bits per weight",
             "weight files": f"{files}, {share:.1f} % of the original",
-            "predicted": Text("lossless: every bit comes back", style="green"),
+            "predicted": Text("lossless: every bit of these tensors comes back", style="green"),
         }
     else:
         lines |= {
@@ -120,6 +120,7 @@ def _summary(plan: Plan) -> Table:
             **_evidence(plan),
             "allocation": plan.optimal,
         }
+    lines |= _unused(plan)
     grid = Table.grid(padding=(0, 2))
     for name, line in lines.items():
         grid.add_row(Text(name, style="bold"), line)
@@ -149,6 +150,17 @@ def _prediction(predicted: Prediction, probe: Mapping[str, Any]) -> Text:
         f"perplexity +{rise:.2f} % (+{low:.2f} to +{high:.2f}), measured on {measured_on}",
         style="green",
     )
+
+
+def _unused(plan: Plan) -> dict[str, Text]:
+    """A line about tensors of the checkpoint that the artifact does not have, if there are any."""
+    if not plan.unused:
+        return {}
+    surprising = [tensor for tensor in plan.unused if not tensor.expected]
+    size = format_size(sum(tensor.size_bytes for tensor in plan.unused))
+    sentence = f"{len(plan.unused)} tensors of the checkpoint, {size}, such as {(surprising or plan.unused)[0].name}: "
+    why = "the model of config.json has no place for them" if surprising else "transformers does without them, too"
+    return {"left out": Text(sentence + why, style="yellow" if surprising else "")}
 
 
 def _evidence(plan: Plan) -> dict[str, Text]:
