@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, cast
 
+from waterfill.ambient import own_torch_modes
 from waterfill.architecture import Architecture, Kept, Matrix, describe
 from waterfill.artifact import RAW, check_target, open_artifact
 from waterfill.budget import Budget, format_size, parse_size
@@ -78,6 +79,7 @@ class PlanOptions(ProbeOptions, total=False):
     sensitivity: str | Path | Sensitivity | None
 
 
+@own_torch_modes()
 def sensitivity(
     model: str | Path, *, keep: Sequence[str] = (), progress: Progress | None = None, **options: Unpack[ProbeOptions]
 ) -> Sensitivity:
@@ -86,6 +88,7 @@ def sensitivity(
     return _measure(checkpoint, describe(checkpoint, keep), progress, options)
 
 
+@own_torch_modes()
 def plan(
     model: str | Path,
     *,
@@ -111,6 +114,7 @@ def plan(
     return made
 
 
+@own_torch_modes()
 def pack(
     model: str | Path,
     out: str | Path,

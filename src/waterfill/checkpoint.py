@@ -245,8 +245,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).exists():
-        merged = "the adapter's model, or one that it was merged into" if (path / ADAPTER).exists() else "model"
-        raise CheckpointError(f"{path} has no {CONFIG}: expected a Hugging Face {merged} directory.")
+        if (path / ADAPTER).exists():
+            expected = "the directory of the adapter's model, or of one that it was merged into"
+        else:
+            expected = "a Hugging Face model directory"
+        raise CheckpointError(f"{path} has no {CONFIG}: expected {expected}.")
     config = _read_json(path / CONFIG)
     quantization = config.get("quantization_config")
     if quantization:
