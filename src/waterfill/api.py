@@ -85,7 +85,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure what a disturbance of each matrix costs the model; reuse it for any number of plans."""
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
-    return _measure(checkpoint, describe(checkpoint, keep), progress, options)
+    return _measure(checkpoint, _describe(checkpoint, keep), progress, options)
 
 
 @own_torch_modes()
@@ -175,7 +175,8 @@ def inspect(artifact: str | Path, *, verify: bool = True) -> Inspection:
 def _plan(
     model: str, checkpoint: Checkpoint, progress: Progress | None, options: PlanOptions
 ) -> tuple[Plan, Sensitivity | None, Architecture]:
-    name = Path(model).resolve().name if Path(model).is_dir() else model  # a local path is nobody's business
+    # A local path is nobody's business; nor can a plan hold a name that is not text.
+    name = _as_text(Path(model).resolve().name if Path(model).is_dir() else model)
     if options.get("lossless"):
         _check_alone(options)
         architecture = _describe(checkpoint, EVERYTHING)
@@ -295,7 +296,12 @@ def _measure(
             "sequences": tokens.shape[0],
             "length": tokens.shape[1],
             "seed": probe.seed,
-            "text": Path(text).name if text else None,
+            "text": _as_text(Path(text).name) if text else None,
         },
         progress=step("measuring sensitivities"),
     )
+
+
+def _as_text(name: str) -> str:
+    """A file's name, of any bytes, as text."""
+    return name.encode("utf-8", "replace").decode()

@@ -202,9 +202,7 @@ def _check_budget(plan: Plan) -> None:
 
 def _check_matrix(tensor: TensorPlan) -> None:
     where = f"of {quote(tensor.name)}"
-    _agree(
-        tensor.dtype in WEIGHT_DTYPES, f"dtype {where} is {quote(tensor.dtype)}, expected {' or '.join(WEIGHT_DTYPES)}"
-    )
+    _check_dtype(tensor, WEIGHT_DTYPES, where)
     _agree(tensor.stored_shape in (tensor.shape, tensor.shape[::-1]), f"stored_shape {where} is not its shape")
     if tensor.role == "expert":
         numbered = tensor.name.rpartition(".")[2]
