@@ -108,7 +108,7 @@ def _summary(plan: Plan) -> Table:
         lines |= {
             "tensors": f"{len(plan.kept)} at {plan.bits:.4g} bits per weight",
             "weight files": f"{files}, {share:.1f} % of the original",
-            "predicted": Text("lossless: every bit of these tensors comes back", style="green"),
+            "predicted": Text(f"lossless: every bit {'of these ' if plan.unused else ''}comes back", style="green"),
         }
     else:
         lines |= {
