@@ -6,17 +6,19 @@ plan ──► pack ──► load ──► generate
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import walk_tb
 from typing import Literal, TypedDict, Unpack, cast
 
+from waterfill.ambient import own_torch_modes
 from waterfill.architecture import Architecture, Kept, Matrix, describe
 from waterfill.artifact import RAW, check_target, open_artifact
-from waterfill.budget import Budget, parse_size
+from waterfill.budget import Budget, format_size, parse_size
 from waterfill.checkpoint import Checkpoint, open_checkpoint
 from waterfill.codecs import LOSSLESS
 from waterfill.errors import BudgetError, WaterfillError, first_line
@@ -26,10 +28,12 @@ from waterfill.loading import load, load_checkpoint, load_tokenizer, read_plan
 from waterfill.loss import Gain
 from waterfill.menu import CodedBytes, Purpose
 from waterfill.pack import SENSITIVITY_FILE, pack_plan
-from waterfill.plan import Plan
+from waterfill.plan import Plan, Unused
 from waterfill.planner import EVERYTHING, Request, make_lossless_plan, make_plan
 from waterfill.probe import Probe, probe_tokens
 from waterfill.sensitivity import Method, Sensitivity, measure
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -77,14 +81,16 @@ class PlanOptions(ProbeOptions, total=False):
     sensitivity: str | Path | Sensitivity | None
 
 
+@own_torch_modes()
 def sensitivity(
     model: str | Path, *, keep: Sequence[str] = (), progress: Progress | None = None, **options: Unpack[ProbeOptions]
 ) -> Sensitivity:
     """Measure what a disturbance of each matrix costs the model; reuse it for any number of plans."""
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
-    return _measure(checkpoint, describe(checkpoint, keep), progress, options)
+    return _measure(checkpoint, _describe(checkpoint, keep), progress, options)
 
 
+@own_torch_modes()
 def plan(
     model: str | Path,
     *,
@@ -110,6 +116,7 @@ def plan(
     return made
 
 
+@own_torch_modes()
 def pack(
     model: str | Path,
     out: str | Path,
@@ -135,7 +142,7 @@ def pack(
         made, measured, architecture = _plan(str(model), checkpoint, progress, options)
     else:
         made = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
-        architecture = describe(checkpoint, made.keep)
+        architecture = _describe(checkpoint, made.keep)
     extra = {SENSITIVITY_FILE: measured.to_json().encode()} if measured else {}
     pack_plan(
         made,
@@ -170,12 +177,14 @@ def inspect(artifact: str | Path, *, verify: bool = True) -> Inspection:
 def _plan(
     model: str, checkpoint: Checkpoint, progress: Progress | None, options: PlanOptions
 ) -> tuple[Plan, Sensitivity | None, Architecture]:
-    name = Path(model).resolve().name if Path(model).is_dir() else model  # a local path is nobody's business
+    # A local path is nobody's business; nor can a plan hold a name that is not text.
+    name = _as_text(Path(model).resolve().name if Path(model).is_dir() else model)
     if options.get("lossless"):
         _check_alone(options)
-        architecture = describe(checkpoint, EVERYTHING)
+        architecture = _describe(checkpoint, EVERYTHING)
         sizes = _coded_bytes(checkpoint, architecture.kept, progress)
-        return make_lossless_plan(name, architecture, checkpoint.fingerprint, sizes), None, architecture
+        lossless = make_lossless_plan(name, architecture, checkpoint.fingerprint, sizes)
+        return replace(lossless, unused=_unused(checkpoint, architecture)), None, architecture
     size = options.get("size")
     request = Request(
         budget=Budget(None if size is None else parse_size(size), options.get("bits"), options.get("max_kl")),
@@ -186,14 +195,44 @@ def _plan(
         codecs=tuple(options.get("codecs", ())),
         purpose=options.get("purpose", "storage"),
     )
-    architecture = describe(checkpoint, request.keep)
+    architecture = _describe(checkpoint, request.keep)
     given = options.get("sensitivity")
     if given is None:
         measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options))
     else:
         measured = given_sensitivity(given, checkpoint)
     sizes = _coded_bytes(checkpoint, architecture.kept, progress)
-    return make_plan(name, architecture, measured, request, sizes), measured, architecture
+    made = make_plan(name, architecture, measured, request, sizes)
+    return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture
+
+
+def _describe(checkpoint: Checkpoint, keep: Sequence[str]) -> Architecture:
+    """The architecture; a warning says what does not fit together between config.json and the weights."""
+    architecture = describe(checkpoint, keep)
+    unused = [tensor for tensor in _unused(checkpoint, architecture) if not tensor.expected]
+    if unused:
+        _log.warning(
+            "%d tensors of %s, %s, are left out, such as %s: the model of its config.json has no place for them",
+            len(unused),
+            checkpoint.path,
+            format_size(sum(tensor.size_bytes for tensor in unused)),
+            unused[0].name,
+        )
+    if architecture.absent:
+        _log.warning(
+            "%s lacks %d buffers of the model, such as %s: they are what the model sets them to",
+            checkpoint.path,
+            len(architecture.absent),
+            architecture.absent[0],
+        )
+    return architecture
+
+
+def _unused(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Unused, ...]:
+    return tuple(
+        Unused(name, checkpoint.tensors[name].size_bytes, name in architecture.superfluous)
+        for name in architecture.ignored
+    )
 
 
 def _check_alone(options: PlanOptions) -> None:
@@ -262,7 +301,7 @@ def _measure(
                 "sequences": tokens.shape[0],
                 "length": tokens.shape[1],
                 "seed": probe.seed,
-                "text": Path(text).name if text else None,
+                "text": _as_text(Path(text).name) if text else None,
             },
             progress=step("measuring sensitivities"),
         )
@@ -282,3 +321,8 @@ def _failing(model: object, doing: str, advice: str) -> Iterator[None]:
 def _raised_in(package: str, error: Exception) -> bool:
     names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
     return any(name.partition(".")[0] == package for name in names)
+
+
+def _as_text(name: str) -> str:
+    """A file's name, of any bytes, as text."""
+    return name.encode("utf-8", "replace").decode()

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 
 from waterfill import api
+from waterfill.ambient import own_torch_modes
 from waterfill.architecture import Architecture, describe
 from waterfill.artifact import open_artifact
 from waterfill.budget import Budget, parse_size
@@ -58,6 +59,7 @@ class CompareOptions(TypedDict, total=False):
     revision: str | None
 
 
+@own_torch_modes()
 def compare(
     model: str | Path,
     text: str | Path,
@@ -121,6 +123,7 @@ def compare(
     )
 
 
+@own_torch_modes()
 def report(
     artifact: str | Path,
     *,

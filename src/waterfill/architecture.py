@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from waterfill.checkpoint import Checkpoint, check_finite
 from waterfill.errors import CheckpointError
 from waterfill.experts import fused_experts
-from waterfill.skeleton import Part, Stored, build_skeleton, locate, shape_of
+from waterfill.skeleton import Part, Stored, build_skeleton, locate, shape_of, superfluous
 
 # A smaller matrix saves fewer bytes than its scales and its entries in the artifact cost, give or take.
 MIN_IN_FEATURES = 32
@@ -65,10 +65,16 @@ class Matrix:
     role: Role
     pieces: tuple[Piece, ...]
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """The matrix as the parameter holds it."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """Every tensor of the model once, in execution order; checkpoint tensors that the model does not use are `ignored`.
+    """Every tensor of the model once, in execution order; checkpoint tensors that the model does not use are `ignored`,
+    of which transformers knows some as `superfluous`. Persistent buffers that the checkpoint lacks are `absent`.
 
     `tied_head`: the output head is the embedding, which is listed once, as the embedding.
     """
@@ -76,6 +82,8 @@ class Architecture:
     tensors: tuple[Matrix | Kept, ...]
     tied_head: bool
     ignored: tuple[str, ...]
+    superfluous: frozenset[str] = frozenset()
+    absent: tuple[str, ...] = ()
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -95,7 +103,7 @@ def describe(checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Architecture:
             storage does not fit; or a pattern matches nothing.
     """
     model = build_skeleton(checkpoint)
-    stored, ignored = locate(model, checkpoint)
+    stored, ignored, absent = locate(model, checkpoint)
     roles = _roles(model)
     tensors: list[Matrix | Kept] = []
     unused = set(keep)
@@ -114,7 +122,7 @@ def describe(checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Architecture:
     head = model.get_output_embeddings()
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     tied_head = head is not None and any(embedding.weight is head.weight for embedding in embeddings)
-    return Architecture(tuple(tensors), tied_head, ignored)
+    return Architecture(tuple(tensors), tied_head, ignored, superfluous(model, ignored), absent)
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,6 +9,7 @@ memory-mapped by safetensors and touched only where they are read. What the tens
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from safetensors import SafetensorError, safe_open
 
 from waterfill.errors import CheckpointError, first_line
 
+_log = logging.getLogger(__name__)
+
 WEIGHT_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that a weight may have, by their safetensors names."""
 
@@ -42,6 +45,7 @@ KEPT_DTYPES: Mapping[str, torch.dtype] = {
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of peft: small matrices to be added to a model's
 
 # What is copied from a checkpoint into an artifact: tokenizer, generation config, chat template, licence.
 _EXTRA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.codes", "LICENSE*", "NOTICE*")
@@ -124,7 +128,7 @@ class Checkpoint:
             for file in sorted(self.path.iterdir())
             if file.is_file()
             and any(fnmatchcase(file.name, pattern) for pattern in _EXTRA_PATTERNS)
-            and file.name != CONFIG
+            and file.name not in (CONFIG, ADAPTER)
             and not file.name.endswith(".index.json")
         )
 
@@ -154,7 +158,20 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
             f"{source} does not exist: expected a directory with {CONFIG} and safetensors weights, or a hub id such as "
             "'org/name'."
         )
-    return Checkpoint(path, _read_config(path), _read_tensors(path, source))
+    checkpoint = Checkpoint(path, _read_config(path), _read_tensors(path, source))
+    warn_of_adapter(path)
+    return checkpoint
+
+
+def warn_of_adapter(path: Path) -> None:
+    """Say that an adapter beside a model is left out, if there is one: what the model computes with it is another."""
+    if (path / ADAPTER).exists():
+        _log.warning(
+            "the adapter in %s (%s) is left out: the model is taken without it; merge it into the weights with peft's "
+            "merge_and_unload if it belongs to them",
+            path,
+            ADAPTER,
+        )
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
@@ -228,7 +245,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).exists():
-        raise CheckpointError(f"{path} has no {CONFIG}: expected a Hugging Face model directory.")
+        if (path / ADAPTER).exists():
+            expected = "the directory of the adapter's model, or of one that it was merged into"
+        else:
+            expected = "a Hugging Face model directory"
+        raise CheckpointError(f"{path} has no {CONFIG}: expected {expected}.")
     config = _read_json(path / CONFIG)
     quantization = config.get("quantization_config")
     if quantization:

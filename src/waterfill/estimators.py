@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from waterfill.architecture import Matrix, parameters_of
 from waterfill.errors import WaterfillError
@@ -19,14 +20,17 @@ from waterfill.model_calls import read
 
 PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
 SCALE_STEP = 0.05  # relative change of scale by which `perturb_pass` measures beta, both ways
+# Functions that multiply with a weight, or look its rows up, and where their two operands are.
+_PRODUCTS = {"linear": (0, 1), "embedding": (0, 1), "matmul": (0, 1), "mm": (0, 1), "addmm": (1, 2)}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One pass: raw estimates per tensor."""
+    """One pass: raw estimates per tensor, and how many tokens came by it."""
 
     alpha: dict[str, float]
     beta: dict[str, float]
+    tokens: dict[str, int]
     nll: float
 
 
@@ -54,8 +58,8 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
 
     handles = [parameters[name].register_post_accumulate_grad_hook(consume(name)) for name in by_parameter]
     try:
-        logits = read(model, part)[:, :-1].flatten(0, 1).to(torch.float32)
-        log_p = logits.log_softmax(-1)
+        with _Arrivals(parameters, matrices) as arrivals:
+            log_p = _log_probabilities(model, part)
         check_probabilities(log_p.detach())
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, labels).sum().backward()
@@ -63,10 +67,40 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
     finally:
         for handle in handles:
             handle.remove()
-    for matrix in matrices:  # an expert that no token reached costs nothing here
+    for matrix in matrices:  # no gradient comes to what no token came by
         alpha.setdefault(matrix.name, 0.0)
         beta.setdefault(matrix.name, 0.0)
-    return Sample(alpha, beta, nll)
+    return Sample(alpha, beta, arrivals.tokens(beta, positions), nll)
+
+
+class _Arrivals(TorchFunctionMode):
+    """Counts the tokens that every matrix is multiplied with inside the block, whatever module's code does it."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], matrices: Sequence[Matrix]) -> None:
+        super().__init__()
+        # Experts are views into one parameter, told apart by where they begin.
+        self._matrices = {_stored(parameters[m.parameter], m).data_ptr(): m for m in matrices}
+        self._rows = {matrix.name: 0 for matrix in matrices}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        places = _PRODUCTS.get(getattr(function, "__name__", ""))
+        if places is not None and len(args) > places[1]:
+            self._count(*(args[place] for place in places))
+        return function(*args, **(kwargs or {}))
+
+    def _count(self, a: Any, b: Any) -> None:
+        for weight, tokens in ((a, b), (b, a)):
+            if isinstance(weight, torch.Tensor) and isinstance(tokens, torch.Tensor):
+                matrix = self._matrices.get(weight.data_ptr())
+                if matrix is not None:
+                    width = matrix.shape[1] if tokens.is_floating_point() else 1
+                    self._rows[matrix.name] += tokens.numel() // width
+
+    def tokens(self, measured: Mapping[str, float], positions: int) -> dict[str, int]:
+        """By matrix. What was multiplied in a way that is not counted, but has an effect, counts as met by all."""
+        return {name: rows or (positions if measured[name] else 0) for name, rows in self._rows.items()}
 
 
 def check_probabilities(p: torch.Tensor) -> None:
@@ -82,14 +116,15 @@ def check_probabilities(p: torch.Tensor) -> None:
 def perturb_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
     """KL on `part`, int64 `[sequences, length]`, as one matrix after the other is disturbed."""
     parameters = parameters_of(model)
-    reference = _log_probabilities(model, part)
+    with _Arrivals(parameters, matrices) as arrivals:
+        reference = _log_probabilities(model, part)
     alpha: dict[str, float] = {}
     beta: dict[str, float] = {}
     for matrix in matrices:
         weight = matrix_view(parameters[matrix.parameter], matrix)
         alpha[matrix.name], beta[matrix.name] = _perturb(model, part, reference, weight, generator)
     nll = -float(reference.gather(1, part[:, 1:].reshape(-1, 1)).mean())
-    return Sample(alpha, beta, nll)
+    return Sample(alpha, beta, arrivals.tokens(beta, len(reference)), nll)
 
 
 def _perturb(
@@ -127,8 +162,13 @@ def _kl(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 def matrix_view(parameter: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     """A view `[out, in]` of the matrix inside its module parameter."""
-    part = parameter if matrix.expert is None else parameter[matrix.expert]
+    part = _stored(parameter, matrix)
     return part.T if matrix.transposed else part
+
+
+def _stored(parameter: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """The same as the parameter holds it."""
+    return parameter if matrix.expert is None else parameter[matrix.expert]
 
 
 def _noise_cost(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

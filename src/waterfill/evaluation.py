@@ -19,6 +19,7 @@ import torch
 
 import waterfill
 from waterfill import native
+from waterfill.ambient import own_torch_modes
 from waterfill.efficiency import Efficiency
 from waterfill.efficiency import efficiency as run_efficiency
 from waterfill.errors import WaterfillError
@@ -75,6 +76,7 @@ class Evaluation(Record):
     efficiency: Efficiency | None = None
 
 
+@own_torch_modes()
 def evaluate(
     model: str | Path,
     against: str | Path | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 
 from waterfill import process
 from waterfill.artifact import open_artifact
-from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite
+from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, warn_of_adapter
 from waterfill.choices import FILE, check_choices
 from waterfill.errors import ArtifactError, WaterfillError, first_line
 from waterfill.fit import fit, packed_names
@@ -58,9 +59,8 @@ def load(
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     _check_choices(path, config)
     config.quantization_config |= {"verified": True, "streamed": chosen.streamed}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype="auto" if dtype is None else dtype, trust_remote_code=False
-    ).eval()
+    warn_of_adapter(path)
+    model = model_of(path, config=config, dtype="auto" if dtype is None else dtype)
     model.streaming = None
     if chosen.streamed:
         from waterfill.streaming.attach import attach
@@ -80,6 +80,15 @@ def _check_choices(path: Path, config: Any) -> None:
         raise WaterfillError(
             f"{path / FILE} has choices that transformers refuses ({first_line(error)}); change them"
         ) from error
+
+
+def model_of(path: Path, **options: Any) -> Any:
+    """The transformers model of a directory, by itself: no adapter beside it is added, though peft be installed, and no
+    code that comes with it is run."""
+    nowhere = {"subfolder": os.devnull}  # where transformers looks for adapters; below a file there are none
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, adapter_kwargs=nowhere, trust_remote_code=False, **options
+    ).eval()
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -129,9 +138,7 @@ def load_checkpoint(checkpoint: Checkpoint) -> Any:
     dtype = measuring_dtype(checkpoint)
     if dtype is None:
         _log.warning("%s is measured in its own dtype: a float32 copy would not fit in memory", checkpoint.path)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=dtype or "auto", experts_implementation="eager", trust_remote_code=False
-    ).eval()
+    return model_of(checkpoint.path, dtype=dtype or "auto", experts_implementation="eager")
 
 
 def measuring_dtype(checkpoint: Checkpoint) -> torch.dtype | None:

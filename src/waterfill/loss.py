@@ -22,20 +22,25 @@ as beta, and is the MSE scale where it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from waterfill.typed import Count, Magnitude, Range
 
 Gain = Literal["auto", "mse", "unbiased"]
 GAINS: tuple[Gain, ...] = ("auto", "mse", "unbiased")
+Cost = Annotated[float, Range(-0.01, 1e12)]
+"""What disturbing a tensor costs, nats per token; an estimate of nothing may come out just below zero."""
 
 
 @dataclass(frozen=True)
 class Coefficients:
     """Cost of disturbing one tensor, KL in nats per token, with standard errors."""
 
-    alpha: float  # per unit of relative power of noise orthogonal to the weights
-    beta: float  # per squared relative change of scale
-    alpha_stderr: float = 0.0
-    beta_stderr: float = 0.0
+    alpha: Cost  # per unit of relative power of noise orthogonal to the weights
+    beta: Cost  # per squared relative change of scale
+    alpha_stderr: Magnitude = 0.0
+    beta_stderr: Magnitude = 0.0
+    tokens: Count | None = None  # of the probe that the tensor was multiplied with; None where they were not counted
 
 
 def gain_rho(gain: Gain, coefficients: Coefficients) -> float:

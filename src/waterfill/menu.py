@@ -47,7 +47,6 @@ class Menus:
     """One menu per matrix, in execution order."""
 
     matrices: tuple[Matrix, ...]
-    stored_shapes: tuple[tuple[int, ...], ...]  # of the parameters that hold them
     coefficients: tuple[Coefficients, ...]
     points: tuple[tuple[MenuPoint, ...], ...]
     choices: tuple[tuple[Choice, ...], ...]
@@ -84,7 +83,7 @@ class Menus:
             role=matrix.role,
             dtype=matrix.dtype,
             parameter=matrix.parameter,
-            stored_shape=self.stored_shapes[i],
+            stored_shape=matrix.stored_shape,
         )
 
 
@@ -127,7 +126,6 @@ def make_menus(
         choices.append(tuple(Choice(p.size_bytes, predicted_kl(c, p.t2, rho, p.along)) for p in known[key]))
     return Menus(
         matrices=matrices,
-        stored_shapes=tuple((m.shape[1], m.shape[0]) if m.transposed else m.shape for m in matrices),
         coefficients=tuple(coefficients[matrix.name] for matrix in matrices),
         points=tuple(points),
         choices=tuple(choices),

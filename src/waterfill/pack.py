@@ -12,12 +12,15 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from waterfill.architecture import Architecture, Kept, Matrix, read_kept, read_rows
 from waterfill.artifact import FORMAT_VERSION, RAW, ArtifactWriter, is_file_name, lay_out
+from waterfill.artifact.format import quote
 from waterfill.checkpoint import Checkpoint
 from waterfill.codecs import LOSSLESS, base, get_codec, scale_exponent
 from waterfill.errors import WaterfillError
@@ -59,6 +62,7 @@ def pack_plan(
             f"the plan was made for other weights (fingerprint {plan.fingerprint}) than {checkpoint.path} holds "
             f"({checkpoint.fingerprint}); make a new plan"
         )
+    _check_tensors(plan, architecture)
     layout = lay_out(plan.specs(), shard_bytes=plan.shard_bytes)
     if layout.size_bytes != plan.size_bytes:
         raise WaterfillError(
@@ -85,6 +89,26 @@ def pack_plan(
                 if progress:
                     progress(spec.name, done, total)
         return writer.publish({**_model_files(checkpoint), PLAN_FILE: plan.to_json().encode(), **(extra or {})})
+
+
+def _check_tensors(plan: Plan, architecture: Architecture) -> None:
+    """A plan has to have the model's tensors, all of them, and in the model's order."""
+    fields = ("name", "shape", "dtype")
+    of_matrix = (*fields, "role", "parameter", "stored_shape")
+    for planned, present, names in (
+        (plan.tensors, architecture.matrices, of_matrix),
+        (plan.kept, architecture.kept, fields),
+    ):
+        for mine, its in zip_longest(planned, present):
+            pair = [None if tensor is None else [getattr(tensor, name) for name in names] for tensor in (mine, its)]
+            if pair[0] != pair[1]:
+                raise WaterfillError(
+                    f"the plan has {_described(pair[0])} where the model has {_described(pair[1])}; make a new plan"
+                )
+
+
+def _described(fields: list[Any] | None) -> str:
+    return "no tensor" if fields is None else f"{quote(fields[0])} ({', '.join(map(str, fields[1:]))})"
 
 
 def _write_matrix(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix) -> Iterator[int]:

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
+from waterfill import typed
+from waterfill.architecture import Role
 from waterfill.artifact import RAW, Buffer, TensorSpec
+from waterfill.artifact.format import quote
+from waterfill.budget import Budget
 from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
-from waterfill.codecs import LOSSLESS, get_codec
+from waterfill.codecs import LOSSLESS, Levels, get_codec
 from waterfill.codecs.lossless import BUFFER
-from waterfill.errors import WaterfillError
+from waterfill.errors import BudgetError, WaterfillError
+from waterfill.loss import Cost, Gain
+from waterfill.typed import Count, Magnitude, Positive, Range, Share
 
 VERSION = 1
+Perplexity = Annotated[float, Range(1e-300, 1e308)]
 
 
 @dataclass(frozen=True)
@@ -27,19 +35,21 @@ class TensorPlan:
     """One matrix and its codec."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[Positive, Positive]
     codec: str  # "raw": stays as it is; "lossless": so too, in fewer bytes
-    rate_bits: float  # 8 * size_bytes / weights
-    size_bytes: int
-    alpha: float  # nats per token per unit of relative noise power
-    beta: float  # nats per token per squared relative change of scale
-    rho: float  # gain, see waterfill.loss
-    t2: float  # predicted ||W' - W||^2 / ||W||^2, with its gain
-    kl: float  # its share of the predicted loss, nats per token
-    role: str
+    rate_bits: Magnitude  # 8 * size_bytes / weights
+    size_bytes: Count
+    alpha: Cost  # nats per token per unit of relative noise power; as it was planned with
+    beta: Cost  # nats per token per squared relative change of scale
+    rho: Share  # gain, see waterfill.loss
+    t2: Magnitude  # predicted ||W' - W||^2 / ||W||^2, with its gain
+    kl: Magnitude  # its share of the predicted loss, nats per token
+    role: Role
     dtype: str  # of the checkpoint, safetensors name
     parameter: str  # the model's state-dict name; a raw matrix is stored under it
-    stored_shape: tuple[int, ...]  # shape of the parameter (of a Conv1D: [in, out])
+    stored_shape: tuple[Positive, ...]  # shape of the parameter (of a Conv1D: [in, out])
+    measured: Share = 1.0  # share of alpha and beta that was measured, see waterfill.evidence; the rest is
+    like: str | None = None  # that of these matrices: a pattern of names, or words
 
     @property
     def weights(self) -> int:
@@ -59,9 +69,9 @@ class KeptPlan:
     """A tensor that is no matrix (norm, bias, …) or that the user keeps; all of them in a lossless plan."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     dtype: str
-    size_bytes: int
+    size_bytes: Count
     codec: str = RAW  # or "lossless"
 
     @property
@@ -81,19 +91,32 @@ def kept_spec(name: str, codec: str, shape: tuple[int, ...], dtype: str, size_by
 
 
 @dataclass(frozen=True)
+class Unused:
+    """A tensor of the checkpoint that the model of its config.json has no place for, and that is left out."""
+
+    name: str  # in the checkpoint
+    size_bytes: Count
+    expected: bool  # whether transformers knows it as superfluous
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Predicted loss: KL(model || packed), nats per token, and perplexity on text like the probe.
 
     Outside the regime where the second-order model holds, `in_regime` is false and there is no upper bound: `kl` is
     then only an indication. A lossless plan predicts 0, and knows no perplexity.
+
+    It is for text like the probe. `assumed_kl` is what `kl` has beyond the measurement, for matrices that the probe
+    hardly reached: text that uses them more than the probe does may lose more, and nothing says how much.
     """
 
-    kl: float
-    kl_low: float
-    kl_high: float | None
-    ppl: float | None
-    ppl_reference: float | None
+    kl: Magnitude
+    kl_low: Magnitude
+    kl_high: Magnitude | None
+    ppl: Perplexity | None
+    ppl_reference: Perplexity | None
     in_regime: bool
+    assumed_kl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,17 +125,18 @@ class Plan:
 
     model: str  # as the user named it
     fingerprint: str  # of the checkpoint
-    budget: Mapping[str, Any]
-    gain: str
-    probe: Mapping[str, Any]
+    budget: Mapping[str, Count | Magnitude | bool]
+    gain: Gain
+    probe: Mapping[str, str | int | float | None]
     keep: tuple[str, ...]
-    shard_bytes: int
-    size_bytes: int  # all weight files of the artifact, exactly
-    bits: float  # stored bits per weight of the matrices; in a lossless plan of all tensors
+    shard_bytes: Positive
+    size_bytes: Positive  # all weight files of the artifact, exactly
+    bits: Magnitude  # stored bits per weight of the matrices; in a lossless plan of all tensors
     predicted: Prediction
     tensors: tuple[TensorPlan, ...]
     kept: tuple[KeptPlan, ...]
     optimal: str  # how good the allocation is, in one sentence
+    unused: tuple[Unused, ...] = ()
 
     @property
     def lossless(self) -> bool:
@@ -140,23 +164,80 @@ class Plan:
 
     @staticmethod
     def load(path: Path) -> Plan:
-        """Read a plan that `to_json` wrote; WaterfillError if it is not one."""
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("version") != VERSION:
-                raise ValueError("unknown version")
-            return _from_json(data)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise WaterfillError(
-                f"{path} is not a plan of this version ({error}); write one with `waterfill plan --save`"
-            ) from error
+        """Read a plan that `to_json` wrote; WaterfillError if it is not one, or does not agree with itself."""
+        return typed.load(path, "plan", VERSION, _from_json)
 
 
 def _from_json(data: dict[str, Any]) -> Plan:
-    def tuples(record: dict[str, Any]) -> dict[str, Any]:
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    plan: Plan = typed.read(Plan, data)
+    _check_budget(plan)
+    for tensor in plan.tensors:
+        _check_matrix(tensor)
+    for kept in plan.kept:
+        _check_kept(kept)
+    everything: list[TensorPlan | KeptPlan] = [*plan.tensors, *plan.kept]
+    name, times = Counter(tensor.name for tensor in everything).most_common(1)[0] if everything else ("", 0)
+    _agree(times < 2, f"{quote(name)} is in it {times} times")
+    stored = everything if plan.lossless else plan.tensors
+    weights = sum(math.prod(tensor.shape) for tensor in stored)
+    size_bytes = sum(tensor.size_bytes for tensor in stored)
+    _agree(weights > 0, "it has nothing to pack")
+    _agree(
+        _close(plan.bits * weights, 8 * size_bytes), f"bits is {plan.bits}, where its tensors add up to another rate"
+    )
+    return plan
 
-    data["predicted"] = Prediction(**data["predicted"])
-    data["tensors"] = tuple(TensorPlan(**tuples(record)) for record in data["tensors"])
-    data["kept"] = tuple(KeptPlan(**tuples(record)) for record in data["kept"])
-    return Plan(**tuples(data))
+
+def _check_budget(plan: Plan) -> None:
+    if plan.lossless:
+        _agree(plan.budget == {"lossless": True}, "budget asks for more than lossless")
+        _agree(not plan.tensors, "it is lossless and has tensors that are not")
+        return
+    try:
+        _agree(not any(isinstance(value, bool) for value in plan.budget.values()), "budget is true, expected a number")
+        Budget(**cast(Any, plan.budget))
+    except (TypeError, BudgetError) as error:
+        raise ValueError(f"budget is none: {error}") from error
+
+
+def _check_matrix(tensor: TensorPlan) -> None:
+    where = f"of {quote(tensor.name)}"
+    _check_dtype(tensor, WEIGHT_DTYPES, where)
+    _agree(tensor.stored_shape in (tensor.shape, tensor.shape[::-1]), f"stored_shape {where} is not its shape")
+    if tensor.role == "expert":
+        numbered = tensor.name.rpartition(".")[2]
+        _agree(numbered.isascii() and numbered.isdecimal(), f"role {where} is expert, and its name has no number")
+        _agree(tensor.codec not in (RAW, LOSSLESS), f"codec {where} is {tensor.codec!r}, which no expert can have")
+    if tensor.codec not in (RAW, LOSSLESS):
+        try:
+            _agree(not isinstance(get_codec(tensor.codec), Levels), f"codec {where} is one of memory only")
+        except WaterfillError as error:
+            raise ValueError(f"codec {where} is {quote(tensor.codec)}, which this waterfill does not know") from error
+    _check_size(tensor, where)
+    bits = 8 * tensor.size_bytes / tensor.weights
+    _agree(_close(tensor.rate_bits, bits), f"rate_bits {where} is {tensor.rate_bits}, where its bytes make {bits}")
+
+
+def _check_kept(kept: KeptPlan) -> None:
+    where = f"of {quote(kept.name)}"
+    _agree(kept.codec in (RAW, LOSSLESS), f"codec {where} is {quote(kept.codec)}, expected {RAW} or {LOSSLESS}")
+    _check_dtype(kept, KEPT_DTYPES if kept.codec == RAW else WEIGHT_DTYPES, where)
+    _check_size(kept, where)
+
+
+def _check_dtype(tensor: TensorPlan | KeptPlan, permitted: Collection[str], where: str) -> None:
+    _agree(tensor.dtype in permitted, f"dtype {where} is {quote(tensor.dtype)}, expected {' or '.join(permitted)}")
+
+
+def _check_size(tensor: TensorPlan | KeptPlan, where: str) -> None:
+    taken = tensor.spec().size_bytes
+    _agree(tensor.size_bytes == taken, f"size_bytes {where} is {tensor.size_bytes:,}, where its codec takes {taken:,}")
+
+
+def _agree(fits: bool, otherwise: str) -> None:
+    if not fits:
+        raise ValueError(otherwise)
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-9)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from waterfill.allocate import Allocation, allocate, certificate, feasible_bytes, smallest
@@ -18,6 +18,7 @@ from waterfill.architecture import Architecture
 from waterfill.artifact import SHARD_BYTES, lay_out
 from waterfill.budget import Budget
 from waterfill.errors import BudgetError, WaterfillError
+from waterfill.evidence import weigh
 from waterfill.loss import Coefficients, Gain
 from waterfill.menu import CodedBytes, Menus, Purpose, coded_where_smaller, kept_plans, make_menus, planned_kl
 from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
@@ -29,6 +30,7 @@ REGIME_KL = 0.1
 # Systematic error of the prediction by probe (docs/results.md), as factors on the predicted loss.
 MARGINS = {"self": (0.8, 1.2), "text": (0.9, 1.1), "random": (0.3, 1.2)}
 EVERYTHING = ("*",)  # patterns of what a lossless plan keeps
+MOST_NLL = 700.0  # whose perplexity is still a number
 ROUNDS = 8  # of settling headers against choices; two or three are enough in practice
 
 
@@ -60,13 +62,17 @@ def make_plan(
         BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
         WaterfillError: no matrix is left to pack, the sensitivities lack one, or a tie cannot be.
     """
-    menus = make_menus(architecture, sensitivity.tensors, request.gain, request.codecs, request.purpose)
+    evidence = weigh(architecture.matrices, sensitivity.tensors, sensitivity.tokens)
+    coefficients = {name: found.coefficients for name, found in evidence.items()}
+    menus = make_menus(architecture, coefficients, request.gain, request.codecs, request.purpose)
     solver = _Solver(menus, kept_plans(architecture, coded_bytes), _ties(menus, request), request)
     allocation = solver.solve()
     tensors = solver.refined(allocation)
     if coded_bytes is not None:
         pairs = zip(tensors, menus.matrices, strict=True)
         tensors = tuple(coded_where_smaller(tensor, matrix, coded_bytes) for tensor, matrix in pairs)
+    optimal = _how_good(allocation, tensors, menus.tensors(allocation.choices))
+    tensors = tuple(replace(t, measured=evidence[t.name].measured, like=evidence[t.name].like) for t in tensors)
     return Plan(
         model=model,
         fingerprint=sensitivity.fingerprint,
@@ -80,7 +86,7 @@ def make_plan(
         predicted=predict(tensors, sensitivity),
         tensors=tensors,
         kept=solver.kept,
-        optimal=_how_good(allocation, tensors, menus.tensors(allocation.choices)),
+        optimal=optimal,
     )
 
 
@@ -107,18 +113,26 @@ def make_lossless_plan(
 
 
 def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Prediction:
-    """Sum of the tensors' losses; the interval joins the probe's margin and sampling errors, as if fully correlated."""
+    """Sum of the tensors' losses; the interval joins the probe's margin and sampling errors, as if fully correlated.
+
+    Where tensors were hardly measured, it also spans what the measurement alone says and what was assumed.
+    """
     kl = math.fsum(tensor.kl for tensor in tensors)
+    alone = math.fsum(
+        tensor.kl if tensor.measured == 1 else planned_kl(tensor, sensitivity.tensors[tensor.name], tensor.rho)
+        for tensor in tensors
+    )
     stderr = math.fsum(_stderr(tensor, sensitivity.tensors[tensor.name]) for tensor in tensors)
-    low, high = MARGINS.get(sensitivity.probe.get("kind", ""), MARGINS["random"])
+    low, high = MARGINS.get(str(sensitivity.probe.get("kind")), MARGINS["random"])
     in_regime = kl <= REGIME_KL
     return Prediction(
         kl=kl,
-        kl_low=max(0.0, kl * low - 2 * stderr),
-        kl_high=kl * high + 2 * stderr if in_regime else None,
-        ppl=math.exp(min(sensitivity.nll + kl, 700.0)),
-        ppl_reference=math.exp(sensitivity.nll),
+        kl_low=max(0.0, min(kl, alone) * low - 2 * stderr),
+        kl_high=max(kl, alone) * high + 2 * stderr if in_regime else None,
+        ppl=math.exp(min(sensitivity.nll + kl, MOST_NLL)),
+        ppl_reference=math.exp(min(sensitivity.nll, MOST_NLL)),
         in_regime=in_regime,
+        assumed_kl=kl - alone,
     )
 
 

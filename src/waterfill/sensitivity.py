@@ -22,18 +22,20 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
+from waterfill import typed
 from waterfill.architecture import Matrix, parameters_of
 from waterfill.errors import WaterfillError
 from waterfill.estimators import Sample, fisher_pass, perturb_pass
 from waterfill.loss import Coefficients
+from waterfill.typed import Count, Range
 
 Progress = Callable[[int, int], None]
 Method = Literal["fisher", "perturb"]
@@ -48,9 +50,9 @@ class Sensitivity:
 
     fingerprint: str  # of the checkpoint
     method: Method
-    probe: Mapping[str, Any]  # kind, sequences, length, seed, text
-    nll: float  # of the undisturbed model on the probe's tokens, nats per token
-    tokens: int  # predicted positions
+    probe: Mapping[str, str | int | float | None]  # kind, sequences, length, seed, text
+    nll: Annotated[float, Range(-1, 1e12)]  # of the undisturbed model on the probe's tokens, nats per token
+    tokens: Count  # predicted positions
     tensors: Mapping[str, Coefficients]
 
     def to_json(self) -> str:
@@ -59,19 +61,15 @@ class Sensitivity:
     @staticmethod
     def load(path: Path) -> Sensitivity:
         """Read a file that `to_json` wrote; WaterfillError if it is not one."""
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("version") != VERSION:
-                raise ValueError("unknown version")
-            tensors = {name: Coefficients(**values) for name, values in data.pop("tensors").items()}
-            numbers = [data["nll"], *(value for some in tensors.values() for value in astuple(some))]
-            if not all(math.isfinite(number) for number in numbers):
-                raise ValueError("a number is not finite")
-            return Sensitivity(**data, tensors=tensors)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise WaterfillError(
-                f"{path} is not a sensitivity file of this version ({error}); write one with `waterfill plan --save`"
-            ) from error
+        return typed.load(path, "sensitivity file", VERSION, _from_json)
+
+
+def _from_json(data: dict[str, Any]) -> Sensitivity:
+    found: Sensitivity = typed.read(Sensitivity, data)
+    old = {name for name, fields in data["tensors"].items() if "tokens" not in fields}  # of before they were counted
+    unreached = Coefficients(0.0, 0.0)
+    tensors = {n: replace(c, tokens=0) if n in old and c == unreached else c for n, c in found.tensors.items()}
+    return replace(found, tensors=tensors)
 
 
 def measure(
@@ -121,7 +119,8 @@ def measure(
     for name in (matrix.name for matrix in matrices):
         alpha, alpha_stderr = _mean_and_stderr([sample.alpha[name] for sample in samples], weights)
         beta, beta_stderr = _mean_and_stderr([sample.beta[name] for sample in samples], weights)
-        tensors[name] = Coefficients(alpha, beta, alpha_stderr, beta_stderr)
+        reached = sum(sample.tokens[name] for sample in samples)
+        tensors[name] = Coefficients(alpha, beta, alpha_stderr, beta_stderr, reached)
     positions = tokens.shape[0] * (tokens.shape[1] - 1)
     return Sensitivity(fingerprint, method, dict(probe or {}), nll, positions, tensors)
 

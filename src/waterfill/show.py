@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ if TYPE_CHECKING:  # they import torch, which the command line does without unti
     from waterfill.runtime.generate import GenerationStats
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
+MOST_KL = 700.0  # whose perplexity is still a number
+HARDLY_MEASURED = 0.5  # share of the measurement in its sensitivity, below which a matrix is named as assumed
 NOTABLE_SHARE = 0.01  # of the artifact, that a kept tensor must have to be named
 
 _PROBES = {"self": "text from the model itself", "random": "random tokens"}
@@ -105,7 +108,7 @@ def _summary(plan: Plan) -> Table:
         lines |= {
             "tensors": f"{len(plan.kept)} at {plan.bits:.4g} bits per weight",
             "weight files": f"{files}, {share:.1f} % of the original",
-            "predicted": Text("lossless: every bit comes back", style="green"),
+            "predicted": Text(f"lossless: every bit {'of these ' if plan.unused else ''}comes back", style="green"),
         }
     else:
         lines |= {
@@ -114,8 +117,10 @@ def _summary(plan: Plan) -> Table:
             "kept": f"{len(plan.kept)} other tensors, {format_size(kept_bytes)}{_largest_kept(plan)}",
             "weight files": f"{files}, {times:.1f} times smaller",
             "predicted": _prediction(plan.predicted, plan.probe),
+            **_evidence(plan),
             "allocation": plan.optimal,
         }
+    lines |= _unused(plan)
     grid = Table.grid(padding=(0, 2))
     for name, line in lines.items():
         grid.add_row(Text(name, style="bold"), line)
@@ -139,12 +144,39 @@ def _prediction(predicted: Prediction, probe: Mapping[str, Any]) -> Text:
             style="yellow",
         )
     measured_on = probe.get("text") or _PROBES.get(str(probe.get("kind")), "an unknown probe")
-    rise, low, high = (100 * math.expm1(kl) for kl in (predicted.kl, predicted.kl_low, predicted.kl_high))
+    rise, low, high = (100 * math.expm1(min(kl, MOST_KL)) for kl in (predicted.kl, predicted.kl_low, predicted.kl_high))
     return Text(
         f"KL {predicted.kl:.4g} nats per token ({predicted.kl_low:.3g} to {predicted.kl_high:.3g}), "
         f"perplexity +{rise:.2f} % (+{low:.2f} to +{high:.2f}), measured on {measured_on}",
         style="green",
     )
+
+
+def _unused(plan: Plan) -> dict[str, Text]:
+    """A line about tensors of the checkpoint that the artifact does not have, if there are any."""
+    if not plan.unused:
+        return {}
+    surprising = [tensor for tensor in plan.unused if not tensor.expected]
+    size = format_size(sum(tensor.size_bytes for tensor in plan.unused))
+    sentence = f"{len(plan.unused)} tensors of the checkpoint, {size}, such as {(surprising or plan.unused)[0].name}: "
+    why = "the model of config.json has no place for them" if surprising else "transformers does without them, too"
+    return {"left out": Text(sentence + why, style="yellow" if surprising else "")}
+
+
+def _evidence(plan: Plan) -> dict[str, Text]:
+    """A line about the matrices whose sensitivities were assumed rather than measured, if there are any."""
+    assumed = [tensor for tensor in plan.tensors if tensor.measured < HARDLY_MEASURED]
+    if not assumed:
+        return {}
+    unreached = sum(tensor.measured == 0 for tensor in assumed)
+    share = 100 * sum(tensor.weights for tensor in assumed) / sum(tensor.weights for tensor in plan.tensors)
+    like = Counter(_kind(tensor.like or "") for tensor in assumed).most_common()
+    sentence = (
+        f"the probe hardly reached {len(assumed)} matrices ({share:.2g} % of the weights), {unreached} of them not at "
+        f"all; they are taken to be as sensitive as {like[0][0]}{' and others' if len(like) > 1 else ''} usually are, "
+        "and the prediction does not cover text that uses them more; --keep keeps them as they are"
+    )
+    return {"not measured": Text(sentence, style="yellow")}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ other; here they are applied to names alone, so that single rows can be read wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise, zip_longest
 from typing import Any, NamedTuple
@@ -105,11 +106,11 @@ def _check_causal(checkpoint: Checkpoint, config: Any) -> None:
         )
 
 
-def locate(model: Any, checkpoint: Checkpoint) -> tuple[tuple[Stored, ...], tuple[str, ...]]:
-    """Parameters and persistent buffers of a skeleton in execution order, and the checkpoint tensors it does not use.
+def locate(model: Any, checkpoint: Checkpoint) -> tuple[tuple[Stored, ...], tuple[str, ...], tuple[str, ...]]:
+    """Parameters and persistent buffers of a skeleton in execution order, the checkpoint tensors that it does not use,
+    and its buffers that the checkpoint lacks, which the model sets itself.
 
-    Tied tensors appear once, under the name that the others are tied to, wherever they are stored. Buffers that the
-    checkpoint lacks are left out: the model computes them.
+    Tied tensors appear once, under the name that the others are tied to, wherever they are stored.
 
     Raises:
         CheckpointError: a parameter is absent, of another shape or an unsupported dtype, or made from the checkpoint in
@@ -120,7 +121,7 @@ def locate(model: Any, checkpoint: Checkpoint) -> tuple[tuple[Stored, ...], tupl
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
-    stored, missing = [], []
+    stored, missing, absent = [], [], []
     for same in names.values():
         name, *aliases = sorted(same, key=model.all_tied_weights_keys.__contains__)
         places = [groups[known] for known in (name, *aliases) if known in groups]
@@ -129,13 +130,26 @@ def locate(model: Any, checkpoint: Checkpoint) -> tuple[tuple[Stored, ...], tupl
             stored.append(_check_stored(checkpoint, name, state[name], places[0]))
         elif isinstance(state[name], nn.Parameter):
             missing.append(name)
+        elif not _matches(name, model._keys_to_ignore_on_load_missing or ()):
+            absent.append(name)
     if missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks {len(missing)} tensors of the model, such as {missing[0]!r}, and holds "
             f"{len(checkpoint.tensors)}, such as {next(iter(checkpoint.tensors), None)!r}: expected every tensor that "
             f"{CONFIG} calls for."
         )
-    return tuple(stored), ignored
+    return tuple(stored), ignored, tuple(absent)
+
+
+def superfluous(model: Any, ignored: Sequence[str]) -> frozenset[str]:
+    """Those of the ignored tensors that transformers leaves out without a word: masks and tables that older versions
+    stored, and parts of a model that it does not run."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    return frozenset(name for name in ignored if _matches(name, patterns))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def _find_on_disk(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, Groups], tuple[str, ...]]:

@@ -24,7 +24,7 @@ from waterfill.checkpoint import CONFIG, WEIGHT_DTYPES, open_checkpoint
 from waterfill.errors import WaterfillError
 from waterfill.evaluate.text import positions
 from waterfill.hf import QUANT_METHOD
-from waterfill.loading import load, load_checkpoint, load_tokenizer, measuring_dtype
+from waterfill.loading import load, load_checkpoint, load_tokenizer, measuring_dtype, model_of
 from waterfill.runtime.gguf import SUFFIX, GgufModel, GgufTokenizer
 
 PACKED, CHECKPOINT, GGUF = "packed", "checkpoint", "gguf"
@@ -96,9 +96,7 @@ class CheckpointSubject(Subject):
         return load_checkpoint(self.checkpoint)
 
     def load_to_run(self) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            self.path, dtype="auto", trust_remote_code=False
-        ).eval()
+        return model_of(self.path, dtype="auto")
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.path)

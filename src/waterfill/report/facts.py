@@ -128,7 +128,7 @@ def architecture_of(plan: Plan) -> Architecture:
             transposed=tensor.stored_shape[-2:] != tensor.shape,
             shape=tensor.shape,
             dtype=tensor.dtype,
-            role=tensor.role,  # type: ignore[arg-type]
+            role=tensor.role,
             pieces=(),
         )
         for tensor in plan.tensors
@@ -143,7 +143,7 @@ def sensitivity_of(path: Path, plan: Plan) -> Sensitivity:
         return Sensitivity.load(path / SENSITIVITY_FILE)
     # The plan's interval tells the sampling error of the whole; as it was taken, all tensors share it.
     predicted = plan.predicted
-    low = MARGINS.get(plan.probe.get("kind", ""), MARGINS["random"])[0]
+    low = MARGINS.get(str(plan.probe.get("kind")), MARGINS["random"])[0]
     share = max(0.0, (predicted.kl * low - predicted.kl_low) / 2 / predicted.kl) if predicted.kl else 0.0
     tensors = {
         t.name: Coefficients(t.alpha, t.beta, share * max(t.alpha, 0.0), share * max(t.beta, 0.0)) for t in plan.tensors
@@ -170,7 +170,7 @@ def _best(row: Row, curve: tuple[CurvePoint, ...]) -> bool:
 
 
 def _request(plan: Plan) -> Request:
-    return Request(Budget(bits=16.0), gain=plan.gain, shard_bytes=plan.shard_bytes)  # type: ignore[arg-type]
+    return Request(Budget(bits=16.0), gain=plan.gain, shard_bytes=plan.shard_bytes)
 
 
 def _weights(plan: Plan) -> int:
