@@ -20,10 +20,8 @@ SAMPLE = {
     "gpt2",  # Conv1D, tied head
     "gpt_oss",  # experts stored transposed, with biases
     "jamba",  # attention, Mamba, experts
-    "llama",
     "llama4_text",  # experts multiplied with all at once
     "mamba",  # no attention at all
-    "mixtral",
     "recurrent_gemma",  # recurrent layers, windows
     "rwkv",  # weights rescaled in place
 }
