@@ -65,7 +65,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["eval", "WORK/packed", "--against", "MODEL", "--text", "WORK/text.py", "--windows", "0"], r"0 is not in"),
     (["generate", "WORK/packed"], r"Missing option '--prompt' / '-p'; try waterfill generate --help"),
     (["generate", "WORK/packed", "-p", "x", "--temperature", "-1"], r"temperature is -1\.0; choose 0 \(greedy\)"),
-    (["generate", "WORK/packed", "-p", "x", "--max-new-tokens", "0"], r"max_new_tokens is 0; choose at least 1"),
+    (["generate", "WORK/packed", "-p", "x", "--max-new-tokens", "0"], r"max_new_tokens is 0; choose a whole"),
     (["generate", "WORK/packed", "-p", os.fsdecode(b"caf\xe9")], r"the prompt is not valid UTF-8: its character 4 is"),
     (["generate", "MODEL", "-p", "x"], r"does not begin as a waterfill shard does"),
     (["chat", "missing"], r"missing is not a directory"),

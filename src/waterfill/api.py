@@ -10,9 +10,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack, cast
+from typing import Literal, TypedDict, Unpack, cast, get_args
 
+from waterfill import files
 from waterfill.architecture import Architecture, Kept, Matrix, describe
+from waterfill.arguments import PATH, Check, checked, choice, optional
 from waterfill.artifact import RAW, check_target, open_artifact
 from waterfill.budget import Budget, parse_size
 from waterfill.checkpoint import Checkpoint, open_checkpoint
@@ -22,12 +24,12 @@ from waterfill.evaluation import Evaluation, evaluate
 from waterfill.kept import coded_bytes
 from waterfill.loading import load, load_checkpoint, load_tokenizer, read_plan
 from waterfill.loss import Gain
-from waterfill.menu import CodedBytes, Purpose
+from waterfill.menu import PURPOSES, CodedBytes, Purpose, codec_names
 from waterfill.pack import SENSITIVITY_FILE, pack_plan
 from waterfill.plan import Plan
 from waterfill.planner import EVERYTHING, Request, make_lossless_plan, make_plan
-from waterfill.probe import Probe, probe_tokens
-from waterfill.sensitivity import Method, Sensitivity, measure
+from waterfill.probe import KINDS, Probe, probe_tokens, read_text
+from waterfill.sensitivity import PASSES, Method, Sensitivity, measure
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -62,7 +64,7 @@ class ProbeOptions(TypedDict, total=False):
 class PlanOptions(ProbeOptions, total=False):
     """What a plan is asked for: exactly one of size, bits, max_kl and lossless; the rest has defaults."""
 
-    size: str | int | None  # bytes of all weight files, or "2.5GB"
+    size: str | float | None  # bytes of all weight files, or "2.5GB"
     bits: float | None  # stored bits per weight of the matrices
     max_kl: float | None  # predicted loss, nats per token
     lossless: bool  # every bit is kept, and nothing but the revision is left to choose
@@ -75,6 +77,19 @@ class PlanOptions(ProbeOptions, total=False):
     sensitivity: str | Path | Sensitivity | None
 
 
+CHECKS = {
+    "gain": choice(*get_args(Gain)),
+    "purpose": choice(*PURPOSES),
+    "probe": choice(*KINDS),
+    "method": choice(*PASSES),
+    "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),
+    "sensitivity": optional(
+        Check("a file, or sensitivities", lambda value: isinstance(value, Sensitivity) or PATH.holds(value))
+    ),
+}
+
+
+@checked(ProbeOptions, **CHECKS)
 def sensitivity(
     model: str | Path, *, keep: Sequence[str] = (), progress: Progress | None = None, **options: Unpack[ProbeOptions]
 ) -> Sensitivity:
@@ -83,6 +98,7 @@ def sensitivity(
     return _measure(checkpoint, describe(checkpoint, keep), progress, options)
 
 
+@checked(PlanOptions, **CHECKS)
 def plan(
     model: str | Path,
     *,
@@ -98,16 +114,17 @@ def plan(
     """
     if save is not None:
         save = Path(save)
-        save.parent.mkdir(parents=True, exist_ok=True)  # fails before minutes of measuring, if it does
+        files.prepare(save)  # fails before minutes of measuring, if it does
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
     made, measured = _plan(str(model), checkpoint, progress, options)[:2]
     if save is not None:
-        save.write_text(made.to_json(), encoding="utf-8")
+        files.write(save, made.to_json())
         if measured is not None:
-            save.with_suffix(".sensitivity.json").write_text(measured.to_json(), encoding="utf-8")
+            files.write(save.with_suffix(".sensitivity.json"), measured.to_json())
     return made
 
 
+@checked(PlanOptions, **CHECKS)
 def pack(
     model: str | Path,
     out: str | Path,
@@ -157,6 +174,7 @@ class Inspection:
     measured_t2: Mapping[str, float]  # of every packed matrix
 
 
+@checked()
 def inspect(artifact: str | Path, *, verify: bool = True) -> Inspection:
     """Open an artifact and say what is in it; `verify` reads every byte."""
     path = Path(artifact)
@@ -185,6 +203,7 @@ def _plan(
         purpose=options.get("purpose", "storage"),
     )
     architecture = describe(checkpoint, request.keep)
+    codec_names(architecture, request.codecs)  # refuses what is none, before minutes of measuring
     given = options.get("sensitivity")
     if given is None:
         measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options))
@@ -243,6 +262,8 @@ def _measure(
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     tokenizer = load_tokenizer(checkpoint.path) if text else None  # before minutes of loading
+    if text:
+        read_text(Path(text))
     model = load_checkpoint(checkpoint)
     tokens = probe_tokens(model, tokenizer, probe, step("sampling a probe"))
     return measure(

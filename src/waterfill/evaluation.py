@@ -19,6 +19,7 @@ import torch
 
 import waterfill
 from waterfill import native
+from waterfill.arguments import checked, choice
 from waterfill.efficiency import Efficiency
 from waterfill.efficiency import efficiency as run_efficiency
 from waterfill.errors import WaterfillError
@@ -37,6 +38,7 @@ from waterfill.evaluate import (
     perplexity,
     token_ids,
 )
+from waterfill.evaluate.conventions import CONVENTIONS
 from waterfill.evaluate.divergence import COLUMNS as DIVERGENCE_COLUMNS
 from waterfill.evaluate.journal import Journal
 from waterfill.evaluate.local_tasks import SUFFIX as TASK_SUFFIX
@@ -45,7 +47,7 @@ from waterfill.evaluate.tasks import EFFICIENCY, TaskResults, names_of, run_task
 from waterfill.loading import read_plan
 from waterfill.native import FLOAT_ACTIVATIONS
 from waterfill.pack import PLAN_FILE
-from waterfill.subjects import PACKED, Subject, open_subject
+from waterfill.subjects import CHECKPOINT, PACKED, Subject, open_subject
 
 Progress = Callable[[str, int, int], None]  # called with (what is being done, steps done, steps in all)
 _convention = convention  # `evaluate` has a parameter of that name
@@ -75,6 +77,7 @@ class Evaluation(Record):
     efficiency: Efficiency | None = None
 
 
+@checked(convention=choice(*CONVENTIONS))
 def evaluate(
     model: str | Path,
     against: str | Path | None = None,
@@ -85,7 +88,7 @@ def evaluate(
     stride: int | None = None,
     max_windows: int | None = None,
     batch: int = 1,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     cache: bool = True,
     tasks: str | Sequence[str] = (),
     shots: int | None = None,
@@ -122,6 +125,8 @@ def evaluate(
         WaterfillError: a bad model, text or option, or two models that do not go together.
     """
     names = names_of(tasks)
+    if not names and tasks not in ((), []):
+        raise WaterfillError(f"tasks is {tasks!r}, which names none; give names, presets or files of JSON lines")
     efficiency = efficiency or EFFICIENCY in names
     specs = task_specs(names)
     if text is None and not specs and not efficiency and not _is_kld(against):
@@ -131,6 +136,8 @@ def evaluate(
     subject = open_subject(model, revision=revision, memory=memory)
     run = _Run(Cache.default() if cache else None, batch, progress)
     reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision)
+    if revision is not None and reference is None and subject.kind != CHECKPOINT:
+        raise WaterfillError(f"{model} has no revision {revision!r}, only a hub model has; leave the revision out")
     measured = Evaluation(size_bytes=subject.size_bytes)
     if _is_kld(against):
         if text is not None:

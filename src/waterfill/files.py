@@ -36,13 +36,17 @@ def prepare(path: Path) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """Put content into a file: beside it, flushed, and renamed, so that a full disk or a kill leaves what was there.
 
-    Links stay links. A pipe or a device is written to as it is. Raises WaterfillError where it cannot be.
+    Links stay links. A device, or a pipe that somebody reads, is written to as it is. Raises WaterfillError where it
+    cannot be.
     """
     prepare(path)
     with _writing(path):
         data, real = content.encode() if isinstance(content, str) else content, resolved(path)
         if real.exists() and not real.is_file():
-            real.write_bytes(data)
+            handle = os.open(real, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))  # which waits for nobody to read
+            os.set_blocking(handle, True)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
             return
         partial = real.with_name(f".waterfill-{os.getpid()}.partial")
         try:

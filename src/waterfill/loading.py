@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from waterfill import process
+from waterfill.arguments import FLAG, Check, checked, optional
 from waterfill.artifact import open_artifact
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite
 from waterfill.errors import ArtifactError, WaterfillError
@@ -20,15 +21,17 @@ from waterfill.plan import Plan
 
 _log = logging.getLogger(__name__)
 
+_DTYPE = Check("a torch dtype, or None", lambda value: isinstance(value, torch.dtype))
 FLOAT32_SHARE = 0.4  # of the free memory that a float32 copy of the model may take; else it keeps its own dtype
 
 
+@checked(streamed=optional(FLAG), dtype=_DTYPE)
 def load(
     artifact: str | Path,
     *,
     dtype: torch.dtype | None = None,
     verify: bool = True,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     streamed: bool | None = None,
     logits: int = 1,
 ) -> Any:

@@ -13,6 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from waterfill import files
 from waterfill.artifact import RAW, Buffer, TensorSpec
 from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.codecs import LOSSLESS, get_codec
@@ -142,7 +143,7 @@ class Plan:
     def load(path: Path) -> Plan:
         """Read a plan that `to_json` wrote; WaterfillError if it is not one."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(files.read_text(path))
             if data.pop("version") != VERSION:
                 raise ValueError("unknown version")
             return _from_json(data)

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from waterfill import files
 from waterfill.architecture import Matrix
 from waterfill.errors import WaterfillError
 from waterfill.estimators import Sample, fisher_pass, perturb_pass
@@ -60,7 +61,7 @@ class Sensitivity:
     def load(path: Path) -> Sensitivity:
         """Read a file that `to_json` wrote; WaterfillError if it is not one."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(files.read_text(path))
             if data.pop("version") != VERSION:
                 raise ValueError("unknown version")
             tensors = {name: Coefficients(**values) for name, values in data.pop("tensors").items()}
@@ -110,7 +111,7 @@ def measure(
     with _only_trainable(model, {m.parameter for m in matrices} if method == "fisher" else set()):
         for done, part in enumerate(passes):
             samples.append(
-                PASSES[method](model, matrices, part, torch.Generator().manual_seed(seed * 1_000_003 + done))
+                PASSES[method](model, matrices, part, torch.Generator().manual_seed((seed * 1_000_003 + done) % 2**64))
             )
             _check_finite(samples[-1])
             if progress:

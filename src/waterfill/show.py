@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -59,29 +49,6 @@ def generation_line(stats: GenerationStats) -> str:
     if stats.tokens < 2:
         return count
     return f"{count}, first after {stats.first_token_s:.2f} s, then {stats.tokens_per_second:.1f} per second"
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar with an ETA per stage, on standard error if that is a terminal; yields the callback."""
-    console = Console(stderr=True, markup=False)
-    if not console.is_interactive:
-        yield None
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    tasks: dict[str, TaskID] = {}
-
-    def step(what: str, done: int, total: int) -> None:
-        bars.start()  # not earlier: downloads have bars of their own
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done)
-
-    try:
-        yield step
-    finally:
-        bars.stop()
 
 
 def duration(elapsed_s: float) -> str:

@@ -64,7 +64,7 @@ class PackedSubject(Subject):
 
     kind = PACKED
 
-    def __init__(self, path: Path, memory: str | int | None = None) -> None:
+    def __init__(self, path: Path, memory: str | float | None = None) -> None:
         stored = open_artifact(path, verify=True)
         self._memory = memory
         self.path, self.size_bytes = path, stored.size_bytes
@@ -132,7 +132,7 @@ class GgufSubject(Subject):
         return GgufTokenizer(self._model)
 
 
-def open_subject(source: str | Path, *, revision: str | None = None, memory: str | int | None = None) -> Subject:
+def open_subject(source: str | Path, *, revision: str | None = None, memory: str | float | None = None) -> Subject:
     """An artifact, a checkpoint (local directory or hub id) or a GGUF file. Raises WaterfillError for anything else.
 
     `memory` is what the process may take in all when it runs an artifact, which is streamed where that is little.

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from waterfill import files
 from waterfill._cache import cache_folder
 from waterfill.budget import parse_size
 from waterfill.errors import WaterfillError
@@ -166,8 +167,7 @@ class ReferenceStore:
         if form == "none":
             return
         _make_room(references, int(limit - needed))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / META).write_text(json.dumps(self._meta), "utf-8")
+        files.write(self.folder / META, json.dumps(self._meta))
 
     def _write(self, window: Window, logits: Tensor) -> None:
         if self.form == EXACT:
