@@ -45,6 +45,7 @@ USUAL: dict[str, list[str]] = {
     "plan": ["WORK/model", "--bits", "4.5", *MEASURED],
     "pack": ["WORK/model", "out", "--bits", "4.5", *MEASURED],
     "inspect": ["WORK/packed"],
+    "seal": ["WORK/packed"],
     "eval": ["WORK/packed", *TEXT, "--no-cache"],
     "compare": ["WORK/model", *TEXT, "--no-match", *MEASURED],
     "report": ["WORK/packed", "--original", "WORK/model"],

@@ -47,7 +47,7 @@ def choice(*names: str) -> Check:
 
 def optional(check: Check) -> Check:
     """The same, or None."""
-    return Check(f"{check.expected}, or None", lambda value: value is None or check.holds(value))
+    return Check(check.expected, lambda value: value is None or check.holds(value))
 
 
 def each(check: Check, of: str) -> Check:
@@ -87,7 +87,7 @@ CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("model", "out", "artifact", "output", "against", "original"), PATH),
     **dict.fromkeys(("text", "save", "calibration"), optional(PATH)),
     **dict.fromkeys(("size", "memory"), optional(SIZE)),
-    **dict.fromkeys(("bits", "max_kl"), optional(Check("a number", is_real))),
+    **dict.fromkeys(("bits", "max_kl"), optional(Check("a finite number", is_real))),
     **dict.fromkeys(("keep", "tie", "codecs", "methods", "prompts"), NAMES),
     **dict.fromkeys(
         ("lossless", "uniform", "overwrite", "verify", "streamed", "cache", "match", "chat_template", "efficiency"),
@@ -100,7 +100,7 @@ CHECKS: Mapping[str, Check] = {
     "seed": SEED,
     "tasks": Check("names, with commas or in a list", lambda value: isinstance(value, str) or NAMES.holds(value)),
     "revision": optional(Check("a branch, tag or commit", lambda value: isinstance(value, str) and value != "")),
-    "progress": Check("a function, or None", lambda value: value is None or callable(value)),
+    "progress": Check("a function", lambda value: value is None or callable(value)),
 }
 
 

@@ -153,6 +153,19 @@ def inspect(artifact: Path, every: bool, as_json: bool) -> None:
         _out().print(show.inspection_view(found, every=every))
 
 
+@commands.command()
+@_artifact
+@_json
+def seal(artifact: Path, as_json: bool) -> None:
+    """Accept the small files of ARTIFACT as they are now: settings, template, tokenizer. Weights are checked."""
+    with _progress.shown("checking"):
+        sealed = waterfill.seal(artifact)
+    if as_json:
+        _print_json(sealed.to_dict())
+    else:
+        _out().print(show.sealed_view(sealed))
+
+
 @commands.command(name="eval")
 @_model
 @click.option("--against", metavar="MODEL", help="The model that it was packed from, or a .kld file of llama.cpp.")

@@ -21,7 +21,7 @@ from waterfill.plan import Plan
 
 _log = logging.getLogger(__name__)
 
-_DTYPE = Check("a torch dtype, or None", lambda value: isinstance(value, torch.dtype))
+_DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
 FLOAT32_SHARE = 0.4  # of the free memory that a float32 copy of the model may take; else it keeps its own dtype
 
 

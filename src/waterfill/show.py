@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # they import torch, which the command line does without unti
     from waterfill.api import Inspection
     from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
     from waterfill.runtime.generate import GenerationStats
+    from waterfill.seal import Sealed
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
 NOTABLE_SHARE = 0.01  # of the artifact, that a kept tensor must have to be named
@@ -41,6 +42,12 @@ def plan_view(plan: Plan, *, every: bool = False, measured_t2: Mapping[str, floa
 def inspection_view(inspection: Inspection, *, every: bool = False) -> RenderableType:
     """What is in an artifact: the plan it was packed by, beside what was measured while packing."""
     return plan_view(inspection.plan, every=every, measured_t2=inspection.measured_t2)
+
+
+def sealed_view(sealed: Sealed) -> str:
+    """The files that are others than before, one a line."""
+    lines = [f"{how}  {name}" for how in ("changed", "added", "removed") for name in getattr(sealed, how)]
+    return "\n".join(lines) or "nothing has changed"
 
 
 def generation_line(stats: GenerationStats) -> str:

@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from waterfill.errors import WaterfillError
 from waterfill.sampling import Message, refused
 
 
@@ -33,6 +34,14 @@ def render(template: str, messages: Sequence[Message], special_tokens: Mapping[s
         )
     except TemplateError as error:
         raise refused(error) from error
+
+
+def check_template(template: str) -> None:
+    """Raise WaterfillError if a template is no Jinja."""
+    try:
+        _environment().parse(template)
+    except TemplateError as error:
+        raise WaterfillError(f"the chat template is no Jinja ({error}); mend it") from error
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
