@@ -25,6 +25,7 @@ from waterfill.budget import parse_size
 from waterfill.errors import BudgetError, WaterfillError
 from waterfill.probe import Probe
 from waterfill.sampling import Sampling
+from waterfill.writing import write_file
 
 WRONG: dict[str, list[Any]] = {
     "number": [True, "3", [3], 10**400, float("nan"), float("inf"), 3 + 0j, torch.ones(2)],
@@ -163,7 +164,7 @@ def test_a_full_disk_leaves_what_was_there(command: Command, work: Path, ref_lla
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_files_are_written_whole_or_not_at_all(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "a" / "file"
-    files.write(target, "first")
+    write_file(target, "first")
     target.chmod(0o640)
     link = tmp_path / "link"
     link.symlink_to(target)
@@ -174,9 +175,9 @@ def test_files_are_written_whole_or_not_at_all(step: str, tmp_path: Path, monkey
     with pytest.MonkeyPatch.context() as broken:
         broken.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[step], full)
         with pytest.raises(WaterfillError, match=r"cannot write .*/link \(No space left on device\); free some space"):
-            files.write(link, "second")
+            write_file(link, "second")
     assert [file.read_text() for file in target.parent.iterdir()] == ["first"]
-    files.write(link, "third")
+    write_file(link, "third")
     assert (target.read_text(), link.is_symlink(), stat.S_IMODE(target.stat().st_mode)) == ("third", True, 0o640)
 
 
@@ -194,18 +195,18 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
         (tmp_path / ("x" * 300), "too long"),
     ):
         with pytest.raises(WaterfillError, match=sentence):
-            files.write(path, "x")
+            write_file(path, "x")
     read: list[str] = []
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
     reader.start()
     while not read:
         try:
-            files.write(pipe, "said")
+            write_file(pipe, "said")
         except WaterfillError:  # the reader has not begun
             continue
         reader.join()
     assert read == ["said"]
-    files.write(Path(os.devnull), "x")
+    write_file(Path(os.devnull), "x")
     assert Path(os.devnull).is_char_device()
 
 

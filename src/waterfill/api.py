@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, cast, get_args
 
-from waterfill import files
 from waterfill.architecture import Architecture, Kept, Matrix, describe
 from waterfill.arguments import PATH, Check, checked, choice, optional
 from waterfill.artifact import RAW, check_target, open_artifact
@@ -30,6 +29,7 @@ from waterfill.plan import Plan
 from waterfill.planner import EVERYTHING, Request, make_lossless_plan, make_plan
 from waterfill.probe import KINDS, Probe, probe_tokens, read_text
 from waterfill.sensitivity import PASSES, Method, Sensitivity, measure
+from waterfill.writing import prepare_file, write_file
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -114,13 +114,13 @@ def plan(
     """
     if save is not None:
         save = Path(save)
-        files.prepare(save)  # fails before minutes of measuring, if it does
+        prepare_file(save)  # fails before minutes of measuring, if it does
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
     made, measured = _plan(str(model), checkpoint, progress, options)[:2]
     if save is not None:
-        files.write(save, made.to_json())
+        write_file(save, made.to_json())
         if measured is not None:
-            files.write(save.with_suffix(".sensitivity.json"), measured.to_json())
+            write_file(save.with_suffix(".sensitivity.json"), measured.to_json())
     return made
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
-from waterfill import api, files
+from waterfill import api
 from waterfill.architecture import Architecture, describe
 from waterfill.arguments import PATH, POSITIVE, SIZE, checked, each
 from waterfill.artifact import open_artifact
@@ -36,6 +36,7 @@ from waterfill.probe import Probe, probe_tokens, read_text
 from waterfill.report import Report, Sample, gather, render
 from waterfill.runtime.generate import Sampling, generate
 from waterfill.sensitivity import Sensitivity, measure
+from waterfill.writing import prepare_file, write_file
 
 PROMPTS = ("Once upon a time", "The capital of France is", "def fibonacci(n):")
 SAMPLE_TOKENS = 64
@@ -160,7 +161,7 @@ def report(
     stored = open_artifact(path, verify=True)
     plan = api.read_plan(path)
     page = Path(output) if output is not None else path.resolve().with_name(path.resolve().name + ".html")
-    files.prepare(page)
+    prepare_file(page)
     found: Divergence | None = None
     samples: tuple[Sample, ...] = ()
     ids: torch.Tensor | None = None
@@ -196,7 +197,7 @@ def report(
         options=_sample_options(prompts, max_new_tokens),
     )
     facts = replace(facts, path=page)
-    files.write(page, render(facts))
+    write_file(page, render(facts))
     return facts
 
 
@@ -235,7 +236,7 @@ def _measured(
         tokens = torch.tensor(json.loads(tokens_file.read_text()), dtype=torch.int64)
     except (OSError, ValueError):
         tokens = probe_tokens(model, tokenizer, probe, _step(progress, "sampling a probe"))
-        files.write(tokens_file, json.dumps(tokens.tolist()))
+        write_file(tokens_file, json.dumps(tokens.tolist()))
     if given is not None:
         return given, tokens
     kept = "-".join(sorted(options.get("keep", ())))
@@ -255,7 +256,7 @@ def _measured(
         probe={**recorded, "text": Path(text).name if text else None},
         progress=_step(progress, "measuring sensitivities"),
     )
-    files.write(sensitivity_file, found.to_json())
+    write_file(sensitivity_file, found.to_json())
     return found, tokens
 
 

@@ -1,89 +1,74 @@
-"""Files of the user's: read where they are files, written whole or not at all."""
+"""The small files of a model's directory, which may come from anybody: regular, of a sensible size, read at once.
+
+A named pipe would be waited for without end, and a link to a device read until memory ends. Links as such are fine: a
+hub's cache is made of them.
+"""
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import BinaryIO
 
-from waterfill.errors import WaterfillError
+SMALL_BYTES = 64_000_000  # of any file but weights; the largest tokenizers have half as many
+CONFIG_BYTES = 1 << 20
 
+# What transformers and tokenizers read, beside weights, of the directory that they are given.
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.codes")
+_FOLDER_OF_TEMPLATES = "additional_chat_templates"
 
-def read_text(path: Path) -> str:
-    """The text of a regular UTF-8 file; OSError for pipes and devices too, which might never end or begin."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    with os.fdopen(handle, encoding="utf-8") as file:
-        return file.read()
-
-
-def prepare(path: Path) -> None:
-    """Make the folder of a file that is to be written. Raises WaterfillError where it cannot be: before the work."""
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not os.access(path if resolved(path).exists() else path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+# A pipe is not waited for; none of the flags means anything to a regular file.
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Put content into a file: beside it, flushed, and renamed, so that a full disk or a kill leaves what was there.
+class UnfitFileError(OSError):
+    """A file that no model has: the middle of a sentence that begins with its name."""
 
-    Links stay links. A device, or a pipe that somebody reads, is written to as it is. Raises WaterfillError where it
-    cannot be.
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading.
+
+    Raises:
+        UnfitFileError: it is a directory, a pipe, a device or a socket.
+        OSError: it cannot be opened.
     """
-    prepare(path)
-    with _writing(path):
-        data, real = content.encode() if isinstance(content, str) else content, resolved(path)
-        if real.exists() and not real.is_file():
-            handle = os.open(real, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))  # which waits for nobody to read
-            os.set_blocking(handle, True)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            return
-        partial = real.with_name(f".waterfill-{os.getpid()}.partial")
-        try:
-            partial.write_bytes(data)
-            flush(partial)
-            if real.exists():
-                shutil.copymode(real, partial)
-            partial.replace(real)
-        finally:
-            partial.unlink(missing_ok=True)
-        flush(real.parent)
+    descriptor = os.open(path, _FLAGS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnfitFileError("it is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WaterfillError(
-            f"cannot write {path} ({error.strerror or error}); free some space, or name another file"
-        ) from error
+def read_small(path: Path, limit_bytes: int = SMALL_BYTES) -> bytes:
+    """All of a regular file of at most `limit_bytes`.
+
+    Raises:
+        UnfitFileError: it is not regular, or larger.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > limit_bytes:
+            raise UnfitFileError(f"it is larger than {limit_bytes} bytes")
+        return file.read(size_bytes)
 
 
-def resolved(path: Path) -> Path:
-    """Where a path leads, links followed, whether or not anything is there. Raises OSError for links in a circle."""
-    real = Path(os.path.realpath(path))
-    if real.is_symlink():
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    return real
+def read_text(path: Path, limit_bytes: int = SMALL_BYTES) -> str:
+    """`read_small` as UTF-8, which else raises UnicodeDecodeError, a ValueError."""
+    return read_small(path, limit_bytes).decode("utf-8")
 
 
-def flush(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open directories
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def check_settings(directory: Path) -> None:
+    """Look at every file that another library is going to read of a model's directory, weights excepted.
+
+    Raises:
+        UnfitFileError: the first that is not regular, or too large; the message begins with its name.
+    """
+    for path in (*directory.iterdir(), *(directory / _FOLDER_OF_TEMPLATES).glob("*.jinja")):
+        if not any(fnmatchcase(path.name, pattern) for pattern in SETTINGS):
+            continue
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > SMALL_BYTES:
+            raise UnfitFileError(f"{path} is not a regular file of at most {SMALL_BYTES} bytes")

@@ -13,12 +13,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from waterfill import files
 from waterfill.artifact import RAW, Buffer, TensorSpec
 from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.codecs import LOSSLESS, get_codec
 from waterfill.codecs.lossless import BUFFER
 from waterfill.errors import WaterfillError
+from waterfill.files import read_text
 
 VERSION = 1
 
@@ -143,7 +143,7 @@ class Plan:
     def load(path: Path) -> Plan:
         """Read a plan that `to_json` wrote; WaterfillError if it is not one."""
         try:
-            data = json.loads(files.read_text(path))
+            data = json.loads(read_text(path))
             if data.pop("version") != VERSION:
                 raise ValueError("unknown version")
             return _from_json(data)

@@ -7,6 +7,7 @@ text    windows spread over a text file of the user's
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def _start_token(config: Any) -> int | None:
 def read_text(path: Path) -> str:
     """A text to measure on; WaterfillError if it is none."""
     try:
-        return files.read_text(path)
+        return files.read_text(path, sys.maxsize)
     except (OSError, UnicodeDecodeError) as error:
         raise WaterfillError(f"cannot read {path} as UTF-8 text ({error}); name a readable text file") from error
 

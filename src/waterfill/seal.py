@@ -13,7 +13,6 @@ from typing import Any
 import transformers
 from torch import nn
 
-from waterfill import files
 from waterfill.arguments import checked
 from waterfill.artifact import RAW, Artifact, StoredTensor, is_file_name, open_artifact
 from waterfill.artifact.format import digest_file
@@ -26,6 +25,7 @@ from waterfill.loading import load_tokenizer
 from waterfill.pack import MARK, PLAN_FILE, SENSITIVITY_FILE
 from waterfill.records import Record
 from waterfill.skeleton import build_skeleton
+from waterfill.writing import write_file
 
 GENERATION = "generation_config.json"
 _RECORDS = (INDEX, PLAN_FILE, SENSITIVITY_FILE)  # of how the weights were packed: no settings
@@ -69,7 +69,7 @@ def seal(artifact: str | Path) -> Sealed:
     )
     _check(opened, sealed)
     if before != now:
-        files.write(path / MANIFEST, encode_manifest(now, shards))
+        write_file(path / MANIFEST, encode_manifest(now, shards))
     return sealed
 
 

@@ -30,10 +30,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from waterfill import files
 from waterfill.architecture import Matrix
 from waterfill.errors import WaterfillError
 from waterfill.estimators import Sample, fisher_pass, perturb_pass
+from waterfill.files import read_text
 from waterfill.loss import Coefficients
 
 Progress = Callable[[int, int], None]
@@ -61,7 +61,7 @@ class Sensitivity:
     def load(path: Path) -> Sensitivity:
         """Read a file that `to_json` wrote; WaterfillError if it is not one."""
         try:
-            data = json.loads(files.read_text(path))
+            data = json.loads(read_text(path))
             if data.pop("version") != VERSION:
                 raise ValueError("unknown version")
             tensors = {name: Coefficients(**values) for name, values in data.pop("tensors").items()}

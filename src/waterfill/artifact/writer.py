@@ -32,7 +32,7 @@ from waterfill.artifact.layout import Layout
 from waterfill.artifact.ledger import Ledger
 from waterfill.artifact.manifest import INDEX, MANIFEST, decode_manifest, encode_manifest
 from waterfill.errors import ArtifactError
-from waterfill.files import flush, resolved
+from waterfill.writing import flush, resolved
 
 _log = logging.getLogger(__name__)
 

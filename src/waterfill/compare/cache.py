@@ -9,9 +9,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from waterfill import files
 from waterfill._cache import cache_folder
 from waterfill.compare.base import Row
+from waterfill.writing import write_file
 
 VERSION = 1  # of what is stored, and of how peers are called; raise it when either changes
 
@@ -36,7 +36,7 @@ class Results:
         """Store a row; another process sees all of it or nothing."""
         file = self._file(key)
         content = {"version": VERSION, "key": _plain(key), "row": asdict(row)}
-        files.write(file, json.dumps(content, indent=1) + "\n")
+        write_file(file, json.dumps(content, indent=1) + "\n")
 
     def rows(self) -> Iterator[tuple[dict[str, Any], Row]]:
         """Everything that is stored, with its key."""

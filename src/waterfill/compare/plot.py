@@ -7,10 +7,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from waterfill import files
 from waterfill.budget import format_size
 from waterfill.compare.run import Comparison
 from waterfill.errors import WaterfillError
+from waterfill.writing import prepare_file, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,14 +34,14 @@ def check(path: Path | None = None) -> None:
         known = FigureCanvasBase.get_supported_filetypes()
         if _kind(path) not in known:
             raise WaterfillError(f"{path} is no kind of picture; let it end in one of .{', .'.join(sorted(known))}")
-        files.prepare(path)
+        prepare_file(path)
 
 
 def save(comparison: Comparison, path: Path) -> None:
     """Draw into a file, of the kind that its name ends in."""
     drawn = BytesIO()
     plot(comparison).savefig(drawn, format=_kind(path))
-    files.write(path, drawn.getvalue())
+    write_file(path, drawn.getvalue())
 
 
 def _kind(path: Path) -> str:

@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from waterfill import files
 from waterfill._cache import cache_folder
 from waterfill.budget import parse_size
 from waterfill.errors import WaterfillError
 from waterfill.evaluate.conventions import Convention, Window
 from waterfill.evaluate.expected import SAMPLED, Exact, Expected, TopK, condense
 from waterfill.evaluate.scoring import Progress, check_finite, prepare, score_windows, window_logits
+from waterfill.writing import write_file
 
 LIMIT_VARIABLE = "WATERFILL_CACHE_SIZE"
 LIMIT_BYTES = 4_000_000_000
@@ -167,7 +167,7 @@ class ReferenceStore:
         if form == "none":
             return
         _make_room(references, int(limit - needed))
-        files.write(self.folder / META, json.dumps(self._meta))
+        write_file(self.folder / META, json.dumps(self._meta))
 
     def _write(self, window: Window, logits: Tensor) -> None:
         if self.form == EXACT:
