@@ -47,7 +47,7 @@ from waterfill.evaluate.tasks import EFFICIENCY, TaskResults, names_of, run_task
 from waterfill.loading import read_plan
 from waterfill.native import FLOAT_ACTIVATIONS
 from waterfill.pack import PLAN_FILE
-from waterfill.subjects import CHECKPOINT, PACKED, Subject, open_subject
+from waterfill.subjects import CHECKPOINT, GGUF, PACKED, Subject, open_subject
 
 Progress = Callable[[str, int, int], None]  # called with (what is being done, steps done, steps in all)
 _convention = convention  # `evaluate` has a parameter of that name
@@ -153,7 +153,7 @@ def evaluate(
         measured = _on_text(subject, reference, ids, how, run)
     if specs:
         options = {"shots": shots, "limit": limit, "chat_template": chat_template}
-        dtype = None if reference is None else reference.dtype()
+        dtype = _dtype(subject, reference)
         asked, original = (
             None if each is None else _tasks(each, dtype, names, specs, run, **options) for each in (subject, reference)
         )
@@ -234,10 +234,16 @@ class _Run:
 _SETTINGS = (native.ISA_VARIABLE, FLOAT_ACTIVATIONS)
 
 
+def _dtype(subject: Subject, reference: Subject | None) -> torch.dtype | None:
+    """What both are measured in: the subject's, so that it has one perplexity, alone and beside its reference."""
+    return reference.dtype() if subject.kind == GGUF and reference is not None else subject.dtype()
+
+
 def _perplexity(subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Perplexity:
-    with run.journal(ids, how, PERPLEXITY_COLUMNS, subject.fingerprint, str(subject.dtype())) as journal:
+    dtype = _dtype(subject, None)
+    with run.journal(ids, how, PERPLEXITY_COLUMNS, subject.fingerprint, str(dtype)) as journal:
         return perplexity(
-            subject.load(),
+            subject.load(dtype),
             ids,
             **_arguments(how),
             batch=run.batch,
@@ -247,13 +253,13 @@ def _perplexity(subject: Subject, ids: torch.Tensor, how: Convention, run: _Run)
 
 
 def _divergence(reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Divergence:
-    dtype = reference.dtype()
+    dtype = _dtype(subject, reference)
     known = _stored(reference, ids, how, run, dtype)
     form, kept = ("live", None) if known is None else (known.form, known.kept)
     whose = (reference.fingerprint, form, str(kept), subject.fingerprint, str(dtype))
     with run.journal(ids, how, DIVERGENCE_COLUMNS, *whose) as journal:
         return divergence(
-            reference.load() if known is None else known,
+            reference.load(dtype) if known is None else known,
             subject.load(dtype),
             ids,
             **_arguments(how),
@@ -272,7 +278,7 @@ def _stored(
     store = run.cache.reference(evaluation_key(ids, how, torch.__version__, reference.fingerprint, str(dtype)))
     cut = how.cut(ids)
     if store.complete(cut) or store.fill(
-        reference.load(), cut, how, batch=run.batch, progress=run.step("reading the original")
+        reference.load(dtype), cut, how, batch=run.batch, progress=run.step("reading the original")
     ):
         return store
     return None
@@ -282,7 +288,9 @@ def _against_file(subject: Subject, file: KldFile, max_windows: int | None, run:
     how = file.convention(begin_token(subject.tokenizer()))
     ids = file.ids if max_windows is None else how.first_windows(file.ids, max_windows)
     progress = run.step("measuring")
-    return divergence(file, subject.load(), ids, **_arguments(how), batch=run.batch, progress=progress)
+    return divergence(
+        file, subject.load(_dtype(subject, None)), ids, **_arguments(how), batch=run.batch, progress=progress
+    )
 
 
 def _how(subject: Subject, name: str, context: int | None, stride: int | None) -> Convention:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import transformers
 
 from waterfill import process
 from waterfill.arguments import FLAG, Check, checked, optional
-from waterfill.artifact import open_artifact
-from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite
+from waterfill.artifact import TensorSpec, open_artifact
+from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorInfo, check_finite
 from waterfill.errors import ArtifactError, WaterfillError
 from waterfill.fit import fit, packed_names
 from waterfill.pack import PLAN_FILE
@@ -95,10 +96,14 @@ def load_checkpoint(checkpoint: Checkpoint) -> Any:
 
     Raises CheckpointError for NaN or infinite weights, whose traces in the model's outputs would name no tensor.
     """
+    return load_checkpoint_in(checkpoint, measuring_dtype(checkpoint.tensors.values()))
+
+
+def load_checkpoint_in(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+    """The same in a dtype of the caller's, None for the checkpoint's own."""
     for tensor in checkpoint.tensors.values():
         if tensor.dtype in WEIGHT_DTYPES:
             check_finite(checkpoint.read(tensor.name), tensor.name, tensor.file)
-    dtype = measuring_dtype(checkpoint)
     if dtype is None:
         _log.warning("%s is measured in its own dtype: a float32 copy would not fit in memory", checkpoint.path)
     return transformers.AutoModelForCausalLM.from_pretrained(
@@ -106,7 +111,7 @@ def load_checkpoint(checkpoint: Checkpoint) -> Any:
     ).eval()
 
 
-def measuring_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
-    """float32, where a copy of the model in it fits in memory; else None, for the checkpoint's own."""
-    weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+def measuring_dtype(tensors: Iterable[TensorInfo | TensorSpec]) -> torch.dtype | None:
+    """float32, where a copy of a model of these tensors in it fits in memory; else None, for the model's own."""
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
     return torch.float32 if 4 * weights <= FLOAT32_SHARE * process.free_bytes() else None
