@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 import torch
 
 from artifact_samples import CONFIG, FILES, build, content, directory_bytes, fill, model, packed, raw
-from waterfill.artifact import ArtifactWriter, Layout, lay_out, open_artifact
+from waterfill.artifact import ArtifactWriter, Layout, check_target, lay_out, open_artifact
+from waterfill.artifact.ledger import Ledger
+from waterfill.artifact.writer import _untidied
 from waterfill.errors import ArtifactError
 
 SHARDED = 40
@@ -102,6 +106,7 @@ def test_killed_at_every_step(tmp_path: Path, expected: dict[str, bytes], layout
         step += 1
         folder = tmp_path / str(step)
         out = folder / "out"
+        folder.mkdir()
         old = directory_bytes(build(out, [raw("old", "F32", 1)])) if overwrite else None
         with pytest.MonkeyPatch.context() as monkeypatch:
             calls = _kill_at(step, monkeypatch)
@@ -115,14 +120,93 @@ def test_killed_at_every_step(tmp_path: Path, expected: dict[str, bytes], layout
             assert directory_bytes(out) in (old, expected)
         elif overwrite:
             assert directory_bytes(folder / "out.partial" / "replaced") == old
-        if not (out.exists() and directory_bytes(out) == expected):
-            build(out, layout, overwrite=overwrite)
-        assert directory_bytes(out) == expected, calls
+        _recovers(folder, layout, overwrite, expected)
         build(out, layout, identity="another", overwrite=True)  # whatever a kill has left behind is no obstacle
         assert _names(folder) == ["out"]
         shutil.rmtree(folder)
     assert calls.count("rename") == 1 + overwrite
     assert len(calls) > 40
+
+
+def _recovers(folder: Path, layout: Layout, overwrite: bool, expected: dict[str, bytes]) -> None:
+    """Whatever was left by a kill, the same run again ends well; behind the last rename also one killed in its turn."""
+    left = Path(shutil.copytree(folder, folder.with_name("left")))
+    for step in itertools.count(1):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if _untidied(folder / "out"):
+                _kill_at(step, monkeypatch)
+            with suppress(Killed):
+                build(folder / "out", layout, overwrite=overwrite)
+                break
+        if _names(folder) != ["out"]:
+            build(folder / "out", layout, overwrite=overwrite)
+        assert directory_bytes(folder / "out") == expected
+        assert _names(folder) == ["out"]
+        shutil.rmtree(folder)
+        shutil.copytree(left, folder)
+    shutil.rmtree(left)
+    assert directory_bytes(folder / "out") == expected
+    assert _names(folder) == ["out"]
+
+
+def test_an_artifact_of_another_run_is_not_taken_for_the_finished_one(tmp_path: Path, layout: Layout) -> None:
+    """Tidying is completed only where everything says that it is this run's."""
+    out, work = build(tmp_path / "out", layout), tmp_path / "out.partial"
+    before = directory_bytes(out)
+    other = {**FILES, "config.json": b"{}"}
+
+    def publish(layout: Layout, files: dict[str, bytes], **options: Any) -> None:
+        work.mkdir(exist_ok=True)  # empty: a kill between the ledger's removal and the folder's
+        with ArtifactWriter(out, layout, "plan", **options) as writer:
+            for tensor in writer.pending():
+                fill(writer, tensor)
+            writer.publish(files)
+
+    publish(layout, FILES)
+    for files, wanted in ((other, layout), (FILES, lay_out([raw("a", "F32", 1)]))):
+        with pytest.raises(ArtifactError, match="exists already"):
+            publish(wanted, files)
+        assert directory_bytes(out) == before
+    publish(layout, other, overwrite=True)
+    assert directory_bytes(out)["config.json"] == b"{}"
+    assert _names(tmp_path) == ["out"]
+
+
+def test_finished_run_with_other_files_now(tmp_path: Path, layout: Layout, expected: dict[str, bytes]) -> None:
+    """Killed while it tidied up, and a file has changed since: with overwriting, weights are not packed again."""
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Ledger, "remove", lambda self: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            build(out, layout)
+    files = {**FILES, "config.json": b"{}"}
+    with pytest.raises(ArtifactError, match="exists already"), ArtifactWriter(out, layout, "plan") as writer:
+        writer.publish(files)
+    assert directory_bytes(out) == expected
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Ledger, "remove", lambda self: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            build(out, layout, overwrite=True, identity="new")
+    with ArtifactWriter(out, layout, "new", overwrite=True) as writer:
+        assert writer.pending() == ()
+        writer.publish(files)
+    assert directory_bytes(out)["config.json"] == b"{}"
+    assert open_artifact(out).size_bytes == layout.size_bytes
+
+
+def test_links_in_a_circle_and_the_current_directory_are_refused(
+    tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    circle, here = tmp_path / "circle", tmp_path / "here"
+    circle.symlink_to("circle")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for out, sentence in ((circle, "symbolic links"), (Path(), "current directory"), (here, "current directory")):
+        with pytest.raises(ArtifactError, match=sentence):
+            check_target(out, overwrite=True)
+        with pytest.raises(ArtifactError, match=sentence):
+            ArtifactWriter(out, layout, "plan", overwrite=True)
+    assert _names(tmp_path) == ["circle", "here"]
 
 
 def test_old_artifact_moved_aside_by_a_kill_comes_back(tmp_path: Path) -> None:

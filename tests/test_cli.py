@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import models
@@ -24,7 +25,7 @@ from commands import SCALAR, Command
 from waterfill import _console, kernels
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-COMMANDS = ["plan", "pack", "inspect", "eval", "compare", "report", "generate", "chat", "doctor"]
+COMMANDS = ["plan", "pack", "inspect", "seal", "eval", "compare", "report", "generate", "chat", "doctor"]
 PROBE = ["--sequences", "4", "--length", "64"]
 
 
@@ -68,7 +69,7 @@ def test_help_of_every_command_names_what_the_documentation_does(command: Comman
         assert (found.code, found.err) == (0, "")
         assert max(map(len, found.out.splitlines())) <= 80
         options[name] = set(re.findall(r"--[a-z][a-z0-9-]+", found.out)) - {"--save", "--help", "--json"}
-        if name in ("plan", "inspect", "eval", "compare", "report", "generate"):
+        if name in ("plan", "inspect", "seal", "eval", "compare", "report", "generate"):
             assert options[name] == set(re.findall(r"--[a-z][a-z0-9-]+", sections()[name])) - {"--save", "--json"}
     assert options["pack"] - options["plan"] == {"--plan", "--overwrite"}
     assert options["chat"] ^ options["generate"] == {"--system", "--prompt"}
@@ -264,6 +265,54 @@ def test_a_pipe_gets_the_text_and_nothing_else(start: Callable[..., subprocess.P
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (0, "")
     assert json.loads(out)["size_bytes"] == (work / "packed" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (click.Abort(), 130, "interrupted"),
+        (MemoryError(), 2, "there is not enough memory; free some, or ask for less at a time"),
+        (click.UsageError("No such option '--x'."), 2, "No such option '--x'; try waterfill --help"),
+        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+        (ValueError("odd"), None, "a fault of waterfill: ValueError, odd; please report it"),
+    ],
+)
+def test_whatever_ends_a_command_is_an_object(
+    error: BaseException, code: int | None, sentence: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(waterfill, "inspect", fail)
+    if code is None:  # a traceback on standard error, which is what one reports
+        printed = io.StringIO()
+        monkeypatch.setattr(_console, "print_json", lambda record: printed.write(json.dumps(record)))
+        monkeypatch.setattr("waterfill.cli._print_json", _console.print_json)
+        with pytest.raises(type(error)):
+            command("inspect", "x", "--json")
+        assert json.loads(printed.getvalue()) == {"error": sentence}
+        return
+    result = command("inspect", "x", "--json")
+    assert (result.code, result.record, result.err) == (code, {"error": sentence}, "")
+    plain = command("inspect", "x")
+    assert (plain.code, plain.out) == (code, "")
+    assert plain.err.removeprefix("error: ") == sentence + "\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk")
+def test_standard_output_on_a_full_disk(work: Path) -> None:
+    for arguments in (["inspect", str(work / "packed"), "--json"], ["inspect", "missing", "--json"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "waterfill", *arguments],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == 2
+        assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

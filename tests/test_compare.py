@@ -339,7 +339,7 @@ def test_a_library_that_is_absent_says_so_in_its_row(
 
 def test_plots_show_everything(subject: Subject, ids: Tensor, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from waterfill.compare.plot import plot
+    from waterfill.compare.plot import check, plot, save
 
     found = compared(
         subject, ids, method("half", as_half), method("m", partial(round_to_nearest, bits=4, zero="none")),
@@ -354,8 +354,11 @@ def test_plots_show_everything(subject: Subject, ids: Tensor, tmp_path: Path) ->
     assert list(drawn["waterfill"].lines[0].get_xdata()) == [
         row.size_bytes for row in found.measured if row.method == "waterfill"
     ]
-    figure.savefig(tmp_path / "plot.png")
+    save(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+    for name, sentence in (("plot", "no kind of picture"), ("plot.doc", "no kind"), ("plot.png/a.png", "cannot write")):
+        with pytest.raises(WaterfillError, match=sentence):
+            check(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------------- the verb and command

@@ -226,7 +226,7 @@ def test_an_empty_prompt_starts_from_the_first_token_of_a_text(model: Toy, token
 def test_options_that_contradict_each_other(model: Toy, tokenizer: Tokenizer) -> None:
     with pytest.raises(WaterfillError, match="give either draft or lookup"):
         generate(model, tokenizer, "a", draft=model, lookup=3)
-    with pytest.raises(WaterfillError, match="lookup is 0; choose at least 1"):
+    with pytest.raises(WaterfillError, match="lookup is 0; choose a whole number from 1"):
         generate(model, tokenizer, "a", lookup=0)
     with pytest.raises(WaterfillError, match="vocabulary of 16 tokens and the model one of 8192; give a draft with"):
         generate(model, tokenizer, "a", draft=Toy(16))

@@ -240,7 +240,7 @@ def test_token_ids_are_those_of_the_whole_text(ref_llama: Path, tmp_path: Path) 
 def test_tokenizers_are_looked_at_before_models_are_loaded(
     work: Path, ref_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(subjects, "load_checkpoint")
+    monkeypatch.delattr(subjects, "load_checkpoint_in")
     other = Path(shutil.copytree(ref_llama, tmp_path / "other"))
     tokenizer = json.loads((other / "tokenizer.json").read_text("utf-8"))
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:100]

@@ -6,10 +6,12 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import waterfill
 from commands import Command
@@ -37,7 +39,7 @@ def test_the_reference_is_read_once(work: Path, ref_llama: Path, monkeypatch: py
     assert first.divergence.reference.form == "exact"
     live = measured(work, ref_llama, cache=False)
     assert without_form(live) == without_form(first)
-    monkeypatch.delattr(subjects, "load_checkpoint")
+    monkeypatch.delattr(subjects, "load_checkpoint_in")
     stages.clear()
     again = measured(work, ref_llama, progress=lambda what, *_: stages.append(what))
     assert again == first
@@ -102,8 +104,33 @@ def test_perplexity_alone_is_that_of_a_comparison(
     for name in ("convention", "context", "stride", "tokens", "windows", "bos"):
         assert alone[name] == both[name], name
     assert alone["convention"] == convention
-    packed = command("eval", work / "packed", *options).record  # in its own dtype, bfloat16
-    assert packed["ppl"] == pytest.approx(both["ppl"], rel=0.02)
+    packed = command("eval", work / "packed", *options).record
+    assert packed["ppl"] == pytest.approx(both["ppl"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("share", "dtype"), [(0.0, torch.bfloat16), (1.0, torch.float32)])
+def test_one_dtype_alone_and_beside_whatever_memory_allows(
+    share: float, dtype: torch.dtype, work: Path, ref_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model and its reference do not choose each for itself."""
+    loaded: list[str] = []
+
+    def told(name: str, load: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            model = load(*args, **options)
+            loaded.append(f"{name} {model.dtype}")
+            return model
+
+        return call
+
+    for name in ("load", "load_checkpoint_in"):
+        monkeypatch.setattr(subjects, name, told(name, getattr(subjects, name)))
+    monkeypatch.setattr("waterfill.loading.FLOAT32_SHARE", share)
+    options: dict[str, Any] = {"text": work / "text.py", "context": 16, "max_windows": 2, "cache": False}
+    beside = waterfill.evaluate(work / "packed", ref_llama, **options)
+    alone = waterfill.evaluate(work / "packed", **options)
+    assert alone.ppl == pytest.approx(beside.ppl, rel=1e-6)
+    assert loaded == [f"load_checkpoint_in {dtype}", f"load {dtype}", f"load {dtype}"]
 
 
 def test_tables(command: Command, work: Path, ref_llama: Path) -> None:
@@ -125,7 +152,7 @@ def test_tables(command: Command, work: Path, ref_llama: Path) -> None:
         ([], r"nothing to measure; give a text, tasks or efficiency \(--text, --tasks, --efficiency\)"),
         (["--text", "TEXT", "--stride", "4"], "only the convention 'strided' has one"),
         (["--text", "TEXT", "--against", "base.kld"], "base.kld has its text in it; leave out the other one"),
-        (["--against", "absent.kld"], "cannot use .*absent.kld"),
+        (["--against", "absent.kld"], "absent.kld is no file"),
         (["--text", "TEXT", "--convention", "mine"], "'mine' is not one of"),
         (["--tasks", "absent.jsonl"], "absent.jsonl cannot be read"),
     ],

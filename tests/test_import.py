@@ -80,11 +80,11 @@ def test_every_public_name_is_there() -> None:
         waterfill.quantise  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["plan", "pack", "sensitivity", "evaluate", "compare", "report"])
+@pytest.mark.parametrize("name", ["plan", "pack", "sensitivity", "evaluate", "compare", "report", "seal"])
 def test_a_verb_wins_over_the_module_of_its_name(name: str) -> None:
     module = import_module(f"waterfill.{name}")
     assert isinstance(module, ModuleType)
-    home = api_studies if name in ("compare", "report") else api
+    home = module if name == "seal" else api_studies if name in ("compare", "report") else api
     assert getattr(waterfill, name) is getattr(home, name)
 
 

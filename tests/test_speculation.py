@@ -85,7 +85,7 @@ def test_a_draft_or_the_text_itself_but_not_both(artifacts: tuple[Path, Path]) -
     tokenizer = waterfill.loading.load_tokenizer(artifacts[1])
     with pytest.raises(WaterfillError, match="give either draft or lookup"):
         waterfill.generate(model, tokenizer, "a", draft=model, lookup=3)
-    with pytest.raises(WaterfillError, match="lookup is 0; choose at least 1"):
+    with pytest.raises(WaterfillError, match="lookup is 0; choose a whole number from 1"):
         waterfill.generate(model, tokenizer, "a", lookup=0)
     greedy = {"temperature": 0.0, "max_new_tokens": 12}
     plain = "".join(waterfill.generate(model, tokenizer, "def f(x, x, x", **greedy))

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from waterfill.plan import Plan
     from waterfill.report import Report
     from waterfill.runtime.generate import generate
+    from waterfill.seal import Sealed, seal
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "Inspection",
     "Plan",
     "Report",
+    "Sealed",
     "WaterfillError",
     "__version__",
     "compare",
@@ -61,6 +63,7 @@ __all__ = [
     "pack",
     "plan",
     "report",
+    "seal",
     "sensitivity",
 ]
 
@@ -76,6 +79,7 @@ export_lazily(
         "Plan": "waterfill.plan",
         "Report": "waterfill.report",
         "generate": "waterfill.runtime.generate",
+        **dict.fromkeys(("Sealed", "seal"), "waterfill.seal"),
     },
 )
 after_import("transformers.quantizers", lambda: import_module("waterfill.hf"))

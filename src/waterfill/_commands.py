@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,6 +24,19 @@ _SECTIONS = {
 }
 
 Decorator = Callable[[Any], Any]
+
+
+class _Path(click.Path):
+    """Not empty: `Path("")` would be the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; name a file or directory", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
+FILE = _Path(exists=True, dir_okay=False, path_type=Path)
 
 
 class SectionedCommand(click.Command):

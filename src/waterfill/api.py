@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import walk_tb
-from typing import Literal, TypedDict, Unpack, cast
+from typing import Literal, TypedDict, Unpack, cast, get_args
 
 from waterfill.ambient import own_torch_modes
 from waterfill.architecture import Architecture, Kept, Matrix, describe
+from waterfill.arguments import PATH, Check, checked, choice, optional
 from waterfill.artifact import RAW, check_target, open_artifact
 from waterfill.budget import Budget, format_size, parse_size
 from waterfill.checkpoint import Checkpoint, open_checkpoint
@@ -26,12 +27,13 @@ from waterfill.evaluation import Evaluation, evaluate
 from waterfill.kept import coded_bytes
 from waterfill.loading import load, load_checkpoint, load_tokenizer, read_plan
 from waterfill.loss import Gain
-from waterfill.menu import CodedBytes, Purpose
+from waterfill.menu import PURPOSES, CodedBytes, Purpose, codec_names
 from waterfill.pack import SENSITIVITY_FILE, pack_plan
 from waterfill.plan import Plan, Unused
 from waterfill.planner import EVERYTHING, Request, make_lossless_plan, make_plan
-from waterfill.probe import Probe, probe_tokens
-from waterfill.sensitivity import Method, Sensitivity, measure
+from waterfill.probe import KINDS, Probe, probe_tokens, read_text
+from waterfill.sensitivity import PASSES, Method, Sensitivity, measure
+from waterfill.writing import prepare_file, write_file
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class ProbeOptions(TypedDict, total=False):
 class PlanOptions(ProbeOptions, total=False):
     """What a plan is asked for: exactly one of size, bits, max_kl and lossless; the rest has defaults."""
 
-    size: str | int | None  # bytes of all weight files, or "2.5GB"
+    size: str | float | None  # bytes of all weight files, or "2.5GB"
     bits: float | None  # stored bits per weight of the matrices
     max_kl: float | None  # predicted loss, nats per token
     lossless: bool  # every bit is kept, and nothing but the revision is left to choose
@@ -81,7 +83,20 @@ class PlanOptions(ProbeOptions, total=False):
     sensitivity: str | Path | Sensitivity | None
 
 
+CHECKS = {
+    "gain": choice(*get_args(Gain)),
+    "purpose": choice(*PURPOSES),
+    "probe": choice(*KINDS),
+    "method": choice(*PASSES),
+    "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),
+    "sensitivity": optional(
+        Check("a file, or sensitivities", lambda value: isinstance(value, Sensitivity) or PATH.holds(value))
+    ),
+}
+
+
 @own_torch_modes()
+@checked(ProbeOptions, **CHECKS)
 def sensitivity(
     model: str | Path, *, keep: Sequence[str] = (), progress: Progress | None = None, **options: Unpack[ProbeOptions]
 ) -> Sensitivity:
@@ -91,6 +106,7 @@ def sensitivity(
 
 
 @own_torch_modes()
+@checked(PlanOptions, **CHECKS)
 def plan(
     model: str | Path,
     *,
@@ -106,17 +122,18 @@ def plan(
     """
     if save is not None:
         save = Path(save)
-        save.parent.mkdir(parents=True, exist_ok=True)  # fails before minutes of measuring, if it does
+        prepare_file(save)  # fails before minutes of measuring, if it does
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
     made, measured = _plan(str(model), checkpoint, progress, options)[:2]
     if save is not None:
-        save.write_text(made.to_json(), encoding="utf-8")
+        write_file(save, made.to_json())
         if measured is not None:
-            save.with_suffix(".sensitivity.json").write_text(measured.to_json(), encoding="utf-8")
+            write_file(save.with_suffix(".sensitivity.json"), measured.to_json())
     return made
 
 
 @own_torch_modes()
+@checked(PlanOptions, **CHECKS)
 def pack(
     model: str | Path,
     out: str | Path,
@@ -166,6 +183,7 @@ class Inspection:
     measured_t2: Mapping[str, float]  # of every packed matrix
 
 
+@checked()
 def inspect(artifact: str | Path, *, verify: bool = True) -> Inspection:
     """Open an artifact and say what is in it; `verify` reads every byte."""
     path = Path(artifact)
@@ -196,6 +214,7 @@ def _plan(
         purpose=options.get("purpose", "storage"),
     )
     architecture = _describe(checkpoint, request.keep)
+    codec_names(architecture, request.codecs)  # refuses what is none, before minutes of measuring
     given = options.get("sensitivity")
     if given is None:
         measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options))
@@ -284,6 +303,8 @@ def _measure(
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     tokenizer = load_tokenizer(checkpoint.path) if text else None  # before minutes of loading
+    if text:
+        read_text(Path(text))
     model = load_checkpoint(checkpoint)
     method = options.get("method", "fisher")
     with _failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):

@@ -20,6 +20,7 @@ import torch
 from waterfill import api
 from waterfill.ambient import own_torch_modes
 from waterfill.architecture import Architecture, describe
+from waterfill.arguments import PATH, POSITIVE, SIZE, checked, each
 from waterfill.artifact import open_artifact
 from waterfill.budget import Budget, parse_size
 from waterfill.checkpoint import Checkpoint, open_checkpoint
@@ -30,12 +31,13 @@ from waterfill.evaluate import Divergence, default_context, divergence, token_id
 from waterfill.evaluate import windows as text_windows
 from waterfill.loading import load_checkpoint
 from waterfill.loss import Gain
-from waterfill.menu import Purpose
+from waterfill.menu import Purpose, codec_names
 from waterfill.planner import Request
-from waterfill.probe import Probe, probe_tokens
+from waterfill.probe import Probe, probe_tokens, read_text
 from waterfill.report import Report, Sample, gather, render
 from waterfill.runtime.generate import Sampling, generate
 from waterfill.sensitivity import Sensitivity, measure
+from waterfill.writing import prepare_file, write_file
 
 PROMPTS = ("Once upon a time", "The capital of France is", "def fibonacci(n):")
 SAMPLE_TOKENS = 64
@@ -60,11 +62,12 @@ class CompareOptions(TypedDict, total=False):
 
 
 @own_torch_modes()
+@checked(CompareOptions, text=PATH, sizes=each(SIZE, "sizes"), bits=each(POSITIVE, "numbers above 0"), **api.CHECKS)
 def compare(
     model: str | Path,
     text: str | Path,
     *,
-    sizes: Sequence[str | int] = (),
+    sizes: Sequence[str | float] = (),
     bits: Sequence[float] = (),
     methods: Sequence[str] = USUAL_METHODS,
     match: bool = True,
@@ -89,13 +92,16 @@ def compare(
         WaterfillError: a bad checkpoint, text, budget or method.
     """
     ours, peers = _methods(methods)
+    if not ours and not peers:
+        raise WaterfillError("there is nothing to compare: no method is named; leave methods out for the usual ones")
     budgets = [Budget(parse_size(size)) for size in sizes] + [Budget(bits=rate) for rate in bits]
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
     architecture = describe(checkpoint, options.get("keep", ()))
+    codec_names(architecture, options.get("codecs"))  # refuses what is none, before minutes of measuring
     tokenizer = api.load_tokenizer(checkpoint.path)
-    ids = token_ids(tokenizer, text)  # before minutes of loading
+    ids = token_ids(tokenizer, text)
     original = load_checkpoint(checkpoint)
-    context = context or default_context(original)
+    context = default_context(original) if context is None else context
     ids = text_windows(ids, context)[:max_windows].flatten()
     calibrated = any(method.calibrated for method in peers)
     measured, calibration = _measured(checkpoint, architecture, original, tokenizer, progress, options, calibrated)
@@ -124,6 +130,7 @@ def compare(
 
 
 @own_torch_modes()
+@checked()
 def report(
     artifact: str | Path,
     *,
@@ -152,11 +159,12 @@ def report(
     path = Path(artifact)
     if text is not None and original is None:
         raise WaterfillError("a measurement compares with the original; give --original MODEL beside --text")
+    if revision is not None and original is None:
+        raise WaterfillError(f"{path} has no revision {revision!r}, only a hub model has; leave the revision out")
     stored = open_artifact(path, verify=True)
     plan = api.read_plan(path)
     page = Path(output) if output is not None else path.resolve().with_name(path.resolve().name + ".html")
-    if page.is_dir():
-        raise WaterfillError(f"{page} is a directory; name the file that the page shall be")
+    prepare_file(page)
     found: Divergence | None = None
     samples: tuple[Sample, ...] = ()
     ids: torch.Tensor | None = None
@@ -172,7 +180,7 @@ def report(
         reference = load_checkpoint(checkpoint)
         packed = api.load(path, dtype=reference.dtype, verify=False)
         if ids is not None:
-            context = context or default_context(reference)
+            context = default_context(reference) if context is None else context
             ids = text_windows(ids, context)[:max_windows].flatten()
             step = _step(progress, "measuring")
             found = divergence(reference, packed, ids, context=context, batch=batch, progress=step)
@@ -192,8 +200,7 @@ def report(
         options=_sample_options(prompts, max_new_tokens),
     )
     facts = replace(facts, path=page)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(facts), encoding="utf-8")
+    write_file(page, render(facts))
     return facts
 
 
@@ -225,14 +232,14 @@ def _measured(
     kind = "text" if text else options.get("probe", "self")
     probe = Probe(kind=kind, text=Path(text) if text else None, **chosen)
     folder = comparisons_folder() / checkpoint.fingerprint / "probes"
-    digest = "" if text is None else blake2b(Path(text).read_bytes(), digest_size=8).hexdigest()
+    digest = "" if text is None else blake2b(read_text(Path(text)).encode(), digest_size=8).hexdigest()
     identity = f"{kind}-{probe.sequences}-{probe.length}-{probe.seed}-{digest}".rstrip("-")
     tokens_file = folder / f"{identity}.tokens.json"
     try:
         tokens = torch.tensor(json.loads(tokens_file.read_text()), dtype=torch.int64)
     except (OSError, ValueError):
         tokens = probe_tokens(model, tokenizer, probe, _step(progress, "sampling a probe"))
-        _write(tokens_file, json.dumps(tokens.tolist()))
+        write_file(tokens_file, json.dumps(tokens.tolist()))
     if given is not None:
         return given, tokens
     kept = "-".join(sorted(options.get("keep", ())))
@@ -252,15 +259,8 @@ def _measured(
         probe={**recorded, "text": Path(text).name if text else None},
         progress=_step(progress, "measuring sensitivities"),
     )
-    _write(sensitivity_file, found.to_json())
+    write_file(sensitivity_file, found.to_json())
     return found, tokens
-
-
-def _write(file: Path, content: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(file)
 
 
 def _samples(

@@ -33,11 +33,13 @@ class Budget:
             raise BudgetError(f"{named[0]} {value} is not a budget; give a positive number")
 
 
-def parse_size(text: str | int) -> int:
-    """'2.5GB', '800 MiB', '1e9' -> bytes. kB, MB and GB are powers of 1000; KiB, MiB and GiB of 1024."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+def parse_size(text: str | float) -> int:
+    """'2.5GB', '800 MiB', '1e9', 10**9 -> bytes. kB, MB and GB are powers of 1000; KiB, MiB and GiB of 1024.
+
+    Raises BudgetError for anything else.
+    """
+    written = text if isinstance(text, str) else str(text)
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", written)
     unit = _UNITS.get(match[2].lower()) if match else None
     size_bytes = float(match[1]) * unit if match and unit else math.inf
     if not math.isfinite(size_bytes):

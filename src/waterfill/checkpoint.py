@@ -126,11 +126,18 @@ class Checkpoint:
         return tuple(
             file
             for file in sorted(self.path.iterdir())
-            if file.is_file()
-            and any(fnmatchcase(file.name, pattern) for pattern in _EXTRA_PATTERNS)
-            and file.name not in (CONFIG, ADAPTER)
-            and not file.name.endswith(".index.json")
+            if file.is_file() and is_settings(file.name) and file.name not in (CONFIG, ADAPTER)
         )
+
+
+def is_settings(name: str) -> bool:
+    """Whether a file of this name belongs to a model beside its weights: config, tokenizer, template, licence."""
+    return any(fnmatchcase(name, pattern) for pattern in _EXTRA_PATTERNS) and not name.endswith(".index.json")
+
+
+def is_unsafe(name: str) -> bool:
+    """Whether a file of this name may be code, or weights that run code as they are read."""
+    return name.endswith(".py") or any(fnmatchcase(name, pattern) for pattern in _PICKLE_PATTERNS)
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:

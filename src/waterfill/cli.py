@@ -8,6 +8,7 @@ Help and usage errors are quick: what imports torch or transformers, which take 
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
@@ -18,8 +19,8 @@ from typing import Any
 import click
 
 import waterfill
-from waterfill import cli_run, cli_studies, show, show_doctor, show_evaluation
-from waterfill._commands import OrderedGroup, combined, purpose_option
+from waterfill import _progress, cli_run, cli_studies, show, show_doctor, show_evaluation
+from waterfill._commands import FILE, PATH, OrderedGroup, combined, purpose_option
 from waterfill._console import given as _given
 from waterfill._console import note as _note
 from waterfill._console import out as _out
@@ -27,10 +28,8 @@ from waterfill._console import print_json as _print_json
 from waterfill._console import show_everything
 from waterfill.errors import WaterfillError, first_line
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_NEW = click.Path(path_type=Path)
 _model = click.argument("model")
-_artifact = click.argument("artifact", type=click.Path(path_type=Path))
+_artifact = click.argument("artifact", type=PATH)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _all = click.option("--all", "every", is_flag=True, help="One line per matrix, however many there are.")
 _revision = click.option("--revision", help="Branch, tag or commit of a hub model.")
@@ -69,7 +68,7 @@ _plan_options = combined(
         type=click.Choice(["self", "random"]),
         help="Measure on text sampled from the model itself (default), or on random tokens.",
     ),
-    click.option("--text", type=_FILE, help="Measure on this text instead."),
+    click.option("--text", type=FILE, help="Measure on this text instead."),
     click.option("--sequences", type=int, metavar="N", help="Sequences to measure on (32)."),
     click.option("--length", type=int, metavar="N", help="Tokens per sequence (512)."),
     click.option("--seed", type=int, metavar="N", help="The same seed gives the same bytes (0)."),
@@ -78,7 +77,7 @@ _plan_options = combined(
         type=click.Choice(["fisher", "perturb"]),
         help="Estimator: fisher (default), or perturb, hundreds of times slower, to check it.",
     ),
-    click.option("--sensitivity", type=_FILE, help="Reuse what an earlier `plan --save` measured."),
+    click.option("--sensitivity", type=FILE, help="Reuse what an earlier `plan --save` measured."),
     _revision,
 )
 
@@ -95,7 +94,7 @@ def commands(ctx: click.Context) -> None:
 @commands.command()
 @_model
 @_plan_options
-@click.option("--save", type=_NEW, help="Write the plan to this file, and the sensitivities beside it.")
+@click.option("--save", type=PATH, help="Write the plan to this file, and the sensitivities beside it.")
 @_all
 @_json
 def plan(model: str, save: Path | None, every: bool, as_json: bool, **options: Any) -> None:
@@ -104,7 +103,7 @@ def plan(model: str, save: Path | None, every: bool, as_json: bool, **options: A
     MODEL is a local Hugging Face directory or a hub id.
     """
     start_s = time.perf_counter()
-    with show.progress() as progress:
+    with _progress.shown() as progress:
         made = waterfill.plan(model, save=save, progress=progress, **_given(options))
     if as_json:
         _print_json(show.plan_record(made))
@@ -118,9 +117,9 @@ def plan(model: str, save: Path | None, every: bool, as_json: bool, **options: A
 
 @commands.command()
 @_model
-@click.argument("out", type=_NEW)
+@click.argument("out", type=PATH)
 @_plan_options
-@click.option("--plan", "plan_file", type=_FILE, help="Carry out this plan, of `plan --save`, instead of a budget.")
+@click.option("--plan", "plan_file", type=FILE, help="Carry out this plan, of `plan --save`, instead of a budget.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete.")
 @_all
 @_json
@@ -132,7 +131,7 @@ def pack(
     MODEL is a local Hugging Face directory or a hub id.
     """
     start_s = time.perf_counter()
-    with show.progress() as progress:
+    with _progress.shown() as progress:
         made = waterfill.pack(model, out, plan=plan_file, overwrite=overwrite, progress=progress, **_given(options))
     if as_json:
         _print_json({"path": str(out), **show.plan_record(made)})
@@ -147,17 +146,31 @@ def pack(
 @_json
 def inspect(artifact: Path, every: bool, as_json: bool) -> None:
     """Show what is in ARTIFACT, per tensor. Every byte is checked."""
-    found = waterfill.inspect(artifact)
+    with _progress.shown("checking"):
+        found = waterfill.inspect(artifact)
     if as_json:
         _print_json(show.inspection_record(found))
     else:
         _out().print(show.inspection_view(found, every=every))
 
 
+@commands.command()
+@_artifact
+@_json
+def seal(artifact: Path, as_json: bool) -> None:
+    """Accept the small files of ARTIFACT as they are now: settings, template, tokenizer. Weights are checked."""
+    with _progress.shown("checking"):
+        sealed = waterfill.seal(artifact)
+    if as_json:
+        _print_json(sealed.to_dict())
+    else:
+        _out().print(show.sealed_view(sealed))
+
+
 @commands.command(name="eval")
 @_model
 @click.option("--against", metavar="MODEL", help="The model that it was packed from, or a .kld file of llama.cpp.")
-@click.option("--text", "text_file", type=_FILE, help="Text to measure on.")
+@click.option("--text", "text_file", type=FILE, help="Text to measure on.")
 @click.option(
     "--convention",
     type=click.Choice(["gptq", "strided", "llama.cpp", "decode"]),
@@ -194,7 +207,7 @@ def evaluate(
     With --text perplexity, and with --against as well KL divergence and top-1 agreement, beside the prediction. With
     --tasks scores in benchmarks, with --efficiency memory and speed.
     """
-    with show.progress() as progress:
+    with _progress.shown() as progress:
         result = waterfill.evaluate(model, text=text_file, cache=not no_cache, progress=progress, **_given(options))
     if as_json:
         _print_json(show_evaluation.record(result))
@@ -234,7 +247,7 @@ class _Log(logging.Handler):
 
 
 def main() -> None:
-    """Entry point: errors become one sentence, or one JSON object, and exit code 2."""
+    """Entry point: errors become one sentence, or one JSON object, and exit code 2; faults of ours are tracebacks."""
     show_everything()
     log = logging.getLogger("waterfill")
     log.handlers = [_Log()]
@@ -247,9 +260,18 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')}; {_help_hint(error)}")
     except OSError as error:
         _fail(f"cannot use {error.filename}: {error.strerror}" if error.filename else first_line(error))
+    except MemoryError:
+        _fail("there is not enough memory; free some, or ask for less at a time")
     except (KeyboardInterrupt, click.Abort):
-        _note("interrupted")
+        if _as_json():
+            _print_error("interrupted")
+        else:
+            _note("interrupted")
         sys.exit(130)
+    except Exception as error:
+        if _as_json():
+            _print_error(f"a fault of waterfill: {type(error).__name__}, {first_line(error)}; please report it")
+        raise
 
 
 def _help_hint(error: click.ClickException) -> str:
@@ -257,9 +279,20 @@ def _help_hint(error: click.ClickException) -> str:
     return f"try {path} --help"
 
 
+def _as_json() -> bool:
+    return "--json" in sys.argv
+
+
 def _fail(sentence: str) -> None:
-    if "--json" in sys.argv:
-        _print_json({"error": sentence})
-    else:
-        click.echo(click.style("error: ", fg="red", bold=True) + sentence, err=True)
+    _print_error(sentence)
     sys.exit(2)
+
+
+def _print_error(sentence: str) -> None:
+    if _as_json():
+        try:
+            _print_json({"error": sentence})
+            return
+        except OSError:  # standard output cannot be written, which may be the error itself
+            sys.stdout = io.StringIO()
+    click.echo(click.style("error: ", fg="red", bold=True) + sentence, err=True)

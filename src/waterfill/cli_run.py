@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from waterfill import _console, show
-from waterfill._commands import SectionedCommand, combined
+from waterfill import _console, _progress, show
+from waterfill._commands import PATH, SectionedCommand, combined
 from waterfill.errors import WaterfillError
 
 if TYPE_CHECKING:
     from waterfill.runner import Pieces
     from waterfill.streaming.streamer import Streamer
 
-_artifact = click.argument("artifact", type=click.Path(path_type=Path))
+_artifact = click.argument("artifact", type=PATH)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _sampling_options = combined(
     click.option("--max-new-tokens", type=int, metavar="N", help="Tokens to generate at most."),
@@ -40,7 +40,7 @@ _sampling_options = combined(
 )
 _running_options = combined(
     click.option("--memory", metavar="SIZE", help="Stay below this, e.g. 1GB: stream a model that does not fit."),
-    click.option("--draft", type=click.Path(path_type=Path), help="Let this smaller artifact draft tokens."),
+    click.option("--draft", type=PATH, help="Let this smaller artifact draft tokens."),
     click.option(
         "--lookup", type=click.IntRange(min=1), metavar="N", help="Draft up to N tokens from what the text said before."
     ),
@@ -65,7 +65,7 @@ def generate(artifact: Path, prompt: str, as_json: bool, **options: Any) -> None
     running = _Running(artifact, options)
     stream = running.generate(prompt)
     if as_json:
-        text = "".join(stream)
+        text = running.text(stream)
         _console.print_json({"prompt": prompt, "text": text, **running.record(stream)})
     else:
         running.show(stream, after=prompt)
@@ -86,7 +86,7 @@ def chat(artifact: Path, system: str | None, as_json: bool, **options: Any) -> N
         stream = running.generate(messages)
         answer: list[str] = []
         if as_json:
-            answer.extend(stream)
+            answer.append(running.text(stream))
         else:
             with contextlib.suppress(KeyboardInterrupt):
                 running.show(stream, answer)
@@ -106,7 +106,8 @@ class _Running:
         engine = chosen.pop("engine", "auto")
         running = {name: chosen.pop(name) for name in ("memory", "draft", "lookup") if name in chosen}
         self._sampling = Sampling(**chosen)
-        self._runner = open_runner(artifact, Options(**running), engine)
+        with _progress.shown("loading the model"):
+            self._runner = open_runner(artifact, Options(**running), engine)
 
     @property
     def streaming(self) -> Streamer | None:
@@ -123,6 +124,15 @@ class _Running:
         if self.streaming is not None:
             found["streaming"] = self.streaming.summary().to_dict()
         return found
+
+    def text(self, stream: Pieces) -> str:
+        """All of a text; how far it is is shown meanwhile."""
+        pieces = []
+        with _progress.shown("reading the prompt") as step:
+            for piece in stream:
+                pieces.append(piece)
+                step("generating", stream.stats.tokens, self._sampling.max_new_tokens)
+        return "".join(pieces)
 
     def show(self, stream: Pieces, pieces: list[str] | None = None, *, after: str = "") -> None:
         """Print a text as it comes, `after` the one that it continues; `pieces` collects it."""

@@ -10,16 +10,13 @@ from typing import Any
 import click
 
 import waterfill
-from waterfill import _console, show, show_compare
-from waterfill._commands import SectionedCommand, purpose_option
-
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_NEW = click.Path(path_type=Path)
+from waterfill import _console, _progress, show, show_compare
+from waterfill._commands import FILE, PATH, SectionedCommand, purpose_option
 
 
 @click.command(cls=SectionedCommand)
 @click.argument("model")
-@click.option("--text", "text_file", type=_FILE, required=True, help="Text to measure on.")
+@click.option("--text", "text_file", type=FILE, required=True, help="Text to measure on.")
 @click.option("--size", "sizes", metavar="SIZES", multiple=True, help="Sizes of our plans, e.g. 2.5GB,3GB. Repeatable.")
 @click.option(
     "--bits", "rates", metavar="LIST", multiple=True, help="Bits per weight of our plans (2.5,3,3.5,4,5,6,8)."
@@ -31,7 +28,7 @@ _NEW = click.Path(path_type=Path)
     help="Names or patterns, e.g. 'waterfill,hqq-*'; '*' is all. Repeatable.",
 )
 @click.option("--no-match", is_flag=True, help="Without our plan at the bytes of every peer.")
-@click.option("--plot", type=_NEW, help="Draw KL against bytes into this file, e.g. a png, svg or pdf.")
+@click.option("--plot", type=PATH, help="Draw KL against bytes into this file, e.g. a png, svg or pdf.")
 @click.option("--context", type=int, metavar="N", help="Tokens per window (2048, or the model's limit).")
 @click.option("--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="The first windows only.")
 @click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
@@ -42,11 +39,11 @@ _NEW = click.Path(path_type=Path)
 @click.option(
     "--probe", type=click.Choice(["self", "random"]), help="Measure sensitivities, and calibrate peers, on this."
 )
-@click.option("--calibration", type=_FILE, help="Measure sensitivities, and calibrate peers, on this text instead.")
+@click.option("--calibration", type=FILE, help="Measure sensitivities, and calibrate peers, on this text instead.")
 @click.option("--sequences", type=int, metavar="N", help="Sequences of the probe (32).")
 @click.option("--length", type=int, metavar="N", help="Tokens per sequence (512).")
 @click.option("--seed", type=int, metavar="N", help="Of the probe (0).")
-@click.option("--sensitivity", type=_FILE, help="Reuse what an earlier `plan --save` measured.")
+@click.option("--sensitivity", type=FILE, help="Reuse what an earlier `plan --save` measured.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def compare(
@@ -68,16 +65,16 @@ def compare(
     if plot is not None:
         from waterfill.compare.plot import check
 
-        check()
-    chosen = _console.given(options)
-    lists = {"sizes": _listed(sizes), "methods": _listed(methods), "bits": [_number(rate) for rate in _listed(rates)]}
-    chosen |= {name: values for name, values in lists.items() if values}
-    with show.progress() as progress:
+        check(plot)
+    lists = {"sizes": _listed("--size", sizes), "methods": _listed("--methods", methods)}
+    lists["bits"] = [_number(rate) for rate in _listed("--bits", rates)]
+    chosen = _console.given(options) | {name: values for name, values in lists.items() if values}
+    with _progress.shown() as progress:
         found = waterfill.compare(model, text_file, match=not no_match, progress=progress, **chosen)
     if plot is not None:
-        from waterfill.compare.plot import plot as draw
+        from waterfill.compare.plot import save as draw
 
-        draw(found).savefig(plot)
+        draw(found, plot)
     if as_json:
         _console.print_json(found.to_dict())
     else:
@@ -88,15 +85,15 @@ def compare(
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=PATH)
 @click.option("--original", metavar="MODEL", help="The model that it was packed from: shows what both write.")
-@click.option("--text", "text_file", type=_FILE, help="Text to measure on, beside --original.")
+@click.option("--text", "text_file", type=FILE, help="Text to measure on, beside --original.")
 @click.option("--context", type=int, metavar="N", help="Tokens per window (2048, or the model's limit).")
 @click.option("--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="The first windows only.")
 @click.option("--batch", type=int, metavar="N", help="Windows per forward pass (1).")
 @click.option("--prompt", "prompts", metavar="TEXT", multiple=True, help="What both models continue. Repeatable.")
 @click.option("--max-new-tokens", type=int, metavar="N", help="Length of what they write (64).")
-@click.option("--output", type=_NEW, help="The page; ARTIFACT.html when not given.")
+@click.option("--output", type=PATH, help="The page; ARTIFACT.html when not given.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def report(artifact: Path, text_file: Path | None, as_json: bool, **options: Any) -> None:
@@ -104,7 +101,7 @@ def report(artifact: Path, text_file: Path | None, as_json: bool, **options: Any
 
     The page needs no network. With --original and --text, what was lost is measured.
     """
-    with show.progress() as progress:
+    with _progress.shown() as progress:
         made = waterfill.report(artifact, text=text_file, progress=progress, **_console.given(options))
     if as_json:
         _console.print_json(show_compare.report_record(made))
@@ -112,9 +109,12 @@ def report(artifact: Path, text_file: Path | None, as_json: bool, **options: Any
         _console.out().print(show_compare.report_view(made))
 
 
-def _listed(values: Sequence[str]) -> list[str]:
-    """The items of comma-separated lists."""
-    return [item.strip() for value in values for item in value.split(",") if item.strip()]
+def _listed(option: str, values: Sequence[str]) -> list[Any]:
+    """The items of comma-separated lists; a list that is given is not empty."""
+    items = [item.strip() for value in values for item in value.split(",") if item.strip()]
+    if values and not items:
+        raise click.BadParameter("it names nothing", param_hint=option)
+    return items
 
 
 def _number(value: str) -> float:

@@ -20,6 +20,7 @@ import torch
 import waterfill
 from waterfill import native
 from waterfill.ambient import own_torch_modes
+from waterfill.arguments import checked, choice
 from waterfill.efficiency import Efficiency
 from waterfill.efficiency import efficiency as run_efficiency
 from waterfill.errors import WaterfillError
@@ -38,6 +39,7 @@ from waterfill.evaluate import (
     perplexity,
     token_ids,
 )
+from waterfill.evaluate.conventions import CONVENTIONS
 from waterfill.evaluate.divergence import COLUMNS as DIVERGENCE_COLUMNS
 from waterfill.evaluate.journal import Journal
 from waterfill.evaluate.local_tasks import SUFFIX as TASK_SUFFIX
@@ -46,7 +48,7 @@ from waterfill.evaluate.tasks import EFFICIENCY, TaskResults, names_of, run_task
 from waterfill.loading import read_plan
 from waterfill.native import FLOAT_ACTIVATIONS
 from waterfill.pack import PLAN_FILE
-from waterfill.subjects import PACKED, Subject, open_subject
+from waterfill.subjects import CHECKPOINT, GGUF, PACKED, Subject, open_subject
 
 Progress = Callable[[str, int, int], None]  # called with (what is being done, steps done, steps in all)
 _convention = convention  # `evaluate` has a parameter of that name
@@ -77,6 +79,7 @@ class Evaluation(Record):
 
 
 @own_torch_modes()
+@checked(convention=choice(*CONVENTIONS))
 def evaluate(
     model: str | Path,
     against: str | Path | None = None,
@@ -87,7 +90,7 @@ def evaluate(
     stride: int | None = None,
     max_windows: int | None = None,
     batch: int = 1,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     cache: bool = True,
     tasks: str | Sequence[str] = (),
     shots: int | None = None,
@@ -124,6 +127,8 @@ def evaluate(
         WaterfillError: a bad model, text or option, or two models that do not go together.
     """
     names = names_of(tasks)
+    if not names and tasks not in ((), []):
+        raise WaterfillError(f"tasks is {tasks!r}, which names none; give names, presets or files of JSON lines")
     efficiency = efficiency or EFFICIENCY in names
     specs = task_specs(names)
     if text is None and not specs and not efficiency and not _is_kld(against):
@@ -133,6 +138,8 @@ def evaluate(
     subject = open_subject(model, revision=revision, memory=memory)
     run = _Run(Cache.default() if cache else None, batch, progress)
     reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision)
+    if revision is not None and reference is None and subject.kind != CHECKPOINT:
+        raise WaterfillError(f"{model} has no revision {revision!r}, only a hub model has; leave the revision out")
     measured = Evaluation(size_bytes=subject.size_bytes)
     if _is_kld(against):
         if text is not None:
@@ -148,7 +155,7 @@ def evaluate(
         measured = _on_text(subject, reference, ids, how, run)
     if specs:
         options = {"shots": shots, "limit": limit, "chat_template": chat_template}
-        dtype = None if reference is None else reference.dtype()
+        dtype = _dtype(subject, reference)
         asked, original = (
             None if each is None else _tasks(each, dtype, names, specs, run, **options) for each in (subject, reference)
         )
@@ -229,10 +236,16 @@ class _Run:
 _SETTINGS = (native.ISA_VARIABLE, FLOAT_ACTIVATIONS)
 
 
+def _dtype(subject: Subject, reference: Subject | None) -> torch.dtype | None:
+    """What both are measured in: the subject's, so that it has one perplexity, alone and beside its reference."""
+    return reference.dtype() if subject.kind == GGUF and reference is not None else subject.dtype()
+
+
 def _perplexity(subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Perplexity:
-    with run.journal(ids, how, PERPLEXITY_COLUMNS, subject.fingerprint, str(subject.dtype())) as journal:
+    dtype = _dtype(subject, None)
+    with run.journal(ids, how, PERPLEXITY_COLUMNS, subject.fingerprint, str(dtype)) as journal:
         return perplexity(
-            subject.load(),
+            subject.load(dtype),
             ids,
             **_arguments(how),
             batch=run.batch,
@@ -242,13 +255,13 @@ def _perplexity(subject: Subject, ids: torch.Tensor, how: Convention, run: _Run)
 
 
 def _divergence(reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Divergence:
-    dtype = reference.dtype()
+    dtype = _dtype(subject, reference)
     known = _stored(reference, ids, how, run, dtype)
     form, kept = ("live", None) if known is None else (known.form, known.kept)
     whose = (reference.fingerprint, form, str(kept), subject.fingerprint, str(dtype))
     with run.journal(ids, how, DIVERGENCE_COLUMNS, *whose) as journal:
         return divergence(
-            reference.load() if known is None else known,
+            reference.load(dtype) if known is None else known,
             subject.load(dtype),
             ids,
             **_arguments(how),
@@ -267,7 +280,7 @@ def _stored(
     store = run.cache.reference(evaluation_key(ids, how, torch.__version__, reference.fingerprint, str(dtype)))
     cut = how.cut(ids)
     if store.complete(cut) or store.fill(
-        reference.load(), cut, how, batch=run.batch, progress=run.step("reading the original")
+        reference.load(dtype), cut, how, batch=run.batch, progress=run.step("reading the original")
     ):
         return store
     return None
@@ -277,7 +290,9 @@ def _against_file(subject: Subject, file: KldFile, max_windows: int | None, run:
     how = file.convention(begin_token(subject.tokenizer()))
     ids = file.ids if max_windows is None else how.first_windows(file.ids, max_windows)
     progress = run.step("measuring")
-    return divergence(file, subject.load(), ids, **_arguments(how), batch=run.batch, progress=progress)
+    return divergence(
+        file, subject.load(_dtype(subject, None)), ids, **_arguments(how), batch=run.batch, progress=progress
+    )
 
 
 def _how(subject: Subject, name: str, context: int | None, stride: int | None) -> Convention:

@@ -31,7 +31,7 @@ class Fit:
 
 def fit(
     artifact: Artifact,
-    memory: str | int | None,
+    memory: str | float | None,
     streamed: bool | None = None,
     *,
     working_bytes: int = WORKING_BYTES,
@@ -41,7 +41,7 @@ def fit(
     `streamed` decides by itself where it is given; `working_bytes` is what a model takes beside its weights. Raises
     WaterfillError for a size that is none.
     """
-    limit = None if memory is None else memory if isinstance(memory, int) else parse_size(memory)
+    limit = None if memory is None else parse_size(memory)
     free = process.free_bytes() if limit is None else limit - process.resident_bytes()
     needed = resident_size(artifact) + working_bytes
     if streamed is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 import transformers
 
 from waterfill import process
-from waterfill.artifact import open_artifact
-from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite, warn_of_adapter
+from waterfill.arguments import FLAG, Check, checked, optional
+from waterfill.artifact import TensorSpec, open_artifact
+from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorInfo, check_finite, warn_of_adapter
 from waterfill.choices import FILE, check_choices
 from waterfill.errors import ArtifactError, WaterfillError, first_line
 from waterfill.fit import fit, packed_names
@@ -23,15 +25,17 @@ from waterfill.tokenizing import check_file, check_growth, in_words
 
 _log = logging.getLogger(__name__)
 
+_DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
 FLOAT32_SHARE = 0.4  # of the free memory that a float32 copy of the model may take; else it keeps its own dtype
 
 
+@checked(streamed=optional(FLAG), dtype=_DTYPE)
 def load(
     artifact: str | Path,
     *,
     dtype: torch.dtype | None = None,
     verify: bool = True,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     streamed: bool | None = None,
     logits: int = 1,
 ) -> Any:
@@ -57,7 +61,7 @@ def load(
         opened.verify_files()
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    _check_choices(path, config)
+    check_generation(path, config)
     config.quantization_config |= {"verified": True, "streamed": chosen.streamed}
     warn_of_adapter(path)
     model = model_of(path, config=config, dtype="auto" if dtype is None else dtype)
@@ -69,7 +73,7 @@ def load(
     return model
 
 
-def _check_choices(path: Path, config: Any) -> None:
+def check_generation(path: Path, config: Any) -> None:
     """Refuse a generation_config.json that a generation would stumble over."""
     check_choices(path, getattr(config.get_text_config(), "vocab_size", None))
     if not (path / FILE).exists():
@@ -132,16 +136,20 @@ def load_checkpoint(checkpoint: Checkpoint) -> Any:
 
     Raises CheckpointError for NaN or infinite weights, whose traces in the model's outputs would name no tensor.
     """
+    return load_checkpoint_in(checkpoint, measuring_dtype(checkpoint.tensors.values()))
+
+
+def load_checkpoint_in(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+    """The same in a dtype of the caller's, None for the checkpoint's own."""
     for tensor in checkpoint.tensors.values():
         if tensor.dtype in WEIGHT_DTYPES:
             check_finite(checkpoint.read(tensor.name), tensor.name, tensor.file)
-    dtype = measuring_dtype(checkpoint)
     if dtype is None:
         _log.warning("%s is measured in its own dtype: a float32 copy would not fit in memory", checkpoint.path)
     return model_of(checkpoint.path, dtype=dtype or "auto", experts_implementation="eager")
 
 
-def measuring_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
-    """float32, where a copy of the model in it fits in memory; else None, for the checkpoint's own."""
-    weights = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+def measuring_dtype(tensors: Iterable[TensorInfo | TensorSpec]) -> torch.dtype | None:
+    """float32, where a copy of a model of these tensors in it fits in memory; else None, for the model's own."""
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
     return torch.float32 if 4 * weights <= FLOAT32_SHARE * process.free_bytes() else None

@@ -94,18 +94,9 @@ def make_menus(
     codecs: Sequence[str] | None = None,
     purpose: Purpose = "storage",
 ) -> Menus:
-    """Menus of all matrices: `codecs` (names, patterns, "fast", "trellis"), or what serves the purpose and `raw`, the
-    matrix as it is.
-
-    `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed.
-    """
+    """Menus of all matrices, of the codecs that `codec_names` finds."""
     matrices = architecture.matrices
-    fused = any(matrix.expert is not None for matrix in matrices)
-    raw = () if fused else (RAW,)
-    wanted = tuple(codecs or (*PURPOSES[purpose], *raw))
-    names = _selected(wanted, (*CODECS, *raw), len(matrices))
-    if fused and RAW in names:
-        raise WaterfillError("a fused parameter cannot be packed in part, so experts cannot be raw; keep them instead")
+    names = codec_names(architecture, codecs, purpose)
     if not matrices:
         raise WaterfillError("no matrix of the model is left to be packed; keep fewer tensors")
     missing = [matrix.name for matrix in matrices if matrix.name not in coefficients]
@@ -130,8 +121,27 @@ def make_menus(
         points=tuple(points),
         choices=tuple(choices),
         gain=gain,
-        any_rate=frozenset(filter(None, map(_states, wanted))),
+        any_rate=frozenset(filter(None, map(_states, codecs or PURPOSES[purpose]))),
     )
+
+
+def codec_names(
+    architecture: Architecture, codecs: Sequence[str] | None = None, purpose: Purpose = "storage"
+) -> tuple[str, ...]:
+    """What a matrix may be given: `codecs` (names, patterns, "fast", "trellis"), or what serves the purpose and `raw`,
+    the matrix as it is. WaterfillError for a codec that is unknown or cannot be.
+
+    `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed.
+    """
+    fused = any(matrix.expert is not None for matrix in architecture.matrices)
+    raw = () if fused else (RAW,)
+    wanted = tuple(codecs or (*PURPOSES[purpose], *raw))
+    names = _selected(wanted, (*CODECS, *raw), len(architecture.matrices))
+    if fused and RAW in names:
+        raise WaterfillError("a fused parameter cannot be packed in part, so experts cannot be raw; keep them instead")
+    for name in set(names) - {RAW}:
+        get_codec(name)
+    return names
 
 
 def _states(name: str) -> int:

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 PLAN_FILE = "waterfill-plan.json"
 SENSITIVITY_FILE = "waterfill-sensitivity.json"
 
+MARK = {"quant_method": "waterfill", "format_version": FORMAT_VERSION}  # in config.json, what transformers goes by
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -163,8 +165,7 @@ def _write_kept(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: KeptPlan
 
 def _model_files(checkpoint: Checkpoint) -> dict[str, bytes | Path]:
     """config.json with the mark of a packed model, and everything else that makes a directory a model."""
-    mark = {"quant_method": "waterfill", "format_version": FORMAT_VERSION}
-    config = json.dumps({**checkpoint.config, "quantization_config": mark}, indent=2) + "\n"
+    config = json.dumps({**checkpoint.config, "quantization_config": MARK}, indent=2) + "\n"
     files: dict[str, bytes | Path] = {"config.json": config.encode()}
     for file in checkpoint.extra_files():
         if is_file_name(file.name):

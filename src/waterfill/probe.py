@@ -7,6 +7,7 @@ text    windows spread over a text file of the user's
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from waterfill import files
 from waterfill.errors import WaterfillError, unknown_token
 from waterfill.estimators import check_probabilities
 from waterfill.model_calls import read_on
@@ -22,6 +24,7 @@ from waterfill.tokenizing import in_words
 Progress = Callable[[int, int], None]
 Kind = Literal["self", "random", "text"]
 KINDS: tuple[Kind, ...] = ("self", "random", "text")
+MOST_TOKENS = 1 << 28  # of a probe; 2 GB of token ids
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Probe:
             raise WaterfillError(
                 f"a probe of {self.sequences} sequences of {self.length} tokens cannot give a standard error; "
                 "use at least 2 sequences of 2 tokens"
+            )
+        if self.sequences * self.length > MOST_TOKENS:
+            raise WaterfillError(
+                f"a probe of {self.sequences} sequences of {self.length} tokens is more than {MOST_TOKENS} tokens; "
+                "use fewer or shorter sequences"
             )
         if (self.kind == "text") != (self.text is not None):
             given = "no text file" if self.text is None else f"the text file {self.text}"
@@ -117,12 +125,17 @@ def _start_token(config: Any) -> int | None:
     return None
 
 
+def read_text(path: Path) -> str:
+    """A text to measure on; WaterfillError if it is none."""
+    try:
+        return files.read_text(path, sys.maxsize)
+    except (OSError, UnicodeDecodeError) as error:
+        raise WaterfillError(f"cannot read {path} as UTF-8 text ({error}); name a readable text file") from error
+
+
 def _windows(tokenizer: Any, probe: Probe, length: int) -> torch.Tensor:
     assert probe.text is not None
-    try:
-        text = probe.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WaterfillError(f"cannot read {probe.text} as UTF-8 text ({error}); name a readable text file") from error
+    text = read_text(probe.text)
     with in_words():
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(ids) // length

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from waterfill.errors import UnsupportedError, WaterfillError
-from waterfill.sampling import GenerationStats, Message, Sampling
+from waterfill.sampling import GenerationStats, Message, Sampling, check_speculation
 from waterfill.streaming.streamer import Streamer
 
 Choice = Literal["auto", "native", "transformers"]
@@ -45,9 +45,12 @@ class Runner(Protocol):
 class Options:
     """Of a run. A draft is loaded first: what it takes is no longer free when the model decides what to keep."""
 
-    memory: str | int | None = None
+    memory: str | float | None = None
     draft: Path | None = None
     lookup: int | None = None
+
+    def __post_init__(self) -> None:
+        check_speculation(self.draft, self.lookup)
 
 
 def open_runner(artifact: Path, options: Options, engine: Choice = "auto") -> Runner:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from waterfill.arguments import SEED, Check, check, number, whole
 from waterfill.errors import WaterfillError, first_line
 
 DRAFT_TOKENS = 5  # that a draft writes before they are verified
@@ -18,14 +19,20 @@ DRAFT_TOKENS = 5  # that a draft writes before they are verified
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
-_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
-    ("max_new_tokens", "at least 1", lambda value: value >= 1),
-    ("temperature", "0 (greedy) or more", lambda value: 0 <= value < math.inf),
-    ("top_p", "more than 0 and at most 1", lambda value: 0 < value <= 1),
-    ("top_k", "0 (all tokens) or more", lambda value: value >= 0),
-    ("repetition_penalty", "more than 0 (1 is none)", lambda value: 0 < value < math.inf),
-    ("seed", "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
-)
+_EXTREME = 1e5  # that logits are divided or multiplied by at most: float32 has room for the result
+_RANGES: Mapping[str, Check] = {
+    "max_new_tokens": whole(1),
+    "temperature": number(
+        f"0 (greedy), or a number from {1 / _EXTREME} to {_EXTREME:.0f}",
+        lambda value: value == 0 or 1 / _EXTREME <= value <= _EXTREME,
+    ),
+    "top_p": number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+    "top_k": whole(0),  # 0 is all
+    "repetition_penalty": number(
+        f"1 (none), or a number from {1 / _EXTREME} to {_EXTREME:.0f}", lambda value: 1 / _EXTREME <= value <= _EXTREME
+    ),
+    "seed": SEED,
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,10 @@ class Sampling:
     seed: int | None = None  # the same seed gives the same text
 
     def __post_init__(self) -> None:
-        for name, expected, holds in _RANGES:
+        for name, wanted in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise WaterfillError(f"{name} is {value}; choose {expected}")
+            if value is not None or name == "max_new_tokens":
+                check(name, value, wanted)
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of transformers' `generate` that say the same."""
@@ -81,8 +88,8 @@ def check_speculation(draft: object, lookup: int | None) -> None:
     """Refuse two sources of drafts, and a look-up of no tokens."""
     if draft is not None and lookup is not None:
         raise WaterfillError("tokens are drafted by a model or looked up in the text; give either draft or lookup")
-    if lookup is not None and lookup < 1:
-        raise WaterfillError(f"lookup is {lookup}; choose at least 1 token")
+    if lookup is not None:
+        check("lookup", lookup, whole(1))
 
 
 def check_text(text: str) -> None:

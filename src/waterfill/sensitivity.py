@@ -108,7 +108,7 @@ def measure(
     with _only_trainable(model, {m.parameter for m in matrices} if method == "fisher" else set()):
         for done, part in enumerate(passes):
             samples.append(
-                PASSES[method](model, matrices, part, torch.Generator().manual_seed(seed * 1_000_003 + done))
+                PASSES[method](model, matrices, part, torch.Generator().manual_seed((seed * 1_000_003 + done) % 2**64))
             )
             _check_finite(samples[-1])
             if progress:

@@ -5,22 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +20,7 @@ if TYPE_CHECKING:  # they import torch, which the command line does without unti
     from waterfill.api import Inspection
     from waterfill.plan import KeptPlan, Plan, Prediction, TensorPlan
     from waterfill.runtime.generate import GenerationStats
+    from waterfill.seal import Sealed
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
 MOST_KL = 700.0  # whose perplexity is still a number
@@ -56,35 +47,18 @@ def inspection_view(inspection: Inspection, *, every: bool = False) -> Renderabl
     return plan_view(inspection.plan, every=every, measured_t2=inspection.measured_t2)
 
 
+def sealed_view(sealed: Sealed) -> str:
+    """The files that are others than before, one a line."""
+    lines = [f"{how}  {name}" for how in ("changed", "added", "removed") for name in getattr(sealed, how)]
+    return "\n".join(lines) or "nothing has changed"
+
+
 def generation_line(stats: GenerationStats) -> str:
     """What a generation took."""
     count = f"{stats.tokens} token{'' if stats.tokens == 1 else 's'}"
     if stats.tokens < 2:
         return count
     return f"{count}, first after {stats.first_token_s:.2f} s, then {stats.tokens_per_second:.1f} per second"
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar with an ETA per stage, on standard error if that is a terminal; yields the callback."""
-    console = Console(stderr=True, markup=False)
-    if not console.is_interactive:
-        yield None
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    tasks: dict[str, TaskID] = {}
-
-    def step(what: str, done: int, total: int) -> None:
-        bars.start()  # not earlier: downloads have bars of their own
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done)
-
-    try:
-        yield step
-    finally:
-        bars.stop()
 
 
 def duration(elapsed_s: float) -> str:

@@ -24,7 +24,7 @@ from waterfill.checkpoint import CONFIG, WEIGHT_DTYPES, open_checkpoint
 from waterfill.errors import WaterfillError
 from waterfill.evaluate.text import positions
 from waterfill.hf import QUANT_METHOD
-from waterfill.loading import load, load_checkpoint, load_tokenizer, measuring_dtype, model_of
+from waterfill.loading import load, load_checkpoint_in, load_tokenizer, measuring_dtype, model_of
 from waterfill.runtime.gguf import SUFFIX, GgufModel, GgufTokenizer
 
 PACKED, CHECKPOINT, GGUF = "packed", "checkpoint", "gguf"
@@ -44,7 +44,7 @@ class Subject(ABC):
 
     @abstractmethod
     def load(self, dtype: torch.dtype | None = None) -> Any:
-        """The model, ready to be evaluated; `dtype` of the activations of a packed one, None for the usual."""
+        """The model, ready to be evaluated in a dtype, of the activations of a packed one; None for its own."""
 
     def load_to_run(self) -> Any:
         """The model as users run it."""
@@ -55,7 +55,7 @@ class Subject(ABC):
         """Raises WaterfillError where there is none."""
 
     def dtype(self) -> torch.dtype | None:
-        """What `load` computes in when nothing else is asked for; None for the model's own."""
+        """What to measure it in, as memory allows; None for the model's own."""
         return None
 
 
@@ -64,11 +64,12 @@ class PackedSubject(Subject):
 
     kind = PACKED
 
-    def __init__(self, path: Path, memory: str | int | None = None) -> None:
+    def __init__(self, path: Path, memory: str | float | None = None) -> None:
         stored = open_artifact(path, verify=True)
         self._memory = memory
         self.path, self.size_bytes = path, stored.size_bytes
         self.weights = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
+        self._dtype = measuring_dtype(stored.tensors.values())
         self.fingerprint = blake2b((path / MANIFEST).read_bytes(), digest_size=16).hexdigest()
         self.positions = _positions(path)
 
@@ -77,6 +78,9 @@ class PackedSubject(Subject):
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.path)
+
+    def dtype(self) -> torch.dtype | None:
+        return self._dtype
 
 
 class CheckpointSubject(Subject):
@@ -87,13 +91,14 @@ class CheckpointSubject(Subject):
     def __init__(self, source: str | Path, revision: str | None) -> None:
         self.checkpoint = open_checkpoint(source, revision=revision)
         tensors = self.checkpoint.tensors.values()
+        self._dtype = measuring_dtype(tensors)
         self.path, self.fingerprint = self.checkpoint.path, self.checkpoint.fingerprint
         self.size_bytes = sum(file.stat().st_size for file in {tensor.file for tensor in tensors})
         self.weights = sum(math.prod(tensor.shape) for tensor in tensors if tensor.dtype in WEIGHT_DTYPES)
         self.positions = _positions(self.path)
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
-        return load_checkpoint(self.checkpoint)
+        return load_checkpoint_in(self.checkpoint, dtype)
 
     def load_to_run(self) -> Any:
         return model_of(self.path, dtype="auto")
@@ -102,7 +107,7 @@ class CheckpointSubject(Subject):
         return load_tokenizer(self.path)
 
     def dtype(self) -> torch.dtype | None:
-        return measuring_dtype(self.checkpoint)
+        return self._dtype
 
 
 class GgufSubject(Subject):
@@ -132,7 +137,7 @@ class GgufSubject(Subject):
         return GgufTokenizer(self._model)
 
 
-def open_subject(source: str | Path, *, revision: str | None = None, memory: str | int | None = None) -> Subject:
+def open_subject(source: str | Path, *, revision: str | None = None, memory: str | float | None = None) -> Subject:
     """An artifact, a checkpoint (local directory or hub id) or a GGUF file. Raises WaterfillError for anything else.
 
     `memory` is what the process may take in all when it runs an artifact, which is streamed where that is little.

@@ -50,6 +50,11 @@ def conversation_text(template: str, messages: Sequence[Message], special_tokens
     raise failure
 
 
+def check_template(template: str) -> None:
+    """Raise WaterfillError if a template is no Jinja, or too long."""
+    _Program(template, {}, 0)
+
+
 def _in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**said, "content": [{"type": "text", "text": said["content"]}]} for said in messages]
 

@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from waterfill.errors import WaterfillError
+from waterfill.files import read_text
 
 T = TypeVar("T")
 
@@ -41,9 +42,7 @@ def load(path: Path, what: str, version: int, make: Callable[[dict[str, Any]], T
     Raises WaterfillError if the file is not `what` of this version, or cannot be read.
     """
     try:
-        if not path.is_file():
-            raise ValueError("there is no such file")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
         _expect(data, isinstance(data, dict), "", "an object")
         if data.pop("version", "no version") != version:
             raise ValueError("unknown version")

@@ -86,6 +86,14 @@ class Artifact:
         """Compare everything but the shards' buffers with the manifest. Raises ArtifactError at what differs."""
         _verify_files(self.path, self._shards)
 
+    def stated(self) -> tuple[dict[str, tuple[int, str]], dict[str, tuple[int, str]]]:
+        """What the manifest says: sizes and digests of files by name, and of shards the digests of their headers.
+
+        Raises:
+            ArtifactError: it is missing, damaged, or of other shards than these.
+        """
+        return _stated(self.path, self._shards)
+
     def verify(self, *, besides: Container[str] = ()) -> None:
         """Compare every buffer with its digest, forwards through the files and in constant memory.
 
@@ -196,17 +204,27 @@ def _check_unique(shards: tuple[ShardMetadata, ...]) -> None:
             seen[name] = shard.path
 
 
-def _verify_files(path: Path, shards: tuple[ShardMetadata, ...]) -> None:
-    """Compare everything but the shards' buffers with the manifest."""
+def _stated(
+    path: Path, shards: tuple[ShardMetadata, ...]
+) -> tuple[dict[str, tuple[int, str]], dict[str, tuple[int, str]]]:
     with refusing(path / MANIFEST):
         if not (path / MANIFEST).exists():
             raise FormatError("it is missing", "fetch it, or open without verification")
         files, stated = decode_manifest(_read_small(path / MANIFEST))
         if stated != {shard.path.name: (shard.size_bytes, shard.digest) for shard in shards}:
             raise FormatError("it does not belong to these shards")
+    return files, stated
+
+
+def _verify_files(path: Path, shards: tuple[ShardMetadata, ...]) -> None:
+    """Compare everything but the shards' buffers with the manifest."""
+    files, _ = _stated(path, shards)
     for name, expected in files.items():
         with refusing(path / name):
             if (path / name).exists() and not (path / name).is_file():
                 raise FormatError("it is not a regular file")
             if digest_file(path / name) != expected:
-                raise FormatError(f"its content is not what {MANIFEST} says", "restore it, or pack again")
+                raise FormatError(
+                    f"its content is not what {MANIFEST} says",
+                    "restore it, or seal the artifact again if you changed it (waterfill seal)",
+                )

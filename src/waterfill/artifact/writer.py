@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,20 +30,36 @@ from waterfill.artifact.format import (
 from waterfill.artifact.header import Completion, carried_digest, encode_header
 from waterfill.artifact.layout import Layout
 from waterfill.artifact.ledger import Ledger
-from waterfill.artifact.manifest import INDEX, MANIFEST, encode_manifest
+from waterfill.artifact.manifest import INDEX, MANIFEST, decode_manifest, encode_manifest
 from waterfill.errors import ArtifactError
+from waterfill.writing import flush, resolved
 
 _log = logging.getLogger(__name__)
 
 Data: TypeAlias = "bytes | bytearray | memoryview | torch.Tensor"
 
 
+WORK, NEW, REPLACED, LEDGER = ".partial", "artifact", "replaced", "ledger.jsonl"
+
+
 def check_target(out: Path, overwrite: bool) -> None:
     """Refuse to put an artifact where it would cover something that is not to be overwritten.
 
+    A run that ended while it tidied up, behind its last rename, is no obstacle: the same run again ends there too.
+
     Raises:
-        ArtifactError: `out` is neither absent nor an empty directory nor, with `overwrite`, an artifact.
+        ArtifactError: `out` is neither absent nor an empty directory nor, with `overwrite`, an artifact; or it is the
+            current directory, in whose place there would be another.
     """
+    with refusing(out):
+        real = resolved(out)
+        if real == Path.cwd():
+            raise ArtifactError(f"{real} is the current directory, which cannot be replaced; give another output")
+        if not _untidied(real):
+            _check_free(real, overwrite)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
@@ -53,6 +68,12 @@ def check_target(out: Path, overwrite: bool) -> None:
         raise ArtifactError(
             f"{out} is not a packed model ({MANIFEST} is missing) and is not overwritten; give another output"
         )
+
+
+def _untidied(out: Path) -> bool:
+    """Whether there are an artifact and what a run leaves that ended behind its last rename."""
+    work = out.with_name(out.name + WORK)
+    return (out / MANIFEST).is_file() and work.is_dir() and {path.name for path in work.iterdir()} <= {LEDGER, REPLACED}
 
 
 class ArtifactWriter:
@@ -68,7 +89,8 @@ class ArtifactWriter:
     """
 
     def __init__(self, out: Path, layout: Layout, identity: str, *, overwrite: bool = False) -> None:
-        self._out = Path(out).resolve()
+        with refusing(out):
+            self._out = resolved(out)
         self._layout = layout
         self._overwrite = overwrite
         self._tensors = {tensor.name: tensor for shard in layout.shards for tensor in shard.tensors}
@@ -78,14 +100,15 @@ class ArtifactWriter:
         self._owners = {buffer.name: tensor for tensor in self._tensors.values() for buffer in tensor.buffers}
         self._written_bytes = dict.fromkeys(self._places, 0)
         self._done: dict[str, Completion] = {}
-        self._work = self._out.with_name(self._out.name + ".partial")
-        self._new = self._work / "artifact"
-        self._replaced = self._work / "replaced"
+        self._work = self._out.with_name(self._out.name + WORK)
+        self._new = self._work / NEW
+        self._replaced = self._work / REPLACED
+        self._published = False  # by a run that ended while it tidied up
         with refusing(self._work):
             if not self._replaced.exists():
                 check_target(self._out, overwrite)
             self._work.mkdir(parents=True, exist_ok=True)
-            self._ledger = Ledger(self._work / "ledger.jsonl")
+            self._ledger = Ledger(self._work / LEDGER)
             try:
                 self._prepare(identity)
             except BaseException:
@@ -112,13 +135,26 @@ class ArtifactWriter:
                 shutil.rmtree(self._replaced)
             else:
                 self._replaced.rename(self._out)
-        check_target(self._out, self._overwrite)
-        self._claim({"identity": identity, "layout": digest(repr(self._layout).encode())})
+        run = {"identity": identity, "layout": digest(repr(self._layout).encode())}
+        self._published = self._was_published(run)
+        if self._published:
+            return
+        _check_free(self._out, self._overwrite)
+        self._claim(run)
         for shard in self._layout.shards:
             with (self._new / shard.file).open("ab") as file:
                 file.truncate(shard.size_bytes)
         self._resume()
         self._check_space()
+
+    def _was_published(self, run: Mapping[str, str]) -> bool:
+        """Whether `out` is what this run made: its ledger is complete and the new artifact gone, or both are gone."""
+        if self._new.exists() or not (self._out / MANIFEST).is_file():
+            return False
+        lines = self._ledger.entries
+        if not lines:  # removed already: `publish` compares what the artifact says of itself
+            return not self._overwrite
+        return lines[0] == run and {line["tensor"] for line in lines[1:]} == self._tensors.keys()
 
     def _claim(self, identity: Mapping[str, str]) -> None:
         """Continue the run that the ledger speaks of, or begin a new one in an empty directory."""
@@ -166,6 +202,8 @@ class ArtifactWriter:
 
     def pending(self) -> tuple[TensorSpec, ...]:
         """Tensors that are not complete yet, in file order; all buffers of such a tensor are to be written."""
+        if self._published:
+            return ()
         return tuple(tensor for tensor in self._tensors.values() if tensor.name not in self._done)
 
     def write(self, buffer_name: str, offset_bytes: int, data: Data) -> None:
@@ -234,6 +272,8 @@ class ArtifactWriter:
             raise ArtifactError(
                 f"{self._out}: {len(pending)} tensors are not complete, first {pending[0].name!r}; complete them first"
             )
+        if self._published and self._finish(files):
+            return self._out
         with refusing(self._out):
             headers = self._write_headers()
             others = self._write_files(files)
@@ -241,10 +281,38 @@ class ArtifactWriter:
             shards = {name: (sizes[name], value) for name, value in headers.items()}
             (self._new / MANIFEST).write_bytes(encode_manifest(others, shards))
             for path in self._new.iterdir():
-                _flush(path)
-            _flush(self._new)
+                flush(path)
+            flush(self._new)
             self._swap()
         return self._out
+
+    def _finish(self, files: Mapping[str, bytes | Path]) -> bool:
+        """Tidy up behind a run that put its artifact in place; False where that has other `files`, and is replaced."""
+        with refusing(self._out):
+            if self._holds(files):
+                _log.info("%s is complete: an earlier run was ended while it tidied up", self._out)
+                self._tidy()
+                return True
+            if not self._overwrite:
+                self._tidy()
+                _check_free(self._out, self._overwrite)
+            self._out.rename(self._new)
+            self._published = False
+            self._resume()
+        if self.pending():
+            raise ArtifactError(f"{self._out} was damaged after it had been packed; run again")
+        return False
+
+    def _holds(self, files: Mapping[str, bytes | Path]) -> bool:
+        """Whether the artifact at `out` is of this layout and has these files."""
+        others, shards = decode_manifest((self._out / MANIFEST).read_bytes())
+        expected = {
+            name: digest_file(content) if isinstance(content, Path) else (len(content), digest(content))
+            for name, content in files.items()
+        }
+        sizes = {shard.file: shard.size_bytes for shard in self._layout.shards}
+        others.pop(INDEX, None)
+        return others == expected and {name: size for name, (size, _) in shards.items()} == sizes
 
     def _write_headers(self) -> dict[str, str]:
         digests = {}
@@ -272,12 +340,16 @@ class ArtifactWriter:
         return {name: digest_file(self._new / name) for name in written}
 
     def _swap(self) -> None:
-        """Two renames at most; whatever ends the process between them is undone by the next `_prepare`."""
-        check_target(self._out, self._overwrite)
+        """Two renames at most; what ends the process between them is undone by the next `_prepare`, what ends it behind
+        them is completed by the next `publish`."""
+        _check_free(self._out, self._overwrite)
         if self._out.exists():
             self._out.rename(self._replaced)
         self._new.rename(self._out)
-        _flush(self._out.parent)
+        flush(self._out.parent)
+        self._tidy()
+
+    def _tidy(self) -> None:
         shutil.rmtree(self._replaced, ignore_errors=True)
         self._ledger.remove()
         with suppress(OSError):  # another run may have begun here already
@@ -288,14 +360,3 @@ def _bytes_of(data: Data) -> memoryview:
     if isinstance(data, bytes | bytearray | memoryview):
         return memoryview(data).cast("B")
     return data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open directories
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

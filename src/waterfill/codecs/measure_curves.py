@@ -15,6 +15,7 @@ from waterfill.codecs.curves import FILE, STATES
 from waterfill.codecs.stream import MOST_LEVEL_SYMBOLS, centroids
 from waterfill.entropy import MOST_LANES, code_length_bits, from_counts
 from waterfill.entropy.trellis import indices, search
+from waterfill.writing import write_file
 
 SAMPLES = 1 << 20
 LEAST, MOST = -512, 511
@@ -32,7 +33,7 @@ def main() -> None:
         t2s = 2.0 ** (-2.0 * np.concatenate([np.arange(0.1, 1, 0.075), np.arange(1, 4.8, 0.2)]))
         curves[str(states)] = [point(sample, states, float(t2)) for t2 in t2s]
         print(states, curves[str(states)][-1])
-    FILE.write_text(json.dumps(curves, indent=0).replace(",\n", ", ").replace("], [", "],\n[") + "\n")
+    write_file(FILE, json.dumps(curves, indent=0).replace(",\n", ", ").replace("], [", "],\n[") + "\n")
 
 
 def point(x: Floats, states: int, t2: float) -> list[float]:

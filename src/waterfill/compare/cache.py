@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from hashlib import blake2b
@@ -12,6 +11,7 @@ from typing import Any
 
 from waterfill._cache import cache_folder
 from waterfill.compare.base import Row
+from waterfill.writing import write_file
 
 VERSION = 1  # of what is stored, and of how peers are called; raise it when either changes
 
@@ -35,11 +35,8 @@ class Results:
     def put(self, key: Mapping[str, Any], row: Row) -> None:
         """Store a row; another process sees all of it or nothing."""
         file = self._file(key)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
         content = {"version": VERSION, "key": _plain(key), "row": asdict(row)}
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_file(file, json.dumps(content, indent=1) + "\n")
 
     def rows(self) -> Iterator[tuple[dict[str, Any], Row]]:
         """Everything that is stored, with its key."""

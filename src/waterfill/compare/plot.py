@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from waterfill.budget import format_size
 from waterfill.compare.run import Comparison
 from waterfill.errors import WaterfillError
+from waterfill.writing import prepare_file, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,10 +23,29 @@ STYLES = (
 )  # fmt: skip
 
 
-def check() -> None:
-    """Raise WaterfillError where matplotlib is not installed: before minutes of measuring, not after."""
+def check(path: Path | None = None) -> None:
+    """Raise WaterfillError where matplotlib is not installed, or a file of this name cannot be drawn or written: before
+    minutes of measuring, not after."""
     if find_spec("matplotlib") is None:
         raise WaterfillError("plots need matplotlib; pip install 'waterfill[plot]'")
+    if path is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = FigureCanvasBase.get_supported_filetypes()
+        if _kind(path) not in known:
+            raise WaterfillError(f"{path} is no kind of picture; let it end in one of .{', .'.join(sorted(known))}")
+        prepare_file(path)
+
+
+def save(comparison: Comparison, path: Path) -> None:
+    """Draw into a file, of the kind that its name ends in."""
+    drawn = BytesIO()
+    plot(comparison).savefig(drawn, format=_kind(path))
+    write_file(path, drawn.getvalue())
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower()
 
 
 def plot(comparison: Comparison) -> Figure:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from waterfill.arguments import FLAG, checked, optional
 from waterfill.artifact import open_artifact
 from waterfill.engine.defaults import read_defaults
 from waterfill.engine.generation import Generation, generate
@@ -34,11 +35,12 @@ class Engine:
         WaterfillError: `memory` is not a size, or too small for the model even when it is streamed.
     """
 
+    @checked(streamed=optional(FLAG))
     def __init__(
         self,
         artifact: str | Path,
         *,
-        memory: str | int | None = None,
+        memory: str | float | None = None,
         streamed: bool | None = None,
         verify: bool = True,
     ) -> None:

@@ -27,7 +27,7 @@ OVERHEAD_BYTES = 12 << 20  # what the interpreter and the C library take beyond 
 def open_model(
     artifact: str | Path | Artifact,
     *,
-    memory: str | int | None = None,
+    memory: str | float | None = None,
     streamed: bool | None = None,
     verify: bool = True,
     logits: int = 1,

@@ -62,7 +62,9 @@ class Resident:
         held: dict[str, ChunkData] = {}
         storage = Storage(direct=False)
         try:
-            for name in tqdm(sorted(packed_names(artifact)), desc="decoding weights", leave=False, delay=1):
+            for name in tqdm(
+                sorted(packed_names(artifact)), desc="decoding weights", leave=False, delay=1, disable=None
+            ):
                 matrix = StreamedMatrix(artifact.tensors[name], storage, verify=verify)
                 held[name] = matrix.whole(verify=verify).arrange()
         finally:

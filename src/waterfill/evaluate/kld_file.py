@@ -29,6 +29,8 @@ class KldFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():
+            raise WaterfillError(f"{path} is no file; give one of `llama-perplexity --kl-divergence-base`")
         with path.open("rb") as file:
             head = file.read(_HEADER.size)
             if len(head) < _HEADER.size or not head.startswith(MAGIC):

@@ -12,10 +12,12 @@ Choices follow the question after a space, unless one of the two brings its own 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from waterfill import files
 from waterfill.errors import WaterfillError
 
 SUFFIX = ".jsonl"
@@ -42,7 +44,7 @@ def read_task(path: Path) -> dict[str, Any]:
 
 def _documents(path: Path) -> list[Document]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = files.read_text(path, sys.maxsize).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise WaterfillError(f"{path} cannot be read as UTF-8 text ({error}); name a file of JSON lines") from error
     documents = []

@@ -30,6 +30,7 @@ from waterfill.errors import WaterfillError
 from waterfill.evaluate.conventions import Convention, Window
 from waterfill.evaluate.expected import SAMPLED, Exact, Expected, TopK, condense
 from waterfill.evaluate.scoring import Progress, check_finite, prepare, score_windows, window_logits
+from waterfill.writing import write_file
 
 LIMIT_VARIABLE = "WATERFILL_CACHE_SIZE"
 LIMIT_BYTES = 4_000_000_000
@@ -166,8 +167,7 @@ class ReferenceStore:
         if form == "none":
             return
         _make_room(references, int(limit - needed))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / META).write_text(json.dumps(self._meta), "utf-8")
+        write_file(self.folder / META, json.dumps(self._meta))
 
     def _write(self, window: Window, logits: Tensor) -> None:
         if self.form == EXACT:

@@ -5,12 +5,14 @@ file -> token_ids: the whole text, tokenised once -> windows [windows, context]:
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from waterfill import files
 from waterfill.errors import WaterfillError
 from waterfill.tokenizing import in_words
 
@@ -23,7 +25,7 @@ def token_ids(tokenizer: Any, path: str | Path) -> Tensor:
     Raises WaterfillError when the file cannot be read as text.
     """
     try:
-        text = Path(path).read_text("utf-8")
+        text = files.read_text(Path(path), sys.maxsize)
     except (OSError, UnicodeDecodeError) as error:
         raise WaterfillError(f"{path} cannot be read as UTF-8 text ({error}); name a plain-text file") from error
     # verbose=False: the text is longer than the model's context on purpose, the tokenizer's warning would mislead.

@@ -35,6 +35,7 @@ from scipy.spatial import cKDTree
 from scipy.special import ndtr, ndtri
 
 from waterfill.grids import DATA_FILE, grid
+from waterfill.writing import write_file
 
 Array = npt.NDArray[np.float64]
 
@@ -206,9 +207,7 @@ def write_grids(path: Path, grids: dict[tuple[int, int], tuple[npt.NDArray[np.fl
     tensors = {name: torch.from_numpy(grids[key][0]) for key, name in names.items()}
     # One metadata entry only: safetensors does not fix the order of several.
     content = save(tensors, metadata={"t2": json.dumps({name: grids[key][1] for key, name in names.items()})})
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_file(path, content)
     return hashlib.sha256(content).hexdigest()
 
 

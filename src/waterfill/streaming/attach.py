@@ -46,7 +46,7 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
         )
         _limit_passes(model, left.pass_bytes)
         sequence, others = _order(model, modules, matrices)
-        with tqdm(unit="B", unit_scale=True, desc="reading weights", delay=1, leave=False) as bar:
+        with tqdm(unit="B", unit_scale=True, desc="reading weights", delay=1, leave=False, disable=None) as bar:
             streamer = Streamer(
                 storage,
                 sequence,
