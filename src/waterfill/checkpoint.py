@@ -26,6 +26,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from safetensors import SafetensorError, safe_open
 
 from waterfill.errors import CheckpointError, first_line
+from waterfill.files import SETTINGS, open_regular, read_small, read_text
 
 WEIGHT_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that a weight may have, by their safetensors names."""
@@ -40,11 +41,12 @@ KEPT_DTYPES: Mapping[str, torch.dtype] = {
 """Those that a buffer may have: tables, counters and flags among them. All can be stored in an artifact."""
 
 CONFIG = "config.json"
+PACKED_MARK = "waterfill"  # in the metadata of a packed model's shards
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 # What is copied from a checkpoint into an artifact: tokenizer, generation config, chat template, licence.
-_EXTRA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.codes", "LICENSE*", "NOTICE*")
+_EXTRA_PATTERNS = (*SETTINGS, "LICENSE*", "NOTICE*")
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SAMPLE_BYTES = 1024
@@ -101,7 +103,7 @@ class Checkpoint:
         Costs a few small reads per tensor, so it tells apart what people mix up (another model, another revision,
         further training), not a deliberate change of single weights.
         """
-        digest = blake2b((self.path / CONFIG).read_bytes(), digest_size=16)
+        digest = blake2b(read_small(self.path / CONFIG), digest_size=16)
         shards: dict[Path, list[TensorInfo]] = {}
         for tensor in self.tensors.values():
             shards.setdefault(tensor.file, []).append(tensor)
@@ -218,7 +220,7 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] |
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}): download it again.") from error
     if not isinstance(content, dict):
@@ -285,13 +287,15 @@ def _read_index(index: Path) -> dict[str, str]:
 def _read_shard(file: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file. The library validates sizes and offsets; this only reads what it accepted."""
     try:
-        with safe_open(file, framework="pt"):
+        with open_regular(file), safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         cut = _first_cut_tensor(file)
         where = f"it ends inside tensor {cut!r}" if cut else str(error)
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({where}): download it again.") from error
     header, data_start = _parse_header(file)
+    if PACKED_MARK in header.pop("__metadata__", {}):
+        raise CheckpointError(f"{file} is packed by waterfill: give the checkpoint that it was packed from.")
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
@@ -305,7 +309,6 @@ def _parse_header(file: Path) -> tuple[dict[str, Any], int]:
     with file.open("rb") as shard:
         length = min(int.from_bytes(shard.read(8), "little"), file.stat().st_size)  # a damaged length may be huge
         header = json.loads(shard.read(length))
-    header.pop("__metadata__", None)
     return header, 8 + length
 
 
@@ -314,7 +317,7 @@ def _first_cut_tensor(file: Path) -> str | None:
     try:
         header, data_start = _parse_header(file)
         available_bytes = file.stat().st_size - data_start
-        cut = [(entry["data_offsets"][1], name) for name, entry in header.items()]
+        cut = [(entry["data_offsets"][1], name) for name, entry in header.items() if name != "__metadata__"]
         return min(((stop, name) for stop, name in cut if stop > available_bytes), default=(0, None))[1]
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None  # the header itself is damaged

@@ -13,8 +13,10 @@ import transformers
 from waterfill import process
 from waterfill.artifact import open_artifact
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, check_finite
-from waterfill.errors import ArtifactError, WaterfillError
+from waterfill.errors import ArtifactError, WaterfillError, first_line
+from waterfill.files import check_settings
 from waterfill.fit import fit, packed_names
+from waterfill.hf import Caller, called_by
 from waterfill.pack import PLAN_FILE
 from waterfill.plan import Plan
 
@@ -53,11 +55,8 @@ def load(
     if verify:
         opened.verify_files()
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
-    config = transformers.AutoConfig.from_pretrained(path)
-    config.quantization_config |= {"verified": True, "streamed": chosen.streamed}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype="auto" if dtype is None else dtype
-    ).eval()
+    with called_by(Caller(verified=True, streamed=chosen.streamed)):
+        model = _from_pretrained(path, dtype)
     model.streaming = None
     if chosen.streamed:
         from waterfill.streaming.attach import attach
@@ -66,12 +65,34 @@ def load(
     return model
 
 
+def _from_pretrained(path: Path, dtype: torch.dtype | None) -> Any:
+    """Raises ArtifactError for whatever transformers finds wrong, and for weights that it would make up."""
+    try:
+        check_settings(path)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto" if dtype is None else dtype, output_loading_info=True
+        )
+    except WaterfillError:
+        raise
+    except Exception as error:  # what its classes raise at a config.json or shapes that they do not expect
+        raise ArtifactError(
+            f"transformers cannot load {path} ({first_line(error)}); fetch the artifact again, or pack again"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ArtifactError(
+            f"{path} has nothing for {missing[0]!r}, one of {len(missing)} tensors that the model of its config.json "
+            "has; fetch the artifact again, or pack again"
+        )
+    return model.eval()
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer in the directory of a checkpoint or artifact; WaterfillError if there is none."""
     absent = WaterfillError(
         f"{path} has no tokenizer that transformers can load; put the files of the model's tokenizer there"
     )
     try:
+        check_settings(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # each tokenizer class fails in its own way on files that are absent or damaged
         raise absent from error

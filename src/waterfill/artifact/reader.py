@@ -24,13 +24,13 @@ from waterfill.artifact.header import ShardMetadata, StoredBuffer, StoredTensor,
 from waterfill.artifact.manifest import (
     INDEX,
     MANIFEST,
-    MAX_FILE_BYTES,
     ONLY_SHARD,
     check_index,
     decode_manifest,
     shards_of_index,
 )
 from waterfill.errors import ArtifactError
+from waterfill.files import open_regular, read_small
 
 _TORCH_DTYPES: Mapping[str, torch.dtype] = LazyMapping(
     lambda: {
@@ -96,7 +96,7 @@ class Artifact:
         """
         for tensor in self.tensors.values():
             for buffer in tensor.buffers if tensor.name not in besides else ():
-                with refusing(buffer.file), buffer.file.open("rb") as file:
+                with refusing(buffer.file), open_regular(buffer.file) as file:
                     _compare(buffer, digest_region(file, buffer.offset_bytes, buffer.size_bytes))
                 self._verified.add(buffer.name)
 
@@ -177,13 +177,7 @@ def _read_index(path: Path) -> dict[str, object] | None:
             raise FormatError(
                 f"{ONLY_SHARD} lies beside it and programs disagree on which one counts", "remove the wrong one"
             )
-        return strict_json(_read_small(path / INDEX))
-
-
-def _read_small(path: Path) -> bytes:
-    if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-        raise FormatError(f"it is missing, not a regular file, or larger than {MAX_FILE_BYTES} bytes")
-    return path.read_bytes()
+        return strict_json(read_small(path / INDEX))
 
 
 def _check_unique(shards: tuple[ShardMetadata, ...]) -> None:
@@ -201,12 +195,10 @@ def _verify_files(path: Path, shards: tuple[ShardMetadata, ...]) -> None:
     with refusing(path / MANIFEST):
         if not (path / MANIFEST).exists():
             raise FormatError("it is missing", "fetch it, or open without verification")
-        files, stated = decode_manifest(_read_small(path / MANIFEST))
+        files, stated = decode_manifest(read_small(path / MANIFEST))
         if stated != {shard.path.name: (shard.size_bytes, shard.digest) for shard in shards}:
             raise FormatError("it does not belong to these shards")
     for name, expected in files.items():
         with refusing(path / name):
-            if (path / name).exists() and not (path / name).is_file():
-                raise FormatError("it is not a regular file")
             if digest_file(path / name) != expected:
                 raise FormatError(f"its content is not what {MANIFEST} says", "restore it, or pack again")

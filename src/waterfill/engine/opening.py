@@ -32,7 +32,8 @@ def open_model(
     verify: bool = True,
     logits: int = 1,
 ) -> LlamaModel:
-    """The packed model, without torch and transformers; the arguments are those of `waterfill.load`.
+    """The packed model, without torch and transformers; the arguments are those of `waterfill.load`. Of an artifact that
+    is open already the files but the shards are the caller's to verify.
 
     Raises:
         UnsupportedError: a model that takes transformers, or no native library; says why.
@@ -41,6 +42,8 @@ def open_model(
     """
     if not isinstance(artifact, Artifact):
         artifact = open_artifact(Path(artifact), verify=False)
+        if verify:
+            artifact.verify_files()
     if native.isa() is None:
         raise UnsupportedError("the native kernels are not there, or turned off")
     if native.float_activations():
@@ -49,8 +52,6 @@ def open_model(
     least = Cache.token_bytes(spec) * min(LEAST_CONTEXT, spec.positions) + logits * logit_bytes(spec) + LEAST_PASS_BYTES
     chosen = fit(artifact, memory, streamed, working_bytes=OVERHEAD_BYTES + least)
     packed = packed_names(artifact)
-    if verify:
-        artifact.verify_files()
     vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
     if chosen.streamed:
         return _streamed(artifact, spec, vectors, chosen.limit_bytes, verify=verify, logits=logits)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from waterfill.artifact import RAW, Artifact, StoredTensor
 from waterfill.codecs import LOSSLESS
 from waterfill.errors import UnsupportedError
+from waterfill.files import CONFIG_BYTES, read_text
 from waterfill.native import MOST_HEAD_DIM
 
 KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # whose layers are those of native/src/layer.cpp
@@ -40,7 +41,6 @@ OPTIONAL = {  # vectors that some of the kind have
     **{f"{key}_bias": f"{PROJECTIONS[key]}.bias" for key in "qkvo"},
 }
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
-CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,8 @@ def read_spec(artifact: Artifact) -> Spec:
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object. Raises UnsupportedError where there is none."""
     try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise UnsupportedError(f"{path.name} is larger than {CONFIG_BYTES} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(read_text(path, CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(found, dict):
         raise UnsupportedError(f"{path.name} is not an object")

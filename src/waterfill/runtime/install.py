@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -45,6 +46,8 @@ def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = Fal
     for name, tensor in packed.items():
         module = _find(model, name)
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            rows, width = tensor.shape
+            _check_shape(tensor, module.weight, (width, rows) if isinstance(module, Conv1D) else (rows, width))
             dtype = module.weight.dtype
             _attach(_convert(module), tensor, dtype, streamed)
         else:
@@ -56,8 +59,14 @@ def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = Fal
         _tie(model, *tied)
     hold(model, [tensor for tensor in tensors if tensor.codec == LOSSLESS])
     if streamed:  # their buffers are in the files, but not in the model
-        names = "|".join(re.escape(buffer.name) for tensor in packed.values() for buffer in tensor.buffers)
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), names}
+        pass_by(model, [buffer.name for tensor in packed.values() for buffer in tensor.buffers])
+
+
+def pass_by(model: Any, names: Sequence[str]) -> None:
+    """Have transformers say nothing of these entries of the files, which the model has no place for."""
+    if names:
+        pattern = f"^({'|'.join(map(re.escape, names))})$"
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), pattern}
 
 
 def arrange(model: Any) -> None:
@@ -84,6 +93,14 @@ def arrange(model: Any) -> None:
 
 def _convert(module: nn.Module) -> PackedMatrix:
     return pack_embedding(module) if isinstance(module, nn.Embedding) else pack_linear(module)
+
+
+def _check_shape(tensor: StoredTensor, parameter: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(parameter.shape) != shape:
+        raise ArtifactError(
+            f"tensor {tensor.name!r} makes a parameter {list(shape)} where the model has {list(parameter.shape)}; fetch "
+            "the artifact again, or pack the model again"
+        )
 
 
 def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any, streamed: bool) -> None:
