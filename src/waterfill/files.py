@@ -49,10 +49,10 @@ def read_small(path: Path, limit_bytes: int = SMALL_BYTES) -> bytes:
         OSError: it cannot be read.
     """
     with open_regular(path) as file:
-        data = file.read(min(os.fstat(file.fileno()).st_size, limit_bytes) + 1)
-    if len(data) > limit_bytes:
-        raise UnfitFileError(f"it is larger than {limit_bytes} bytes")
-    return data
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > limit_bytes:
+            raise UnfitFileError(f"it is larger than {limit_bytes} bytes")
+        return file.read(size_bytes)
 
 
 def read_text(path: Path, limit_bytes: int = SMALL_BYTES) -> str:

@@ -39,7 +39,8 @@ class Caller:
     streamed: bool = False  # the caller will say where packed matrices come from
 
 
-_caller = ContextVar("caller of from_pretrained", default=Caller())
+_ANYBODY = Caller()
+_caller = ContextVar("caller of from_pretrained", default=_ANYBODY)
 
 
 @contextmanager

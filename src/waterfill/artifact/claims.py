@@ -1,4 +1,5 @@
-"""What a header claims about a coded tensor, held against its codec: decoders take buffers for what codec and shape ask.
+"""What a header claims about a coded tensor, held against its codec: decoders trust that buffers are as large as the
+codec makes them of that shape.
 
 A codec that is not known here is not a damaged file: whoever wants to decode it refuses.
 """

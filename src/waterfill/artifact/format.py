@@ -33,6 +33,7 @@ MAX_INTEGER = 2**63 - 1
 MAX_NUMBER_CHARACTERS = 32
 MAX_NAME_CHARACTERS = 1000
 MAX_TENSORS = 1 << 15  # of a shard
+MAX_VALUES = 64 * MAX_TENSORS  # of a JSON text
 
 NO_DIGEST = "0" * 16
 _DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -231,6 +232,8 @@ def strict_json(text: bytes) -> dict[str, Any]:
     Raises:
         FormatError: on anything else, however deep or long.
     """
+    if sum(map(text.count, (b"{", b"[", b","))) > MAX_VALUES:  # before any of them takes memory
+        raise FormatError(f"its JSON holds more than {MAX_VALUES} values", "use smaller shards")
     try:
         value = json.loads(
             text.decode("ascii"),

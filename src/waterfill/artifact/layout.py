@@ -20,9 +20,7 @@ from waterfill.artifact.header import reserved_bytes
 from waterfill.artifact.manifest import encode_index, shard_names
 from waterfill.errors import ArtifactError
 
-SHARD_BYTES = (
-    4_000_000_000  # with its header below 4 GiB, which is what FAT32 and 32-bit offsets can hold
-)
+SHARD_BYTES = 4_000_000_000  # with its header below 4 GiB, which is what FAT32 and 32-bit offsets can hold
 SHARD_TENSORS = 1 << 14  # half of what a reader accepts
 
 
@@ -70,7 +68,7 @@ def lay_out(tensors: Sequence[TensorSpec], *, shard_bytes: int = SHARD_BYTES) ->
         ArtifactError: if a spec breaks a rule of the format; the sentence names the tensor or buffer.
     """
     try:
-        _check_all(tensors)
+        entries = _check_all(tensors)
         groups = _cut(sorted(tensors, key=_place), shard_bytes)
         shards = tuple(
             ShardLayout(file, tuple(group), reserved_bytes(group))
@@ -78,7 +76,7 @@ def lay_out(tensors: Sequence[TensorSpec], *, shard_bytes: int = SHARD_BYTES) ->
         )
         for shard in shards:
             _check_alignment(shard)
-            _check_guard(shard, tensors)
+            _check_guard(shard, entries)
     except FormatError as fault:
         raise ArtifactError(
             f"These tensors cannot be laid out: {fault}; {fault.remedy or 'correct what describes it'}"
@@ -92,7 +90,8 @@ def _index(shards: Sequence[ShardLayout]) -> bytes | None:
     return encode_index((s.file, {b.name: b.size_bytes for b, _ in s.places()}) for s in shards)
 
 
-def _check_all(tensors: Sequence[TensorSpec]) -> None:
+def _check_all(tensors: Sequence[TensorSpec]) -> set[str]:
+    """Names of all buffers, each of which is there once."""
     names: set[str] = set()
     entries: set[str] = set()
     for tensor in tensors:
@@ -103,6 +102,7 @@ def _check_all(tensors: Sequence[TensorSpec]) -> None:
             seen.add(name)
     if not tensors:
         raise FormatError("there are none", "give at least one")
+    return entries
 
 
 def _place(tensor: TensorSpec) -> tuple[int, int]:
@@ -124,9 +124,9 @@ def _cut(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpe
     return groups
 
 
-def _check_guard(shard: ShardLayout, tensors: Sequence[TensorSpec]) -> None:
+def _check_guard(shard: ShardLayout, entries: set[str]) -> None:
     guard = guard_of(shard.tensors)
-    if guard is not None and any(guard.name == buffer.name for tensor in tensors for buffer in tensor.buffers):
+    if guard is not None and guard.name in entries:
         raise FormatError(f"{quote(guard.name)} is both coded and kept", "give every tensor and buffer its own name")
 
 

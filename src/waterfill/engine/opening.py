@@ -32,8 +32,9 @@ def open_model(
     verify: bool = True,
     logits: int = 1,
 ) -> LlamaModel:
-    """The packed model, without torch and transformers; the arguments are those of `waterfill.load`. Of an artifact that
-    is open already the files but the shards are the caller's to verify.
+    """The packed model, without torch and transformers; the arguments are those of `waterfill.load`.
+
+    Of an artifact that is open already, all files but the shards are the caller's to verify.
 
     Raises:
         UnsupportedError: a model that takes transformers, or no native library; says why.

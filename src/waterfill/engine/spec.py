@@ -105,7 +105,8 @@ def read_spec(artifact: Artifact) -> Spec:
         raise UnsupportedError(
             f"its heads do not fit its matrices: {heads} of {head_dim}, {shape['k'][0]} rows of keys"
         )
-    _check_shapes(tensors, layers, shape)
+    _check_shapes(tensors, layers, shape, hidden, head)
+    _check_vectors(tensors, layers, vectors, shape, head_dim)
     return Spec(
         layers=layers,
         hidden=hidden,
@@ -175,15 +176,38 @@ def _check_names(tensors: Mapping[str, StoredTensor], layers: int, vectors: tupl
             raise UnsupportedError(f"{name} is packed, or not of floating point")
 
 
-def _check_shapes(tensors: Mapping[str, StoredTensor], layers: int, shape: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    tensors: Mapping[str, StoredTensor], layers: int, shape: Mapping[str, tuple[int, ...]], hidden: int, head: str
+) -> None:
     """All layers alike, and matrices that follow one another."""
-    hidden, (q, _), (kv, _), (inner, _) = tensors[EMBEDDING].shape[1], shape["q"], shape["k"], shape["gate"]
+    (q, _), (kv, _), (inner, _) = shape["q"], shape["k"], shape["gate"]
+    vocabulary = tensors[head].shape[0]
+    for name in (EMBEDDING, head):
+        if tensors[name].shape != (vocabulary, hidden):
+            raise UnsupportedError(f"its {name} is of another shape than {[vocabulary, hidden]}")
     expected = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
     expected |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     for layer in range(layers):
         for key, name in PROJECTIONS.items():
             if tensors[f"model.layers.{layer}.{name}"].shape != expected[key]:
                 raise UnsupportedError(f"layer {layer} has a {name} of another shape than {list(expected[key])}")
+
+
+def _check_vectors(
+    tensors: Mapping[str, StoredTensor],
+    layers: int,
+    vectors: tuple[str, ...],
+    shape: Mapping[str, tuple[int, ...]],
+    head_dim: int,
+) -> None:
+    """Norms and biases, of the sizes that the layers read."""
+    hidden = shape["o"][0]
+    expected = {f"{name}.weight": hidden for name in NORMS.values()}
+    expected |= {OPTIONAL[key]: head_dim if key.endswith("norm") else shape[key[0]][0] for key in vectors}
+    every = {f"model.layers.{layer}.{name}": size for layer in range(layers) for name, size in expected.items()}
+    for name, size in {FINAL_NORM: hidden, **every}.items():
+        if tensors[name].shape != (size,):
+            raise UnsupportedError(f"its {name} is of another shape than {[size]}")
 
 
 def _frequencies(config: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:

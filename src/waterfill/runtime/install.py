@@ -98,8 +98,8 @@ def _convert(module: nn.Module) -> PackedMatrix:
 def _check_shape(tensor: StoredTensor, parameter: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(parameter.shape) != shape:
         raise ArtifactError(
-            f"tensor {tensor.name!r} makes a parameter {list(shape)} where the model has {list(parameter.shape)}; fetch "
-            "the artifact again, or pack the model again"
+            f"tensor {tensor.name!r} makes a parameter {list(shape)} where the model has {list(parameter.shape)}; "
+            "fetch the artifact again, or pack the model again"
         )
 
 

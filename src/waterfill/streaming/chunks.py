@@ -78,7 +78,11 @@ class Chunk:
         step, table = native_table(matrix.codec, isa)
         unit = 2.0**matrix.exponent
         view = native.ChunkView(self.rows, matrix.shape[1], matrix.part_rows, step * unit, unit, table)
-        view.ends, view.sums, view.parts = self.ends.ctypes.data, matrix.sums[self.first_part :].ctypes.data, len(self.ends)
+        view.ends, view.sums, view.parts = (
+            self.ends.ctypes.data,
+            matrix.sums[self.first_part :].ctypes.data,
+            len(self.ends),
+        )
         if isinstance(matrix.stored, Trellis):
             view.states, view.wide = matrix.stored.states, int(matrix.stored.wide)
         else:
