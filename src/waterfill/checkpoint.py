@@ -50,6 +50,7 @@ _EXTRA_PATTERNS = (*SETTINGS, "LICENSE*", "NOTICE*")
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SAMPLE_BYTES = 1024
+_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 Index = EllipsisType | int | slice | tuple[int | slice, ...]
 
@@ -306,8 +307,8 @@ def _read_shard(file: Path) -> dict[str, TensorInfo]:
 
 def _parse_header(file: Path) -> tuple[dict[str, Any], int]:
     """Header entries by tensor name, and the offset of the first data byte."""
-    with file.open("rb") as shard:
-        length = min(int.from_bytes(shard.read(8), "little"), file.stat().st_size)  # a damaged length may be huge
+    with open_regular(file) as shard:
+        length = min(int.from_bytes(shard.read(8), "little"), _MOST_HEADER_BYTES)  # a damaged length may be huge
         header = json.loads(shard.read(length))
     return header, 8 + length
 

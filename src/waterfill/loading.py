@@ -56,7 +56,7 @@ def load(
         opened.verify_files()
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
     with called_by(Caller(verified=True, streamed=chosen.streamed)):
-        model = _from_pretrained(path, dtype)
+        model = _from_pretrained(path, dtype, tensors=len(opened.tensors))
     model.streaming = None
     if chosen.streamed:
         from waterfill.streaming.attach import attach
@@ -65,12 +65,19 @@ def load(
     return model
 
 
-def _from_pretrained(path: Path, dtype: torch.dtype | None) -> Any:
+def _from_pretrained(path: Path, dtype: torch.dtype | None, *, tensors: int) -> Any:
     """Raises ArtifactError for whatever transformers finds wrong, and for weights that it would make up."""
     try:
         check_settings(path)
+        config = transformers.AutoConfig.from_pretrained(path)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if layers > tensors:  # building them would not end
+            raise ArtifactError(
+                f"{path} has {tensors} tensors, which cannot be those of the {layers} layers of its config.json; fetch "
+                "the artifact again, or pack again"
+            )
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if dtype is None else dtype, output_loading_info=True
+            path, config=config, dtype="auto" if dtype is None else dtype, output_loading_info=True
         )
     except WaterfillError:
         raise

@@ -105,14 +105,16 @@ class ShardMetadata:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def reserved_bytes(tensors: Sequence[TensorSpec]) -> int:
+def reserved_bytes(tensors: Sequence[TensorSpec], *, guard: bool = True) -> int:
     """8 + N for a shard of these tensors, exact before anything is known of them but the specs (docs/format.md §4).
+
+    Without `guard` it is their share of a header that has one for others' sake.
 
     Raises:
         FormatError: if the header would be longer than a reader accepts.
     """
     widest = {t.name: Completion(-MAX_EXPONENT, 1.234567e-100, (NO_DIGEST,) * len(t.buffers)) for t in tensors}
-    length = -(-len(_header_json(tensors, widest)) // 8) * 8
+    length = -(-len(_header_json(tensors, widest, guard_of(tensors) if guard else None)) // 8) * 8
     if length > MAX_HEADER_BYTES:
         raise FormatError(f"its header would have {length} bytes, more than {MAX_HEADER_BYTES}", "use smaller shards")
     return LENGTH_BYTES + length
@@ -120,12 +122,12 @@ def reserved_bytes(tensors: Sequence[TensorSpec]) -> int:
 
 def encode_header(tensors: Sequence[TensorSpec], completions: Mapping[str, Completion], header_bytes: int) -> bytes:
     """The first `header_bytes` bytes of a shard: length, JSON, spaces; sealed with its own digest."""
-    text = _header_json(tensors, completions)
+    text = _header_json(tensors, completions, guard_of(tensors))
     head = _LENGTH.pack(header_bytes - LENGTH_BYTES) + text.ljust(header_bytes - LENGTH_BYTES, b" ")
     return head[:_DIGEST_AT] + _header_digest(head).encode() + head[_DIGEST_END:]
 
 
-def _header_json(tensors: Sequence[TensorSpec], completions: Mapping[str, Completion]) -> bytes:
+def _header_json(tensors: Sequence[TensorSpec], completions: Mapping[str, Completion], guard: Buffer | None) -> bytes:
     records: dict[str, object] = {}
     entries: dict[str, object] = {}
     offset = 0
@@ -142,7 +144,7 @@ def _header_json(tensors: Sequence[TensorSpec], completions: Mapping[str, Comple
             end = offset + buffer.size_bytes
             entries[buffer.name] = {"dtype": buffer.dtype, "shape": buffer.shape, "data_offsets": (offset, end)}
             offset = end
-    if (guard := guard_of(tensors)) is not None:
+    if guard is not None:
         entries[guard.name] = _guard_entry(guard, offset)
     described = compact_json({"digest": NO_DIGEST, "version": FORMAT_VERSION, "tensors": records}).decode()
     return compact_json({"__metadata__": {"format": "pt", "waterfill": described}, **entries})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,6 @@ from waterfill.artifact.format import (
     ELEMENT_BYTES,
     FormatError,
     digest,
-    digest_file,
     digest_region,
     quote,
     refusing,
@@ -198,7 +198,7 @@ def _verify_files(path: Path, shards: tuple[ShardMetadata, ...]) -> None:
         files, stated = decode_manifest(read_small(path / MANIFEST))
         if stated != {shard.path.name: (shard.size_bytes, shard.digest) for shard in shards}:
             raise FormatError("it does not belong to these shards")
-    for name, expected in files.items():
-        with refusing(path / name):
-            if digest_file(path / name) != expected:
+    for name, (size_bytes, expected) in files.items():
+        with refusing(path / name), open_regular(path / name) as file:  # of another size it is not read at all
+            if os.fstat(file.fileno()).st_size != size_bytes or digest_region(file, 0, size_bytes) != expected:
                 raise FormatError(f"its content is not what {MANIFEST} says", "restore it, or pack again")
