@@ -197,8 +197,10 @@ class Mutator:
 
     def everywhere(self, draft: Draft) -> None:
         """One size of the model, in all records and in config.json, as if it were so."""
-        config = json.loads(draft.files["config.json"])
+        config = _config(draft)
         names = [key for key, value in config.items() if type(value) is int and value > 15]
+        if not names:
+            return
         key = self._chance.choice(names)
         old, config[key] = config[key], self._number(config[key])
         draft.files["config.json"] = json.dumps(config).encode()
@@ -325,9 +327,9 @@ class Mutator:
 
     def switches(self, draft: Draft) -> None:
         """What config.json may try to say of the loading itself."""
-        config = json.loads(draft.files["config.json"])
+        config = _config(draft)
         key = self._chance.choice(("verified", "streamed", "format_version", "quant_method", "dequantize"))
-        config["quantization_config"][key] = self._chance.choice((True, *VALUES))
+        config["quantization_config"] = {"quant_method": "waterfill", key: self._chance.choice((True, *VALUES))}
         draft.files["config.json"] = json.dumps(config).encode()
 
     def misspelt(self, draft: Draft) -> None:
@@ -335,7 +337,7 @@ class Mutator:
         draft.files["config.json"] = draft.files["config.json"].replace(b"quantization_config", new)
 
     def model_type(self, draft: Draft) -> None:
-        config = json.loads(draft.files["config.json"])
+        config = _config(draft)
         config["model_type"] = self._chance.choice(("llama", "mistral", "qwen2", "qwen3", "gpt2", "t5", "nothing"))
         draft.files["config.json"] = json.dumps(config).encode()
 
@@ -387,6 +389,15 @@ class Mutator:
         *(flip, word, word, noise, fill, resize, entry, entry, offsets, unguarded),
         *(config, config, config, settings, switches, misspelt, model_type, text, special, truncated),
     )
+
+
+def _config(draft: Draft) -> Json:
+    """config.json, or nothing where it has been spoilt already."""
+    try:
+        found = json.loads(draft.files["config.json"])
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:

@@ -84,7 +84,8 @@ def read_spec(artifact: Artifact) -> Spec:
     _expect(config, hidden_act={"silu"}, pretraining_tp={None, 1}, use_sliding_window={None, False})
     if kind == "mistral":
         _expect(config, sliding_window={None})
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise UnsupportedError("some of its layers do not attend to everything")
     tensors, layers = artifact.tensors, _integer(config, "num_hidden_layers")
     vectors = tuple(key for key, name in OPTIONAL.items() if f"model.layers.0.{name}" in tensors)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -42,16 +41,16 @@ def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = Fal
     tensors = list(tensors)
     packed = {tensor.name: tensor for tensor in tensors if tensor.codec not in (RAW, LOSSLESS)}
     tied = _tied_head(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     experts = False
     for name, tensor in packed.items():
         module = _find(model, name)
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-            rows, width = tensor.shape
-            _check_shape(tensor, module.weight, (width, rows) if isinstance(module, Conv1D) else (rows, width))
+            _check_shape(tensor, tuple(module.weight.shape), transposed=isinstance(module, Conv1D))
             dtype = module.weight.dtype
             _attach(_convert(module), tensor, dtype, streamed)
         else:
-            _attach_expert(model, tensor, streamed)
+            _attach_expert(model, tensor, streamed, shapes)
             experts = True
     if experts:  # the other implementations want all experts as one dense tensor
         model.set_experts_implementation("eager")
@@ -95,11 +94,11 @@ def _convert(module: nn.Module) -> PackedMatrix:
     return pack_embedding(module) if isinstance(module, nn.Embedding) else pack_linear(module)
 
 
-def _check_shape(tensor: StoredTensor, parameter: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(parameter.shape) != shape:
+def _check_shape(tensor: StoredTensor, shape: tuple[int, ...], *, transposed: bool) -> None:
+    if tensor.shape != (shape[::-1] if transposed else shape):
         raise ArtifactError(
-            f"tensor {tensor.name!r} makes a parameter {list(shape)} where the model has {list(parameter.shape)}; "
-            "fetch the artifact again, or pack the model again"
+            f"tensor {tensor.name!r} is a matrix {list(tensor.shape)} where the model has {list(shape)}; fetch the "
+            "artifact again, or pack the model again"
         )
 
 
@@ -111,13 +110,16 @@ def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any, streamed: bo
     module.attach(codec, (out_features, in_features), tensor.exponent, dtype, streamed=streamed)
 
 
-def _attach_expert(model: nn.Module, tensor: StoredTensor, streamed: bool) -> None:
-    """`tensor` is one expert, `<module>.<parameter>.<index>`, of a fused 3-D parameter."""
+def _attach_expert(
+    model: nn.Module, tensor: StoredTensor, streamed: bool, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """`tensor` is one expert, `<module>.<parameter>.<index>`, of a fused 3-D parameter; `shapes` are those of all."""
     path, _, index = tensor.name.rpartition(".")
     parent_path, _, attribute = path.rpartition(".")
     parent = _find(model, parent_path)
-    if parent is None or not index.isdecimal() or not hasattr(parent, attribute):
+    if parent is None or not index.isdecimal() or len(shapes.get(path, ())) != 3:
         raise ArtifactError(f"tensor {tensor.name!r} has no place in {type(model).__name__}; pack the model again")
+    _check_shape(tensor, shapes[path][1:], transposed=bool(getattr(parent, "is_transposed", False)))
     container = getattr(parent, attribute)
     if not isinstance(container, PackedExperts):
         parameter = parent._parameters.pop(attribute)
