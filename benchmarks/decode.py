@@ -125,7 +125,8 @@ class RandomModel:
         codes = random_bytes(self._library.codes_bytes(codec.p, codec.n, rows, width))
         scales = np.full(self._library.scales_count(rows, width), SCALE, np.float16)
         self._arrays += [codes, scales]
-        return native.MatrixView(rows, width, step, 1.0, table, codes.ctypes.data, scales.ctypes.data)
+        places = codes.ctypes.data, scales.ctypes.data, codes.nbytes, scales.size
+        return native.MatrixView(rows, width, step, 1.0, table, *places)
 
 
 def spec_of(shapes: dict[str, Any]) -> Spec:

@@ -169,7 +169,10 @@ def packed_products(memory: Memory, codec_name: str, shape: Shape, tokens: int =
     table = library.table_new(isa, codec.p, codec.n, grid.precision, units.ctypes.data, points.ctypes.data)
     x, y = torch.randn(tokens, width), torch.empty(tokens, rows)
     results = (ctypes.c_void_p * 1)(y.data_ptr())
-    views = [native.MatrixView(rows, width, grid.step, 1.0, table, place, place + codes_bytes) for place in places]
+    sizes = codes_bytes, scales.numel()
+    views = [
+        native.MatrixView(rows, width, grid.step, 1.0, table, place, place + codes_bytes, *sizes) for place in places
+    ]
     kept = x, y, results, units, points
     calls = [partial(_multiply, library.matmul, isa, _pointers(view), kept) for view in views]
     return ColdProduct(codec_name, rows * width * len(calls), (codes_bytes + scales.nbytes) * len(calls), calls)

@@ -19,7 +19,7 @@ def raw(name: str, dtype: str, *shape: int) -> TensorSpec:
 def packed(name: str, rows: int, columns: int, code_bytes: int) -> TensorSpec:
     scales = Buffer(f"{name}.scales", "F16", (rows, 1))
     codes = Buffer(f"{name}.codes", "U8", (code_bytes,))
-    return TensorSpec(name, "higgs-p2-n16", (rows, columns), "BF16", (scales, codes))
+    return TensorSpec(name, "sample-p2-n16", (rows, columns), "BF16", (scales, codes))
 
 
 def model() -> list[TensorSpec]:

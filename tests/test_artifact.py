@@ -27,7 +27,7 @@ from waterfill.artifact import (
     read_buffer,
     read_shard_metadata,
 )
-from waterfill.artifact.format import ELEMENT_BYTES, FormatError
+from waterfill.artifact.format import ELEMENT_BYTES, FormatError, guard_of
 from waterfill.artifact.header import validate
 from waterfill.artifact.manifest import decode_manifest
 from waterfill.errors import ArtifactError
@@ -37,7 +37,7 @@ SHARDED = 40  # bytes per shard: `model()` then has four
 # -------------------------------------------------------------------------------------------------------- golden
 
 GOLDEN_METADATA = (
-    '{"digest":"4589f9f5b3e2ddef","version":1,"tensors":{'
+    '{"digest":"a7317f16a5b20031","version":1,"tensors":{'
     '"norm.weight":{"codec":"raw","shape":[2],"dtype":"F32","params":{"exponent":0,"t2":0.0},'
     '"digests":{"":"0a108fd7267a5566"}},'
     '"proj":{"codec":"demo","shape":[2,4],"dtype":"BF16","params":{"exponent":-3,"t2":0.125},'
@@ -47,12 +47,13 @@ GOLDEN_HEADER = (
     '{"__metadata__":{"format":"pt","waterfill":"' + GOLDEN_METADATA.replace('"', r"\"") + '"},'
     '"norm.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
     '"proj.scales":{"dtype":"F16","shape":[2,1],"data_offsets":[8,12]},'
-    '"proj.codes":{"dtype":"U8","shape":[4],"data_offsets":[12,16]}}'
+    '"proj.codes":{"dtype":"U8","shape":[4],"data_offsets":[12,16]},'
+    '"proj.weight":{"dtype":"U8","shape":[0],"data_offsets":[16,16]}}'
 )
 GOLDEN_DATA = bytes.fromhex("0000803f 00000040 003c003c 01020304")
 GOLDEN_MANIFEST = (
-    '{"digest":"3895e9eb49bf9894","files":{"config.json":{"digest":"2fec7bffeff0b397","size_bytes":3}},'
-    '"format":"waterfill","shards":{"model.safetensors":{"header":"4589f9f5b3e2ddef","size_bytes":680}},"version":1}\n'
+    '{"digest":"0b1b6c92feab1acf","files":{"config.json":{"digest":"2fec7bffeff0b397","size_bytes":3}},'
+    '"format":"waterfill","shards":{"model.safetensors":{"header":"a7317f16a5b20031","size_bytes":744}},"version":1}\n'
 )
 
 
@@ -73,10 +74,10 @@ def golden(out: Path) -> Path:
 def test_golden_bytes(tmp_path: Path) -> None:
     files = directory_bytes(golden(tmp_path / "out"))
     shard = files.pop("model.safetensors")
-    assert shard[:8] == (656).to_bytes(8, "little")
-    assert shard[8:664] == GOLDEN_HEADER.encode().ljust(656)
-    assert shard[664:] == GOLDEN_DATA
-    assert hashlib.blake2b(shard, digest_size=16).hexdigest() == "83216041e32868431ee4cc79c32af63e"
+    assert shard[:8] == (720).to_bytes(8, "little")
+    assert shard[8:728] == GOLDEN_HEADER.encode().ljust(720)
+    assert shard[728:] == GOLDEN_DATA
+    assert hashlib.blake2b(shard, digest_size=16).hexdigest() == "d88b47bedbacc37a77e561ec8bb1cf67"
     assert files == {"config.json": b"{}\n", "waterfill.json": GOLDEN_MANIFEST.encode()}
 
 
@@ -129,8 +130,11 @@ def test_other_readers_see_the_same_values(tmp_path: Path) -> None:
     for file in sorted(set(weight_map.values())):
         with safe_open(out / file, framework="pt") as shard:
             assert shard.metadata()["format"] == "pt"
-            assert list(shard.offset_keys()) == [b.name for b in read_shard_metadata(out / file).buffers]
-            for name in shard.keys():  # noqa: SIM118 - a safe_open is not a mapping
+            metadata = read_shard_metadata(out / file)
+            names, guards = [b.name for b in metadata.buffers], [metadata.guard] if metadata.guard else []
+            assert list(shard.offset_keys()) == names + guards
+            assert all(shard.get_tensor(name).shape == (0,) for name in guards)
+            for name in names:
                 assert weight_map[name] == file
                 assert torch.equal(shard.get_tensor(name).view(torch.uint8), artifact.read(name).view(torch.uint8))
                 seen.add(name)
@@ -226,6 +230,7 @@ def test_predicted_size_is_the_written_size(
         ([], "there are none"),
         ([raw("a", "F32", 2), raw("a", "F32", 2)], "'a' is given twice"),
         ([raw("p.codes", "F32", 2), packed("p", 1, 2, 2)], "'p.codes' is given twice"),
+        ([raw("p.weight", "F32", 2), packed("p", 1, 2, 2)], "'p.weight' is both coded and kept"),
         ([packed("p", 1, 3, 3)], "'p.codes' has 3 bytes, which is odd"),
         ([raw("a", "I16", 3)], "dtype 'I16'"),
         ([raw("grün", "F32", 3)], "printable ASCII"),
@@ -247,6 +252,20 @@ def test_predicted_size_is_the_written_size(
 def test_specs_that_break_a_rule_are_refused(specs: list[TensorSpec], message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         lay_out(specs)
+
+
+@pytest.mark.parametrize(
+    ("names", "guard"),
+    [
+        (["m.embed", "m.layers.0.q"], "m.embed.weight"),
+        (["m.experts.w.0", "m.layers.0.q"], "m.layers.0.q.weight"),
+        (["m.experts.w.0", "m.experts.w.1"], "m.experts.w"),
+        ([], None),
+    ],
+)
+def test_guard_is_called_like_a_parameter(names: list[str], guard: str | None) -> None:
+    found = guard_of([raw("norm.weight", "F32", 2), *(packed(name, 1, 2, 2) for name in names)])
+    assert (None if found is None else found.name) == guard
 
 
 def test_layout_of_a_large_model_is_pure_arithmetic() -> None:
@@ -305,7 +324,7 @@ def test_every_flipped_bit_of_header_and_manifest_is_detected(tmp_path: Path) ->
     """In memory, where all bits can be tried."""
     files = directory_bytes(golden(tmp_path / "out"))
     shard, manifest = files["model.safetensors"], files["waterfill.json"]
-    for bit in range(8 * 664):
+    for bit in range(8 * 728):
         with pytest.raises(FormatError):
             validate(tmp_path, io.BytesIO(_flipped(shard, bit)), len(shard))
     for bit in range(8 * len(manifest)):
@@ -333,15 +352,15 @@ def test_a_shard_verifies_itself_without_the_manifest(tmp_path: Path) -> None:
         flipped = bytearray(whole)
         flipped[position] ^= 0x10
         shard.write_bytes(flipped)
-        if position < 664:
+        if position < 728:
             with pytest.raises(ArtifactError, match=r"model\.safetensors"):
                 open_artifact(out, verify=False)
         else:
             artifact = open_artifact(out, verify=False)
             damaged = {
-                position < 672: "norm.weight",
-                672 <= position < 676: "proj.scales",
-                position >= 676: "proj.codes",
+                position < 736: "norm.weight",
+                736 <= position < 740: "proj.scales",
+                position >= 740: "proj.codes",
             }
             with pytest.raises(ArtifactError, match=f"buffer '{damaged[True]}' does not match"):
                 artifact.read(damaged[True])

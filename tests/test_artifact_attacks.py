@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from artifact_samples import build, model, packed, raw
-from attacks.shards import ATTACKS, SOUND
+from attacks.shards import ATTACKS, SOUND, coded, guard, header, metadata_text, seal
 from waterfill.artifact import open_artifact, read_shard_metadata
+from waterfill.artifact.header import MAX_HEADER_BYTES
 from waterfill.errors import ArtifactError
 
 INDEX = "model.safetensors.index.json"
@@ -39,6 +40,28 @@ def test_the_unchanged_shard_is_sound(tmp_path: Path) -> None:
     artifact = open_artifact(tmp_path, verify=False)
     artifact.verify()
     assert list(artifact.tensors) == ["norm.weight", "proj"]
+
+
+@pytest.mark.parametrize("content", [coded(), guard()])
+def test_what_other_attacks_change_is_sound(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert open_artifact(tmp_path, verify=False).tensors["proj"].size_bytes == 8
+
+
+@pytest.mark.parametrize("filling", ["[],", "1,", '"a",', '{"a":[1]},'])
+def test_a_header_of_very_many_values_costs_little_more_than_itself(tmp_path: Path, filling: str) -> None:
+    text = header(metadata_text({}), ',"a":[' + filling * (12_000_000 // len(filling)) + "0]")
+    (tmp_path / "model.safetensors").write_bytes(seal(text))
+    with _refused("its JSON holds more than 2097152 values", limit_bytes=4 * len(text)):
+        read_shard_metadata(tmp_path / "model.safetensors")
+
+
+def test_a_header_of_very_many_tensors_is_refused_before_any_is_made(tmp_path: Path) -> None:
+    record = {"codec": "raw", "shape": [0], "dtype": "U8", "params": {}, "digests": {}}
+    text = header(metadata_text({f"t{i}": record for i in range(40_000)}), "")
+    (tmp_path / "model.safetensors").write_bytes(seal(text))
+    with _refused("holds 40000 tensors, more than 32768", limit_bytes=20 * len(text)):
+        read_shard_metadata(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -133,7 +156,7 @@ def test_small_files_that_are_not_small(sharded: Path, name: str) -> None:
             open_artifact(sharded)
     with (sharded / name).open("wb") as file:
         file.truncate(10**12)  # sparse: takes no room on the disk
-    with _refused("larger than 100000000 bytes"):
+    with _refused("larger than 64000000 bytes"):
         open_artifact(sharded)
 
 
@@ -207,7 +230,7 @@ def test_large_header_within_a_large_file(tmp_path: Path) -> None:
     """A length that the file could hold is believed only after the first bytes are those of a waterfill shard."""
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
-        file.write((99_999_992).to_bytes(8, "little"))
+        file.write(MAX_HEADER_BYTES.to_bytes(8, "little"))
         file.truncate(10**12)
     with _refused("does not begin as a waterfill shard does"):
         read_shard_metadata(path)

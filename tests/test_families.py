@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import models
 import waterfill
 from family_check import dense_twin, original
 from waterfill import kernels
-from waterfill.artifact import RAW, open_artifact
-from waterfill.codecs import LOSSLESS
 from waterfill.errors import ArtifactError
 from waterfill.runtime.packed import PackedLinear, PackedMatrix, TiedLinear
 
@@ -225,17 +223,45 @@ def test_importing_waterfill_is_all_that_transformers_needs(
         torch.testing.assert_close(scores, own, atol=1e-5, rtol=0, msg=family)
 
 
-def test_without_waterfill_transformers_says_that_nothing_was_loaded(
-    packed: Callable[..., tuple[Path, Path]], tmp_path: Path
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_transformers_alone_does_not_go_on_with_random_weights(
+    packed: Callable[..., tuple[Path, Path]], tmp_path: Path, family: str
 ) -> None:
-    artifact = packed("llama")[1]
-    found, log = load_elsewhere("", [artifact], tmp_path / "scores.pt")
-    assert "Unknown quantization type, got waterfill" in log
-    stored = open_artifact(artifact).tensors
-    coded = {
-        name if tensor.codec == LOSSLESS else f"{name}.weight" for name, tensor in stored.items() if tensor.codec != RAW
-    }
-    assert set(found[str(artifact)][1]["missing_keys"]) == coded
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        load_elsewhere("", [packed(family)[1]], tmp_path / "scores.pt")
+    assert "Unknown quantization type, got waterfill" in failed.value.stderr
+    assert "RuntimeError" in failed.value.stderr
+    assert "ignore_mismatched_sizes" in failed.value.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}])
+def test_a_shard_is_not_loaded_where_config_json_does_not_name_its_quantiser(
+    llama: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    waterfill.pack(llama, out, **(options or {"bits": 5, "probe": "random", "sequences": 2, "length": 16}))
+    config = out / "config.json"
+    sound = config.read_text()
+    for name in ("quaftization_config", "Quantization_config", "x"):
+        config.write_text(sound.replace("quantization_config", name))
+        for model_class in (AutoModelForCausalLM, AutoModel):
+            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                model_class.from_pretrained(out)
+    config.write_text(sound)
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("switch", ["verified", "streamed", "dequantize"])
+def test_a_config_cannot_switch_checks_off(artifact: Path, switch: str) -> None:
+    config = json.loads((artifact / "config.json").read_text())
+    config["quantization_config"][switch] = True
+    (artifact / "config.json").write_text(json.dumps(config))
+    expected = waterfill.load(artifact, verify=False)
+    found = AutoModelForCausalLM.from_pretrained(artifact, dtype="auto")
+    assert torch.equal(found(torch.tensor([[1, 2]])).logits, expected(torch.tensor([[1, 2]])).logits)
+    flip(artifact / "model.safetensors", (artifact / "model.safetensors").stat().st_size - 3)
+    with pytest.raises(ArtifactError, match="does not match its digest"):
+        AutoModelForCausalLM.from_pretrained(artifact)
 
 
 @pytest.fixture

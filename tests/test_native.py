@@ -260,7 +260,7 @@ def test_impossible_arguments_are_refused_not_obeyed() -> None:
             LIBRARY.call("rotate", *arguments)
     points = torch.zeros(2, 5)
     assert LIBRARY.table_new(scalar, 5, 2, 8, points.data_ptr(), points.data_ptr()) is None
-    assert ctypes.sizeof(native.MatrixView) == 8 + 8 + 4 + 4 + 3 * ctypes.sizeof(ctypes.c_void_p)
+    assert ctypes.sizeof(native.MatrixView) == 8 + 8 + 4 + 4 + 3 * ctypes.sizeof(ctypes.c_void_p) + 8 + 8
 
 
 # ------------------------------------------------------------------------------------------------------------- threads

@@ -1,6 +1,8 @@
 /* The C interface of waterfill's native library. waterfill/native.py is its only caller.
  *
- * Functions return 0, or a negative number for arguments that cannot be: callers check theirs first, in words. */
+ * Functions return 0, or a negative number for arguments that cannot be: callers check theirs first, in words. Whatever may
+ * come from a file is given with its size, and refused where the shapes beside it ask for more; activations and results are
+ * the caller's own, as large as those shapes say. */
 #pragma once
 
 #include <stdint.h>
@@ -15,7 +17,7 @@ extern "C" {
 #define WF_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define WF_VERSION 5
+#define WF_VERSION 6
 
 typedef struct wf_table wf_table;
 
@@ -26,6 +28,7 @@ typedef struct {
     const wf_table* table;
     const uint8_t* codes;   /* in the kernels' layout: wf_arrange */
     const uint16_t* scales; /* fp16, in the kernels' layout */
+    int64_t codes_bytes, scales_count; /* that there are */
 } wf_matrix;
 
 enum { WF_FLOAT32 = 0, WF_BFLOAT16 = 1, WF_FLOAT16 = 2 };
@@ -53,7 +56,7 @@ WF_EXPORT int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inve
 WF_EXPORT wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* units, const float* points);
 WF_EXPORT void wf_table_free(wf_table* table);
 
-/* Sizes in the kernels' layout. */
+/* Sizes in the kernels' layout; -1 for a matrix that cannot be. */
 WF_EXPORT int64_t wf_codes_bytes(int p, int n, int64_t rows, int64_t width);
 WF_EXPORT int64_t wf_scales_count(int64_t rows, int64_t width);
 
@@ -69,14 +72,19 @@ WF_EXPORT int wf_matmul(int isa, const wf_matrix* const* matrices, int count, co
 /* One matrix, from exact grid points and float activations; y of floats. */
 WF_EXPORT int wf_matmul_float(int isa, const wf_matrix* matrix, const void* x, int dtype, int64_t tokens, float* y);
 
+typedef struct {
+    const void* numbers; /* NULL: there is none */
+    int64_t count;
+} wf_vector;
+
 /* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `dtype` is that of norms and
- * biases, `cache_dtype` that of keys and values: WF_FLOAT32 or WF_BFLOAT16. The norms of heads and biases may be NULL. */
+ * biases, `cache_dtype` that of keys and values: WF_FLOAT32 or WF_BFLOAT16. The norms of heads and biases may be missing. */
 typedef struct {
     int64_t hidden, heads, kv_heads, head_dim;
     float epsilon, scaling;
     int dtype, cache_dtype;
     const wf_matrix *q, *k, *v, *o, *gate, *up, *down;
-    const void *input_norm, *post_norm, *q_norm, *k_norm, *q_bias, *k_bias, *v_bias, *o_bias;
+    wf_vector input_norm, post_norm, q_norm, k_norm, q_bias, k_bias, v_bias, o_bias;
 } wf_layer;
 
 /* The caller's own products, where matrices are not in memory: `count` matrices of a layer, from `first` on in the order of
@@ -92,7 +100,7 @@ enum { WF_UNANSWERED = -100 }; /* *status before */
  * matrices need no more than their shapes; the status that it set, but for 0, is returned. */
 WF_EXPORT int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens, const float* cosine,
                             const float* sine, void* const* keys, void* const* values, int64_t capacity, int64_t position,
-                            const void* final_norm, float* out, wf_product product, void* context);
+                            wf_vector final_norm, float* out, wf_product product, void* context);
 
 /* One token through one layer, everything of its `dtype`, the cache too: hidden states in and out [hidden], cosine and sine
  * [head_dim]. */
@@ -135,6 +143,7 @@ typedef struct {
     uint64_t* sums;         /* NULL, or wf_checksums of its parts when they were first read; 0, and then set: not read yet */
     int word_indices, word_bytes;
     int64_t row_bytes;
+    int64_t data_bytes, scales_count, parts; /* that there are; `parts` are those of `ends`, and of `sums` */
 } wf_chunk;
 
 /* Activations x [tokens][width], rotated and rounded once for all matrices whose tables take them in the same form, as
@@ -166,9 +175,9 @@ WF_EXPORT int64_t wf_multiply_chunks(int isa, const wf_task* tasks, int64_t coun
 /* A chunk -> the kernels' layout. -3 - 2i: stream i is damaged. */
 WF_EXPORT int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t* scales);
 
-/* sums[i], never 0, of the bytes between ends[i - 1], or 0, and ends[i], to find out that they were read otherwise than
- * before; the same for every instruction set, and not part of any format. */
-WF_EXPORT int wf_checksums(int isa, const uint8_t* data, const uint32_t* ends, int64_t count, uint64_t* sums);
+/* sums[i], never 0, of the bytes between ends[i - 1], or 0, and ends[i], of `bytes` in all, to find out that they were read
+ * otherwise than before; the same for every instruction set, and not part of any format. */
+WF_EXPORT int wf_checksums(int isa, const uint8_t* data, int64_t bytes, const uint32_t* ends, int64_t count, uint64_t* sums);
 
 /* Floating-point numbers of `item_bytes` bytes, 2 or 4, exactly: `count` numbers -> one stream per 2^18 of them, stream i
  * at out + i * capacity, its length in sizes[i]. `capacity` is what wf_lossless_capacity says, or more. */
@@ -176,9 +185,10 @@ WF_EXPORT int64_t wf_lossless_capacity(int item_bytes);
 WF_EXPORT int wf_lossless_encode(int item_bytes, const uint8_t* numbers, int64_t count, uint8_t* out, int64_t capacity,
                                  int64_t* sizes);
 
-/* All streams, each behind the one before, of so many bytes each -> `count` numbers. -3 - i: stream i is damaged. */
-WF_EXPORT int64_t wf_lossless_decode(int isa, int item_bytes, const uint8_t* streams, const uint32_t* sizes, int64_t count,
-                                     uint8_t* numbers);
+/* All streams, each behind the one before, of so many bytes each and `bytes` in all -> `count` numbers. -3 - i: stream i is
+ * damaged. */
+WF_EXPORT int64_t wf_lossless_decode(int isa, int item_bytes, const uint8_t* streams, int64_t bytes, const uint32_t* sizes,
+                                     int64_t count, uint8_t* numbers);
 
 #ifdef __cplusplus
 }

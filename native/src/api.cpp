@@ -14,6 +14,7 @@
 #include "matrix.hpp"
 #include "pool.hpp"
 #include "product.hpp"
+#include "sound.hpp"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -103,21 +104,6 @@ void fill_with_pairs(wf_table& t, int n, const int16_t* units, const float* poin
     t.paired = n;
 }
 
-bool sound(const wf_layer& l) {
-    if (l.kv_heads < 1 || l.heads % l.kv_heads || l.head_dim < 2 || l.head_dim > kMostHeadDim || l.head_dim % 2) return false;
-    if (l.dtype == WF_FLOAT16 || l.cache_dtype == WF_FLOAT16) return false;
-    const int64_t q = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
-    const struct {
-        const wf_matrix* matrix;
-        int64_t rows, width;
-    } expected[] = {{l.q, q, l.hidden},           {l.k, kv, l.hidden},           {l.v, kv, l.hidden},
-                    {l.o, l.hidden, q},           {l.up, l.gate->rows, l.hidden}, {l.gate, l.up->rows, l.hidden},
-                    {l.down, l.hidden, l.up->rows}};
-    for (const auto& e : expected)
-        if (e.matrix->rows != e.rows || e.matrix->width != e.width) return false;
-    return true;
-}
-
 }  // namespace
 
 const Functions* waterfill::functions(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].functions() : nullptr; }
@@ -164,22 +150,24 @@ wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* unit
 void wf_table_free(wf_table* table) { delete table; }
 
 int64_t wf_codes_bytes(int p, int n, int64_t rows, int64_t width) {
+    if (p < 1 || p > 4 || n < 2 || n > 1 << 16 || !possible(rows, width)) return -1;
     const int bits = bits_of(n);
     int64_t bytes = chunks_per_row(width, p) * planes_of(bits).bytes;
     if (p == 1 && bits <= kMostPairBits) bytes = std::max(bytes, chunks_per_row(width, 2) * planes_of(2 * bits).bytes);
     return tiles_of(rows) * kTile * bytes;
 }
 
-int64_t wf_scales_count(int64_t rows, int64_t width) { return tiles_of(rows) * kTile * groups_of(width); }
+int64_t wf_scales_count(int64_t rows, int64_t width) {
+    return possible(rows, width) ? tiles_of(rows) * kTile * groups_of(width) : -1;
+}
 
 int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_bytes, int64_t row_bytes, uint8_t* codes,
                uint16_t* scales) {
     const Functions* f = functions(isa);
-    if (!f || word_bytes > 7) return -1;
-    const Table& t = stored->table->view;
-    const int64_t rows = stored->rows, width = stored->width, tiles = tiles_of(rows), groups = groups_of(width);
-    const int64_t tile_bytes = tile_code_bytes(t, width);
+    const int64_t rows = stored->rows, width = stored->width;
     const StoredRows m{stored->table, rows, width, stored->codes, stored->scales, word_indices, word_bytes, row_bytes};
+    if (!f || !holds_stored(m, stored->codes_bytes, stored->scales_count)) return -1;
+    const int64_t tiles = tiles_of(rows), groups = groups_of(width), tile_bytes = tile_code_bytes(m.table->view, width);
     prefer_huge_pages(codes, tiles * tile_bytes);
     const int64_t per_task = most(1, kTaskWeights / (kTile * width));
     parallel(ceil_div(tiles, per_task), [&](int64_t task) {
@@ -194,15 +182,15 @@ int wf_matmul(int isa, const wf_matrix* const* matrices, int count, const void* 
     const Functions* f = functions(isa);
     if (!f || count < 1 || tokens < 0 || dtype < 0 || dtype > 2) return -1;
     if (tokens == 0) return 0;
-    for (int i = 1; i < count; ++i)
-        if (matrices[i]->width != matrices[0]->width) return -2;
+    for (int i = 0; i < count; ++i)
+        if (!sound(*matrices[i]) || matrices[i]->width != matrices[0]->width) return -2;
     products(*f, matrices, count, x, dtype, tokens, y);
     return 0;
 }
 
 int wf_matmul_float(int isa, const wf_matrix* matrix, const void* x, int dtype, int64_t tokens, float* y) {
     const Functions* f = functions(isa);
-    if (!f || tokens < 0 || dtype < 0 || dtype > 2) return -1;
+    if (!f || tokens < 0 || dtype < 0 || dtype > 2 || !sound(*matrix)) return -1;
     const Matrix m = view(*matrix);
     const float* rows = rotated(*f, x, dtype, tokens, m.width);
     each_row(m.rows, m.width, [&](int64_t r) {
@@ -220,15 +208,16 @@ int wf_release_memory(void) {
 
 int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens, const float* cosine,
                   const float* sine, void* const* keys, void* const* values, int64_t capacity, int64_t position,
-                  const void* final_norm, float* out, wf_product product, void* context) {
+                  wf_vector final_norm, float* out, wf_product product, void* context) {
     const Functions* f = functions(isa);
     if (!f || count < 1 || tokens < 0 || position < 0 || tokens > capacity - position) return -1;
     for (int i = 0; i < count; ++i)
-        if (!sound(layers[i]) || layers[i].hidden != layers[0].hidden) return -2;
+        if (!sound(layers[i], product != nullptr) || layers[i].hidden != layers[0].hidden) return -2;
+    if (!holds(final_norm, layers[0].hidden)) return -2;
     const Pass pass{tokens, position, capacity, cosine, sine, product, context};
     for (int i = 0; i < count; ++i)
         if (const int status = run_layer(*f, layers[i], i, pass, hidden, keys[i], values[i])) return status;
-    normalise(*f, hidden, tokens, layers[0].hidden, final_norm, layers[0].dtype, layers[0].epsilon, out);
+    normalise(*f, hidden, tokens, layers[0].hidden, final_norm.numbers, layers[0].dtype, layers[0].epsilon, out);
     return 0;
 }
 
@@ -237,7 +226,7 @@ int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* 
     const Functions* f = functions(isa);
     const wf_layer& l = *layer;
     if (!f || position < 0 || position >= capacity) return -1;
-    if (!sound(l) || l.cache_dtype != l.dtype) return -2;
+    if (!sound(l, false) || l.cache_dtype != l.dtype) return -2;
     float* memory = scratch_floats(kToken, l.hidden + 2 * l.head_dim);
     float *x = memory, *c = x + l.hidden, *s = c + l.head_dim;
     to_float(in, l.dtype, 0, l.hidden, x);
@@ -250,7 +239,7 @@ int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* 
 
 int wf_rows(int isa, const wf_matrix* matrix, const int64_t* ids, int64_t count, int in_rotated_basis, float* out) {
     const Functions* f = functions(isa);
-    if (!f || count < 0) return -1;
+    if (!f || count < 0 || !sound(*matrix)) return -1;
     const Matrix m = view(*matrix);
     for (int64_t i = 0; i < count; ++i)
         if (ids[i] < 0 || ids[i] >= m.rows) return -2;

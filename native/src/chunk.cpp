@@ -4,11 +4,18 @@
 #include "isa.hpp"
 #include "pool.hpp"
 #include "product.hpp"
+#include "sound.hpp"
 
 namespace waterfill {
 namespace {
 
 StreamShape shape_of(const wf_chunk& c) { return {c.rows, c.width, c.states, c.wide != 0}; }
+
+StoredRows stored_rows(const wf_chunk& c) {
+    return {c.table, c.rows, c.width, c.data, c.scales, c.word_indices, c.word_bytes, c.row_bytes};
+}
+
+bool levels_of(const Table& t, bool wide) { return t.direct && t.bits == (wide ? 16 : 8); }
 
 // Scales [rows][groups] -> the kernels' layout.
 void arrange_scales(const uint16_t* row_scales, int64_t rows, int64_t groups, uint16_t* scales) {
@@ -20,9 +27,11 @@ void arrange_scales(const uint16_t* row_scales, int64_t rows, int64_t groups, ui
 }  // namespace
 
 bool sound(const Functions* f, const wf_chunk& c) {
-    if (!f || !c.table || c.rows < 1 || c.width < 1 || c.part_rows < 1 || c.part_rows % kTile) return false;
-    if (c.states && (!trellis_code(c.states) || c.part_rows != stream_rows(c.width))) return false;
-    return (!(c.states || c.sums) || c.ends) && c.word_bytes <= 7;
+    if (!f || !c.table || !possible(c.rows, c.width) || !possible(c.part_rows, c.width) || c.part_rows % kTile) return false;
+    if ((c.states || c.sums) && !(c.ends && c.parts == parts_of(c) && holds_parts(c.ends, c.parts, c.data_bytes))) return false;
+    if (arranged(c)) return holds_arranged(c.table, c.rows, c.width, c.data, c.data_bytes, c.scales, c.scales_count);
+    if (!c.states) return holds_stored(stored_rows(c), c.data_bytes, c.scales_count);
+    return c.data && trellis_code(c.states) && c.part_rows == stream_rows(c.width) && levels_of(c.table->view, c.wide);
 }
 
 int64_t parts_of(const wf_chunk& c) { return ceil_div(c.rows, c.part_rows); }
@@ -32,7 +41,7 @@ int64_t rows_of(const wf_chunk& c, int64_t part) { return least(c.part_rows, c.r
 void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int count, const PartPlace* places, bool* good) {
     const int64_t each = c.part_rows, groups = groups_of(c.width);
     if (!c.states) {
-        const StoredRows stored{c.table, c.rows, c.width, c.data, c.scales, c.word_indices, c.word_bytes, c.row_bytes};
+        const StoredRows stored = stored_rows(c);
         for (int i = 0; i < count; ++i) {
             const int64_t row = (first + i) * each;
             arrange_tiles(f, stored, row / kTile, ceil_div(row + rows_of(c, first + i), kTile), places[i].codes,
@@ -45,7 +54,7 @@ void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int coun
     StreamPart parts[kTogether];
     for (int i = 0; i < count; ++i) {
         const int64_t part = first + i, from = part ? c.ends[part - 1] : 0, to = c.ends[part];
-        parts[i] = {rows_of(c, part), c.data + from, most(0, to - from), row_scales + i * each * groups,
+        parts[i] = {rows_of(c, part), c.data + from, to - from, row_scales + i * each * groups,
                     in_tiles(shape_of(c), places[i].codes, c.table->view.bias)};
     }
     read_streams(f, shape_of(c), parts, count, good);
@@ -55,7 +64,7 @@ void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int coun
 
 uint64_t checksum_of(const Functions& f, const uint8_t* data, const uint32_t* ends, int64_t part) {
     const uint32_t from = part ? ends[part - 1] : 0;
-    const uint64_t sum = f.checksum(data + from, most(0, int64_t(ends[part]) - from));
+    const uint64_t sum = f.checksum(data + from, int64_t(ends[part]) - from);
     return sum ? sum : 1;
 }
 
@@ -86,12 +95,9 @@ int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t
     return status_of(least_flaw);
 }
 
-int wf_checksums(int isa, const uint8_t* data, const uint32_t* ends, int64_t count, uint64_t* sums) {
+int wf_checksums(int isa, const uint8_t* data, int64_t bytes, const uint32_t* ends, int64_t count, uint64_t* sums) {
     const Functions* f = functions(isa);
-    if (!f) return -1;
-    for (int64_t i = 0; i < count; ++i) {
-        if (i && ends[i] < ends[i - 1]) return -2;
-        sums[i] = checksum_of(*f, data, ends, i);
-    }
+    if (!f || !holds_parts(ends, count, bytes)) return -1;
+    for (int64_t i = 0; i < count; ++i) sums[i] = checksum_of(*f, data, ends, i);
     return 0;
 }

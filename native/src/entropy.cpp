@@ -11,6 +11,7 @@
 #include "pool.hpp"
 #include "product.hpp"
 #include "rans.hpp"
+#include "sound.hpp"
 #include "stream.hpp"
 #include "trellis.hpp"
 
@@ -56,7 +57,7 @@ int wf_trellis_search(int isa, int states, const float* x, int64_t count, int la
 int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows, int64_t width,
                           uint8_t* codes, uint16_t* scales) {
     const Functions* f = functions(isa);
-    if (!f || !trellis_code(states) || rows < 1 || width < 1) return -1;
+    if (!f || !trellis_code(states) || !possible(rows, width)) return -1;
     const StreamShape shape{rows, width, states, wide != 0};
     const int64_t streams = stream_count(shape), each = stream_rows(width), groups = groups_of(width);
     if (bytes < 4 * streams) return -2;
@@ -96,13 +97,14 @@ int wf_lossless_encode(int item_bytes, const uint8_t* numbers, int64_t count, ui
     return good ? 0 : -2;
 }
 
-int64_t wf_lossless_decode(int isa, int item_bytes, const uint8_t* streams, const uint32_t* sizes, int64_t count,
-                           uint8_t* numbers) {
+int64_t wf_lossless_decode(int isa, int item_bytes, const uint8_t* streams, int64_t bytes, const uint32_t* sizes,
+                           int64_t count, uint8_t* numbers) {
     const Functions* f = functions(isa);
     if (!f || (item_bytes != 2 && item_bytes != 4) || count < 0) return -1;
     const int64_t parts = ceil_div(count, kStreamElements);
     std::vector<int64_t> starts(size_t(parts) + 1);
     for (int64_t i = 0; i < parts; ++i) starts[size_t(i) + 1] = starts[size_t(i)] + sizes[i];
+    if (starts.back() > bytes) return -2;
     std::atomic<int64_t> failed{INT64_MAX};
     parallel(parts, [&](int64_t i) {
         const int64_t first = i * kStreamElements, part = least(kStreamElements, count - first);

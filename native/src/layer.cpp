@@ -21,9 +21,9 @@ const float* floats(const void* x, int dtype, int64_t count) {  // in memory tha
 }
 
 // [tokens][heads][head_dim]: normalised where the model does that, then rotated by position (half against half).
-void place(const Functions& f, const wf_layer& layer, const void* norm, const Pass& pass, int64_t count, float* heads) {
+void place(const Functions& f, const wf_layer& layer, const wf_vector& norm, const Pass& pass, int64_t count, float* heads) {
     const int64_t d = layer.head_dim, half = d / 2;
-    const float* weight = norm ? floats(norm, layer.dtype, d) : nullptr;
+    const float* weight = norm.numbers ? floats(norm.numbers, layer.dtype, d) : nullptr;
     for (int64_t t = 0; t < pass.tokens; ++t) {
         const float *cosine = pass.cosine + t * d, *sine = pass.sine + t * d;
         for (int64_t h = 0; h < count; ++h, heads += d) {
@@ -92,25 +92,25 @@ int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass&
         products(f, matrices + first, count, in, WF_FLOAT32, tokens, results);
         return 0;
     };
-    auto add_bias = [&](const void* bias, int64_t count, float* to) {
-        if (!bias) return;
-        const float* numbers = floats(bias, layer.dtype, count);
-        for (int64_t t = 0; t < tokens; ++t) add(numbers, count, to + t * count);
+    auto add_bias = [&](const wf_vector& bias, float* to) {
+        if (!bias.numbers) return;
+        const float* numbers = floats(bias.numbers, layer.dtype, bias.count);
+        for (int64_t t = 0; t < tokens; ++t) add(numbers, bias.count, to + t * bias.count);
     };
 
-    normalise(f, x, tokens, hidden, layer.input_norm, layer.dtype, layer.epsilon, y);
+    normalise(f, x, tokens, hidden, layer.input_norm.numbers, layer.dtype, layer.epsilon, y);
     if (const int status = multiply(kQ, 3, y, {q, k, v})) return status;
-    add_bias(layer.q_bias, q_size, q);
-    add_bias(layer.k_bias, kv_size, k);
-    add_bias(layer.v_bias, kv_size, v);
+    add_bias(layer.q_bias, q);
+    add_bias(layer.k_bias, k);
+    add_bias(layer.v_bias, v);
     place(f, layer, layer.q_norm, pass, layer.heads, q);
     place(f, layer, layer.k_norm, pass, layer.kv_heads, k);
     attention(f, layer, pass, q, k, v, keys, values, mixed);
     if (const int status = multiply(kO, 1, mixed, {y})) return status;
-    add_bias(layer.o_bias, hidden, y);
+    add_bias(layer.o_bias, y);
     add(y, tokens * hidden, x);
 
-    normalise(f, x, tokens, hidden, layer.post_norm, layer.dtype, layer.epsilon, y);
+    normalise(f, x, tokens, hidden, layer.post_norm.numbers, layer.dtype, layer.epsilon, y);
     if (const int status = multiply(kGate, 2, y, {gate, up})) return status;
     each_row(tokens, inner, [&](int64_t t) { f.swiglu(gate + t * inner, up + t * inner, inner, gate + t * inner); });
     if (const int status = multiply(kDown, 1, gate, {y})) return status;

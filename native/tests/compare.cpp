@@ -53,10 +53,11 @@ struct Arranged {
         : table(wf_table_new(isa, g.p, g.n, g.precision, units.data(), points.data())),
           codes(size_t(wf_codes_bytes(g.p, g.n, rows, width))),
           scales(size_t(wf_scales_count(rows, width))),
-          matrix{rows, width, 0.01f, 1.0f, table, stored.data(), factors.data()} {
+          matrix{rows, width, 0.01f, 1.0f, table, stored.data(), factors.data(), int64_t(stored.size()),
+                 int64_t(factors.size())} {
         if (wf_arrange(isa, &matrix, g.digits, g.word_bytes, row_bytes, codes.data(), scales.data())) std::abort();
-        matrix.codes = codes.data();
-        matrix.scales = scales.data();
+        matrix.codes = codes.data(), matrix.codes_bytes = int64_t(codes.size());
+        matrix.scales = scales.data(), matrix.scales_count = int64_t(scales.size());
     }
     ~Arranged() { wf_table_free(table); }
     Arranged(const Arranged&) = delete;
@@ -78,6 +79,58 @@ void expect_product(int isa, const wf_chunk& chunk, const std::vector<float>& x,
     wf_activations_free(prepared);
     for (int64_t t = 0; t < tokens; ++t)
         expect(!std::memcmp(wide.data() + t * stride, y.data() + t * chunk.rows, size_t(chunk.rows) * sizeof(float)), name);
+}
+
+// Changes that make a matrix or a chunk ask for more than there is.
+template <class Matrix>
+std::vector<Matrix> lies_of(const Matrix& sound) {
+    std::vector<Matrix> lies(7, sound);
+    lies[0].rows += 4, lies[1].rows = 0, lies[2].rows = INT64_MAX;
+    lies[3].width += 1536, lies[4].width = 0, lies[5].width = INT64_MAX;
+    lies[6].scales_count -= 1;
+    return lies;
+}
+
+void expect_lies_refused(int isa, const wf_matrix& sound, const std::string& name) {
+    auto lies = lies_of(sound);
+    lies.push_back(sound);
+    lies.back().codes_bytes = sound.codes_bytes / 2 - 1;  // there may be room for pairs
+    const std::vector<float> x(16);
+    std::vector<float> y(16);
+    void* result = y.data();
+    const int64_t id = 0;
+    for (const wf_matrix& lie : lies) {
+        const wf_matrix* matrix = &lie;
+        expect(wf_matmul(isa, &matrix, 1, x.data(), WF_FLOAT32, 1, &result) < 0, name + ", a lie to wf_matmul");
+        expect(wf_matmul_float(isa, matrix, x.data(), WF_FLOAT32, 1, y.data()) < 0, name + ", a lie to wf_matmul_float");
+        expect(wf_rows(isa, matrix, &id, 1, 0, y.data()) < 0, name + ", a lie to wf_rows");
+    }
+}
+
+void expect_lies_refused(int isa, const wf_chunk& sound, const std::string& name) {
+    auto lies = lies_of(sound);
+    if (sound.states) lies[6].parts += 1;  // it has no scales
+    auto lie = [&](auto change) { change(lies.emplace_back(sound)); };
+    lie([](wf_chunk& c) { c.data_bytes = (c.states || c.row_bytes ? c.data_bytes : c.data_bytes / 2) - 1; });
+    lie([](wf_chunk& c) { c.part_rows = c.states ? c.part_rows + 4 : 6; });
+    lie([](wf_chunk& c) { c.states = c.states ? 3 : 8; });
+    lie([](wf_chunk& c) { c.wide ^= c.states > 0, c.table = c.states ? c.table : nullptr; });
+    if (sound.row_bytes) lie([](wf_chunk& c) { c.row_bytes += 1; });
+    if (sound.row_bytes && sound.word_indices) lie([](wf_chunk& c) { c.word_indices += 64; });
+    if (sound.row_bytes && sound.word_indices) lie([](wf_chunk& c) { c.word_bytes = 8; });
+    uint8_t codes[16];
+    uint16_t scales[16];
+    for (const wf_chunk& c : lies) {
+        expect(wf_chunk_decode(isa, &c, codes, scales) < 0, name + ", a lie to wf_chunk_decode");
+        const std::vector<float> x(4096);
+        std::vector<float> y(4096);
+        int64_t nanoseconds[2] = {};
+        wf_activations* prepared = wf_activations_new(isa, sound.table, x.data(), WF_FLOAT32, 1, std::min<int64_t>(sound.width, 4096));
+        const wf_task task{&c, prepared, y.data(), 1};
+        expect(wf_multiply_chunks(isa, &task, 1, WF_FLOAT32, nullptr, nullptr, nanoseconds) < 0,
+               name + ", a lie to wf_multiply_chunks");
+        wf_activations_free(prepared);
+    }
 }
 
 void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
@@ -108,11 +161,15 @@ void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
         if (wf_matmul(scalar, &pb, 1, x.data(), WF_FLOAT32, tokens, &pz)) std::abort();
         expect(!std::memcmp(y.data(), z.data(), y.size() * sizeof(float)), name + " tokens " + std::to_string(tokens));
         wf_chunk chunk{rows, width, 8, 0.01f, 1.0f, a.table, stored.data(), factors.data(), 0, 0, nullptr, nullptr,
-                       g.digits, g.word_bytes, row_bytes};
+                       g.digits, g.word_bytes, row_bytes, int64_t(stored.size()), int64_t(factors.size()), 0};
         expect_product(isa, chunk, x, tokens, y, name + " as stored");
+        if (tokens == 1) expect_lies_refused(isa, chunk, name + " as stored");
         chunk.data = a.codes.data(), chunk.scales = a.scales.data(), chunk.row_bytes = 0;
+        chunk.data_bytes = int64_t(a.codes.size()), chunk.scales_count = int64_t(a.scales.size());
         expect_product(isa, chunk, x, tokens, y, name + " as arranged");
+        if (tokens == 1) expect_lies_refused(isa, chunk, name + " as arranged");
     }
+    expect_lies_refused(isa, a.matrix, name);
     std::vector<int64_t> ids = {rows - 1, 0, rows / 2};
     std::vector<float> u(size_t(3 * width)), v(u.size());
     if (wf_rows(isa, &a.matrix, ids.data(), 3, 0, u.data())) std::abort();
@@ -163,9 +220,26 @@ void expect_same_in_one_pass(int isa, const wf_layer& layer) {
         expect(!std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)),
                std::string(wf_isa(isa)) + " layers, way " + std::to_string(way));
     }
-    if (!wf_run_layers(isa, layers, 2, filled.data(), 2, cosine.data(), sine.data(), nullptr, nullptr, capacity, capacity - 1,
-                       layer.input_norm, filled.data(), nullptr, nullptr))
-        std::abort();  // the cache has room for one
+    auto refused = [&](const wf_layer& other, wf_vector final_norm, int64_t position) {
+        const wf_layer both[] = {layer, other};
+        return wf_run_layers(isa, both, 2, filled.data(), 2, cosine.data(), sine.data(), nullptr, nullptr, capacity, position,
+                             final_norm, filled.data(), nullptr, nullptr) < 0;
+    };
+    if (!refused(layer, layer.input_norm, capacity - 1)) std::abort();  // the cache has room for one
+    const wf_vector short_norm{layer.input_norm.numbers, hidden - 1};
+    expect(refused(layer, short_norm, 0), "layers, a short last norm");
+    for (int i = 0; i < 8; ++i) {
+        wf_layer lie = layer;
+        wf_vector& vector = (&lie.input_norm)[i];
+        if (!vector.numbers) continue;
+        vector.count -= 1;
+        expect(refused(lie, layer.input_norm, 0), "layers, a short vector " + std::to_string(i));
+    }
+    wf_matrix small = *layer.down;
+    small.codes_bytes = small.codes_bytes / 2 - 1;
+    wf_layer lie = layer;
+    lie.down = &small;
+    expect(refused(lie, layer.input_norm, 0), "layers, a small matrix");
 }
 
 // A decoder layer with eight random matrices' worth of memory, on one instruction set; returns hidden states and cache.
@@ -199,11 +273,14 @@ std::vector<float> layer_on(int isa, int dtype, bool biases) {
     auto input_norm = numbers(hidden, 1), post_norm = numbers(hidden, 1), head_norm = numbers(d, 1), bias = numbers(300, 1);
     auto in = numbers(hidden, 1), cosine = numbers(d, 1), sine = numbers(d, 1), out = numbers(hidden, 1);
     auto keys = numbers(kv_heads * capacity * d, 1), values = numbers(kv_heads * capacity * d, 1);
-    const void *b = biases ? bias.data() : nullptr, *norm = biases ? head_norm.data() : nullptr;
+    auto vector = [](const std::vector<float>& x, int64_t count) { return wf_vector{x.data(), count}; };
+    auto maybe = [&](const std::vector<float>& x, int64_t count) { return biases ? vector(x, count) : wf_vector{nullptr, 0}; };
+    const wf_vector norm = maybe(head_norm, d), q_bias = maybe(bias, heads * d), kv_bias = maybe(bias, kv_heads * d);
     const wf_layer layer{hidden, heads, kv_heads, d, 1e-5f, 0.2f, dtype, dtype,
                          &kept[0]->matrix, &kept[1]->matrix, &kept[2]->matrix, &kept[3]->matrix, &kept[4]->matrix,
                          &kept[5]->matrix, &kept[6]->matrix,
-                         input_norm.data(), post_norm.data(), norm, norm, b, b, b, b};
+                         vector(input_norm, hidden), vector(post_norm, hidden), norm, norm, q_bias, kv_bias, kv_bias,
+                         maybe(bias, hidden)};
     if (wf_decode_layer(isa, &layer, in.data(), cosine.data(), sine.data(), keys.data(), values.data(), capacity, position,
                         out.data()))
         std::abort();
@@ -272,8 +349,9 @@ void expect_streamed_product(int isa, int states, int64_t rows, int64_t width, b
     if (wf_matmul(isa, &matrix, 1, x.data(), WF_FLOAT32, 2, &result)) std::abort();
     uint32_t end = uint32_t(stream.size());
     const wf_chunk chunk{rows, width, stream_rows(width), 0.01f, 1.0f, levels.table, stream.data(), nullptr, states, wide,
-                         &end, nullptr, 0, 0, 0};
+                         &end, nullptr, 0, 0, 0, int64_t(stream.size()), 0, 1};
     expect_product(isa, chunk, x, 2, y, name + ", streamed");
+    expect_lies_refused(isa, chunk, name + ", streamed");
     std::vector<uint8_t> arranged(levels.codes.size());
     std::vector<uint16_t> arranged_scales(levels.scales.size());
     expect(!wf_chunk_decode(isa, &chunk, arranged.data(), arranged_scales.data()) && arranged == levels.codes &&
@@ -371,7 +449,7 @@ void compare_tasks(int isa, int64_t width) {
         auto& own = chunk_ends.emplace_back();
         for (int64_t i = first; i < first + count; ++i) own.push_back(ends[size_t(i)] - from);
         chunks.push_back({std::min(count * each, rows - first * each), width, each, 0.01f, 1.0f, levels.table,
-                          bytes.data() + from, nullptr, 8, 0, own.data(), &sums[size_t(first)], 0, 0, 0});
+                          bytes.data() + from, nullptr, 8, 0, own.data(), &sums[size_t(first)], 0, 0, 0, own.back(), 0, count});
     }
     int64_t row = 0, nanoseconds[2] = {};
     for (const auto& chunk : chunks) {
@@ -390,7 +468,9 @@ void compare_tasks(int isa, int64_t width) {
     for (int trial = 0; trial < 6; ++trial)
         expect(!multiply(trial % 2) && !std::memcmp(y.data(), z.data(), y.size() * sizeof(float)), name);
     std::vector<uint64_t> again(sums.size());
-    expect(!wf_checksums(isa, bytes.data(), ends.data(), streams, again.data()) && again == sums, name + ", checksums");
+    const int64_t size = int64_t(bytes.size());
+    expect(!wf_checksums(isa, bytes.data(), size, ends.data(), streams, again.data()) && again == sums, name + ", checksums");
+    expect(wf_checksums(isa, bytes.data(), size - 1, ends.data(), streams, again.data()) < 0, name + ", checksums beyond the end");
     bytes[size_t(ends[4]) - 1] ^= 0x80;  // part 1 of task 2
     expect(multiply(true) == -3 - ((int64_t(2) << 32) + 3) && multiply(false) == -3 - ((int64_t(2) << 32) + 3), name + ", changed");
     std::fill(sums.begin(), sums.end(), 0);

@@ -27,6 +27,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from safetensors import SafetensorError, safe_open
 
 from waterfill.errors import CheckpointError, first_line
+from waterfill.files import SETTINGS, open_regular, read_small, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -43,15 +44,17 @@ KEPT_DTYPES: Mapping[str, torch.dtype] = {
 """Those that a buffer may have: tables, counters and flags among them. All can be stored in an artifact."""
 
 CONFIG = "config.json"
+PACKED_MARK = "waterfill"  # in the metadata of a packed model's shards
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # of peft: small matrices to be added to a model's
 
 # What is copied from a checkpoint into an artifact: tokenizer, generation config, chat template, licence.
-_EXTRA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.codes", "LICENSE*", "NOTICE*")
+_EXTRA_PATTERNS = (*SETTINGS, "LICENSE*", "NOTICE*")
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SAMPLE_BYTES = 1024
+_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 Index = EllipsisType | int | slice | tuple[int | slice, ...]
 
@@ -105,7 +108,7 @@ class Checkpoint:
         Costs a few small reads per tensor, so it tells apart what people mix up (another model, another revision,
         further training), not a deliberate change of single weights.
         """
-        digest = blake2b((self.path / CONFIG).read_bytes(), digest_size=16)
+        digest = blake2b(read_small(self.path / CONFIG), digest_size=16)
         shards: dict[Path, list[TensorInfo]] = {}
         for tensor in self.tensors.values():
             shards.setdefault(tensor.file, []).append(tensor)
@@ -242,7 +245,7 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] |
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}): download it again.") from error
     if not isinstance(content, dict):
@@ -313,13 +316,15 @@ def _read_index(index: Path) -> dict[str, str]:
 def _read_shard(file: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file. The library validates sizes and offsets; this only reads what it accepted."""
     try:
-        with safe_open(file, framework="pt"):
+        with open_regular(file), safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         cut = _first_cut_tensor(file)
         where = f"it ends inside tensor {cut!r}" if cut else str(error)
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({where}): download it again.") from error
     header, data_start = _parse_header(file)
+    if PACKED_MARK in header.pop("__metadata__", {}):
+        raise CheckpointError(f"{file} is packed by waterfill: give the checkpoint that it was packed from.")
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
@@ -330,10 +335,9 @@ def _read_shard(file: Path) -> dict[str, TensorInfo]:
 
 def _parse_header(file: Path) -> tuple[dict[str, Any], int]:
     """Header entries by tensor name, and the offset of the first data byte."""
-    with file.open("rb") as shard:
-        length = min(int.from_bytes(shard.read(8), "little"), file.stat().st_size)  # a damaged length may be huge
+    with open_regular(file) as shard:
+        length = min(int.from_bytes(shard.read(8), "little"), _MOST_HEADER_BYTES)  # a damaged length may be huge
         header = json.loads(shard.read(length))
-    header.pop("__metadata__", None)
     return header, 8 + length
 
 
@@ -342,7 +346,7 @@ def _first_cut_tensor(file: Path) -> str | None:
     try:
         header, data_start = _parse_header(file)
         available_bytes = file.stat().st_size - data_start
-        cut = [(entry["data_offsets"][1], name) for name, entry in header.items()]
+        cut = [(entry["data_offsets"][1], name) for name, entry in header.items() if name != "__metadata__"]
         return min(((stop, name) for stop, name in cut if stop > available_bytes), default=(0, None))[1]
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None  # the header itself is damaged

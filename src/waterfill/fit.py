@@ -52,6 +52,7 @@ def fit(
                 needed / 1e9,
                 free / 1e9,
             )
+    streamed = streamed and bool(packed_names(artifact))  # nothing else can be
     if limit is None:
         limit = int(process.resident_bytes() + FREE_SHARE * min(free, MOST_FREE_BYTES))
     return Fit(streamed, limit, max(0, int(min(free, MOST_FREE_BYTES)) - needed))

@@ -11,7 +11,10 @@ Importing this module registers the plug-in. `import waterfill` has that done at
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +31,34 @@ QUANT_METHOD = "waterfill"
 _log = logging.getLogger(__name__)
 
 
-class WaterfillConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
-    """`quantization_config` of an artifact's config.json. `verified`: the caller has checked the files already;
-    `streamed`: the caller will say where packed matrices come from."""
+@dataclass(frozen=True)
+class Caller:
+    """What the caller of `from_pretrained` knows. It is kept beside the call: a config.json may hold anything."""
 
-    def __init__(
-        self, format_version: int = FORMAT_VERSION, verified: bool = False, streamed: bool = False, **_: Any
-    ) -> None:
+    verified: bool = False  # the files have been checked already
+    streamed: bool = False  # the caller will say where packed matrices come from
+
+
+_ANYBODY = Caller()
+_caller = ContextVar("caller of from_pretrained", default=_ANYBODY)
+
+
+@contextmanager
+def called_by(caller: Caller) -> Iterator[None]:
+    """Artifacts that this thread loads meanwhile are loaded for `caller`."""
+    token = _caller.set(caller)
+    try:
+        yield
+    finally:
+        _caller.reset(token)
+
+
+class WaterfillConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
+    """`quantization_config` of an artifact's config.json, of which nothing but the version means anything."""
+
+    def __init__(self, format_version: int = FORMAT_VERSION, **_: Any) -> None:
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.verified = verified
-        self.streamed = streamed
 
 
 class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -57,18 +77,20 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        from waterfill.runtime.install import install  # needs more of transformers
+        from waterfill.runtime.install import install, pass_by  # needs more of transformers
 
         if not checkpoint_files:
             raise ArtifactError("a packed model is loaded from its files; a state dict alone does not describe it")
         with torch.device("cpu"):  # transformers calls this with the meta device in force
             shards = [read_shard_metadata(Path(file)) for file in checkpoint_files]
-            if not self.quantization_config.verified:
+            caller = _caller.get()
+            if not caller.verified:
                 for shard in shards:
                     for buffer in shard.buffers:
                         read_buffer(buffer)  # compares the bytes with their digest
             tensors = [tensor for shard in shards for tensor in shard.tensors]
-            install(model, tensors, streamed=self.quantization_config.streamed)
+            install(model, tensors, streamed=caller.streamed)
+            pass_by(model, [shard.guard for shard in shards if shard.guard is not None])
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from waterfill.runtime.install import arrange

@@ -18,10 +18,12 @@ from waterfill.artifact import TensorSpec, open_artifact
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorInfo, check_finite, warn_of_adapter
 from waterfill.choices import FILE, check_choices
 from waterfill.errors import ArtifactError, WaterfillError, first_line
+from waterfill.files import check_settings
 from waterfill.fit import fit, packed_names
+from waterfill.hf import Caller, called_by
 from waterfill.pack import PLAN_FILE
 from waterfill.plan import Plan
-from waterfill.tokenizing import check_file, check_growth, in_words
+from waterfill.tokenizing import check_growth, in_words
 
 _log = logging.getLogger(__name__)
 
@@ -60,11 +62,9 @@ def load(
     if verify:
         opened.verify_files()
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
-    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    check_generation(path, config)
-    config.quantization_config |= {"verified": True, "streamed": chosen.streamed}
     warn_of_adapter(path)
-    model = model_of(path, config=config, dtype="auto" if dtype is None else dtype)
+    with called_by(Caller(verified=True, streamed=chosen.streamed)):
+        model = _packed_model(path, dtype, tensors=len(opened.tensors))
     model.streaming = None
     if chosen.streamed:
         from waterfill.streaming.attach import attach
@@ -89,10 +89,44 @@ def check_generation(path: Path, config: Any) -> None:
 def model_of(path: Path, **options: Any) -> Any:
     """The transformers model of a directory, by itself: no adapter beside it is added, though peft be installed, and no
     code that comes with it is run."""
+    model, _ = _from_pretrained(path, **options)
+    return model
+
+
+def _from_pretrained(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says of loading it."""
     nowhere = {"subfolder": os.devnull}  # where transformers looks for adapters; below a file there are none
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, adapter_kwargs=nowhere, trust_remote_code=False, **options
-    ).eval()
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        path, adapter_kwargs=nowhere, trust_remote_code=False, output_loading_info=True, **options
+    )
+    return model.eval(), found
+
+
+def _packed_model(path: Path, dtype: torch.dtype | None, *, tensors: int) -> Any:
+    """Raises ArtifactError for whatever transformers finds wrong, and for weights that it would make up."""
+    try:
+        check_settings(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_generation(path, config)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if layers > tensors:  # building them would not end
+            raise ArtifactError(
+                f"{path} has {tensors} tensors, which cannot be those of the {layers} layers of its config.json; fetch "
+                "the artifact again, or pack again"
+            )
+        model, found = _from_pretrained(path, config=config, dtype="auto" if dtype is None else dtype)
+    except WaterfillError:
+        raise
+    except Exception as error:  # what its classes raise at a config.json or shapes that they do not expect
+        raise ArtifactError(
+            f"transformers cannot load {path} ({first_line(error)}); fetch the artifact again, or pack again"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ArtifactError(
+            f"{path} has nothing for {missing[0]!r}, one of {len(missing)} tensors that the model of its config.json "
+            "has; fetch the artifact again, or pack again"
+        )
+    return model
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -100,8 +134,8 @@ def load_tokenizer(path: Path) -> Any:
 
     Raises WaterfillError if there is none, or none without code of its own.
     """
-    check_file(path / "tokenizer.json")
     try:
+        check_settings(path)
         with in_words():
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way on files that are absent or damaged

@@ -227,7 +227,7 @@ def _saves(raw: KeptPlan, coded: int) -> bool:
     if coded >= raw.size_bytes:  # often, and quick
         return False
     sizes = [
-        spec.size_bytes + reserved_bytes([spec])
+        spec.size_bytes + reserved_bytes([spec], guard=False)
         for spec in (raw.spec(), kept_spec(raw.name, LOSSLESS, raw.shape, raw.dtype, coded))
     ]
     return sizes[1] < sizes[0]

@@ -23,7 +23,7 @@ from waterfill.errors import WaterfillError, first_line
 
 ISA_VARIABLE = "WATERFILL_ISA"
 FLOAT_ACTIVATIONS = "WATERFILL_ACTIVATIONS"
-VERSION = 5  # WF_VERSION in native/include/waterfill_native.h
+VERSION = 6  # WF_VERSION in native/include/waterfill_native.h
 _NAME = {"darwin": "libwaterfill_native.dylib", "win32": "libwaterfill_native.dll"}.get(
     sys.platform, "libwaterfill_native.so"
 )
@@ -44,6 +44,8 @@ class MatrixView(ctypes.Structure):
         ("table", c_void_p),
         ("codes", c_void_p),
         ("scales", c_void_p),
+        ("codes_bytes", c_int64),
+        ("scales_count", c_int64),
     )
 
 
@@ -66,6 +68,9 @@ class ChunkView(ctypes.Structure):
         ("word_indices", c_int),
         ("word_bytes", c_int),
         ("row_bytes", c_int64),
+        ("data_bytes", c_int64),
+        ("scales_count", c_int64),
+        ("parts", c_int64),
     )
 
 
@@ -80,6 +85,12 @@ MOST_HEAD_DIM = 512  # kMostHeadDim in native/src/matrix.hpp
 LAYER_VECTORS = ("input_norm", "post_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
 
 
+class Vector(ctypes.Structure):
+    """wf_vector."""
+
+    _fields_ = (("numbers", c_void_p), ("count", c_int64))
+
+
 class LayerView(ctypes.Structure):
     """wf_layer."""
 
@@ -89,7 +100,7 @@ class LayerView(ctypes.Structure):
         ("dtype", c_int),
         ("cache_dtype", c_int),
         *((name, POINTER(MatrixView)) for name in LAYER_MATRICES),
-        *((name, c_void_p) for name in LAYER_VECTORS),
+        *((name, Vector) for name in LAYER_VECTORS),
     )
 
 
@@ -126,7 +137,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
             *[c_void_p] * 4,
             c_int64,
             c_int64,
-            *[c_void_p] * 2,
+            Vector,
+            c_void_p,
             PRODUCT,
             c_void_p,
         ],
@@ -141,10 +153,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_activations_free": (None, [c_void_p]),
     "wf_multiply_chunks": (c_int64, [c_int, POINTER(Task), c_int64, c_int, READY, c_void_p, c_void_p]),
     "wf_chunk_decode": (c_int64, [c_int, _CHUNK, c_void_p, c_void_p]),
-    "wf_checksums": (c_int, [c_int, c_void_p, c_void_p, c_int64, c_void_p]),
+    "wf_checksums": (c_int, [c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
     "wf_lossless_capacity": (c_int64, [c_int]),
     "wf_lossless_encode": (c_int, [c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
-    "wf_lossless_decode": (c_int64, [c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p]),
+    "wf_lossless_decode": (c_int64, [c_int, c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
 }
 
 

@@ -16,11 +16,12 @@ from torch import nn
 from waterfill.arguments import checked
 from waterfill.artifact import RAW, Artifact, StoredTensor, is_file_name, open_artifact
 from waterfill.artifact.format import digest_file
-from waterfill.artifact.manifest import INDEX, MANIFEST, MAX_FILE_BYTES, encode_manifest
+from waterfill.artifact.manifest import INDEX, MANIFEST, encode_manifest
 from waterfill.checkpoint import CONFIG, Checkpoint, is_settings, is_unsafe
 from waterfill.choices import FILE as GENERATION
 from waterfill.codecs import LOSSLESS
 from waterfill.errors import ArtifactError, CheckpointError, WaterfillError
+from waterfill.files import SMALL_BYTES
 from waterfill.loading import check_generation, load_tokenizer
 from waterfill.pack import MARK, PLAN_FILE, SENSITIVITY_FILE
 from waterfill.records import Record
@@ -82,9 +83,9 @@ def _files(artifact: Artifact, known: set[str]) -> list[str]:
         if file.name not in artifact.files or file.name == INDEX:
             if file.name == MANIFEST or not (file.name in known or is_settings(file.name)):
                 continue
-            if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
+            if file.is_symlink() or not file.is_file() or file.stat().st_size > SMALL_BYTES:
                 raise ArtifactError(
-                    f"{file} is a link, no regular file, or larger than {MAX_FILE_BYTES} bytes; put a file there"
+                    f"{file} is a link, no regular file, or larger than {SMALL_BYTES} bytes; put a file there"
                 )
             if not is_file_name(file.name):
                 raise ArtifactError(f"{file} is not a plain file name; give it letters, digits, and . _ + - only")

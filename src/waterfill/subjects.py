@@ -23,6 +23,7 @@ from waterfill.artifact.manifest import MANIFEST
 from waterfill.checkpoint import CONFIG, WEIGHT_DTYPES, open_checkpoint
 from waterfill.errors import WaterfillError
 from waterfill.evaluate.text import positions
+from waterfill.files import read_small, read_text
 from waterfill.hf import QUANT_METHOD
 from waterfill.loading import load, load_checkpoint_in, load_tokenizer, measuring_dtype, model_of
 from waterfill.runtime.gguf import SUFFIX, GgufModel, GgufTokenizer
@@ -70,7 +71,7 @@ class PackedSubject(Subject):
         self.path, self.size_bytes = path, stored.size_bytes
         self.weights = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
         self._dtype = measuring_dtype(stored.tensors.values())
-        self.fingerprint = blake2b((path / MANIFEST).read_bytes(), digest_size=16).hexdigest()
+        self.fingerprint = blake2b(read_small(path / MANIFEST), digest_size=16).hexdigest()
         self.positions = _positions(path)
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
@@ -155,9 +156,9 @@ def _is_packed(path: Path) -> bool:
     if (path / MANIFEST).exists():
         return True
     try:
-        config = json.loads((path / CONFIG).read_text("utf-8"))
+        config = json.loads(read_text(path / CONFIG))
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

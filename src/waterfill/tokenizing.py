@@ -11,7 +11,6 @@ import base64
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from waterfill.errors import WaterfillError, first_line
@@ -19,16 +18,7 @@ from waterfill.errors import WaterfillError, first_line
 MOST_GROWTH = (
     1024  # characters that one of a text may become; with the tokenizers of known models it is some 40 at most
 )
-MOST_FILE_BYTES = 1 << 28  # of tokenizer.json; known ones have some 35 MB
 _UNICODE = {"BertNormalizer": 3, "ByteLevel": 4, "Lowercase": 3, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}
-
-
-def check_file(file: Path) -> None:
-    """Refuse a tokenizer.json that is too large to be one. Raises WaterfillError."""
-    if file.exists() and file.stat().st_size > MOST_FILE_BYTES:
-        raise WaterfillError(
-            f"{file} is larger than {MOST_FILE_BYTES} bytes, as no tokenizer is; give the one that came with the model"
-        )
 
 
 def check_growth(backend: Any) -> None:

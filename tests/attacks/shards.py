@@ -20,6 +20,8 @@ ENTRIES: Json = {
     "proj.codes": {"dtype": "U8", "shape": [4], "data_offsets": [12, 16]},
 }
 
+GUARD: Json = {"dtype": "U8", "shape": [0], "data_offsets": [16, 16]}
+
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
@@ -108,6 +110,16 @@ def claimed_length(length: int) -> bytes:
     return struct.pack("<Q", length) + shard()[8:]
 
 
+def guard(name: str = "proj.weight", data: bytes = DATA, **fields: object) -> bytes:
+    """A shard with one more entry, which is sound as a guard when nothing is given."""
+    return shard(lambda records, entries: entries.update({name: {**GUARD, **fields}}), data)
+
+
+def coded(**fields: object) -> bytes:
+    """A shard whose matrix is coded as it says when nothing is given: [2, 2] numbers by a codec that is known."""
+    return record(**{"codec": "higgs-p1-n256", "shape": [2, 2], **fields})
+
+
 SOUND = shard()
 _METADATA, _ENTRIES = sound_text()
 _OTHER_KEY = {"digests": {"scales": "0" * 16, "weight": "0" * 16}}
@@ -119,7 +131,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "seven_bytes": (SOUND[:7], "has only 7 bytes"),
     "length_of_2_to_the_64": (claimed_length(2**64 - 8), "header claims 18446744073709551608 bytes"),
     "length_of_a_terabyte": (claimed_length(2**40), "header claims"),
-    "length_just_within_the_limit": (claimed_length(99_999_992), "header claims 99999992 bytes"),
+    "length_at_the_limit": (claimed_length(1 << 24), "header claims 16777216 bytes"),
     "length_of_the_file": (claimed_length(len(SOUND)), "header claims"),
     "length_of_nothing": (claimed_length(0), "header claims 0 bytes"),
     "length_not_a_multiple_of_8": (claimed_length(len(SOUND) - 8 - 17), "header claims"),
@@ -282,6 +294,27 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "offsets_bools": (entry("norm.weight", data_offsets=[False, 8]), "offsets that are not two integers"),
     "offsets_three": (entry(data_offsets=[12, 16, 16]), "offsets that are not two integers"),
     "offsets_an_object": (entry(data_offsets={"0": 12, "1": 16}), "offsets that are not two integers"),
+    # the guard
+    "guard_of_another_name": (guard("norm.weights"), "'norm.weights' is stored but not described"),
+    "guard_with_bytes": (guard(shape=[2], data_offsets=[16, 18], data=DATA + b"xx"), "'proj.weight' is stored but not"),
+    "guard_elsewhere": (guard(data_offsets=[0, 0]), "'proj.weight' is stored but not described"),
+    "guard_of_a_parameter's_shape": (guard(shape=[2, 0]), "'proj.weight' is stored but not described"),
+    "guard_before_the_buffers": (
+        shard(lambda r, e: (e.update({"proj.weight": GUARD}), reverse(e))),
+        "'norm.weight' is described where 'proj.weight'",
+    ),
+    # what codecs make of a tensor
+    "codec_with_a_larger_matrix": (coded(shape=[8, 4]), "cannot be coded by 'higgs-p1-n256' as F16"),
+    "codec_with_a_wider_matrix": (coded(shape=[2, 8]), "cannot be coded"),
+    "codec_with_a_smaller_matrix": (coded(shape=[1, 4]), "cannot be coded"),
+    "codec_with_no_rows": (coded(shape=[0, 4]), "cannot be coded"),
+    "codec_with_a_vector": (coded(shape=[4]), "cannot be coded"),
+    "codec_with_a_matrix_without_end": (coded(shape=[_LARGE, _LARGE]), "cannot be coded"),
+    "codec_with_a_row_without_end": (coded(shape=[1, _LARGE]), "cannot be coded"),
+    "codec_of_other_buffers": (coded(codec="trellis-s8-r3.0000"), "cannot be coded by 'trellis-s8-r3.0000'"),
+    "codec_of_integers": (coded(dtype="I32"), "is coded and has dtype I32"),
+    "codec_with_a_huge_exponent": (coded(params={"exponent": 1024, "t2": 0.0}), "has exponent 1024"),
+    "lossless_without_end": (coded(codec="lossless", shape=[_LARGE]), "cannot be coded by 'lossless'"),
     # the data
     "data_missing": (shard(data=b""), "do not end where the file ends"),
     "data_one_byte_short": (shard(data=DATA[:-1]), "do not end where the file ends"),

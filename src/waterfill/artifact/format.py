@@ -9,15 +9,18 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
+from waterfill.codecs import LOSSLESS
 from waterfill.errors import ArtifactError
+from waterfill.files import UnfitFileError, open_regular
 
 FORMAT_VERSION = 1
 RAW = "raw"  # the codec of a tensor that is kept as it was
@@ -29,6 +32,8 @@ MAX_DIMENSIONS = 8
 MAX_INTEGER = 2**63 - 1
 MAX_NUMBER_CHARACTERS = 32
 MAX_NAME_CHARACTERS = 1000
+MAX_TENSORS = 1 << 15  # of a shard
+MAX_VALUES = 64 * MAX_TENSORS  # of a JSON text
 
 NO_DIGEST = "0" * 16
 _DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -92,6 +97,31 @@ def quote(text: str) -> str:
 def buffer_name(tensor: str, key: str) -> str:
     """Name of the entry that holds buffer `key` of `tensor`."""
     return f"{tensor}.{key}" if key else tensor
+
+
+def guard_of(tensors: Sequence[TensorSpec]) -> Buffer | None:
+    """The entry of no bytes that a shard of coded tensors ends with; None if all are raw.
+
+    It is called like a parameter of the model, of a shape that no parameter has: a program that does not know the
+    format, and would go on with random weights, meets something that it cannot load. Among coded tensors it stands for
+    the first that is no expert, since experts are parts of a parameter.
+    """
+    coded = [tensor for tensor in tensors if tensor.codec != RAW]
+    if not coded:
+        return None
+    first = next((tensor for tensor in coded if not _part(tensor.name)), coded[0])
+    return Buffer(_parameter(first), "U8", (0,))
+
+
+def _parameter(tensor: TensorSpec) -> str:
+    """What the model calls a coded tensor: one that is multiplied from its codes has the name of its module."""
+    if tensor.codec == LOSSLESS:
+        return tensor.name
+    return tensor.name.rpartition(".")[0] if _part(tensor.name) else f"{tensor.name}.weight"
+
+
+def _part(name: str) -> bool:
+    return name.rpartition(".")[2].isdecimal()
 
 
 def check_tensor(tensor: TensorSpec) -> None:
@@ -181,8 +211,8 @@ def digest_region(file: BinaryIO, offset_bytes: int, size_bytes: int) -> str:
 
 def digest_file(path: Path) -> tuple[int, str]:
     """Size in bytes and digest of a whole file."""
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
         return size_bytes, digest_region(file, 0, size_bytes)
 
 
@@ -202,6 +232,8 @@ def strict_json(text: bytes) -> dict[str, Any]:
     Raises:
         FormatError: on anything else, however deep or long.
     """
+    if sum(map(text.count, (b"{", b"[", b","))) > MAX_VALUES:  # before any of them takes memory
+        raise FormatError(f"its JSON holds more than {MAX_VALUES} values", "use smaller shards")
     try:
         value = json.loads(
             text.decode("ascii"),
@@ -252,6 +284,8 @@ def refusing(path: Path) -> Iterator[None]:
         yield
     except FormatError as fault:
         raise ArtifactError(f"{path} is refused: {fault}; {fault.remedy or 'fetch it again, or pack again'}") from fault
+    except UnfitFileError as fault:
+        raise ArtifactError(f"{path} is refused: {fault}; fetch it again, or pack again") from fault
     except OSError as error:
         remedy = (
             "free some space and run again" if error.errno == errno.ENOSPC else "check that it is there and permitted"

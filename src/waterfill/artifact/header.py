@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from waterfill.artifact.claims import check_claims
 from waterfill.artifact.format import (
     ELEMENT_BYTES,
     FORMAT_VERSION,
     MAX_DIMENSIONS,
     MAX_INTEGER,
+    MAX_TENSORS,
     NO_DIGEST,
     Buffer,
     FormatError,
@@ -27,13 +29,15 @@ from waterfill.artifact.format import (
     check_tensor,
     compact_json,
     digest,
+    guard_of,
     is_digest,
     quote,
     refusing,
     strict_json,
 )
+from waterfill.files import open_regular
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_HEADER_BYTES = 1 << 24
 MAX_EXPONENT = 9999
 T2_LIMIT = 1e6
 
@@ -91,18 +95,26 @@ class ShardMetadata:
         """All buffers in file order."""
         return tuple(buffer for tensor in self.tensors for buffer in tensor.buffers)
 
+    @property
+    def guard(self) -> str | None:
+        """Name of the entry that other programs are to trip over, and this one passes by."""
+        guard = guard_of(self.tensors)
+        return None if guard is None else guard.name
+
 
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def reserved_bytes(tensors: Sequence[TensorSpec]) -> int:
+def reserved_bytes(tensors: Sequence[TensorSpec], *, guard: bool = True) -> int:
     """8 + N for a shard of these tensors, exact before anything is known of them but the specs (docs/format.md §4).
 
+    Without `guard` it is their share of a header that has one for others' sake.
+
     Raises:
-        FormatError: if the header would be longer than safetensors allows.
+        FormatError: if the header would be longer than a reader accepts.
     """
     widest = {t.name: Completion(-MAX_EXPONENT, 1.234567e-100, (NO_DIGEST,) * len(t.buffers)) for t in tensors}
-    length = -(-len(_header_json(tensors, widest)) // 8) * 8
+    length = -(-len(_header_json(tensors, widest, guard_of(tensors) if guard else None)) // 8) * 8
     if length > MAX_HEADER_BYTES:
         raise FormatError(f"its header would have {length} bytes, more than {MAX_HEADER_BYTES}", "use smaller shards")
     return LENGTH_BYTES + length
@@ -110,12 +122,12 @@ def reserved_bytes(tensors: Sequence[TensorSpec]) -> int:
 
 def encode_header(tensors: Sequence[TensorSpec], completions: Mapping[str, Completion], header_bytes: int) -> bytes:
     """The first `header_bytes` bytes of a shard: length, JSON, spaces; sealed with its own digest."""
-    text = _header_json(tensors, completions)
+    text = _header_json(tensors, completions, guard_of(tensors))
     head = _LENGTH.pack(header_bytes - LENGTH_BYTES) + text.ljust(header_bytes - LENGTH_BYTES, b" ")
     return head[:_DIGEST_AT] + _header_digest(head).encode() + head[_DIGEST_END:]
 
 
-def _header_json(tensors: Sequence[TensorSpec], completions: Mapping[str, Completion]) -> bytes:
+def _header_json(tensors: Sequence[TensorSpec], completions: Mapping[str, Completion], guard: Buffer | None) -> bytes:
     records: dict[str, object] = {}
     entries: dict[str, object] = {}
     offset = 0
@@ -132,8 +144,14 @@ def _header_json(tensors: Sequence[TensorSpec], completions: Mapping[str, Comple
             end = offset + buffer.size_bytes
             entries[buffer.name] = {"dtype": buffer.dtype, "shape": buffer.shape, "data_offsets": (offset, end)}
             offset = end
+    if guard is not None:
+        entries[guard.name] = _guard_entry(guard, offset)
     described = compact_json({"digest": NO_DIGEST, "version": FORMAT_VERSION, "tensors": records}).decode()
     return compact_json({"__metadata__": {"format": "pt", "waterfill": described}, **entries})
+
+
+def _guard_entry(guard: Buffer, end: int) -> dict[str, object]:
+    return {"dtype": guard.dtype, "shape": list(guard.shape), "data_offsets": [end, end]}
 
 
 def carried_digest(head: bytes) -> str:
@@ -155,11 +173,8 @@ def read_shard_metadata(path: Path) -> ShardMetadata:
         ArtifactError: if the file is missing, torn, altered or not a waterfill shard.
     """
     path = Path(path)
-    with refusing(path):
-        if path.exists() and not path.is_file():
-            raise FormatError("it is not a regular file")
-        with path.open("rb") as file:
-            return validate(path, file, os.fstat(file.fileno()).st_size)
+    with refusing(path), open_regular(path) as file:
+        return validate(path, file, os.fstat(file.fileno()).st_size)
 
 
 def validate(path: Path, file: BinaryIO, size_bytes: int) -> ShardMetadata:
@@ -218,6 +233,8 @@ def _tensors(path: Path, entries: dict[str, Any], records: Any, data_start: int)
     """Records and entries, matched one to one in file order; offsets must leave no hole and no overlap."""
     if not isinstance(records, dict):
         raise FormatError("its metadata lists no tensors")
+    if len(records) > MAX_TENSORS:
+        raise FormatError(f"it holds {len(records)} tensors, more than {MAX_TENSORS}", "use smaller shards")
     names = iter(entries.items())
     offset = data_start
     tensors = []
@@ -237,8 +254,10 @@ def _tensors(path: Path, entries: dict[str, Any], records: Any, data_start: int)
             buffers.append(_buffer(path, entry_name, entry, data_start, offset, value))
             offset += buffers[-1].size_bytes
         tensors.append(_tensor(name, fields, tuple(buffers)))
-    if extra := next(names, None):
-        raise FormatError(f"buffer {quote(extra[0])} is stored but not described")
+    guard = guard_of(tensors)
+    for name, entry in names:  # shards that were written before there were guards have none
+        if guard is None or (name, entry) != (guard.name, _guard_entry(guard, offset - data_start)):
+            raise FormatError(f"buffer {quote(name)} is stored but not described")
     return tuple(tensors)
 
 
@@ -255,6 +274,7 @@ def _tensor(name: str, fields: dict[str, Any], buffers: tuple[StoredBuffer, ...]
         raise FormatError(f"{what}: {fault}") from None
     tensor = StoredTensor(name, codec, shape, dtype, buffers, done.exponent, float(done.t2))
     check_tensor(tensor)
+    check_claims(tensor, done.exponent)
     return tensor
 
 

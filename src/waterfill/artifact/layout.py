@@ -6,14 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from waterfill.artifact.format import ELEMENT_BYTES, RAW, Buffer, FormatError, TensorSpec, check_tensor, quote
+from waterfill.artifact.format import (
+    ELEMENT_BYTES,
+    RAW,
+    Buffer,
+    FormatError,
+    TensorSpec,
+    check_tensor,
+    guard_of,
+    quote,
+)
 from waterfill.artifact.header import reserved_bytes
 from waterfill.artifact.manifest import encode_index, shard_names
 from waterfill.errors import ArtifactError
 
-SHARD_BYTES = (
-    4_000_000_000  # with at most 100 MB of header below 4 GiB, which is what FAT32 and 32-bit offsets can hold
-)
+SHARD_BYTES = 4_000_000_000  # with its header below 4 GiB, which is what FAT32 and 32-bit offsets can hold
+SHARD_TENSORS = 1 << 14  # half of what a reader accepts
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def lay_out(tensors: Sequence[TensorSpec], *, shard_bytes: int = SHARD_BYTES) ->
         ArtifactError: if a spec breaks a rule of the format; the sentence names the tensor or buffer.
     """
     try:
-        _check_all(tensors)
+        entries = _check_all(tensors)
         groups = _cut(sorted(tensors, key=_place), shard_bytes)
         shards = tuple(
             ShardLayout(file, tuple(group), reserved_bytes(group))
@@ -68,6 +76,7 @@ def lay_out(tensors: Sequence[TensorSpec], *, shard_bytes: int = SHARD_BYTES) ->
         )
         for shard in shards:
             _check_alignment(shard)
+            _check_guard(shard, entries)
     except FormatError as fault:
         raise ArtifactError(
             f"These tensors cannot be laid out: {fault}; {fault.remedy or 'correct what describes it'}"
@@ -81,7 +90,8 @@ def _index(shards: Sequence[ShardLayout]) -> bytes | None:
     return encode_index((s.file, {b.name: b.size_bytes for b, _ in s.places()}) for s in shards)
 
 
-def _check_all(tensors: Sequence[TensorSpec]) -> None:
+def _check_all(tensors: Sequence[TensorSpec]) -> set[str]:
+    """Names of all buffers, each of which is there once."""
     names: set[str] = set()
     entries: set[str] = set()
     for tensor in tensors:
@@ -92,6 +102,7 @@ def _check_all(tensors: Sequence[TensorSpec]) -> None:
             seen.add(name)
     if not tensors:
         raise FormatError("there are none", "give at least one")
+    return entries
 
 
 def _place(tensor: TensorSpec) -> tuple[int, int]:
@@ -105,12 +116,18 @@ def _cut(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpe
     groups: list[list[TensorSpec]] = []
     room = 0
     for tensor in tensors:
-        if not groups or tensor.size_bytes > room:
+        if not groups or tensor.size_bytes > room or len(groups[-1]) == SHARD_TENSORS:
             groups.append([])
             room = shard_bytes
         groups[-1].append(tensor)
         room -= tensor.size_bytes
     return groups
+
+
+def _check_guard(shard: ShardLayout, entries: set[str]) -> None:
+    guard = guard_of(shard.tensors)
+    if guard is not None and guard.name in entries:
+        raise FormatError(f"{quote(guard.name)} is both coded and kept", "give every tensor and buffer its own name")
 
 
 def _check_alignment(shard: ShardLayout) -> None:

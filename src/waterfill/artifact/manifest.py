@@ -22,7 +22,6 @@ from waterfill.artifact.header import ShardMetadata, check_version
 MANIFEST = "waterfill.json"
 INDEX = "model.safetensors.index.json"
 ONLY_SHARD = "model.safetensors"
-MAX_FILE_BYTES = 100_000_000  # of an index or a manifest
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,6 @@ from waterfill.artifact.format import (
     ELEMENT_BYTES,
     FormatError,
     digest,
-    digest_file,
     digest_region,
     quote,
     refusing,
@@ -24,13 +24,13 @@ from waterfill.artifact.header import ShardMetadata, StoredBuffer, StoredTensor,
 from waterfill.artifact.manifest import (
     INDEX,
     MANIFEST,
-    MAX_FILE_BYTES,
     ONLY_SHARD,
     check_index,
     decode_manifest,
     shards_of_index,
 )
 from waterfill.errors import ArtifactError
+from waterfill.files import open_regular, read_small
 
 _TORCH_DTYPES: Mapping[str, torch.dtype] = LazyMapping(
     lambda: {
@@ -104,7 +104,7 @@ class Artifact:
         """
         for tensor in self.tensors.values():
             for buffer in tensor.buffers if tensor.name not in besides else ():
-                with refusing(buffer.file), buffer.file.open("rb") as file:
+                with refusing(buffer.file), open_regular(buffer.file) as file:
                     _compare(buffer, digest_region(file, buffer.offset_bytes, buffer.size_bytes))
                 self._verified.add(buffer.name)
 
@@ -185,13 +185,7 @@ def _read_index(path: Path) -> dict[str, object] | None:
             raise FormatError(
                 f"{ONLY_SHARD} lies beside it and programs disagree on which one counts", "remove the wrong one"
             )
-        return strict_json(_read_small(path / INDEX))
-
-
-def _read_small(path: Path) -> bytes:
-    if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-        raise FormatError(f"it is missing, not a regular file, or larger than {MAX_FILE_BYTES} bytes")
-    return path.read_bytes()
+        return strict_json(read_small(path / INDEX))
 
 
 def _check_unique(shards: tuple[ShardMetadata, ...]) -> None:
@@ -210,7 +204,7 @@ def _stated(
     with refusing(path / MANIFEST):
         if not (path / MANIFEST).exists():
             raise FormatError("it is missing", "fetch it, or open without verification")
-        files, stated = decode_manifest(_read_small(path / MANIFEST))
+        files, stated = decode_manifest(read_small(path / MANIFEST))
         if stated != {shard.path.name: (shard.size_bytes, shard.digest) for shard in shards}:
             raise FormatError("it does not belong to these shards")
     return files, stated
@@ -219,11 +213,9 @@ def _stated(
 def _verify_files(path: Path, shards: tuple[ShardMetadata, ...]) -> None:
     """Compare everything but the shards' buffers with the manifest."""
     files, _ = _stated(path, shards)
-    for name, expected in files.items():
-        with refusing(path / name):
-            if (path / name).exists() and not (path / name).is_file():
-                raise FormatError("it is not a regular file")
-            if digest_file(path / name) != expected:
+    for name, (size_bytes, expected) in files.items():
+        with refusing(path / name), open_regular(path / name) as file:  # of another size it is not read at all
+            if os.fstat(file.fileno()).st_size != size_bytes or digest_region(file, 0, size_bytes) != expected:
                 raise FormatError(
                     f"its content is not what {MANIFEST} says",
                     "restore it, or seal the artifact again if you changed it (waterfill seal)",

@@ -126,9 +126,8 @@ def _decode(data: Bytes, count: int, item_bytes: int) -> Bytes:
     elif count:
         library = native.library()
         assert library is not None
-        status = library.lossless_decode(
-            library.isas[isa], item_bytes, data.ctypes.data + start, sizes.ctypes.data, count, out.ctypes.data
-        )
+        places = (data.ctypes.data + start, len(data) - start, sizes.ctypes.data)
+        status = library.lossless_decode(library.isas[isa], item_bytes, *places, count, out.ctypes.data)
         if status:
             raise _damaged(f"stream {-3 - status}")
     return out

@@ -13,6 +13,7 @@ from typing import Any
 
 from waterfill.engine.choose import Rules
 from waterfill.errors import UnsupportedError
+from waterfill.files import read_text
 from waterfill.sampling import Sampling
 
 GENERATION_FILE, CONFIG_FILE = "generation_config.json", "config.json"
@@ -133,7 +134,7 @@ def read_defaults(path: Path) -> Defaults:
     own = path / GENERATION_FILE
     file = own if own.exists() else path / CONFIG_FILE
     try:
-        found = {name: value for name, value in json.loads(file.read_text("utf-8")).items() if value is not None}
+        found = {name: value for name, value in json.loads(read_text(file)).items() if value is not None}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UnsupportedError(f"{file.name} is not a JSON object that can be read") from error
     for name, value in found.items():

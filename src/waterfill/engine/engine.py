@@ -45,6 +45,8 @@ class Engine:
         verify: bool = True,
     ) -> None:
         opened = open_artifact(Path(artifact), verify=False)
+        if verify:
+            opened.verify_files()  # before anything else is made of them
         read_spec(opened)  # what takes transformers is found before any weights are read
         self.defaults = read_defaults(opened.path)
         self.tokenizer = load_tokenizer(opened.path)

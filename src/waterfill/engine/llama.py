@@ -146,7 +146,7 @@ class LlamaModel:
             cache.values,
             cache.capacity,
             cache.length,
-            self._vectors[FINAL_NORM].ctypes.data,
+            self._vector(FINAL_NORM),
             out.ctypes.data,
             self.weights.product or native.PRODUCT(),
             None,
@@ -172,8 +172,12 @@ class LlamaModel:
             dtype=native.FLOAT32,
             cache_dtype=self._cache.dtype,
             **{key: ctypes.pointer(view) for key, view in views.items()},
-            **{key: self._vectors[prefix + name].ctypes.data for key, name in names.items()},
+            **{key: self._vector(prefix + name) for key, name in names.items()},
         )
+
+    def _vector(self, name: str) -> native.Vector:
+        vector = self._vectors[name]
+        return native.Vector(vector.ctypes.data, vector.size)
 
 
 def logit_bytes(spec: Spec) -> int:

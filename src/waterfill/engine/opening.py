@@ -34,6 +34,8 @@ def open_model(
 ) -> LlamaModel:
     """The packed model, without torch and transformers; the arguments are those of `waterfill.load`.
 
+    Of an artifact that is open already, all files but the shards are the caller's to verify.
+
     Raises:
         UnsupportedError: a model that takes transformers, or no native library; says why.
         ArtifactError: torn, altered or of an unknown version.
@@ -41,6 +43,8 @@ def open_model(
     """
     if not isinstance(artifact, Artifact):
         artifact = open_artifact(Path(artifact), verify=False)
+        if verify:
+            artifact.verify_files()
     if native.isa() is None:
         raise UnsupportedError(f"the native library is not used: {native.why_not()}")
     if native.float_activations():
@@ -49,8 +53,6 @@ def open_model(
     least = Cache.token_bytes(spec) * min(LEAST_CONTEXT, spec.positions) + logits * logit_bytes(spec) + LEAST_PASS_BYTES
     chosen = fit(artifact, memory, streamed, working_bytes=OVERHEAD_BYTES + least)
     packed = packed_names(artifact)
-    if verify:
-        artifact.verify_files()
     vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
     if chosen.streamed:
         return _streamed(artifact, spec, vectors, chosen.limit_bytes, verify=verify, logits=logits)

@@ -20,6 +20,7 @@ from waterfill.artifact import RAW, Artifact, StoredTensor
 from waterfill.codecs import LOSSLESS
 from waterfill.engine.config import Config, read_config
 from waterfill.errors import UnsupportedError
+from waterfill.files import CONFIG_BYTES, read_text
 
 PROJECTIONS = {  # in the order of wf_layer
     "q": "self_attn.q_proj",
@@ -37,7 +38,6 @@ OPTIONAL = {  # vectors that some of the kind have
     **{f"{key}_bias": f"{PROJECTIONS[key]}.bias" for key in "qkvo"},
 }
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
-CONFIG_BYTES = 1 << 20
 
 
 class Spec(Config):
@@ -71,9 +71,7 @@ def read_spec(artifact: Artifact) -> Spec:
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object. Raises UnsupportedError where there is none."""
     try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise UnsupportedError(f"{path.name} is larger than {CONFIG_BYTES} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedError(f"{path.name} cannot be read ({error})") from error
     if not isinstance(found, dict):

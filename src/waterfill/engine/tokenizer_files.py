@@ -19,7 +19,8 @@ from tokenizers import Tokenizer as Backend
 from waterfill.engine.defaults import CONFIG_FILE
 from waterfill.engine.text import Tokenizer
 from waterfill.errors import UnsupportedError
-from waterfill.tokenizing import check_file, check_growth, in_words
+from waterfill.files import read_small, read_text
+from waterfill.tokenizing import check_growth, in_words
 
 Settings = dict[str, Any]
 
@@ -53,12 +54,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
             raise UnsupportedError(f"tokenizer_config.json sets {name}")
     if (path / "tekken.json").exists():
         raise UnsupportedError("tekken.json is a tokenizer of another kind")
-    file = path / "tokenizer.json"
-    known = _class(settings, config, file)
-    check_file(file)
+    try:
+        content = read_small(path / "tokenizer.json")
+    except OSError:
+        content = b""  # which is no tokenizer
+    known = _class(settings, config, content)
     try:
         with in_words():
-            backend = Backend.from_file(str(file))
+            backend = Backend.from_buffer(content)
     except Exception as error:  # the library raises nothing more special
         raise UnsupportedError("there is no tokenizer.json that can be read") from error
     if settings.get("clean_up_tokenization_spaces") and not isinstance(backend.model, models.BPE):
@@ -82,7 +85,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def _read(file: Path) -> Settings:
     try:
-        found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        found = json.loads(read_text(file)) if file.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedError(f"{file.name} cannot be read") from error
     if not isinstance(found, dict):
@@ -90,7 +93,7 @@ def _read(file: Path) -> Settings:
     return found
 
 
-def _class(settings: Settings, config: Settings, file: Path) -> _Class | None:
+def _class(settings: Settings, config: Settings, content: bytes) -> _Class | None:
     """The class that transformers' AutoTokenizer takes; None for tokenizer.json as it is."""
     model_type = config.get("model_type")
     if model_type not in _CLASS_OF_MODEL:
@@ -99,7 +102,7 @@ def _class(settings: Settings, config: Settings, file: Path) -> _Class | None:
     name = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or of_model).removesuffix("Fast")
     if model_type == "mistral" or (model_type == "qwen2" and name != of_model):
         name = of_model  # what such models say of their class is known to be wrong
-    elif name == "LlamaTokenizer" and file.exists() and b'"ByteLevel"' in file.read_bytes():
+    elif name == "LlamaTokenizer" and b'"ByteLevel"' in content:
         name = ""
     if name in _AS_IT_IS:
         return None
@@ -171,9 +174,9 @@ def _state(tokens: dict[int, AddedToken]) -> dict[int, Any]:
 def _templates(path: Path, settings: Settings) -> dict[str, str]:
     """Chat templates by name. Files come before the settings, which have one as text, or several with their names."""
     files: Iterable[Path] = (path / "additional_chat_templates").glob("*.jinja")
-    found = {file.name.removesuffix(".jinja"): file.read_text("utf-8") for file in files}
+    found = {file.name.removesuffix(".jinja"): read_text(file) for file in files}
     if (path / "chat_template.jinja").exists():
-        found["default"] = (path / "chat_template.jinja").read_text("utf-8")
+        found["default"] = read_text(path / "chat_template.jinja")
     if found:
         return found
     own = settings.get("chat_template") or {}

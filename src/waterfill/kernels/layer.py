@@ -13,7 +13,7 @@ import torch
 
 from waterfill.kernels.native import view_of
 from waterfill.kernels.reference import Packed
-from waterfill.native import DTYPES, LayerView, library
+from waterfill.native import DTYPES, LayerView, Vector, library
 
 
 class DecoderLayer:
@@ -48,7 +48,7 @@ class DecoderLayer:
             dtype=DTYPES[dtype],
             cache_dtype=DTYPES[dtype],
             **{name: ctypes.pointer(view) for name, view in self._views.items()},
-            **{name: vector.data_ptr() for name, vector in vectors.items()},
+            **{name: Vector(vector.data_ptr(), vector.numel()) for name, vector in vectors.items()},
         )
         self._reference = ctypes.byref(self._layer)
         self._native, self._isa = native, native.isas[matrices["q"].layout]

@@ -102,9 +102,20 @@ def view_of(packed: Packed) -> MatrixView:
 def _view(
     scales: torch.Tensor, codes: torch.Tensor, codec: TableCodec, exponent: int, shape: tuple[int, int], isa: str
 ) -> MatrixView:
-    return _cached_view(scales.data_ptr(), codes.data_ptr(), *native_table(codec, isa), exponent, shape)
+    places = (scales.data_ptr(), codes.data_ptr(), scales.numel(), codes.numel())
+    return _cached_view(*places, *native_table(codec, isa), exponent, shape)
 
 
 @lru_cache(maxsize=1 << 15)  # a view holds pointers only: equal arguments, equal view
-def _cached_view(scales: int, codes: int, step: float, table: int, exponent: int, shape: tuple[int, int]) -> MatrixView:
-    return MatrixView(shape[0], shape[1], step * 2.0**exponent, 2.0**exponent, table, codes, scales)
+def _cached_view(
+    scales: int,
+    codes: int,
+    scales_count: int,
+    codes_bytes: int,
+    step: float,
+    table: int,
+    exponent: int,
+    shape: tuple[int, int],
+) -> MatrixView:
+    unit = 2.0**exponent
+    return MatrixView(*shape, step * unit, unit, table, codes, scales, codes_bytes, scales_count)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -41,24 +41,32 @@ def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = Fal
     tensors = list(tensors)
     packed = {tensor.name: tensor for tensor in tensors if tensor.codec not in (RAW, LOSSLESS)}
     dtype, ties = model.dtype, dict(getattr(model, "all_tied_weights_keys", None) or {})
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     experts = False
     for name, tensor in packed.items():
         module = _find(model, name)
         if isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            _check_shape(tensor, tuple(module.weight.shape), transposed=isinstance(module, Conv1D))
             weight_dtype = module.weight.dtype
             _attach(_convert(module), tensor, weight_dtype, streamed)
         else:
-            _attach_expert(model, tensor, streamed)
+            _attach_expert(model, tensor, streamed, shapes)
             experts = True
     if experts:  # the other implementations want all experts as one dense tensor
         model.set_experts_implementation("eager")
     _tie(model, {target: source for target, source in ties.items() if source.removesuffix(".weight") in packed})
     hold(model, [tensor for tensor in tensors if tensor.codec == LOSSLESS], dtype)
     if streamed:  # their buffers are in the files, but not in the model
-        names = "|".join(re.escape(buffer.name) for tensor in packed.values() for buffer in tensor.buffers)
+        pass_by(model, [buffer.name for tensor in packed.values() for buffer in tensor.buffers])
+
+
+def pass_by(model: Any, names: Sequence[str]) -> None:
+    """Have transformers say nothing of these entries of the files, which the model has no place for."""
+    if names:
+        pattern = f"^({'|'.join(map(re.escape, names))})$"
         known = model._keys_to_ignore_on_load_unexpected  # a set, but for early versions, which add lists to it
         model._keys_to_ignore_on_load_unexpected = (
-            {*known, names} if isinstance(known, set) else [*(known or ()), names]
+            {*known, pattern} if isinstance(known, set) else [*(known or ()), pattern]
         )
 
 
@@ -91,6 +99,14 @@ def _convert(module: nn.Module) -> PackedMatrix:
     return pack_embedding(module) if isinstance(module, nn.Embedding) else pack_linear(module)
 
 
+def _check_shape(tensor: StoredTensor, shape: tuple[int, ...], *, transposed: bool) -> None:
+    if tensor.shape != (shape[::-1] if transposed else shape):
+        raise ArtifactError(
+            f"tensor {tensor.name!r} is a matrix {list(tensor.shape)} where the model has {list(shape)}; fetch the "
+            "artifact again, or pack the model again"
+        )
+
+
 def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any, streamed: bool) -> None:
     codec = get_codec(tensor.codec)
     if not isinstance(codec, TableCodec | Trellis):
@@ -100,12 +116,14 @@ def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any, streamed: bo
     module.loading = True
 
 
-def _attach_expert(model: nn.Module, tensor: StoredTensor, streamed: bool) -> None:
-    """`tensor` is one expert, `<module>.<parameter>.<index>`, of a fused 3-D parameter."""
+def _attach_expert(
+    model: nn.Module, tensor: StoredTensor, streamed: bool, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """`tensor` is one expert, `<module>.<parameter>.<index>`, of a fused 3-D parameter; `shapes` are those of all."""
     path, _, index = tensor.name.rpartition(".")
     parent_path, _, attribute = path.rpartition(".")
     parent = _find(model, parent_path)
-    if parent is None or not index.isdecimal() or not hasattr(parent, attribute):
+    if parent is None or not index.isdecimal() or len(shapes.get(path, ())) != 3:
         raise ArtifactError(f"tensor {tensor.name!r} has no place in {type(model).__name__}; pack the model again")
     container = getattr(parent, attribute)
     if not isinstance(container, PackedExperts):
@@ -114,6 +132,7 @@ def _attach_expert(model: nn.Module, tensor: StoredTensor, streamed: bool) -> No
         assert parameter is not None
         container = PackedExperts(len(parameter), transposed, parameter.dtype)
         setattr(parent, attribute, container)
+    _check_shape(tensor, shapes[path][1:], transposed=container.transposed)
     if int(index) >= len(container):
         raise ArtifactError(f"tensor {tensor.name!r} is one expert too many: {path} has {len(container)}")
     _attach(container.expert(int(index)), tensor, container.dtype, streamed)

@@ -78,12 +78,17 @@ class Chunk:
         step, table = native_table(matrix.codec, isa)
         unit = 2.0**matrix.exponent
         view = native.ChunkView(self.rows, matrix.shape[1], matrix.part_rows, step * unit, unit, table)
-        view.ends, view.sums = self.ends.ctypes.data, matrix.sums[self.first_part :].ctypes.data
+        view.ends, view.sums, view.parts = (
+            self.ends.ctypes.data,
+            matrix.sums[self.first_part :].ctypes.data,
+            len(self.ends),
+        )
         if isinstance(matrix.stored, Trellis):
             view.states, view.wide = matrix.stored.states, int(matrix.stored.wide)
         else:
             assert matrix.scales is not None
-            view.scales = matrix.scales[self.first_row :].ctypes.data
+            scales = matrix.scales[self.first_row :]
+            view.scales, view.scales_count = scales.ctypes.data, scales.size
             view.word_indices, view.word_bytes = radix_word(matrix.codec.n) or (0, 0)
             view.row_bytes = matrix.codec.row_bytes(matrix.shape[1])
         return view
@@ -179,7 +184,8 @@ class StreamedMatrix:
             return
         isa = library.isas[native.isa() or "scalar"]
         found = np.empty(len(chunk.ends), np.uint64)
-        library.call("checksums", isa, data.ctypes.data, chunk.ends.ctypes.data, len(found), found.ctypes.data)
+        place, ends = data.ctypes.data, chunk.ends
+        library.call("checksums", isa, place, data.nbytes, ends.ctypes.data, len(found), found.ctypes.data)
         known = self.sums[chunk.first_part : chunk.last_part]
         changed = np.flatnonzero((known != 0) & (found != known))
         if len(changed):
@@ -279,7 +285,17 @@ class ChunkData:
     def matrix_view(self) -> native.MatrixView:
         """Arranged rows as a matrix of their own: pointers, alive as long as this object."""
         view = self._view
-        return native.MatrixView(view.rows, view.width, view.step, view.unit, view.table, view.data, view.scales)
+        return native.MatrixView(
+            view.rows,
+            view.width,
+            view.step,
+            view.unit,
+            view.table,
+            view.data,
+            view.scales,
+            view.data_bytes,
+            view.scales_count,
+        )
 
     def packed(self) -> Packed:
         """The chunk's rows as a matrix of their own, for the door of torch."""
@@ -305,9 +321,10 @@ class ChunkData:
     def _view(self) -> native.ChunkView:
         """As the library sees it."""
         view = native.ChunkView.from_buffer_copy(self.chunk.view)
-        view.data = self.data.ctypes.data
+        view.data, view.data_bytes = self.data.ctypes.data, self.data.nbytes
         if self._scales is not None:
-            view.scales, view.states, view.row_bytes = self._scales.ctypes.data, 0, 0
+            view.scales, view.scales_count = self._scales.ctypes.data, self._scales.size
+            view.states, view.row_bytes = 0, 0
         if not self._unchecked:
             view.sums = None
         return view

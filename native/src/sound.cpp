@@ -1,0 +1,82 @@
+#include "sound.hpp"
+
+#include "layout.hpp"
+
+namespace waterfill {
+namespace {
+
+constexpr int64_t kMostWeights = int64_t(1) << 48;
+constexpr int kMostWordBytes = 7;
+
+// Bytes of a stored row that are read; -1 where words cannot be as they are said to be.
+int64_t row_bytes_read(const StoredRows& m) {
+    const Table& t = m.table->view;
+    const int paired = m.table->paired, n = paired ? paired : t.n;
+    const int64_t count = codes_per_row(m.width, paired ? 1 : t.p);
+    if (!m.word_indices || t.direct) return ceil_div(count * bits_of(n), 8);
+    if (m.word_indices < 0 || m.word_bytes < 1 || m.word_bytes > kMostWordBytes) return -1;
+    uint64_t numbers = uint64_t(1) << 8 * m.word_bytes;  // that a word can be
+    for (int i = 0; i < m.word_indices; ++i) numbers /= uint64_t(n);
+    if (!numbers) return -1;
+    return (ceil_div(count, m.word_indices) - 1) * m.word_bytes + 1;  // the last word takes the bytes that it needs
+}
+
+}  // namespace
+
+bool possible(int64_t rows, int64_t width) {
+    return rows >= 1 && width >= 1 && width <= kMostWeights && rows <= kMostWeights / width;
+}
+
+bool holds_arranged(const wf_table* table, int64_t rows, int64_t width, const void* codes, int64_t codes_bytes,
+                    const void* scales, int64_t scales_count) {
+    if (!table || !codes || !scales || !possible(rows, width)) return false;
+    const int64_t tiles = tiles_of(rows);
+    return tiles <= codes_bytes / tile_code_bytes(table->view, width) && tiles <= scales_count / (kTile * groups_of(width));
+}
+
+bool holds_stored(const StoredRows& m, int64_t codes_bytes, int64_t scales_count) {
+    if (!m.table || !m.codes || !m.scales || !possible(m.rows, m.width)) return false;
+    const int64_t read = row_bytes_read(m);
+    return read > 0 && read <= m.row_bytes && m.rows <= codes_bytes / m.row_bytes &&
+           m.rows <= scales_count / groups_of(m.width);
+}
+
+bool holds_parts(const uint32_t* ends, int64_t parts, int64_t bytes) {
+    int64_t from = 0;
+    for (int64_t i = 0; i < parts; from = ends[i++])
+        if (ends[i] < from) return false;
+    return from <= bytes;
+}
+
+bool sound(const wf_matrix& m) {
+    return holds_arranged(m.table, m.rows, m.width, m.codes, m.codes_bytes, m.scales, m.scales_count);
+}
+
+bool holds(const wf_vector& v, int64_t count) { return v.numbers && v.count == count; }
+
+bool sound(const wf_layer& l, bool shapes_only) {
+    if (l.kv_heads < 1 || l.heads < 1 || l.heads % l.kv_heads || l.head_dim < 2 || l.head_dim > kMostHeadDim || l.head_dim % 2)
+        return false;
+    if (l.dtype == WF_FLOAT16 || l.cache_dtype == WF_FLOAT16 || !possible(l.heads, l.head_dim)) return false;
+    const int64_t q = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
+    const struct {
+        const wf_matrix* matrix;
+        int64_t rows, width;
+    } matrices[] = {{l.q, q, l.hidden},           {l.k, kv, l.hidden},           {l.v, kv, l.hidden},
+                    {l.o, l.hidden, q},           {l.up, l.gate->rows, l.hidden}, {l.gate, l.up->rows, l.hidden},
+                    {l.down, l.hidden, l.up->rows}};
+    for (const auto& [matrix, rows, width] : matrices) {
+        if (matrix->rows != rows || matrix->width != width || !possible(rows, width)) return false;
+        if (!shapes_only && !sound(*matrix)) return false;
+    }
+    const struct {
+        const wf_vector& vector;
+        int64_t count;
+    } optional[] = {{l.q_norm, l.head_dim}, {l.k_norm, l.head_dim}, {l.q_bias, q}, {l.k_bias, kv}, {l.v_bias, kv},
+                    {l.o_bias, l.hidden}};
+    for (const auto& [vector, count] : optional)
+        if (vector.numbers && vector.count != count) return false;
+    return holds(l.input_norm, l.hidden) && holds(l.post_norm, l.hidden);
+}
+
+}  // namespace waterfill
