@@ -23,6 +23,7 @@ from waterfill.streaming.streamer import Streamer
 
 NARROW = 16  # tokens of a pass whose working memory is kept for the next one
 FIRST_CAPACITY = 256  # positions of the cache to begin with; it grows by doubling
+HUGE_ARRAY_BYTES = 4 << 20  # from here on numpy asks for huge pages: what is not written may be resident too
 
 Floats = npt.NDArray[np.float32]
 
@@ -52,9 +53,11 @@ class Cache:
 
     def growth_bytes(self, tokens: int) -> int:
         """What `reserve` takes, until what it replaces is given back: of each layer by itself."""
+        arrays, each = 2 * self._spec.layers, self.token_bytes(self._spec)
         grown = self._grown(tokens)
-        replaced = 0 if grown == self.capacity else self.length // (2 * self._spec.layers)
-        return (grown - self.written + replaced) * self.token_bytes(self._spec)
+        replaced = 0 if grown == self.capacity else self.length // arrays
+        reached = grown if grown * each // arrays >= HUGE_ARRAY_BYTES else tokens
+        return max(0, reached - self.written + replaced) * each
 
     def reserve(self, tokens: int) -> None:
         """Make room for a text of so many tokens."""
