@@ -53,17 +53,16 @@ class Cache:
 
     def growth_bytes(self, tokens: int) -> int:
         """What `reserve` takes, until what it replaces is given back: of each layer by itself."""
-        arrays, each = 2 * self._spec.layers, self.token_bytes(self._spec)
         grown = self._grown(tokens)
-        replaced = 0 if grown == self.capacity else self.length // arrays
-        reached = grown if grown * each // arrays >= HUGE_ARRAY_BYTES else tokens
-        return max(0, reached - self.written + replaced) * each
+        replaced = 0 if grown == self.capacity else self.length // (2 * self._spec.layers)
+        return max(0, self._resident(tokens, grown) - self.written + replaced) * self.token_bytes(self._spec)
 
     def reserve(self, tokens: int) -> None:
         """Make room for a text of so many tokens."""
         if tokens <= self.capacity:
             return
-        self.capacity, self.written = self._grown(tokens), self.length
+        self.capacity = self._grown(tokens)
+        self.written = self._resident(self.length, self.capacity) if self.length else 0
         for arrays in (self._keys, self._values):
             for layer in range(self._spec.layers):
                 room = np.empty((self._spec.kv_heads, self.capacity, self._spec.head_dim), self._dtype)
@@ -80,13 +79,20 @@ class Cache:
     def append(self, tokens: int) -> None:
         """So many tokens were written behind the others."""
         self.length += tokens
-        self.written = max(self.written, self.length)
+        self.written = max(self.written, self._resident(self.length, self.capacity))
 
     def _grown(self, tokens: int) -> int:
         """The capacity for so many tokens: at once that of a text whose length is known, else by doubling."""
         if tokens <= self.capacity:
             return self.capacity
-        return min(max(2 * self.capacity, tokens), max(tokens, self.expected or self._spec.positions))
+        if tokens <= self.expected:
+            return self.expected
+        return min(max(2 * self.capacity, tokens), max(tokens, self._spec.positions))
+
+    def _resident(self, tokens: int, capacity: int) -> int:
+        """Positions that are in memory once so many of a capacity are written."""
+        array_bytes = capacity * self.token_bytes(self._spec) // (2 * self._spec.layers)
+        return capacity if array_bytes >= HUGE_ARRAY_BYTES else tokens
 
 
 class LlamaModel:

@@ -99,6 +99,7 @@ class Limit:
             draft._leader, draft._streamer = self, self._streamer
             draft._whole_bytes = self._draft_bytes = draft._text_bytes(text, prompt, 1)
         needed = self._text_bytes(text, prompt, logits, whole=whole) - self.working.text_bytes(held)
+        needed += self._overhead_bytes // 2  # what is begun should come to its end
         if self._binding and not self._fits(needed):
             what = f"reading {prompt} tokens and writing {text - prompt}"
             raise self._refusal(what, needed, "shorten the text")
