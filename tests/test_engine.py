@@ -27,11 +27,12 @@ from plans import plan_for
 from waterfill import native, process
 from waterfill.artifact import open_artifact
 from waterfill.budget import Budget
-from waterfill.engine.llama import Cache, LlamaModel
+from waterfill.engine.llama import LlamaModel
 from waterfill.engine.opening import open_model
 from waterfill.engine.spec import read_spec
 from waterfill.engine.weights import Streamed
 from waterfill.errors import ArtifactError, MemoryLimitError, UnsupportedError, WaterfillError
+from waterfill.streaming.limit import Working
 
 pytestmark = [
     pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off"),
@@ -328,7 +329,8 @@ def test_kept_weights_make_room_for_long_prompts_and_come_back(packed: Packed, m
     taken = streaming._limit_bytes - kept // 2
     each = kept // 100  # so that a hundred tokens take half of what is kept
     monkeypatch.setattr(process, "resident_bytes", lambda: taken)
-    monkeypatch.setattr("waterfill.engine.llama.pass_bytes", lambda spec: each - Cache.token_bytes(spec))
+    assert model._limit is not None
+    monkeypatch.setattr(model._limit, "working", Working(token=0, activations=each, logits=0))
     seen = []
     monkeypatch.setattr(streaming, "products", _noting(streaming, seen))
     model.truncate(0)

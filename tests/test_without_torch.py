@@ -24,7 +24,7 @@ from waterfill.budget import Budget
 from waterfill.errors import MemoryLimitError
 from waterfill.runtime.packed import PackedMatrix
 from waterfill.streaming import Activations, Storage, StreamedMatrix, Streamer, View
-from waterfill.streaming.limit import LEAST_CONTEXT, LEAST_PASS_BYTES, PASS_BYTES, longest, pass_tokens, room
+from waterfill.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Working, room
 
 TRELLIS, FIXED = "trellis-s8-r3.0000", "higgs-p2-n16"
 TOKENS = 5
@@ -219,23 +219,19 @@ def test_views_that_the_library_would_misread_are_refused(streamer: Streamer) ->
 
 
 def test_a_limit_is_divided_and_one_too_small_is_refused(streamer: Streamer) -> None:
-    needs: dict[str, Any] = {"held": 50_000_000, "token_bytes": 1000, "context": None, "logit_bytes": 1_000_000}
+    working = Working(token=1000, activations=5000, logits=1_000_000, fixed=3_000)
+    needs: dict[str, Any] = {"held": 50_000_000, "context": None, "logits": 1}
     path = Path("artifact")
     with pytest.raises(MemoryLimitError, match=r"for artifact: streamed, it takes [0-9]+ MB at least") as refused:
-        room(path, streamer.sequence, 50_000_000, **needs)
+        room(path, streamer.sequence, 50_000_000, working, **needs)
     smallest = refused.value.smallest_bytes
-    least = room(path, streamer.sequence, smallest, **needs)
-    assert 0 <= least.weights_bytes < 1_000_000
-    assert least.pass_bytes >= LEAST_PASS_BYTES
-    ample = room(path, streamer.sequence, 1 << 30, **needs)
-    longer = (longest(None) - LEAST_CONTEXT) * needs["token_bytes"]
-    assert ample.pass_bytes == PASS_BYTES
-    taken = ample.weights_bytes + ample.pass_bytes - LEAST_PASS_BYTES + longer
-    assert 0 <= smallest - ((1 << 30) - taken) < 1_000_000, "everything beyond the least is given out"
-    assert room(path, streamer.sequence, 1 << 30, **{**needs, "context": 64}).weights_bytes > ample.weights_bytes
-    assert (longest(64), longest(1 << 20)) == (64, longest(None))
-    assert pass_tokens(1 << 20, 64, 128) == (1 << 20) // (4 * (6 * 64 + 4 * 128))
-    assert pass_tokens(1, 64, 128) == 16
+    assert 0 <= room(path, streamer.sequence, smallest, working, **needs) < 1_000_000
+    ample = room(path, streamer.sequence, 1 << 30, working, **needs)
+    assert 0 <= smallest - ((1 << 30) - ample) < 1_000_000, "everything beyond the least holds weights"
+    shorter = room(path, streamer.sequence, 1 << 30, working, **{**needs, "context": 64})
+    assert shorter - ample == (LEAST_CONTEXT - 64) * working.token
+    scored = room(path, streamer.sequence, 1 << 30, working, **{**needs, "logits": 100})
+    assert ample - scored == 99 * working.logits + (100 - LEAST_PASS) * working.activations
 
 
 @needs_native

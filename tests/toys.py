@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ class Toy:
     def logits(self, text: Sequence[int]) -> npt.NDArray[np.float32]:
         """After a text: float32 [vocabulary]."""
         return self.table[sum(place * token for place, token in zip((7, 13), text[-2:], strict=False)) % TEXTS]
+
+    def expect(self, tokens: int, prompt: int, *, logits: int = 1, draft: Any = None) -> None:
+        assert self.positions is None or tokens <= self.positions
 
     def forward(self, ids: Sequence[int], logits: int = 1) -> npt.NDArray[np.float32]:
         assert 0 < logits <= len(ids)

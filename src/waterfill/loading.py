@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from waterfill.arguments import FLAG, Check, checked, optional
 from waterfill.artifact import TensorSpec, open_artifact
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorInfo, check_finite, warn_of_adapter
 from waterfill.choices import FILE, check_choices
-from waterfill.errors import ArtifactError, WaterfillError, first_line
+from waterfill.errors import ArtifactError, MemoryLimitError, WaterfillError, first_line
 from waterfill.files import check_settings
 from waterfill.fit import fit, packed_names
 from waterfill.hf import Caller, called_by
@@ -43,7 +44,8 @@ def load(
 ) -> Any:
     """The packed model as a transformers model, ready for `generate` and pipelines; its weights stay packed.
 
-    A model that does not fit in memory is streamed: `model.streaming` is the `Streamer` then, else None.
+    A model that does not fit in memory is streamed: `model.streaming` is the `Streamer` then, else None. Where `memory`
+    is given, `model.memory_limit` is the `Limit` that texts are held to, else None.
 
     Args:
         dtype: of the activations; the checkpoint's own when None.
@@ -54,22 +56,36 @@ def load(
 
     Raises:
         ArtifactError: torn, altered or of an unknown version.
-        WaterfillError: `memory` is not a size, or too small for the model even when it is streamed.
+        MemoryLimitError: `memory` is too small for the model even when it is streamed, as far as it can be.
+        WaterfillError: `memory` is not a size.
     """
     path = Path(artifact)
     opened = open_artifact(path, verify=False)
-    chosen = fit(opened, memory, streamed)
+    chosen = fit(opened, memory, streamed, loading_bytes=opened.size_bytes)  # files are mapped meanwhile
+    if chosen.binding:
+        process.return_large_blocks()
     if verify:
         opened.verify_files()
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
     warn_of_adapter(path)
     with called_by(Caller(verified=True, streamed=chosen.streamed)):
         model = _packed_model(path, dtype, tensors=len(opened.tensors))
-    model.streaming = None
+    model.streaming = model.memory_limit = None
     if chosen.streamed:
         from waterfill.streaming.attach import attach
 
-        attach(model, opened, chosen.limit_bytes, verify=verify, logits=logits)
+        attach(model, opened, chosen, verify=verify, logits=logits)
+    elif chosen.binding:
+        from waterfill.streaming.attach import hold
+
+        try:
+            hold(model, opened, chosen, logits=logits)
+        except MemoryLimitError:
+            if streamed is not None or not packed_names(opened):
+                raise
+            del model  # before it is loaded again
+            gc.collect()
+            return load(path, dtype=dtype, verify=False, memory=memory, streamed=True, logits=logits)
     return model
 
 

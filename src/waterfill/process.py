@@ -7,8 +7,11 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_MMAP_THRESHOLD = -3  # an option of glibc's mallopt
+_LARGE_BYTES = 1 << 18
 _UNLIMITED = 1 << 60  # cgroup v1 says "no limit" with a number near 2^63
 
 
@@ -47,9 +50,20 @@ def usable_cpus() -> int:
 
 def release() -> None:
     """Give memory that was freed back to the system, as far as the C library does that."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
+
+
+def return_large_blocks() -> None:
+    """From now on large blocks go back to the system when they are freed. glibc keeps ever larger ones for what comes
+    next, which tensors that grow leave full of holes."""
+    if (option := _c_function("mallopt")) is not None:
+        option(_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def _c_function(name: str) -> Any:
+    """Of the C library; None where it has none of that name."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _machine_bytes(proc: Path) -> float:

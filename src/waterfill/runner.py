@@ -6,13 +6,15 @@ artifact ──open_runner──┬── Engine ──────────�
 
 from __future__ import annotations
 
+import gc
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from waterfill.errors import UnsupportedError, WaterfillError
+from waterfill.errors import MemoryLimitError, UnsupportedError, WaterfillError
 from waterfill.sampling import GenerationStats, Message, Sampling, check_speculation
 from waterfill.streaming.streamer import Streamer
 
@@ -43,7 +45,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """Of a run. A draft is loaded first: what it takes is no longer free when the model decides what to keep."""
+    """Of a run. A draft is loaded first, and whole: what it takes is not free when the model decides what to keep."""
 
     memory: str | float | None = None
     draft: Path | None = None
@@ -70,29 +72,13 @@ def open_runner(artifact: Path, options: Options, engine: Choice = "auto") -> Ru
     return _Transformers(artifact, options)
 
 
-class _Native:
+class _Opened(ABC):
+    """A model with its draft. One in memory that leaves too little of that for a text is streamed from then on."""
+
     def __init__(self, artifact: Path, options: Options) -> None:
-        from waterfill.engine.engine import Engine
-
-        self._lookup = options.lookup
-        self._draft = None if options.draft is None else Engine(options.draft)
-        self._engine = Engine(artifact, memory=options.memory)
-
-    @property
-    def streaming(self) -> Streamer | None:
-        return self._engine.streaming
-
-    def generate(self, prompt: str | Sequence[Message], sampling: Sampling) -> Any:
-        return self._engine.generate(prompt, sampling, draft=self._draft, lookup=self._lookup)
-
-
-class _Transformers:
-    def __init__(self, artifact: Path, options: Options) -> None:
-        from waterfill.loading import load, load_tokenizer
-
-        self._lookup = options.lookup
-        self._draft = None if options.draft is None else load(options.draft)
-        self._model, self._tokenizer = load(artifact, memory=options.memory), load_tokenizer(artifact)
+        self._artifact, self._options = artifact, options
+        self._draft = None if options.draft is None else self._open(options.draft, streamed=False)
+        self._model = self._open(artifact, streamed=None)
 
     @property
     def streaming(self) -> Streamer | None:
@@ -100,6 +86,50 @@ class _Transformers:
         return found
 
     def generate(self, prompt: str | Sequence[Message], sampling: Sampling) -> Any:
+        try:
+            return self._ask(prompt, sampling)
+        except MemoryLimitError:
+            if self.streaming is not None:
+                raise
+        _log.info("the weights leave too little memory for the text: they are streamed from now on")
+        self._model = None  # before it is opened again
+        gc.collect()
+        self._model = self._open(self._artifact, streamed=True)
+        return self._ask(prompt, sampling)
+
+    @abstractmethod
+    def _open(self, artifact: Path, *, streamed: bool | None) -> Any:
+        """A model within the limit of memory, with `streaming`."""
+
+    @abstractmethod
+    def _ask(self, prompt: str | Sequence[Message], sampling: Sampling) -> Any:
+        """`Pieces` that have not begun. Raises MemoryLimitError if the text does not fit beside the weights."""
+
+
+class _Native(_Opened):
+    def _open(self, artifact: Path, *, streamed: bool | None) -> Any:
+        from waterfill.engine.engine import Engine
+
+        return Engine(artifact, memory=self._options.memory, streamed=streamed)
+
+    def _ask(self, prompt: str | Sequence[Message], sampling: Sampling) -> Any:
+        return self._model.generate(prompt, sampling, draft=self._draft, lookup=self._options.lookup)
+
+
+class _Transformers(_Opened):
+    def __init__(self, artifact: Path, options: Options) -> None:
+        from waterfill.loading import load_tokenizer
+
+        super().__init__(artifact, options)
+        self._tokenizer = load_tokenizer(artifact)
+
+    def _open(self, artifact: Path, *, streamed: bool | None) -> Any:
+        from waterfill.loading import load
+
+        return load(artifact, memory=self._options.memory, streamed=streamed)
+
+    def _ask(self, prompt: str | Sequence[Message], sampling: Sampling) -> Any:
         from waterfill.runtime.generate import generate
 
-        return generate(self._model, self._tokenizer, prompt, sampling, draft=self._draft, lookup=self._lookup)
+        options = {"draft": self._draft, "lookup": self._options.lookup}
+        return generate(self._model, self._tokenizer, prompt, sampling, **options)

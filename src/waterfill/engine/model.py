@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,6 +25,10 @@ class TokenModel(Protocol):
     @property
     def length(self) -> int:
         """Tokens in the cache."""
+
+    def expect(self, tokens: int, prompt: int, *, logits: int = 1, draft: Any = None) -> None:
+        """Look whether there is memory for a text of `tokens`, of which `prompt` are read first, with the logits of so
+        many positions at a time, and for a draft's own. Raises MemoryLimitError if there is not."""
 
     def forward(self, ids: Sequence[int], logits: int = 1) -> npt.NDArray[np.float32]:
         """Append ids to the cache; logits, float32 [logits, vocabulary], of the last `logits` of them."""

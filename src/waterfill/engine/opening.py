@@ -11,13 +11,13 @@ from pathlib import Path
 from waterfill import native
 from waterfill.artifact import RAW, Artifact, open_artifact, read_bytes
 from waterfill.codecs import lossless
-from waterfill.engine.llama import Cache, LlamaModel, logit_bytes, pass_bytes
+from waterfill.engine.llama import LlamaModel, working
 from waterfill.engine.spec import EMBEDDING, PROJECTIONS, Spec, read_spec
 from waterfill.engine.weights import Floats, Resident, Streamed
 from waterfill.errors import UnsupportedError
-from waterfill.fit import fit, packed_names
+from waterfill.fit import Fit, fit, packed_names
 from waterfill.streaming.chunks import StreamedMatrix
-from waterfill.streaming.limit import LEAST_CONTEXT, LEAST_PASS, LEAST_PASS_BYTES, PASS_BYTES, held_bytes, room
+from waterfill.streaming.limit import LEAST_CONTEXT, LEAST_PASS, PASS_BYTES, Limit, held_bytes, room
 from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import Streamer
 
@@ -50,15 +50,19 @@ def open_model(
     if native.float_activations():
         raise UnsupportedError(f"{native.FLOAT_ACTIVATIONS} asks for exact activations")
     spec = read_spec(artifact)
-    least = Cache.token_bytes(spec) * min(LEAST_CONTEXT, spec.positions) + logits * logit_bytes(spec) + LEAST_PASS_BYTES
-    chosen = fit(artifact, memory, streamed, working_bytes=OVERHEAD_BYTES + least)
+    texts = working(spec)
+    context = min(LEAST_CONTEXT, spec.positions)
+    least = OVERHEAD_BYTES + texts.text_bytes(context) + texts.pass_bytes(LEAST_PASS, context, logits)
+    largest = max(tensor.size_bytes for tensor in artifact.tensors.values())
+    chosen = fit(artifact, memory, streamed, working_bytes=least, loading_bytes=largest)
     packed = packed_names(artifact)
     vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
     if chosen.streamed:
-        return _streamed(artifact, spec, vectors, chosen.limit_bytes, verify=verify, logits=logits)
-    width = min(PASS_BYTES, LEAST_PASS_BYTES + chosen.spare_bytes // 4) // pass_bytes(spec)
+        return _streamed(artifact, spec, vectors, chosen, verify=verify, logits=logits)
+    limit = Limit(artifact.path, chosen.limit_bytes, texts, overhead_bytes=OVERHEAD_BYTES, binding=chosen.binding)
+    width = texts.widest(min(PASS_BYTES, chosen.spare_bytes // 4), context)
     weights = Resident.load(artifact, spec, verify=verify)
-    return LlamaModel(spec, weights, vectors, pass_tokens=max(LEAST_PASS, width))
+    return LlamaModel(spec, weights, vectors, pass_tokens=width, limit=limit)
 
 
 def _floats(artifact: Artifact, name: str, verify: bool) -> Floats:
@@ -71,22 +75,21 @@ def _floats(artifact: Artifact, name: str, verify: bool) -> Floats:
 
 
 def _streamed(
-    artifact: Artifact, spec: Spec, vectors: dict[str, Floats], limit_bytes: int, *, verify: bool, logits: int
+    artifact: Artifact, spec: Spec, vectors: dict[str, Floats], chosen: Fit, *, verify: bool, logits: int
 ) -> LlamaModel:
-    storage = Storage()
+    texts, storage = working(spec), Storage()
     try:
         matrices = {
             name: StreamedMatrix(artifact.tensors[name], storage, verify=verify) for name in packed_names(artifact)
         }
-        left = room(
+        spare = room(
             artifact.path,
             matrices.values(),
-            limit_bytes,
+            chosen.limit_bytes,
+            texts,
             held=held_bytes() + OVERHEAD_BYTES,
-            token_bytes=Cache.token_bytes(spec),
             context=spec.positions,
-            logit_bytes=logits * logit_bytes(spec),
-            yields=True,
+            logits=logits,
         )
         order = [f"model.layers.{layer}.{name}" for layer in range(spec.layers) for name in PROJECTIONS.values()]
         order.append(spec.head)
@@ -94,17 +97,26 @@ def _streamed(
             storage,
             [matrices[name] for name in order],
             [matrices[EMBEDDING]] if spec.head != EMBEDDING else [],
-            spare_bytes=left.weights_bytes,
-            limit_bytes=limit_bytes - OVERHEAD_BYTES,
+            spare_bytes=spare,
+            limit_bytes=chosen.limit_bytes - OVERHEAD_BYTES // 2,
             verify=verify,
         )
     except BaseException:
         storage.close()
         raise
+    limit = Limit(
+        artifact.path,
+        chosen.limit_bytes,
+        texts,
+        overhead_bytes=OVERHEAD_BYTES,
+        streamer=streamer,
+        binding=chosen.binding,
+    )
     return LlamaModel(
         spec,
         Streamed(streamer, matrices, spec),
         vectors,
-        pass_tokens=max(LEAST_PASS, left.pass_bytes // pass_bytes(spec)),
+        pass_tokens=texts.widest(PASS_BYTES, LEAST_CONTEXT),
         streaming=streamer,
+        limit=limit,
     )

@@ -41,6 +41,8 @@ from waterfill.tokenizing import failed, in_words
 _NO_CHOICES = {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
 _NO_BLAME = (WaterfillError, MemoryError, torch.OutOfMemoryError)
 
+PIECE_SHARE = 0.5  # of free memory: pieces are all of one width, and what is free differs
+
 __all__ = ["DRAFT_TOKENS", "Generation", "GenerationStats", "Message", "Sampling", "drafted_by", "generate"]
 
 
@@ -89,24 +91,27 @@ def generate(
     (`lookup`: how many at most). What is said follows the model's own distribution all the same.
 
     Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
-    WaterfillError for a sampling value outside its range, malformed messages, or a prompt that is not valid
-    UTF-8, leaves no room or holds tokens that the model does not know; from the iteration, for choices of the model's
-    generation_config.json that transformers refuses.
+    WaterfillError for a sampling value outside its range, malformed messages, a prompt that is not valid UTF-8, leaves
+    no room or holds tokens that the model does not know, or a text that does not fit in the memory that the model was
+    loaded with; from the iteration, for choices of the model's generation_config.json that transformers refuses.
     """
     sampling = replace(sampling or Sampling(), **overrides)
     ids = _prompt_ids(tokenizer, prompt)
     known = getattr(model.config.get_text_config(), "vocab_size", None)
     if known is not None and (highest := int(ids.max())) >= known:
         raise unknown_token("the prompt", highest, known)
+    most = min(sampling.max_new_tokens, room(ids.shape[1], _positions(model)))
+    drafted = DRAFT_TOKENS if draft is not None else lookup or 0
     arguments = {
         "input_ids": ids.to(model.device),
         "attention_mask": torch.ones_like(ids, device=model.device),
-        "max_new_tokens": min(sampling.max_new_tokens, room(ids.shape[1], _positions(model))),
+        "max_new_tokens": most,
         "num_beams": 1,  # beams have no text to stream before the end
         "num_return_sequences": 1,
         "tokenizer": tokenizer,  # for stop strings
         **sampling.arguments(),
         **_speculation(draft, lookup),
+        **_within_memory(model, draft, ids.shape[1], most, drafted),
     }
     return Generation(model, _Streamer(tokenizer), arguments, sampling.seed)
 
@@ -116,6 +121,21 @@ def _speculation(draft: Any, lookup: int | None) -> dict[str, Any]:
     if draft is not None:
         return drafted_by(draft)
     return {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
+
+
+def _within_memory(model: Any, draft: Any, prompt: int, most: int, drafted: int) -> dict[str, Any]:
+    """How a model with a limit of memory reads a prompt: in pieces, unless tokens are drafted, where transformers reads
+    it at once. Raises MemoryLimitError where the text does not fit."""
+    limit = getattr(model, "memory_limit", None)
+    if limit is None:
+        return {}
+    limit.admit(
+        prompt + most, prompt, logits=drafted + 1, whole=drafted > 0, draft=getattr(draft, "memory_limit", None)
+    )
+    if drafted or not limit.pieces:
+        return {}
+    text_bytes = limit.working.text_bytes(prompt + most)
+    return {"prefill_chunk_size": limit.widest(prompt, prompt, growth_bytes=text_bytes, share=PIECE_SHARE)}
 
 
 def drafted_by(draft: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from waterfill.errors import WaterfillError
 from waterfill.streaming.chunks import Chunk, ChunkData
-from waterfill.streaming.storage import Slot, Storage, make_slots
+from waterfill.streaming.storage import BLOCK_BYTES, Slot, Storage, make_slots
 
 
 class _Read:
@@ -53,6 +53,8 @@ class ReadAhead:
         self._sequence: tuple[Chunk, ...] = ()
         self._places: dict[Chunk, int] = {}
         self._free = make_slots(slots, slot_bytes)
+        for slot in self._free:
+            slot.bytes[::BLOCK_BYTES] = 0  # in memory from now on: a limit is looked at before the last is used
         self.nbytes = sum(slot.nbytes for slot in self._free)
         self._reads: dict[int, _Read] = {}  # by position
         self._next_read = self._next_take = self._epoch = 0

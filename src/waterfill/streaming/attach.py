@@ -6,22 +6,27 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from waterfill.artifact import Artifact, StoredTensor
+from waterfill.fit import Fit
 from waterfill.runtime.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, TiedLinear
 from waterfill.streaming.chunks import StreamedMatrix
-from waterfill.streaming.limit import OVERHEAD_BYTES, held_bytes, longest, pass_tokens, room
+from waterfill.streaming.limit import LEAST_CONTEXT, OVERHEAD_BYTES, Limit, held_bytes, room
 from waterfill.streaming.source import Source
 from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import Streamer
+from waterfill.streaming.trial import Blank, Trial, try_passes
+
+LONGEST = 1 << 17  # tokens of a prompt, unless `runtime.generate` is told how many there are
 
 
-def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, logits: int = 1) -> Streamer:
-    """Stream every packed matrix of a model that was installed with `streamed`.
+def attach(model: Any, artifact: Artifact, chosen: Fit, *, verify: bool, logits: int = 1) -> Streamer:
+    """Stream every packed matrix of a model that was installed with `streamed`, within a limit.
 
     Args:
-        limit_bytes: of the process's resident memory, everything included.
+        chosen: what the process may take.
         verify: compare the matrices with their digests first.
         logits: positions whose logits are computed at a time; more than one where text is scored.
 
@@ -30,29 +35,31 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
         ArtifactError: a matrix is damaged.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
+    for module in modules.values():
+        module.source = Blank(module.shape)
+    trial = try_passes(model)
     storage = Storage()
     try:
         matrices = {
             path: StreamedMatrix(tensor, storage, verify=verify) for path, tensor in _tensors(modules, artifact)
         }
-        left = room(
+        spare = room(
             artifact.path,
             matrices.values(),
-            limit_bytes,
+            chosen.limit_bytes,
+            trial.working,
             held=held_bytes() + OVERHEAD_BYTES,
-            token_bytes=_token_bytes(model),
             context=_context(model),
-            logit_bytes=logits * _logit_bytes(model),
+            logits=logits,
         )
-        _limit_passes(model, left.pass_bytes)
         sequence, others = _order(model, modules, matrices)
         with tqdm(unit="B", unit_scale=True, desc="reading weights", delay=1, leave=False, disable=None) as bar:
             streamer = Streamer(
                 storage,
                 sequence,
                 others,
-                spare_bytes=left.weights_bytes,
-                limit_bytes=limit_bytes - OVERHEAD_BYTES // 2,
+                spare_bytes=spare,
+                limit_bytes=chosen.limit_bytes - OVERHEAD_BYTES // 2,
                 verify=verify,
                 progress=partial(_show, bar),
             )
@@ -60,9 +67,48 @@ def attach(model: Any, artifact: Artifact, limit_bytes: int, *, verify: bool, lo
         storage.close()
         raise
     for path, module in modules.items():
-        module.source = Source(streamer, matrices[path])
+        matrix = matrices[path]
+        module.source = Source(streamer, matrix, power=module.exponent - matrix.exponent)  # models may have scaled it
     model.streaming = streamer
+    _hold(model, artifact, chosen, trial, streamer)
     return streamer
+
+
+def hold(model: Any, artifact: Artifact, chosen: Fit, *, logits: int = 1) -> None:
+    """Hold a model whose weights are all in memory below a limit, as `attach` does. Raises MemoryLimitError if it is
+    below what the model needs at least."""
+    _hold(model, artifact, chosen, try_passes(model), None)
+    tokens = max(logits, min(LEAST_CONTEXT, _context(model) or LEAST_CONTEXT))
+    model.memory_limit.admit(tokens, tokens, logits=logits)
+
+
+def _hold(model: Any, artifact: Artifact, chosen: Fit, trial: Trial, streamer: Streamer | None) -> None:
+    """Look at every pass before it begins, and have transformers read long prompts in pieces whose activations fit."""
+    limit = model.memory_limit = Limit(
+        artifact.path,
+        chosen.limit_bytes,
+        trial.working,
+        overhead_bytes=OVERHEAD_BYTES,
+        streamer=streamer,
+        binding=chosen.binding,
+        pieces=trial.pieces,
+    )
+    model.register_forward_pre_hook(partial(_begin_pass, limit), with_kwargs=True)
+    if trial.pieces and getattr(model, "generation_config", None) is not None:
+        model.generation_config.prefill_chunk_size = limit.widest(LONGEST, LONGEST)
+
+
+def _begin_pass(limit: Limit, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before a model's forward."""
+    given = args[0] if args else kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    if given is None:
+        return
+    tokens, mask, kept = given.shape[0] * given.shape[1], kwargs.get("attention_mask"), kwargs.get("logits_to_keep", 0)
+    context = mask.shape[-1] if isinstance(mask, torch.Tensor) else given.shape[1]
+    logits = kept if isinstance(kept, int) and kept else len(kept) if isinstance(kept, torch.Tensor) else given.shape[1]
+    growth = limit.working.text_bytes(tokens)
+    limit.begin_pass(tokens, context, logits=given.shape[0] * logits, growth_bytes=growth, whole=True)
 
 
 def _show(bar: Any, done_bytes: int, total_bytes: int) -> None:
@@ -96,26 +142,3 @@ def _order(
 def _context(model: Any) -> int | None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if positions is None else int(positions)
-
-
-def _token_bytes(model: Any) -> int:
-    """Keys and values of one token."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_hidden_layers * 2 * heads * head_dim * model.dtype.itemsize)
-
-
-def _logit_bytes(model: Any) -> int:
-    """Logits of one position: the model's, and a float32 copy that is sampled from."""
-    itemsize: int = model.dtype.itemsize
-    return int(model.config.get_text_config().vocab_size) * (4 + itemsize)
-
-
-def _limit_passes(model: Any, size_bytes: int) -> None:
-    """Have transformers read long prompts in pieces whose activations fit."""
-    config = model.config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    tokens = pass_tokens(size_bytes, config.hidden_size, inner)
-    if getattr(model, "generation_config", None) is not None and tokens < longest(_context(model)):
-        model.generation_config.prefill_chunk_size = tokens

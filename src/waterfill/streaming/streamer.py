@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -254,6 +254,13 @@ class Streamer:
             self._warned = True
             _log.warning("%.0f MB above the limit, with no weights kept: the text has become too long", excess / 1e6)
 
+    @property
+    def firm_bytes(self) -> int:
+        """What the process takes beyond what it has once all kept weights are given up: mostly less than nothing."""
+        with self._lock:
+            kept = sum(data.nbytes for data in self._kept.values()) + self._cached_bytes
+        return (ring_bytes(self._matrices) if self._ahead is None else 0) - kept
+
     def make_room(self, size_bytes: int) -> None:
         """Before a pass that takes so much more memory: give up kept chunks for it, or take back what was given up."""
         room = self._limit_bytes - process.resident_bytes() - size_bytes
@@ -387,6 +394,11 @@ class Streamer:
         self._started_s = self._ended_s = time.perf_counter()
         if self._ahead is not None:
             self._ahead.bytes_read, self._ahead.reading_s = 0, 0.0
+
+
+def ring_bytes(matrices: Iterable[StreamedMatrix]) -> int:
+    """Of the slots that chunks of these are read into."""
+    return SLOTS * max(chunk.region.size_bytes for matrix in matrices for chunk in matrix.chunks)
 
 
 def _has_experts(others: Sequence[StreamedMatrix]) -> bool:
