@@ -321,6 +321,16 @@ def test_experts_read_as_one_tensor(experts: PackedExperts, mode: Any) -> None:
             same(read(experts), read(dense))
 
 
+def test_batched_products_of_transposed_experts_come_from_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = PackedExperts(3, True, torch.float32)
+    for index in range(3):
+        fill(made.expert(index), seed=index)
+    x, dense = torch.randn(3, 2, IN), made.dense().mT  # as the model sees them, [expert, in, out]
+    monkeypatch.setattr(PackedMatrix, "dense", lambda matrix: pytest.fail("a matrix was decoded"))
+    for multiply in (torch.bmm, torch.Tensor.bmm):
+        same(multiply(x, made.stand_in()), torch.bmm(x, dense))
+
+
 def test_experts_are_scaled_together_and_changed_in_no_other_way(experts: PackedExperts) -> None:
     dense = experts.dense()
     experts.mul_(2)

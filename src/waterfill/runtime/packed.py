@@ -334,6 +334,10 @@ class PackedExperts(TensorModule):
         """float32 `[expert, out, in]`."""
         return torch.stack([expert.dense() for expert in self.experts])
 
+    def multiply_each(self, x: torch.Tensor) -> torch.Tensor:
+        """One product per expert: `[expert, tokens, in]` -> `[expert, tokens, out]`, of the dtype of x."""
+        return torch.stack([expert.multiply(part) for expert, part in zip(self.experts, x, strict=True)])
+
     def scale_by_power(self, power: int) -> None:
         """Multiply every expert by 2^power from now on."""
         for expert in self.experts:

@@ -1,6 +1,6 @@
 """Tensors that stand for packed weights in a model's own code: shape, dtype and device of the weight, and no memory.
 
-    linear, matmul, embedding            from the codes
+    linear, matmul, bmm, embedding       from the codes
     detach, transposes                   another stand-in
     whatever else reads                  the weight is decoded; what still shares memory with it is a stand-in as well
     times or divided by 2^k, in place    carried out by the holder, exactly
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from waterfill.errors import WaterfillError
 _aten = torch.ops.aten
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 _BY_ELEMENT = (torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_)  # these go to the memory at once
+_BATCHED = (torch.bmm, torch.Tensor.bmm)
 _SCALINGS = {_aten.mul_.Tensor: 1, _aten.mul_.Scalar: 1, _aten.div_.Tensor: -1, _aten.div_.Scalar: -1}
 
 
@@ -46,6 +47,13 @@ class Holder(Protocol):
 
     def scale_by_power(self, power: int) -> None:
         """Multiply the weight by 2^power from now on."""
+
+
+class Experts(Holder, Protocol):
+    """Who holds the weights of several experts."""
+
+    def multiply_each(self, x: torch.Tensor) -> torch.Tensor:
+        """One product per expert: `[expert, tokens, in]` -> `[expert, tokens, out]`, of the dtype of x."""
 
 
 class StandIn(torch.Tensor):
@@ -209,6 +217,8 @@ def _product(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
         return _linear(*args, **{"x" if name == "input" else name: value for name, value in kwargs.items()})
     if func in _MATMULS and len(args) == 2:
         return _from_codes(*args, transposed=True)
+    if func in _BATCHED and len(args) == 2:
+        return _each_from_codes(*args)
     return None
 
 
@@ -223,6 +233,15 @@ def _from_codes(x: Any, weight: Any, *, transposed: bool) -> torch.Tensor | None
     if weight._view is not None or weight.ndim != 2 or weight._holder.loading:
         return None
     return weight._holder.multiply(x)
+
+
+def _each_from_codes(x: Any, weights: Any) -> torch.Tensor | None:
+    """x W for every expert, of experts that are `[in, out]` to the model."""
+    if not isinstance(weights, StandIn) or isinstance(x, StandIn) or weights.ndim != 3 or not weights._transposed:
+        return None
+    if weights._view is not None or weights._holder.loading:
+        return None
+    return cast(Experts, weights._holder).multiply_each(x)
 
 
 def _changed(func: Any, args: Any, kwargs: Any) -> StandIn | None:
