@@ -40,6 +40,7 @@ OPTIONAL = {  # vectors that some of the kind have
     "k_norm": "self_attn.k_norm.weight",
     **{f"{key}_bias": f"{PROJECTIONS[key]}.bias" for key in "qkvo"},
 }
+MOST_NUMBER = 1e30  # of a setting that is not a size
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
 
 
@@ -77,9 +78,9 @@ def read_spec(artifact: Artifact) -> Spec:
     """Raises UnsupportedError for a model that the engine does not run."""
     config = read_json(artifact.path / "config.json")
     kind = config.get("model_type")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UnsupportedError(f"its kind is {kind!r}, not one of {', '.join(sorted(KINDS))}")
-    if config.get("architectures") not in (None, [f"{_class(str(kind))}ForCausalLM"]):
+    if config.get("architectures") not in (None, [f"{_class(kind)}ForCausalLM"]):
         raise UnsupportedError(f"its architecture is {config['architectures']!r}")
     _expect(config, hidden_act={"silu"}, pretraining_tp={None, 1}, use_sliding_window={None, False})
     if kind == "mistral":
@@ -156,13 +157,15 @@ def _integer(config: Mapping[str, Any], name: str) -> int:
 
 def _number(config: Mapping[str, Any], name: str) -> float:
     found = config.get(name)
-    if type(found) not in (int, float) or not 0 <= float(found) < math.inf:  # type: ignore[arg-type]
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= MOST_NUMBER:
         raise UnsupportedError(f"its {name} is {found!r}")
-    return float(found)  # type: ignore[arg-type]
+    return float(found)
 
 
 def _check_names(tensors: Mapping[str, StoredTensor], layers: int, vectors: tuple[str, ...], head: str) -> None:
     """Exactly the tensors that the engine knows; packed ones are called like modules, kept ones like parameters."""
+    if layers > len(tensors):
+        raise UnsupportedError(f"it has {len(tensors)} tensors, which cannot be those of {layers} layers")
     parts = [f"model.layers.{layer}." for layer in range(layers)]
     matrices = {EMBEDDING, head, *(part + name for part in parts for name in PROJECTIONS.values())}
     kept = {FINAL_NORM, *(f"{part}{name}.weight" for part in parts for name in NORMS.values())}
@@ -214,7 +217,9 @@ def _check_vectors(
 def _frequencies(config: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
     """Radians per token of each pair of coordinates (RoFormer, arXiv 2104.09864), scaled as Llama 3.1's are, or
     linearly."""
-    rotary = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rotary, dict):
+        raise UnsupportedError(f"its rotary positions are {rotary!r}")
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     base = _number({**config, **rotary}, "rope_theta")
     if base <= 0 or rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
