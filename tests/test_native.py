@@ -22,11 +22,13 @@ from torch import nn
 from codec_samples import encode, higgs
 from kernel_samples import ISAS, LIBRARY, NOT_BUILT, activations, nothing_decided, one_thread, same_bits, stored
 from waterfill import hadamard, kernels, native
+from waterfill.checkpoint import KEPT_DTYPES
+from waterfill.codecs import TableCodec, get_codec
 from waterfill.errors import WaterfillError
 from waterfill.hadamard import groups, rotate, unrotate
 from waterfill.kernels import native as native_kernels
 from waterfill.kernels import reference
-from waterfill.kernels.reference import STORED
+from waterfill.kernels.reference import STORED, Packed
 from waterfill.runtime.packed import PackedLinear, pack_linear
 
 needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
@@ -261,6 +263,31 @@ def test_impossible_arguments_are_refused_not_obeyed() -> None:
     points = torch.zeros(2, 5)
     assert LIBRARY.table_new(scalar, 5, 2, 8, points.data_ptr(), points.data_ptr()) is None
     assert ctypes.sizeof(native.MatrixView) == 8 + 8 + 4 + 4 + 3 * ctypes.sizeof(ctypes.c_void_p) + 8 + 8
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "name", ["higgs-p1-n16", "higgs-p1-n11", "higgs-p2-n64", "higgs-p4-n256", "levels-8", "levels-16"]
+)
+def test_matrices_that_are_larger_than_their_memory_are_refused(name: str) -> None:
+    """By the library itself, as stored and as arranged."""
+    codec, shape = get_codec(name), (12, 700)
+    assert isinstance(codec, TableCodec)
+    buffers = {key: torch.zeros(part.shape, dtype=KEPT_DTYPES[part.dtype]) for key, part in codec.layout(shape).items()}
+    packed = Packed(codec, buffers["scales"], buffers["codes"], 0, shape)
+    isa = native.isa()
+    assert isa is not None
+    arranged, x = native_kernels.arrange(packed, isa), torch.zeros(1, 700)
+    assert native_kernels.matmul_many(x, [arranged])[0].shape == (1, 12)
+    for lie in ((16, 700), (12, 2300), (1 << 40, 700), (12, 1 << 40), (1 << 62, 1 << 62)):
+        with pytest.raises((ValueError, RuntimeError)):
+            native_kernels.arrange(packed._replace(shape=lie), isa)
+    half = arranged._replace(codes=arranged.codes[: len(arranged.codes) // 2 - 1])
+    for small in (half, arranged._replace(scales=arranged.scales[:-1])):
+        with pytest.raises(ValueError, match="wf_matmul refused its arguments"):
+            native_kernels.matmul_many(x, [small])
+        with pytest.raises(ValueError, match="wf_rows refused its arguments"):
+            native_kernels.rows(small, torch.tensor([0]))
 
 
 # ------------------------------------------------------------------------------------------------------------- threads

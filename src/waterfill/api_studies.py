@@ -29,6 +29,7 @@ from waterfill.compare.cache import Results, comparisons_folder
 from waterfill.errors import WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, token_ids
 from waterfill.evaluate import windows as text_windows
+from waterfill.files import read_text
 from waterfill.loading import load_checkpoint
 from waterfill.loss import Gain
 from waterfill.menu import Purpose, codec_names
@@ -190,7 +191,7 @@ def report(
     facts = gather(
         stored,
         plan,
-        json.loads((path / "config.json").read_text("utf-8")),
+        json.loads(read_text(path / "config.json")),
         divergence=found,
         text=None if text is None else Path(text).name,
         samples=samples,

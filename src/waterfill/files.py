@@ -15,8 +15,12 @@ from typing import BinaryIO
 SMALL_BYTES = 64_000_000  # of any file but weights; the largest tokenizers have half as many
 CONFIG_BYTES = 1 << 20
 
-# What transformers and tokenizers read, beside weights, of the directory that they are given.
+# Settings and vocabularies, whoever reads them; and those that transformers opens of a directory that it is given.
 SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.spm", "*.codes")
+_OPENED = (
+    *("config.json", "generation_config.json", "chat_template.*", "*token*.json", "vocab.*", "merges.txt", "*.jinja"),
+    *("*.model", "*.tiktoken", "*.spm", "*.codes"),
+)
 _FOLDER_OF_TEMPLATES = "additional_chat_templates"
 
 # A pipe is not waited for; none of the flags means anything to a regular file.
@@ -67,7 +71,7 @@ def check_settings(directory: Path) -> None:
         UnfitFileError: the first that is not regular, or too large; the message begins with its name.
     """
     for path in (*directory.iterdir(), *(directory / _FOLDER_OF_TEMPLATES).glob("*.jinja")):
-        if not any(fnmatchcase(path.name, pattern) for pattern in SETTINGS):
+        if not path.exists() or not any(fnmatchcase(path.name, pattern) for pattern in _OPENED):
             continue
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > SMALL_BYTES:

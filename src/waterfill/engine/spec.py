@@ -37,6 +37,7 @@ OPTIONAL = {  # vectors that some of the kind have
     "k_norm": "self_attn.k_norm.weight",
     **{f"{key}_bias": f"{PROJECTIONS[key]}.bias" for key in "qkvo"},
 }
+MOST_NUMBER = 1e30  # of a setting that is not a size
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
 
 
@@ -81,6 +82,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _check_names(tensors: Mapping[str, StoredTensor], spec: Spec) -> None:
     """Exactly the tensors that the engine knows; packed ones are called like modules, kept ones like parameters."""
+    if spec.layers > len(tensors):
+        raise UnsupportedError(f"it has {len(tensors)} tensors, which cannot be those of {spec.layers} layers")
     parts = [f"model.layers.{layer}." for layer in range(spec.layers)]
     matrices = {EMBEDDING, spec.head, *(part + name for part in parts for name in PROJECTIONS.values())}
     kept = {FINAL_NORM, *(f"{part}{name}.weight" for part in parts for name in NORMS.values())}
