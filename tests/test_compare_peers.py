@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +129,31 @@ def test_mixtures_are_llama_cpps_own(ref_llama: Path, tmp_path: Path) -> None:
     other = open_checkpoint(models.tiny_gpt2(tmp_path / "gpt2"))
     with pytest.raises(Unavailable, match="llama and mistral models"):
         mixtures.chosen_types("Q4_K_M", Subject("gpt2", other, describe(other), None, None))  # type: ignore[arg-type]
+
+
+def test_the_callback_that_llama_cpp_logs_through_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the address, and calls it when it likes."""
+    kept: list[weakref.ref[Any]] = []
+
+    class Parameters(ctypes.Structure):
+        _fields_ = (("ftype", ctypes.c_int), ("nthread", ctypes.c_int))
+
+    class Api:
+        llama_log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+        llama_model_quantize_default_params = Parameters
+        llama_model_quantize = staticmethod(lambda *_: 1)
+
+        @staticmethod
+        def llama_log_set(callback: Any, _: object) -> None:
+            kept.append(weakref.ref(callback))
+
+    monkeypatch.setattr(mixtures, "library", lambda *_: Api)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="refuses a miniature"):
+            mixtures._types(2, 1, 1, 1, True)
+    gc.collect()
+    assert len(kept) == 1
+    assert kept[0]() is not None
 
 
 @pytest.mark.usefixtures("_ggml")

@@ -27,10 +27,11 @@ from waterfill.budget import Budget, format_size
 from waterfill.compare import Row
 from waterfill.compare.cache import Results
 from waterfill.errors import WaterfillError
+from waterfill.plan import TensorPlan
 from waterfill.planner import Request, make_plan
 from waterfill.report import Report, Sample, facts, gather, render
 from waterfill.report.bound import ideal_bits, least_loss, mse_distortion
-from waterfill.report.charts import gap_bits, rows_of
+from waterfill.report.charts import gap_bits, rows_of, water_level
 from waterfill.report.places import MAX_MARKS, places, units
 from waterfill.report.svg import Scale, number, tag
 
@@ -345,6 +346,22 @@ def test_samples_know_where_they_part() -> None:
     assert Sample("p", "abcd", "abxd").agree == 2
     assert Sample("p", "ab", "ab").agree == 2
     assert Sample("p", "", "x").agree == 0
+
+
+@pytest.mark.parametrize("codec", ["raw", "lossless"])
+def test_matrices_that_keep_every_bit_are_no_marks_of_the_water_level(codec: str) -> None:
+    """Coded or not: they have no noise that would stand at a level."""
+    name = "model.layers.0.mlp.up_proj"
+    packed = TensorPlan(
+        name=name, shape=(64, 64), codec="higgs-p1-n16", rate_bits=4.25, size_bytes=2176, alpha=1.0, beta=1.0, rho=0.5,
+        t2=0.01, kl=0.01, role="linear", dtype="BF16", parameter=f"{name}.weight", stored_shape=(64, 64),
+    )  # fmt: skip
+    kept = replace(packed, name=name.replace("up", "down"), codec=codec, t2=0.0, kl=0.0)
+    found = units([packed, kept], {name: 0.01})
+    shown = str(water_level(found))
+    assert packed.name in shown
+    assert kept.name not in shown
+    assert water_level(found[1:]) == ""
 
 
 # ----------------------------------------------------------------------------------------------------------- drawing

@@ -84,23 +84,23 @@ class Case:
 
     def run(self, source: Source) -> list[Floats]:
         ys = [np.zeros((3, matrix.shape[0]), np.float32) for matrix in self.matrices]
-        x = Activations(View.of_array(self.x))
-        products = [
-            Product(chunk, x, View.of_array(y))
-            for matrix, y in zip(self.matrices, ys, strict=True)
-            for chunk in matrix.chunks
-        ]
-        try:
-            Products(products, source.take, source.give_back).run(self.nanoseconds)
-        finally:
-            assert source.free == source.slots, "all slots were given back"
+        with Activations(View.of_array(self.x)) as x:
+            products = [
+                Product(chunk, x, View.of_array(y))
+                for matrix, y in zip(self.matrices, ys, strict=True)
+                for chunk in matrix.chunks
+            ]
+            try:
+                Products(products, source.take, source.give_back).run(self.nanoseconds)
+            finally:
+                assert source.free == source.slots, "all slots were given back"
         return ys
 
     def whole(self) -> list[Floats]:
         ys = [np.zeros((3, matrix.shape[0]), np.float32) for matrix in self.matrices]
         for matrix, y in zip(self.matrices, ys, strict=True):
-            given = Activations(View.of_array(self.x))
-            matrix.whole(verify=False).arrange().multiply(given, View.of_array(y), self.nanoseconds)
+            with Activations(View.of_array(self.x)) as given:
+                matrix.whole(verify=False).arrange().multiply(given, View.of_array(y), self.nanoseconds)
         return ys
 
 

@@ -178,15 +178,15 @@ def test_matrices_of_one_codec_share_the_activations(streamer: Streamer) -> None
     x, nanoseconds = np.random.default_rng(0).standard_normal((3, 96), np.float32), np.zeros(2, np.int64)
     expected = [np.empty((3, matrix.shape[0]), np.float32) for matrix in matrices]
     streamer.products(matrices, View.of_array(x), [View.of_array(y) for y in expected])
-    shared = Activations(View.of_array(x))
-    handle = shared.prepared(matrices[0].codec)
-    x[:] = np.nan  # it was rotated and rounded before
-    assert shared.prepared(matrices[1].codec) == handle
-    for matrix, y in zip(matrices, expected, strict=True):
-        found = np.empty_like(y)
-        for chunk in matrix.chunks:
-            streamer.held(chunk).multiply(shared, View.of_array(found), nanoseconds)
-        assert found.tobytes() == y.tobytes()
+    with Activations(View.of_array(x)) as shared:
+        handle = shared.prepared(matrices[0].codec)
+        x[:] = np.nan  # it was rotated and rounded before
+        assert shared.prepared(matrices[1].codec) == handle
+        for matrix, y in zip(matrices, expected, strict=True):
+            found = np.empty_like(y)
+            for chunk in matrix.chunks:
+                streamer.held(chunk).multiply(shared, View.of_array(found), nanoseconds)
+            assert found.tobytes() == y.tobytes()
 
 
 @needs_native

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
-from waterfill import api
+from waterfill import api, files
 from waterfill.ambient import own_torch_modes
 from waterfill.architecture import Architecture, describe
 from waterfill.arguments import PATH, POSITIVE, SIZE, checked, each
@@ -29,7 +29,6 @@ from waterfill.compare.cache import Results, comparisons_folder
 from waterfill.errors import WaterfillError
 from waterfill.evaluate import Divergence, default_context, divergence, token_ids
 from waterfill.evaluate import windows as text_windows
-from waterfill.files import read_text
 from waterfill.loading import load_checkpoint
 from waterfill.loss import Gain
 from waterfill.menu import Purpose, codec_names
@@ -191,7 +190,7 @@ def report(
     facts = gather(
         stored,
         plan,
-        json.loads(read_text(path / "config.json")),
+        json.loads(files.read_text(path / "config.json")),
         divergence=found,
         text=None if text is None else Path(text).name,
         samples=samples,

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 import waterfill
-from waterfill import _progress, cli_run, cli_studies, show, show_doctor, show_evaluation
+from waterfill import _interrupts, _progress, cli_run, cli_studies, show, show_doctor, show_evaluation
 from waterfill._commands import FILE, PATH, OrderedGroup, combined, purpose_option
 from waterfill._console import given as _given
 from waterfill._console import note as _note
@@ -253,7 +253,8 @@ def main() -> None:
     log.handlers = [_Log()]
     log.setLevel(logging.INFO)
     try:
-        commands.main(prog_name="waterfill", standalone_mode=False)
+        with _interrupts.kept():
+            commands.main(prog_name="waterfill", standalone_mode=False)
     except WaterfillError as error:
         _fail(str(error))
     except click.ClickException as error:

@@ -25,6 +25,7 @@ from waterfill.compare.moments import second_moments
 from waterfill.compare.peers import library
 from waterfill.compare.stored import file_bytes, kept_buffers
 from waterfill.estimators import matrix_view
+from waterfill.runtime.gguf import silence
 
 MIXTURES = {
     "Q2_K": 10,
@@ -97,8 +98,7 @@ def gguf_name(matrix: Matrix) -> str:
 def _types(ftype: int, layers: int, heads: int, kv_heads: int, output: bool) -> dict[str, int]:
     """ggml's type of each tensor that llama.cpp writes for a miniature of such a model."""
     api = library("llama_cpp.llama_cpp", "llama-cpp-python")
-    silent = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(silent, ctypes.c_void_p(0))
+    silence(api)
     with TemporaryDirectory(prefix="waterfill-mixture-") as folder:
         source, target = Path(folder) / "zeros.gguf", Path(folder) / "typed.gguf"
         source.write_bytes(_miniature(layers, heads, kv_heads, output))

@@ -96,6 +96,8 @@ class Resident:
 class Streamed:
     """Matrices whose chunks a streamer reads, keeps and decodes."""
 
+    notices_interrupts = True  # in `_multiply`, by the status that is left then
+
     def __init__(self, streamer: Streamer, matrices: dict[str, StreamedMatrix], spec: Spec) -> None:
         self._streamer, self._matrices = streamer, matrices
         self._head, self._embedding = matrices[spec.head], matrices[EMBEDDING]
@@ -119,10 +121,8 @@ class Streamed:
 
     def expect(self, status: int) -> None:
         failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
         if status == native.UNANSWERED:
-            raise KeyboardInterrupt
+            raise failure or KeyboardInterrupt  # without one, it came just as `_multiply` was called
         if status:
             raise ValueError(f"wf_run_layers refused its arguments (status {status})")
 

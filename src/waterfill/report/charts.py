@@ -162,7 +162,7 @@ def bits_map(units: Sequence[Unit]) -> Markup:
 
 def water_level(units: Sequence[Unit]) -> Markup:
     """Bits over sensitivity per weight, and the line on which theory wants them: one bit more per factor of four."""
-    shown = [unit for unit in units if unit.alpha > 0 and not unit.raw]
+    shown = [unit for unit in units if unit.alpha > 0 and not unit.exact]
     if not shown:
         return Markup("")
     per_weight = [unit.alpha / unit.weights for unit in shown]
@@ -238,7 +238,7 @@ def promise(report: Report) -> Markup:
 
 def noise_check(units: Sequence[Unit]) -> Markup:
     """Noise as packed over noise as promised, matrix by matrix."""
-    shown = [unit for unit in units if not unit.raw and unit.t2 > 0 and unit.t2_measured > 0]
+    shown = [unit for unit in units if not unit.exact and unit.t2 > 0 and unit.t2_measured > 0]
     if not shown:
         return Markup("")
     ratios = [100 * (unit.t2_measured / unit.t2 - 1) for unit in shown]
@@ -314,7 +314,7 @@ def pareto_families(report: Report) -> list[tuple[Markup, str]]:
 
 def bound_gap(units: Sequence[Unit]) -> Markup:
     """Bits per weight above Shannon's bound at the noise that each matrix has."""
-    shown = [unit for unit in units if not unit.raw and 0 < unit.t2_measured < 1]
+    shown = [unit for unit in units if not unit.exact and 0 < unit.t2_measured < 1]
     if not shown:
         return Markup("")
     gaps = [gap_bits(unit) for unit in shown]

@@ -50,7 +50,7 @@ def render(report: Report) -> str:
         "payload": payload,
         "excess": payload / report.ideal_bytes - 1 if report.ideal_bytes else 0.0,
         "gap_bits": 8 * (payload - report.ideal_bytes) / sum(tensor.weights for tensor in plan.tensors),
-        "gaps": {unit.name: charts.gap_bits(unit) for unit in marks if not unit.raw and 0 < unit.t2_measured < 1},
+        "gaps": {unit.name: charts.gap_bits(unit) for unit in marks if not unit.exact and 0 < unit.t2_measured < 1},
         "probe": str(plan.probe.get("text") or _PROBES.get(str(plan.probe.get("kind")), "an unknown probe")),
         "inside": _inside(report),
         "options": planned_with(plan),

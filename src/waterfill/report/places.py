@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from waterfill.artifact import RAW
+from waterfill.codecs import LOSSLESS
 from waterfill.plan import TensorPlan
 
 HUES, SHADES = 4, 4  # that the style sheet knows; `f0` is for what lies outside the layers
@@ -78,8 +79,9 @@ class Unit:
         return "as it is" if codecs == {RAW} else codecs.pop() if len(codecs) == 1 else f"{len(codecs)} codecs"
 
     @property
-    def raw(self) -> bool:
-        return all(tensor.codec == RAW for tensor in self.tensors)
+    def exact(self) -> bool:
+        """Whether every bit is kept, coded or not."""
+        return all(tensor.codec in (RAW, LOSSLESS) for tensor in self.tensors)
 
 
 def units(tensors: Sequence[TensorPlan], measured_t2: dict[str, float]) -> tuple[Unit, ...]:

@@ -12,6 +12,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,20 +226,23 @@ def _padded(tokens: int) -> int:
     return -(-tokens // 256) * 256  # what llama.cpp would make of it
 
 
-_quiet: Any = None  # the callback, which llama.cpp keeps
+@cache
+def silence(api: Any) -> Any:
+    """Keep llama.cpp from logging. Returns the callback, which it calls for as long as the process lives."""
+    quiet = api.llama_log_callback(lambda *_: None)
+    api.llama_log_set(quiet, ctypes.c_void_p(0))
+    return quiet
 
 
+@cache
 def _api() -> Any:
     """The module llama_cpp, kept from logging."""
-    global _quiet
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:  # the latter two where its library cannot be loaded
         raise WaterfillError(
             f"GGUF files need llama-cpp-python ({error}); install the extra with pip install 'waterfill[gguf]'"
         ) from error
-    if _quiet is None:
-        llama_cpp.llama_backend_init()
-        _quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    silence(llama_cpp.llama_cpp)
     return llama_cpp

@@ -54,15 +54,15 @@ def _working_speeds(data: ChunkData) -> tuple[float, float]:
     """Weights per second, decoded and multiplied with one token. Other programs only slow rounds down: most of them do
     not count."""
     rows, width = data.chunk.matrix.shape
-    x = Activations(View.of_array(np.ones((1, width), np.float32)))
     y, nanoseconds = View.of_array(np.empty((1, rows), np.float32)), np.zeros(2, np.int64)
-    data.multiply(x, y, nanoseconds)  # tables, memory
-    nanoseconds[:] = 0
-    start, rounds = time.perf_counter(), list[float]()
-    while time.perf_counter() - start < WORKING_S or not rounds:
-        begin = time.perf_counter()
-        data.multiply(x, y, nanoseconds)
-        rounds.append(time.perf_counter() - begin)
+    with Activations(View.of_array(np.ones((1, width), np.float32))) as x:
+        data.multiply(x, y, nanoseconds)  # tables, memory
+        nanoseconds[:] = 0
+        start, rounds = time.perf_counter(), list[float]()
+        while time.perf_counter() - start < WORKING_S or not rounds:
+            begin = time.perf_counter()
+            data.multiply(x, y, nanoseconds)
+            rounds.append(time.perf_counter() - begin)
     speed = data.chunk.weights / sorted(rounds)[len(rounds) // 4]
     decoding = nanoseconds[0] / nanoseconds.sum() if nanoseconds.sum() else 0.9  # the reference does not say
     return speed / max(decoding, 1e-3), speed / max(1 - decoding, 1e-3)

@@ -25,22 +25,22 @@ def measure_stages(streamer: Streamer, token: Callable[[], object]) -> dict[str,
 
 def _work(streamer: Streamer, matrix: StreamedMatrix) -> tuple[float, float]:
     """(seconds of decoding what is not kept decoded, seconds of multiplying everything when it is decoded)."""
-    x = Activations(View.of_array(np.ones((1, matrix.shape[1]), np.float32)))
     y, nanoseconds = View.of_array(np.empty((1, matrix.shape[0]), np.float32)), np.zeros(2, np.int64)
-    x.prepared(matrix.codec)
     decode_s = multiply_s = 0.0
-    for chunk in matrix.chunks:
-        data = streamer.held(chunk)
-        nanoseconds[:] = 0
-        start = time.perf_counter()
-        data.multiply(x, y, nanoseconds)
-        elapsed = time.perf_counter() - start
-        if not data.arranged:
-            decode_s += elapsed * float(nanoseconds[0]) / max(1, int(nanoseconds.sum()))
-            data = data.arrange()
-        start = time.perf_counter()
-        data.multiply(x, y, nanoseconds)
-        multiply_s += time.perf_counter() - start
+    with Activations(View.of_array(np.ones((1, matrix.shape[1]), np.float32))) as x:
+        x.prepared(matrix.codec)
+        for chunk in matrix.chunks:
+            data = streamer.held(chunk)
+            nanoseconds[:] = 0
+            start = time.perf_counter()
+            data.multiply(x, y, nanoseconds)
+            elapsed = time.perf_counter() - start
+            if not data.arranged:
+                decode_s += elapsed * float(nanoseconds[0]) / max(1, int(nanoseconds.sum()))
+                data = data.arrange()
+            start = time.perf_counter()
+            data.multiply(x, y, nanoseconds)
+            multiply_s += time.perf_counter() - start
     return decode_s, multiply_s
 
 

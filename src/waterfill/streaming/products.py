@@ -41,6 +41,8 @@ class Products:
         give_back: given each slot when its bytes are not needed any more.
     """
 
+    notices_interrupts = True  # in `_ready`, by the status that the library gives then
+
     def __init__(self, products: Sequence[Product], take: Take, give_back: Callable[[Slot], object]) -> None:
         self._products, self._take, self._give_back = products, take, give_back
         self._prepared = [product.x.prepared(product.chunk.matrix.codec) for product in products]

@@ -103,7 +103,6 @@ class Streamer:
     def products(self, matrices: Sequence[StreamedMatrix], x: View, ys: Sequence[View]) -> None:
         """`product` with each of several matrices, for which x is rotated and rounded once per codec. Their y have one
         dtype."""
-        shared = Activations(x)
         for matrix, y in zip(matrices, ys, strict=True):
             if (y.width, x.width) != matrix.shape or y.tokens != x.tokens:
                 raise ValueError(f"{matrix.name} multiplies x [t, {matrix.shape[1]}] into y [t, {matrix.shape[0]}]")
@@ -111,7 +110,7 @@ class Streamer:
                 y.clear()
         if self._idle or not x.tokens:
             return
-        with self._lock:
+        with self._lock, Activations(x) as shared:
             for matrix in matrices:
                 self._begin(matrix)
             products = [

@@ -57,7 +57,8 @@ class View(NamedTuple):
 class Activations:
     """x `[tokens, in]`, rotated and rounded once for all matrices of one codec: products may share it.
 
-    x may not change as long as it meets codecs that it has not met before.
+    x may not change as long as it meets codecs that it has not met before. Use it in a `with` statement: it holds
+    memory of the library's, and a destructor would swallow an interrupt that comes just then.
     """
 
     def __init__(self, x: View) -> None:
@@ -79,7 +80,9 @@ class Activations:
             self._handles[table] = made
         return self._handles[table]
 
-    def __del__(self) -> None:
-        if self._library is not None:
-            for handle in self._handles.values():
-                self._library.activations_free(handle)
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles and self._library is not None:
+            self._library.activations_free(self._handles.popitem()[1])
