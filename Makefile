@@ -30,15 +30,15 @@ report: demo
 	cp demo-out/packed.html docs/report.html
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto $(PYTEST)
 
-# Each in an environment of its own.
+# Each in an environment of its own, at one end of what pyproject.toml allows.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest LOCK=requirements/oldest.txt
 
-test-latest:
+test-latest: # with every family of transformers
 	rm -rf .venv-latest
-	$(MAKE) test VENV=.venv-latest LOCK=
+	$(MAKE) test VENV=.venv-latest LOCK= PYTEST="-m 'not slow'"
 
 lock:
 	$(PYTHON) -m venv .venv-lock

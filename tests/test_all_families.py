@@ -1,6 +1,6 @@
 """Every causal family that the installed transformers knows: planned, packed, loaded, compared, generating, streamed.
 
-A sample runs by default, the others with `-m slow`. `benchmarks/families.py` makes docs/families.md of the same code.
+A sample runs by default, the others with `-m families`. `benchmarks/families.py` makes docs/families.md of the same code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in family_check.FAMILIES]
+    "family", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.families) for name in family_check.FAMILIES]
 )
 def test_a_family_packs_or_is_refused(family: str, tmp_path: Path) -> None:
     outcome = family_check.check(family, tmp_path)
