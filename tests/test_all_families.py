@@ -28,7 +28,8 @@ SAMPLE = {
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.families) for name in family_check.FAMILIES]
+    "family",
+    [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.families) for name in family_check.FAMILIES],
 )
 def test_a_family_packs_or_is_refused(family: str, tmp_path: Path) -> None:
     outcome = family_check.check(family, tmp_path)

@@ -90,11 +90,12 @@ CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("bits", "max_kl"), optional(Check("a finite number", is_real))),
     **dict.fromkeys(("keep", "tie", "codecs", "methods", "prompts"), NAMES),
     **dict.fromkeys(
-        ("lossless", "uniform", "overwrite", "verify", "streamed", "cache", "match", "chat_template", "efficiency"),
+        ("lossless", "uniform", "overwrite", "verify", "cache", "match", "chat_template", "efficiency"),
         FLAG,
     ),
     **dict.fromkeys(("sequences", "batch", "max_windows", "stride", "limit", "max_new_tokens", "logits"), whole(1)),
     **dict.fromkeys(("length", "context", "new_tokens"), whole(2)),
+    "streamed": optional(FLAG),
     "prompt_tokens": whole(1),
     "shots": whole(0),
     "seed": SEED,

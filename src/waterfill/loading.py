@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from waterfill import process
-from waterfill.arguments import FLAG, Check, checked, optional
+from waterfill.arguments import Check, checked
 from waterfill.artifact import TensorSpec, open_artifact
 from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorInfo, check_finite, warn_of_adapter
 from waterfill.choices import FILE, check_choices
@@ -32,7 +32,7 @@ _DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
 FLOAT32_SHARE = 0.4  # of the free memory that a float32 copy of the model may take; else it keeps its own dtype
 
 
-@checked(streamed=optional(FLAG), dtype=_DTYPE)
+@checked(dtype=_DTYPE)
 def load(
     artifact: str | Path,
     *,

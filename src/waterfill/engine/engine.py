@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from waterfill.arguments import FLAG, checked, optional
+from waterfill.arguments import checked
 from waterfill.artifact import open_artifact
 from waterfill.engine.defaults import read_defaults
 from waterfill.engine.generation import Generation, generate
@@ -35,7 +35,7 @@ class Engine:
         WaterfillError: `memory` is not a size, or too small for the model even when it is streamed.
     """
 
-    @checked(streamed=optional(FLAG))
+    @checked()
     def __init__(
         self,
         artifact: str | Path,
