@@ -1,6 +1,7 @@
 """Every causal family that the installed transformers knows: planned, packed, loaded, compared, generating, streamed.
 
-A sample runs by default, the others with `-m families`. `benchmarks/families.py` makes docs/families.md of the same code.
+A sample runs by default, the others with `-m families`; `benchmarks/families.py` makes docs/families.md of the same
+code.
 """
 
 from __future__ import annotations

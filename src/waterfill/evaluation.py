@@ -7,6 +7,7 @@ open_subject ──► text: tokens ──► reference's predictions (stored, o
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,12 @@ from typing import Any
 import torch
 
 import waterfill
-from waterfill import native
+from waterfill import native, process
 from waterfill.ambient import own_torch_modes
 from waterfill.arguments import checked, choice
 from waterfill.efficiency import Efficiency
 from waterfill.efficiency import efficiency as run_efficiency
-from waterfill.errors import WaterfillError
+from waterfill.errors import MemoryLimitError, WaterfillError
 from waterfill.evaluate import (
     Cache,
     Convention,
@@ -45,6 +46,7 @@ from waterfill.evaluate.journal import Journal
 from waterfill.evaluate.local_tasks import SUFFIX as TASK_SUFFIX
 from waterfill.evaluate.perplexity import COLUMNS as PERPLEXITY_COLUMNS
 from waterfill.evaluate.tasks import EFFICIENCY, TaskResults, names_of, run_tasks, task_specs
+from waterfill.fit import memory_bytes
 from waterfill.loading import read_plan
 from waterfill.native import FLOAT_ACTIVATIONS
 from waterfill.pack import PLAN_FILE
@@ -53,6 +55,7 @@ from waterfill.subjects import CHECKPOINT, GGUF, PACKED, Subject, open_subject
 Progress = Callable[[str, int, int], None]  # called with (what is being done, steps done, steps in all)
 _convention = convention  # `evaluate` has a parameter of that name
 
+TOKENISING_BYTES = 200  # of memory for a byte of text; 160 to 171 are measured
 KLD_SUFFIX = ".kld"
 
 
@@ -114,7 +117,7 @@ def evaluate(
         stride: tokens between windows, in the convention "strided".
         max_windows: measure on the first windows only.
         batch: windows, or questions, at a time.
-        memory: what the process may take in all, as for `load`.
+        memory: what the process may take in all, as for `load`; a reference that is not on disk yet comes on top.
         cache: keep the reference's predictions on disk for the next time, and continue an interrupted run.
         tasks: names of lm-eval, presets ("knowledge", "alignment", "efficiency"), files of JSON lines.
         shots: examples before each question; the task's own number when None.
@@ -147,6 +150,7 @@ def evaluate(
         file = KldFile(Path(str(against)))
         measured = _compared(subject, _against_file(subject, file, max_windows, run))
     elif text is not None:
+        _check_room(Path(text), memory)
         ids = _ids(subject, reference, Path(text))  # before minutes of loading
         how = _how(reference or subject, convention, context, stride)
         if max_windows is not None:
@@ -303,6 +307,18 @@ def _how(subject: Subject, name: str, context: int | None, stride: int | None) -
 def _arguments(how: Convention) -> dict[str, Any]:
     """A convention as the arguments of `perplexity` and `divergence`."""
     return {"convention": how.name, "context": how.context, "stride": how.stride, "bos": how.bos}
+
+
+def _check_room(text: Path, memory: str | float | None) -> None:
+    """Raises MemoryLimitError where a text, which is tokenised as a whole, takes more than the process may have."""
+    limit, size_bytes = memory_bytes(memory), text.stat().st_size if text.is_file() else 0
+    smallest = math.ceil((process.resident_bytes() + TOKENISING_BYTES * size_bytes) / 1e6)
+    if limit is not None and 1e6 * smallest > limit:
+        raise MemoryLimitError(
+            f"{limit / 1e6:.0f} MB are too little for {text}: tokenising it takes {smallest} MB at least; "
+            "give more, or a shorter text",
+            smallest_bytes=1_000_000 * smallest,
+        )
 
 
 def _ids(subject: Subject, reference: Subject | None, text: Path) -> torch.Tensor:

@@ -52,7 +52,7 @@ def fit(
         MemoryLimitError: neither all of the model fits in memory nor what cannot be streamed.
         WaterfillError: `memory` is not a size.
     """
-    limit = None if memory is None else parse_size(memory)
+    limit = memory_bytes(memory)
     free = process.free_bytes() if limit is None else limit - process.resident_bytes()
     needed = resident_size(artifact) + working_bytes
     streamable = bool(packed_names(artifact))
@@ -77,6 +77,11 @@ def fit(
     if limit is None:
         limit = int(process.resident_bytes() + FREE_SHARE * min(free, MOST_FREE_BYTES))
     return Fit(chosen, limit, max(0, int(min(free, MOST_FREE_BYTES)) - needed), memory is not None)
+
+
+def memory_bytes(memory: str | float | None) -> int | None:
+    """What was given as the memory of a process, in bytes. Raises WaterfillError for what is not a size."""
+    return None if memory is None else parse_size(memory)
 
 
 def resident_size(artifact: Artifact) -> int:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from waterfill.model_calls import output_cache
+from waterfill.runtime.packed import PackedMatrix
 from waterfill.runtime.stand_in import StandIn
 from waterfill.streaming.limit import Working
 
@@ -68,13 +69,20 @@ def try_passes(model: Any) -> Trial:
     fixed = max(peak - tokens * (each + scores * tokens) for peak, tokens in zip(peaks, LENGTHS, strict=True))
     working = Working(
         token=MARGIN * max(0.0, token),
-        activations=MARGIN * each,
+        activations=MARGIN * each + _product_bytes(model, vocabulary[0]),
         # of the model, a float32 copy that is chosen from, and two where text is scored
         logits=vocabulary[0] * (12 + model.dtype.itemsize),
         scores=MARGIN * scores,
         fixed=MARGIN * max(0.0, fixed),
     )
     return Trial(working, found[0].pieces)
+
+
+def _product_bytes(model: Any, vocabulary: int) -> int:
+    """Of the largest product of a token with packed weights, inside the native library: activations that are rotated
+    (float32) and rounded (integers, and scales), and sums (float32)."""
+    shapes = [module.shape for module in model.modules() if isinstance(module, PackedMatrix)]
+    return max((8 * width + (4 * rows if rows != vocabulary else 0) for rows, width in shapes), default=0)
 
 
 @dataclass(frozen=True)

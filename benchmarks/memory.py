@@ -1,0 +1,130 @@
+"""Peak memory of a process beside the limit that it was given, for everything that takes `--memory`.
+
+Random weights, with keys and values that a long text makes as large as the weights. Each row is a command in a process
+of its own, which says its VmHWM at the end; where a limit is refused, the sentence says what would do, and the next row
+tries that. A quick run has a model of a quarter the size, and fewer rows.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import waterfill
+from common import Report, held_out_text, parse_arguments
+from limits import Limits, run_limited
+from make_checkpoint import TINY, make_checkpoint
+from stream_models import even_sensitivity
+
+SHAPES = TINY | {
+    "hidden_size": 1024,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "intermediate_size": 4096,
+    "max_position_embeddings": 8192,
+}
+QUICK_SHAPES = SHAPES | {"num_hidden_layers": 4}
+BITS, DRAFT_BITS = 4.0, 2.0
+SHORT, LONG = 10, 1500  # tokens of a prompt, about
+NEW_TOKENS = 8
+TURNS = (10, 200, 600, 900)  # tokens of what is said in a conversation
+STARTS = {"native": 62, "transformers": 340}  # MB that a process takes before the model; rows begin from here
+SPARES = (60, 120, 240, 480)  # MB beyond that
+TIMEOUT_S = 1200.0
+# A command as the shell would run it, in a process that imports nothing else.
+WORKER = """
+import io, json, sys
+request = json.load(sys.stdin)
+sys.argv, sys.stdin = ["waterfill", *request["arguments"]], io.StringIO("\\n".join(request["lines"]))
+out, sys.stdout, sys.stderr = sys.stdout, io.StringIO(), io.StringIO()
+status = 0
+try:
+    from waterfill.cli import main
+    main()
+except SystemExit as end:
+    status = int(end.code or 0)
+said = sys.stdout.getvalue() + sys.stderr.getvalue()
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"status": status, "said": said, "peak_bytes": 1024 * peak}), file=out)
+"""
+SLACK_MEGABYTES = 8  # one process needs a little more than another
+REFUSED = re.compile(r"takes (\d+) MB at least")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a model: a command, and what is written to it."""
+
+    name: str
+    engine: str
+    arguments: Sequence[str]
+    lines: Sequence[str] = ()
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    report = Report("peak memory beside its limit")
+    with tempfile.TemporaryDirectory() as folder:
+        measure(report, Path(folder), arguments)
+    report.save(arguments.json)
+
+
+def measure(report: Report, folder: Path, arguments: Namespace) -> None:
+    checkpoint = make_checkpoint(folder / "model", QUICK_SHAPES if arguments.quick else SHAPES)
+    options: dict[str, Any] = {"uniform": True, "sensitivity": even_sensitivity(checkpoint)}
+    waterfill.pack(checkpoint, folder / "packed", bits=BITS, **options)
+    waterfill.pack(checkpoint, folder / "draft", bits=DRAFT_BITS, **options)
+    text = held_out_text(report)
+    rows, exceeded = [], 0
+    for path in paths(folder, text):
+        for megabytes in limits(path, quick=arguments.quick):
+            row, smallest = tried(path, megabytes)
+            rows.append(row)
+            if smallest is not None and not arguments.quick:
+                rows.append(tried(path, smallest + SLACK_MEGABYTES)[0])
+    exceeded = sum(row[3] > row[2] for row in rows)
+    report.table("peak and limit", ["command", "engine", "limit MB", "peak MB", "answer"], rows, key="peaks")
+    report.criterion("limits_exceeded", exceeded, "0", exceeded == 0)
+
+
+def paths(folder: Path, text: Path) -> Iterator[Way]:
+    packed = str(folder / "packed")
+    common = ["--max-new-tokens", str(NEW_TOKENS), "--temperature", "0"]
+    for engine in STARTS:
+        generate = ["generate", packed, *common, "--engine", engine, "--prompt"]
+        long = " x" * LONG
+        yield Way("a short prompt", engine, [*generate, " x" * SHORT])
+        yield Way("a long prompt", engine, [*generate, long])
+        yield Way("a long prompt, looked up", engine, [*generate, long, "--lookup", "4"])
+        yield Way("a long prompt, drafted", engine, [*generate, long, "--draft", str(folder / "draft")])
+        chat = ["chat", packed, *common, "--engine", engine, "--json"]
+        yield Way("a conversation", engine, chat, [" x" * tokens for tokens in TURNS])
+    scored = ["eval", packed, "--text", str(text), "--windows", "2", "--no-cache", "--json", "--context"]
+    yield Way("eval, windows of 256", "transformers", [*scored, "256"])
+    yield Way("eval, windows of 1024", "transformers", [*scored, "1024"])
+
+
+def limits(path: Way, *, quick: bool) -> list[int]:
+    return [STARTS[path.engine] + spare for spare in (SPARES[1:3] if quick else SPARES)]
+
+
+def tried(path: Way, megabytes: int) -> tuple[list[Any], int | None]:
+    """A row, and the memory that would do as a refusal has it."""
+    request = {"arguments": [*path.arguments, "--memory", f"{megabytes}MB"], "lines": path.lines}
+    outcome = run_limited([sys.executable, "-c", WORKER], Limits(), request=request, timeout_s=TIMEOUT_S)
+    answer = outcome.answer()
+    wanted = REFUSED.search(answer["said"]) if answer["status"] else None
+    said = "" if answer["status"] == 0 else f"takes {wanted[1]} MB" if wanted else answer["said"][-80:]
+    row = [path.name, path.engine, megabytes, round(answer["peak_bytes"] / 1e6, 1), said]
+    return row, None if wanted is None else int(wanted[1])
+
+
+if __name__ == "__main__":
+    main()
