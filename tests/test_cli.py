@@ -273,7 +273,7 @@ def test_a_pipe_gets_the_text_and_nothing_else(start: Callable[..., subprocess.P
         (KeyboardInterrupt(), 130, "interrupted"),
         (click.Abort(), 130, "interrupted"),
         (MemoryError(), 2, "there is not enough memory; free some, or ask for less at a time"),
-        (click.UsageError("No such option '--x'."), 2, "No such option '--x'; try waterfill --help"),
+        (click.UsageError("No such option '--x'."), 2, "No such option '--x'; try waterfill inspect --help"),
         (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
         (ValueError("odd"), None, "a fault of waterfill: ValueError, odd; please report it"),
     ],
@@ -294,10 +294,10 @@ def test_whatever_ends_a_command_is_an_object(
         assert json.loads(printed.getvalue()) == {"error": sentence}
         return
     result = command("inspect", "x", "--json")
-    assert (result.code, result.record, result.err) == (code, {"error": sentence}, "")
+    assert (result.code, result.record, result.err.strip()) == (code, {"error": sentence}, "")
     plain = command("inspect", "x")
     assert (plain.code, plain.out) == (code, "")
-    assert plain.err.removeprefix("error: ") == sentence + "\n"
+    assert plain.err.strip().removeprefix("error: ") == sentence
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk")

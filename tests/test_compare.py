@@ -406,7 +406,7 @@ def test_the_purpose_reaches_the_plans(command: Command, work: Path, ref_llama: 
         (["--methods", "awq"], "no method matches 'awq'"),
         (["--bits", "three"], "'three' is not a number"),
         (["--size", "3XB"], "'3XB' is not a size"),
-        (["--context", "1"], "scores no target"),
+        (["--context", "1"], "context is 1; choose a whole number from 2"),
     ],
 )
 def test_refusals(options: list[str], message: str, command: Command, work: Path, ref_llama: Path) -> None:

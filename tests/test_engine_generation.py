@@ -230,7 +230,7 @@ def test_options_that_contradict_each_other(model: Toy, tokenizer: Tokenizer) ->
         generate(model, tokenizer, "a", lookup=0)
     with pytest.raises(WaterfillError, match="vocabulary of 16 tokens and the model one of 8192; give a draft with"):
         generate(model, tokenizer, "a", draft=Toy(16))
-    with pytest.raises(WaterfillError, match="top_p is 2; choose more than 0"):
+    with pytest.raises(WaterfillError, match="top_p is 2; choose a number above 0"):
         generate(model, tokenizer, "a", top_p=2)
 
 

@@ -19,7 +19,7 @@ DRAFT_TOKENS = 5  # that a draft writes before they are verified
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
-_EXTREME = 1e5  # that logits are divided or multiplied by at most: float32 has room for the result
+_EXTREME = 1e6  # that logits are divided or multiplied by at most: float32 has room for the result
 _RANGES: Mapping[str, Check] = {
     "max_new_tokens": whole(1),
     "temperature": number(
