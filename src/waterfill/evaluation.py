@@ -298,8 +298,8 @@ def _check_room(text: Path, memory: str | int | None) -> None:
     smallest = math.ceil((process.resident_bytes() + TOKENISING_BYTES * size_bytes) / 1e6)
     if limit is not None and 1e6 * smallest > limit:
         raise MemoryLimitError(
-            f"{limit / 1e6:.0f} MB are too little for {text}: tokenising it takes {smallest} MB at least; give more, or "
-            "a shorter text",
+            f"{limit / 1e6:.0f} MB are too little for {text}: tokenising it takes {smallest} MB at least; give more, "
+            "or a shorter text",
             smallest_bytes=1_000_000 * smallest,
         )
 
