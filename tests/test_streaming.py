@@ -334,7 +334,7 @@ def test_the_summary_adds_up(packed: Packed, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_on_the_command_line(work: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     streams.quick(monkeypatch)
-    memory = f"{process.resident_bytes() + 150_000_000}"
+    memory = f"{process.resident_bytes() + 200_000_000}"
     monkeypatch.setattr("waterfill.fit.resident_size", lambda artifact: 1 << 40)
     arguments = ("generate", work / "packed", "-p", "def f(", "--temperature", "0", "--max-new-tokens", "6")
     plain = command(*arguments, "--memory", memory)

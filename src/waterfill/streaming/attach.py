@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from waterfill import native
 from waterfill.artifact import Artifact, StoredTensor
 from waterfill.fit import Fit
 from waterfill.runtime.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, TiedLinear
 from waterfill.streaming.chunks import StreamedMatrix
-from waterfill.streaming.limit import LEAST_CONTEXT, OVERHEAD_BYTES, Limit, held_bytes, room
+from waterfill.streaming.limit import LEAST_CONTEXT, LEAST_PASS, OVERHEAD_BYTES, Limit, held_bytes, room
 from waterfill.streaming.source import Source
 from waterfill.streaming.storage import Storage
 from waterfill.streaming.streamer import Streamer
@@ -94,17 +95,29 @@ def _hold(model: Any, artifact: Artifact, chosen: Fit, trial: Trial, streamer: S
         pieces=trial.pieces,
     )
     model.register_forward_pre_hook(partial(_begin_pass, limit), with_kwargs=True)
+    model.register_forward_hook(_end_pass, with_kwargs=True)
     if trial.pieces and getattr(model, "generation_config", None) is not None:
         model.generation_config.prefill_chunk_size = limit.widest(LONGEST, LONGEST)
 
 
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a model's forward is called with, `[batch, tokens, …]`."""
+    named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
+    found: torch.Tensor = next(tensor for tensor in (*args[:1], *named, torch.empty(0, 0)) if tensor is not None)
+    return found
+
+
+def _end_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+    """A hook behind a model's forward: the working memory of a wide pass is not needed by the next ones."""
+    library = native.library()
+    if library is not None and _given(args, kwargs).shape[:2].numel() > LEAST_PASS:
+        library.call("release_memory")
+
+
 def _begin_pass(limit: Limit, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A hook before a model's forward."""
-    given = args[0] if args else kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
-    if given is None:
-        return
-    tokens, mask, kept = given.shape[0] * given.shape[1], kwargs.get("attention_mask"), kwargs.get("logits_to_keep", 0)
+    given = _given(args, kwargs)
+    tokens, mask, kept = given.shape[:2].numel(), kwargs.get("attention_mask"), kwargs.get("logits_to_keep", 0)
     context = mask.shape[-1] if isinstance(mask, torch.Tensor) else given.shape[1]
     logits = kept if isinstance(kept, int) and kept else len(kept) if isinstance(kept, torch.Tensor) else given.shape[1]
     growth = limit.working.text_bytes(tokens)

@@ -70,8 +70,7 @@ def try_passes(model: Any) -> Trial:
     working = Working(
         token=MARGIN * max(0.0, token),
         activations=MARGIN * each + _product_bytes(model, vocabulary[0]),
-        # of the model, a float32 copy that is chosen from, and two where text is scored
-        logits=vocabulary[0] * (12 + model.dtype.itemsize),
+        logits=vocabulary[0] * (8 + model.dtype.itemsize),  # two float32 copies: what is chosen from, or scored
         scores=MARGIN * scores,
         fixed=MARGIN * max(0.0, fixed),
     )
