@@ -100,8 +100,8 @@ def test_a_seed_repeats_the_text(model: Toy, tokenizer: Tokenizer) -> None:
 
 def test_the_penalty_counts_the_prompt_and_the_answer(model: Toy, tokenizer: Tokenizer) -> None:
     ids = tokenizer.prompt_ids(PROMPT)
-    text = "".join(generate(model, tokenizer, PROMPT, temperature=0, repetition_penalty=1e6, max_new_tokens=60))
-    said = continued(model, ids, 60, Rules.greedy(1e6))
+    text = "".join(generate(model, tokenizer, PROMPT, temperature=0, repetition_penalty=1e5, max_new_tokens=60))
+    said = continued(model, ids, 60, Rules.greedy(1e5))
     assert text == tokenizer.decode(said)
     assert len({*ids, *said}) == len(set(ids)) + 60, "no token comes twice"
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from waterfill.errors import WaterfillError
-from waterfill.loading import _check_choices
+from waterfill.loading import check_generation
 from waterfill.runtime.generate import Generation, Sampling, generate
 
 PROMPT = "def read_file(path):\n"
@@ -261,9 +261,9 @@ def test_choices_of_the_model_are_followed_or_refused_in_words(
     (tmp_path / "generation_config.json").write_text(text)
     if refused == "a":
         with pytest.raises(WaterfillError, match=r"generation_config\.json (sets|has|holds|cannot)"):
-            _check_choices(tmp_path, model.config)
+            check_generation(tmp_path, model.config)
         return
-    _check_choices(tmp_path, model.config)
+    check_generation(tmp_path, model.config)
     monkeypatch.setattr(model, "generation_config", GenerationConfig.from_pretrained(tmp_path))
     generation = generate(model, tokenizer, "once", max_new_tokens=3, seed=1)
     if refused:

@@ -180,5 +180,5 @@ def test_only_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for reader in (Plan.load, Sensitivity.load):
         for path in (tmp_path / "pipe", Path("/dev/zero")):
-            with pytest.raises(WaterfillError, match="there is no such file"):
+            with pytest.raises(WaterfillError, match="it is not a regular file"):
                 reader(path)

@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "width": (lambda path: edit(path / "config.json", hidden_size=128), "has no place for"),
     "vocabulary": (lambda path: edit(path / "config.json", vocab_size=99), "has no place for"),
     "tied": (lambda path: edit(path / "config.json", tie_word_embeddings=True), "has no place for lm_head"),
-    "generation": (lambda path: edit(path / "generation_config.json", max_new_tokens=-1), "cannot be used"),
+    "generation": (lambda path: edit(path / "generation_config.json", max_new_tokens=-1), "has choices that"),
     "tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "has no tokenizer"),
     "template": (lambda path: (path / "chat_template.jinja").write_text("{% if"), "is no Jinja"),
     "code": (lambda path: (path / "modeling_x.py").write_text(""), "may hold code"),

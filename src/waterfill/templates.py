@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -82,6 +82,8 @@ def _in_words() -> Iterator[None]:
     """A stranger's program may fail in any way, also in Jinja's parser and Python's compiler."""
     try:
         yield
+    except TemplateSyntaxError as error:
+        raise WaterfillError(f"the model's chat template is no Jinja ({first_line(error)}); change it") from error
     except TemplateError as error:
         raise refused(error) from error
     except Exception as error:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 import torch
 
-from waterfill.errors import WaterfillError
 from waterfill.kernels import DTYPES
 from waterfill.streaming.chunks import StreamedMatrix
 from waterfill.streaming.streamer import Streamer
@@ -44,9 +42,6 @@ class Source:
     def scaled(self, power: int) -> Source:
         """Of 2^power W. The power is exact in a product's float32, so that chunks need not know of it."""
         return replace(self, power=self.power + power)
-
-    def __reduce__(self) -> NoReturn:
-        raise WaterfillError("a streamed model cannot be copied or pickled; load its artifact once more instead")
 
     def _times(self, y: torch.Tensor) -> torch.Tensor:
         return y.mul_(2.0**self.power) if self.power else y

@@ -17,13 +17,14 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from waterfill import native, process
 from waterfill.artifact.format import hasher
-from waterfill.errors import ArtifactError
+from waterfill.errors import ArtifactError, WaterfillError
 from waterfill.streaming.ahead import ReadAhead
 from waterfill.streaming.calibration import calibrate
 from waterfill.streaming.chunks import Chunk, ChunkData, StreamedMatrix
@@ -95,6 +96,9 @@ class Streamer:
         _log.info("%s", self.line)
 
     # ------------------------------------------------------------------------------------------- what is computed
+
+    def __reduce__(self) -> NoReturn:
+        raise WaterfillError("a streamed model cannot be copied or pickled; load its artifact once more instead")
 
     def product(self, matrix: StreamedMatrix, x: View, y: View) -> None:
         """Write x W^T: x `[tokens, in]`, y `[tokens, out]`. Raises ArtifactError for a chunk that is damaged."""
