@@ -262,7 +262,8 @@ def test_prompts_that_cannot_be_continued_are_refused(template: str | None) -> N
 )
 def test_templates_that_refuse_or_do_what_they_must_not(template: str, reason: str) -> None:
     tokenizer = Tokenizer(bytes_backend(), {}, {"default": template})
-    with pytest.raises(WaterfillError, match=f"the model's chat template (refuses the conversation|is no Jinja) .*({reason})"):
+    said = f"the model's chat template (refuses the conversation|is no Jinja) .*({reason})"
+    with pytest.raises(WaterfillError, match=said):
         tokenizer.prompt_ids([{"role": "bad", "content": "hello"}])
 
 
