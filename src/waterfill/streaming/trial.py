@@ -96,8 +96,13 @@ def _run(model: Any, tokens: int) -> _Run:
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
     wanted = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, "logits_to_keep": 1}
     known = inspect.signature(model.forward).parameters
-    with _Alive() as alive:
-        output = model(**{name: value for name, value in wanted.items() if name in known})
+    given = {name: value for name, value in wanted.items() if name in known}
+    try:
+        with _Alive() as alive:
+            output = model(**given)
+    except Exception:  # a class that can make no cache of its own, as BLT's cannot, fails in its own way
+        with _Alive() as alive:
+            output = model(**given | {"use_cache": False})
     return _Run(alive.peak, alive.now, output.logits.shape[-1], _can_go_on(model, output, tokens))
 
 
