@@ -296,7 +296,7 @@ def test_an_interrupt_as_the_library_calls_back(packed: Packed, monkeypatch: pyt
     model.streaming.close()
 
 
-@pytest.mark.parametrize("memory", [None, "1GB"])
+@pytest.mark.parametrize("memory", [None, "8GB"])
 def test_digests_are_compared(packed: Packed, tmp_path: Path, memory: str | None) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -57,6 +57,7 @@ except MemoryLimitError as error:
 print(json.dumps(said | {"peak": process.peak_bytes()}))
 """
 MB = 1_000_000
+SLACK = 8 * MB  # by which one process and the next differ
 LONG = 1500  # tokens, one for each word
 
 
@@ -93,20 +94,22 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("engine", "draft", "spare_megabytes"),
+    ("engine", "draft"),
     [
-        pytest.param("native", False, 35, marks=needs_native),
-        pytest.param("native", True, 55, marks=needs_native),
-        ("transformers", False, 140),
+        pytest.param("native", False, marks=needs_native),
+        pytest.param("native", True, marks=needs_native),
+        ("transformers", False),
     ],
 )
-def test_a_process_stays_below_the_limit_or_says_what_would_do(
-    wide: Path, engine: str, draft: bool, spare_megabytes: int
-) -> None:
-    refused = run(wide, engine, prompts=[LONG], spare=spare_megabytes * MB, draft=draft)
+def test_a_process_stays_below_the_limit_or_says_what_would_do(wide: Path, engine: str, draft: bool) -> None:
+    refused = run(wide, engine, prompts=[LONG], draft=draft, spare=MB)
+    while "for reading" not in refused["refused"]:  # as long as it is for loading; what that takes depends on torch
+        memory = refused["smallest"] + SLACK
+        assert memory > refused["memory"]
+        refused = run(wide, engine, prompts=[LONG], draft=draft, memory=memory)
     assert f"are too little for reading {LONG + 1} tokens and writing 8 with" in refused["refused"]
     assert refused["peak"] <= refused["memory"]
-    enough = run(wide, engine, prompts=[10, LONG], memory=refused["smallest"] + 4 * MB, draft=draft)
+    enough = run(wide, engine, prompts=[10, LONG], draft=draft, memory=refused["smallest"] + SLACK)
     assert enough["refused"] is None
     assert enough["peak"] <= enough["memory"]
 
