@@ -176,6 +176,7 @@ def build(family: str, path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
+            parameter.nan_to_num_(posinf=0, neginf=0)  # some classes take logarithms of what may be rounded to 0
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 100
             parameter.add_(torch.randn_like(parameter), alpha=fan_in**-0.5)
     model.save_pretrained(path)

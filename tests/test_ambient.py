@@ -32,12 +32,18 @@ def setting(change: Callable[[Any], Any], value: Any, usual: Any) -> Iterator[No
         change(usual)
 
 
+def set_device(device: str | None) -> None:
+    torch.set_default_device(device)
+    if device is None:
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)  # torch 2.6 stumbles over the None in it
+
+
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "set_grad_enabled": lambda: setting(torch.set_grad_enabled, False, True),
     "default dtype": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
-    "default device": lambda: setting(torch.set_default_device, "meta", None),
+    "default device": lambda: setting(set_device, "meta", None),
     "device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False),

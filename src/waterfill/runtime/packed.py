@@ -108,8 +108,10 @@ class PackedMatrix(_HasWeight):
     @property
     def device(self) -> torch.device:
         """Of the buffers, or of the activations where there are none."""
-        held = (*self._buffers.values(), *self._parameters.values())
-        return next((tensor.device for tensor in held if tensor is not None), torch.device("cpu"))
+        for tensor in (*self._buffers.values(), *self._parameters.values()):
+            if tensor is not None:
+                return tensor.device
+        return torch.device("cpu")
 
     @property
     def packed(self) -> kernels.Packed:
