@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.integrations import peft
+from transformers.utils import find_adapter_config_file
 
 from waterfill import process
 from waterfill.arguments import Check, checked
 from waterfill.artifact import TensorSpec, open_artifact
-from waterfill.checkpoint import WEIGHT_DTYPES, Checkpoint, TensorInfo, check_finite, warn_of_adapter
+from waterfill.checkpoint import ADAPTER, WEIGHT_DTYPES, Checkpoint, TensorInfo, check_finite, warn_of_adapter
 from waterfill.choices import FILE, check_choices
 from waterfill.errors import ArtifactError, MemoryLimitError, WaterfillError, first_line
 from waterfill.files import check_settings
@@ -112,6 +114,11 @@ def model_of(path: Path, **options: Any) -> Any:
 def _from_pretrained(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     """The model, and what transformers says of loading it."""
     nowhere = {"subfolder": os.devnull}  # where transformers looks for adapters; below a file there are none
+    if peft.is_peft_available() and find_adapter_config_file(str(path), **nowhere) is not None:  # before 5.24 elsewhere
+        raise WaterfillError(
+            f"transformers {transformers.__version__} would add the adapter beside the model in {path} to it; move "
+            f"{ADAPTER} to another directory, or update transformers"
+        )
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
         path, adapter_kwargs=nowhere, trust_remote_code=False, output_loading_info=True, **options
     )
