@@ -7,7 +7,9 @@ tries that. A quick run has a model of a quarter the size, and fewer rows.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 import tempfile
 from argparse import Namespace
@@ -72,6 +74,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     report = Report("peak memory beside its limit")
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["WATERFILL_CACHE"] = str(Path(folder) / "cache")
         measure(report, Path(folder), arguments)
     report.save(arguments.json)
 
@@ -109,6 +112,8 @@ def paths(folder: Path, text: Path) -> Iterator[Way]:
     scored = ["eval", packed, "--text", str(text), "--windows", "2", "--no-cache", "--json", "--context"]
     yield Way("eval, windows of 256", "transformers", [*scored, "256"])
     yield Way("eval, windows of 1024", "transformers", [*scored, "1024"])
+    against = ["eval", packed, "--against", str(folder / "model"), "--text", str(text), "--windows", "2", "--json"]
+    yield Way("eval beside the original", "transformers", [*against, "--context", "256"])
 
 
 def limits(path: Way, *, quick: bool) -> list[int]:
@@ -117,6 +122,7 @@ def limits(path: Way, *, quick: bool) -> list[int]:
 
 def tried(path: Way, megabytes: int) -> tuple[list[Any], int | None]:
     """A row, and the memory that would do as a refusal has it."""
+    shutil.rmtree(os.environ["WATERFILL_CACHE"], ignore_errors=True)  # the original's predictions
     request = {"arguments": [*path.arguments, "--memory", f"{megabytes}MB"], "lines": path.lines}
     outcome = run_limited([sys.executable, "-c", WORKER], Limits(), request=request, timeout_s=TIMEOUT_S)
     answer = outcome.answer()

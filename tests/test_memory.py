@@ -21,7 +21,7 @@ from plans import plan_for
 from waterfill import native, process
 from waterfill.artifact import open_artifact
 from waterfill.budget import Budget
-from waterfill.errors import MemoryLimitError
+from waterfill.errors import MemoryLimitError, WaterfillError
 from waterfill.fit import fit, kept_size
 from waterfill.runner import Options, open_runner
 from waterfill.sampling import Sampling
@@ -81,13 +81,18 @@ def run(
     """What a process of its own says of texts of so many tokens, within `memory` or so much more than imports take."""
     asked = {"artifact": str(artifact), "engine": engine, "draft": str(artifact) if draft else None}
     asked |= {"prompts": ["def" + " x" * tokens for tokens in prompts], "spare": spare, "memory": memory}
+    return in_process(RUN, asked)
+
+
+def in_process(script: str, asked: dict[str, Any], **environment: str) -> Any:
+    """What a script in a process of its own says of what is asked."""
     done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(asked)],
+        [sys.executable, "-c", script, json.dumps(asked)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -112,6 +117,49 @@ def test_a_process_stays_below_the_limit_or_says_what_would_do(wide: Path, engin
     enough = run(wide, engine, prompts=[10, LONG], draft=draft, memory=refused["smallest"] + SLACK)
     assert enough["refused"] is None
     assert enough["peak"] <= enough["memory"]
+
+
+EVALUATE = """
+import json, sys
+asked = json.loads(sys.argv[1])
+import waterfill, waterfill.evaluation
+from waterfill.errors import MemoryLimitError
+from waterfill import process
+memory = asked.get("memory") or process.resident_bytes() + asked["spare"]
+said = {"memory": memory, "refused": None, "smallest": None}
+try:
+    said["kl"] = waterfill.evaluate(*asked["models"], asked["text"], context=64, max_windows=2, memory=memory).kl
+except MemoryLimitError as error:
+    said |= {"refused": str(error), "smallest": error.smallest_bytes}
+print(json.dumps(said | {"peak": process.peak_bytes()}))
+"""
+
+
+def test_an_original_is_held_below_the_limit_as_well(wide: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("def x return " * 100)
+    asked = {"models": [str(wide), str(wide.parent / "model")], "text": str(tmp_path / "text")}
+    refusals, memory, kl = [], 0, None
+    while kl is None:
+        said = in_process(
+            EVALUATE, asked | {"spare": 64 * MB, "memory": memory}, WATERFILL_CACHE=str(tmp_path / "cache")
+        )
+        assert said["peak"] <= said["memory"], said
+        kl = said.get("kl")
+        if kl is None:
+            assert said["smallest"] + SLACK > memory
+            memory = said["smallest"] + SLACK
+            refusals.append(said["refused"])
+    assert f"are too little for {wide.parent / 'model'}: loading it takes" in refusals[0]
+    again = in_process(EVALUATE, asked | {"spare": 64 * MB}, WATERFILL_CACHE=str(tmp_path / "cache"))
+    assert again["peak"] <= again["memory"]  # now without the original
+
+
+def test_original_and_artifact_are_not_held_side_by_side(wide: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("def x return " * 100)
+    with pytest.raises(WaterfillError, match="predictions of the first have to be kept on disk; leave out --no-cache"):
+        waterfill.evaluate(
+            wide, wide.parent / "model", tmp_path / "text", context=64, max_windows=2, memory="64GB", cache=False
+        )
 
 
 @needs_native

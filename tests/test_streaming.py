@@ -196,7 +196,7 @@ def test_the_largest_chunk_may_be_given_up(packed: Packed, monkeypatch: pytest.M
 def test_too_little_memory_says_how_much_is_needed(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     streams.quick(monkeypatch)
     with pytest.raises(
-        MemoryLimitError, match=r"1 MB are too little .* it takes [0-9]+ MB at least .*; give more"
+        MemoryLimitError, match=r"1 MB are too little .* takes [0-9]+ MB at least.*; give more"
     ) as found:
         waterfill.load(packed(CODECS[0]), memory="1MB")
     assert waterfill.load(packed(CODECS[0]), memory=found.value.smallest_bytes + 30_000_000, streamed=True).streaming

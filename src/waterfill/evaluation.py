@@ -7,6 +7,7 @@ open_subject ──► text: tokens ──► reference's predictions (stored, o
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -117,7 +118,8 @@ def evaluate(
         stride: tokens between windows, in the convention "strided".
         max_windows: measure on the first windows only.
         batch: windows, or questions, at a time.
-        memory: what the process may take in all, as for `load`; a reference that is not on disk yet comes on top.
+        memory: what the process may take in all, as for `load`. A reference that is no artifact cannot be streamed: it
+            has to fit for as long as its predictions are computed, which is before the model is loaded.
         cache: keep the reference's predictions on disk for the next time, and continue an interrupted run.
         tasks: names of lm-eval, presets ("knowledge", "alignment", "efficiency"), files of JSON lines.
         shots: examples before each question; the task's own number when None.
@@ -140,7 +142,7 @@ def evaluate(
         )
     subject = open_subject(model, revision=revision, memory=memory)
     run = _Run(Cache.default() if cache else None, batch, progress)
-    reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision)
+    reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision, memory=memory)
     if revision is not None and reference is None and subject.kind != CHECKPOINT:
         raise WaterfillError(f"{model} has no revision {revision!r}, only a hub model has; leave the revision out")
     measured = Evaluation(size_bytes=subject.size_bytes)
@@ -155,7 +157,8 @@ def evaluate(
         how = _how(reference or subject, convention, context, stride)
         if max_windows is not None:
             ids = how.first_windows(ids, max_windows)
-        subject.logits = batch * how.context
+        for each in (subject, reference or subject):
+            each.logits = batch * how.context
         measured = _on_text(subject, reference, ids, how, run)
     if specs:
         options = {"shots": shots, "limit": limit, "chat_template": chat_template}
@@ -261,6 +264,11 @@ def _perplexity(subject: Subject, ids: torch.Tensor, how: Convention, run: _Run)
 def _divergence(reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Divergence:
     dtype = _dtype(subject, reference)
     known = _stored(reference, ids, how, run, dtype)
+    if known is None and reference.limited:
+        raise WaterfillError(
+            f"{reference.path} and {subject.path} are not held below a limit of memory side by side: the predictions "
+            "of the first have to be kept on disk; leave out --no-cache, give the cache more room, or leave out memory"
+        )
     form, kept = ("live", None) if known is None else (known.form, known.kept)
     whose = (reference.fingerprint, form, str(kept), subject.fingerprint, str(dtype))
     with run.journal(ids, how, DIVERGENCE_COLUMNS, *whose) as journal:
@@ -283,11 +291,11 @@ def _stored(
         return None
     store = run.cache.reference(evaluation_key(ids, how, torch.__version__, reference.fingerprint, str(dtype)))
     cut = how.cut(ids)
-    if store.complete(cut) or store.fill(
-        reference.load(dtype), cut, how, batch=run.batch, progress=run.step("reading the original")
-    ):
+    if store.complete(cut):
         return store
-    return None
+    filled = store.fill(reference.load(dtype), cut, how, batch=run.batch, progress=run.step("reading the original"))
+    gc.collect()  # the original goes before the model comes
+    return store if filled else None
 
 
 def _against_file(subject: Subject, file: KldFile, max_windows: int | None, run: _Run) -> Divergence:

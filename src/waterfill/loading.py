@@ -17,12 +17,12 @@ from transformers.utils import find_adapter_config_file
 
 from waterfill import process
 from waterfill.arguments import Check, checked
-from waterfill.artifact import TensorSpec, open_artifact
+from waterfill.artifact import Artifact, TensorSpec, open_artifact
 from waterfill.checkpoint import ADAPTER, WEIGHT_DTYPES, Checkpoint, TensorInfo, check_finite, warn_of_adapter
 from waterfill.choices import FILE, check_choices
 from waterfill.errors import ArtifactError, MemoryLimitError, WaterfillError, first_line
 from waterfill.files import check_settings
-from waterfill.fit import fit, packed_names
+from waterfill.fit import Fit, fit, kept_size, memory_bytes, packed_names
 from waterfill.hf import Caller, called_by
 from waterfill.pack import PLAN_FILE
 from waterfill.plan import Plan
@@ -31,6 +31,7 @@ from waterfill.tokenizing import check_growth, in_words
 _log = logging.getLogger(__name__)
 
 _DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
+LOADING_BYTES = 72 << 20  # what transformers takes beside files and model while it loads them
 FLOAT32_SHARE = 0.4  # of the free memory that a float32 copy of the model may take; else it keeps its own dtype
 
 
@@ -66,12 +67,23 @@ def load(
     chosen = fit(opened, memory, streamed, loading_bytes=opened.size_bytes)  # files are mapped meanwhile
     if chosen.binding:
         process.return_large_blocks()
+        _check_room(path, kept_size(opened), chosen.limit_bytes)
     if verify:
         opened.verify_files()
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
     warn_of_adapter(path)
+    try:
+        return _load(opened, dtype, chosen, verify=verify, logits=logits)
+    except MemoryLimitError:
+        if chosen.streamed or streamed is not None or not packed_names(opened):
+            raise
+    gc.collect()  # what did not fit, before it is loaded again
+    return _load(opened, dtype, fit(opened, memory, streamed=True), verify=False, logits=logits)
+
+
+def _load(opened: Artifact, dtype: torch.dtype | None, chosen: Fit, *, verify: bool, logits: int) -> Any:
     with called_by(Caller(verified=True, streamed=chosen.streamed)):
-        model = _packed_model(path, dtype, tensors=len(opened.tensors))
+        model = _packed_model(opened.path, dtype, tensors=len(opened.tensors))
     model.streaming = model.memory_limit = None
     if chosen.streamed:
         from waterfill.streaming.attach import attach
@@ -80,14 +92,7 @@ def load(
     elif chosen.binding:
         from waterfill.streaming.attach import hold
 
-        try:
-            hold(model, opened, chosen, logits=logits)
-        except MemoryLimitError:
-            if streamed is not None or not packed_names(opened):
-                raise
-            del model  # before it is loaded again
-            gc.collect()
-            return load(path, dtype=dtype, verify=False, memory=memory, streamed=True, logits=logits)
+        hold(model, opened.path, chosen, logits=logits)
     return model
 
 
@@ -196,14 +201,50 @@ def load_checkpoint(checkpoint: Checkpoint) -> Any:
     return load_checkpoint_in(checkpoint, measuring_dtype(checkpoint.tensors.values()))
 
 
-def load_checkpoint_in(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
-    """The same in a dtype of the caller's, None for the checkpoint's own."""
+def load_checkpoint_in(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, *, memory: str | float | None = None, logits: int = 1
+) -> Any:
+    """The same in a dtype of the caller's, None for the checkpoint's own, held below a limit where one is given.
+
+    Raises MemoryLimitError where `memory`, what the process may take in all, is too little; `logits` as of `load`.
+    """
+    limit = memory_bytes(memory)
+    if limit is not None:
+        process.return_large_blocks()
+        _check_room(checkpoint.path, _loading_bytes(checkpoint, dtype), limit)
     for tensor in checkpoint.tensors.values():
         if tensor.dtype in WEIGHT_DTYPES:
             check_finite(checkpoint.read(tensor.name), tensor.name, tensor.file)
     if dtype is None:
         _log.warning("%s is measured in its own dtype: a float32 copy would not fit in memory", checkpoint.path)
-    return model_of(checkpoint.path, dtype=dtype or "auto", experts_implementation="eager")
+    model = model_of(checkpoint.path, dtype=dtype or "auto", experts_implementation="eager")
+    if limit is not None:
+        from waterfill.streaming.attach import hold
+
+        hold(model, checkpoint.path, Fit(streamed=False, limit_bytes=limit, spare_bytes=0, binding=True), logits=logits)
+    return model
+
+
+def _loading_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """Of a model in a dtype, and of its files, which are mapped meanwhile."""
+    total = 0.0
+    for tensor in checkpoint.tensors.values():
+        own = WEIGHT_DTYPES.get(tensor.dtype)
+        wider = 1 if dtype is None or own is None else dtype.itemsize / own.itemsize
+        total += (1 + wider) * tensor.size_bytes
+    return math.ceil(total)
+
+
+def _check_room(path: Path, weights_bytes: int, limit_bytes: int) -> None:
+    """Raises MemoryLimitError, before anything is loaded, where weights that have to be in memory do not fit."""
+    process.release()
+    needed = process.resident_bytes() + LOADING_BYTES + weights_bytes
+    if needed > limit_bytes:
+        smallest = math.ceil(needed / 1e6)
+        raise MemoryLimitError(
+            f"{limit_bytes / 1e6:.0f} MB are too little for {path}: loading it takes {smallest} MB at least; give more",
+            smallest_bytes=1_000_000 * smallest,
+        )
 
 
 def measuring_dtype(tensors: Iterable[TensorInfo | TensorSpec]) -> torch.dtype | None:

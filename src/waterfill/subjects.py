@@ -43,6 +43,14 @@ class Subject(ABC):
     positions: int | None  # tokens that the model can read at most
     logits = 1  # positions whose logits are wanted at a time, to reckon with where memory is short
 
+    def __init__(self, memory: str | float | None = None) -> None:
+        self._memory = memory  # what the process may take in all when it runs the model
+
+    @property
+    def limited(self) -> bool:
+        """Whether a limit was given for the memory that it is run in."""
+        return self._memory is not None
+
     @abstractmethod
     def load(self, dtype: torch.dtype | None = None) -> Any:
         """The model, ready to be evaluated in a dtype, of the activations of a packed one; None for its own."""
@@ -66,8 +74,8 @@ class PackedSubject(Subject):
     kind = PACKED
 
     def __init__(self, path: Path, memory: str | float | None = None) -> None:
+        super().__init__(memory)
         stored = open_artifact(path, verify=True)
-        self._memory = memory
         self.path, self.size_bytes = path, stored.size_bytes
         self.weights = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
         self._dtype = measuring_dtype(stored.tensors.values())
@@ -89,7 +97,8 @@ class CheckpointSubject(Subject):
 
     kind = CHECKPOINT
 
-    def __init__(self, source: str | Path, revision: str | None) -> None:
+    def __init__(self, source: str | Path, revision: str | None, memory: str | float | None = None) -> None:
+        super().__init__(memory)
         self.checkpoint = open_checkpoint(source, revision=revision)
         tensors = self.checkpoint.tensors.values()
         self._dtype = measuring_dtype(tensors)
@@ -99,7 +108,7 @@ class CheckpointSubject(Subject):
         self.positions = _positions(self.path)
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
-        return load_checkpoint_in(self.checkpoint, dtype)
+        return load_checkpoint_in(self.checkpoint, dtype, memory=self._memory, logits=self.logits)
 
     def load_to_run(self) -> Any:
         return model_of(self.path, dtype="auto")
@@ -117,6 +126,7 @@ class GgufSubject(Subject):
     kind = GGUF
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._model = GgufModel(path)  # mapped: costs little until it computes
         self.path, self.size_bytes, self.weights = path, self._model.size_bytes, self._model.weights
         self.positions = positions(self._model)
@@ -141,15 +151,15 @@ class GgufSubject(Subject):
 def open_subject(source: str | Path, *, revision: str | None = None, memory: str | float | None = None) -> Subject:
     """An artifact, a checkpoint (local directory or hub id) or a GGUF file. Raises WaterfillError for anything else.
 
-    `memory` is what the process may take in all when it runs an artifact, which is streamed where that is little.
+    `memory` is what the process may take in all when it runs the model. An artifact is streamed where that is little,
+    of a checkpoint what does not fit is refused.
     """
     path = Path(source)
-    packed = path.suffix != SUFFIX and _is_packed(path)
-    if memory is not None and not packed:
-        raise WaterfillError(f"{source} is not an artifact, and only those can be held below a limit; leave out memory")
     if path.suffix == SUFFIX:
+        if memory is not None:
+            raise WaterfillError(f"{source} is run by llama.cpp, which no limit holds; leave out memory")
         return GgufSubject(path)
-    return PackedSubject(path, memory) if packed else CheckpointSubject(source, revision)
+    return PackedSubject(path, memory) if _is_packed(path) else CheckpointSubject(source, revision, memory)
 
 
 def _is_packed(path: Path) -> bool:

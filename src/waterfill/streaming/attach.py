@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,22 +72,22 @@ def attach(model: Any, artifact: Artifact, chosen: Fit, *, verify: bool, logits:
         matrix = matrices[path]
         module.source = Source(streamer, matrix, power=module.exponent - matrix.exponent)  # models may have scaled it
     model.streaming = streamer
-    _hold(model, artifact, chosen, trial, streamer)
+    _hold(model, artifact.path, chosen, trial, streamer)
     return streamer
 
 
-def hold(model: Any, artifact: Artifact, chosen: Fit, *, logits: int = 1) -> None:
-    """Hold a model whose weights are all in memory below a limit, as `attach` does. Raises MemoryLimitError if it is
-    below what the model needs at least."""
-    _hold(model, artifact, chosen, try_passes(model), None)
+def hold(model: Any, path: Path, chosen: Fit, *, logits: int = 1) -> None:
+    """Hold a model of a directory, whose weights are all in memory, below a limit, as `attach` does. Raises
+    MemoryLimitError if it is below what the model needs at least."""
+    _hold(model, path, chosen, try_passes(model), None)
     tokens = max(logits, min(LEAST_CONTEXT, _context(model) or LEAST_CONTEXT))
     model.memory_limit.admit(tokens, tokens, logits=logits)
 
 
-def _hold(model: Any, artifact: Artifact, chosen: Fit, trial: Trial, streamer: Streamer | None) -> None:
+def _hold(model: Any, path: Path, chosen: Fit, trial: Trial, streamer: Streamer | None) -> None:
     """Look at every pass before it begins, and have transformers read long prompts in pieces whose activations fit."""
     limit = model.memory_limit = Limit(
-        artifact.path,
+        path,
         chosen.limit_bytes,
         trial.working,
         overhead_bytes=OVERHEAD_BYTES,
