@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from waterfill._lazy import after_import, export_lazily
 from waterfill.errors import ArtifactError, BudgetError, CheckpointError, WaterfillError
+from waterfill.version import __version__
 
 if TYPE_CHECKING:
     from waterfill.api import (
@@ -32,15 +33,14 @@ if TYPE_CHECKING:
         plan,
         sensitivity,
     )
-    from waterfill.api_studies import compare, report
+    from waterfill.api_studies import compare
     from waterfill.compare import Comparison
     from waterfill.engine.engine import Engine
     from waterfill.plan import Plan
     from waterfill.report import Report
+    from waterfill.report.write import report
     from waterfill.runtime.generate import generate
     from waterfill.seal import Sealed, seal
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
@@ -73,7 +73,8 @@ export_lazily(
     __name__,
     {
         **dict.fromkeys(_API, "waterfill.api"),
-        **dict.fromkeys(("compare", "report"), "waterfill.api_studies"),
+        "compare": "waterfill.api_studies",
+        "report": "waterfill.report.write",
         "Comparison": "waterfill.compare",
         "Engine": "waterfill.engine.engine",
         "Plan": "waterfill.plan",

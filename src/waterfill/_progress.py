@@ -13,10 +13,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import click
+from rich import progress as rich_progress
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -24,15 +24,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from waterfill.show import duration
+from waterfill.progress import Progress
 
 LINE_S = 30.0  # between two lines
 
-Step = Callable[[str, int, int], None]
+
+def duration(elapsed_s: float) -> str:
+    """Seconds as people say them: 8.3 s, 2 min 5 s, 1 h 7 min."""
+    if elapsed_s < 60:
+        return f"{elapsed_s:.1f} s"
+    minutes, seconds = divmod(round(elapsed_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 @contextmanager
-def shown(first: str = "preparing") -> Iterator[Step]:
+def shown(first: str = "preparing") -> Iterator[Progress]:
     """A bar with an ETA per stage on a terminal, else a line every `LINE_S` seconds; yields the callback.
 
     `first` is what is being done until that is called for the first time.
@@ -43,9 +50,9 @@ def shown(first: str = "preparing") -> Iterator[Step]:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Step]:
+def _bars(console: Console) -> Iterator[Progress]:
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    bars = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    bars = rich_progress.Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
     tasks: dict[str, TaskID] = {}
 
     def step(what: str, done: int, total: int) -> None:
@@ -61,7 +68,7 @@ def _bars(console: Console) -> Iterator[Step]:
 
 
 @contextmanager
-def _lines(first: str) -> Iterator[Step]:
+def _lines(first: str) -> Iterator[Progress]:
     """A thread writes the lines: they come whatever the command itself waits for."""
     stages, ended = Stages(first), threading.Event()
 

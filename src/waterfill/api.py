@@ -8,38 +8,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from traceback import walk_tb
-from typing import Literal, TypedDict, Unpack, cast, get_args
+from typing import Unpack, cast
 
 from waterfill.ambient import own_torch_modes
 from waterfill.architecture import Architecture, Kept, Matrix, describe
-from waterfill.arguments import PATH, Check, checked, choice, optional
+from waterfill.arguments import checked
 from waterfill.artifact import RAW, check_target, open_artifact
 from waterfill.budget import Budget, format_size, parse_size
 from waterfill.checkpoint import Checkpoint, open_checkpoint
 from waterfill.codecs import LOSSLESS
-from waterfill.errors import BudgetError, WaterfillError, first_line
+from waterfill.errors import BudgetError, WaterfillError
 from waterfill.evaluation import Evaluation, evaluate
 from waterfill.kept import coded_bytes
-from waterfill.loading import load, load_checkpoint, load_tokenizer, read_plan
-from waterfill.loss import Gain
-from waterfill.menu import PURPOSES, CodedBytes, Purpose, codec_names
-from waterfill.pack import SENSITIVITY_FILE, pack_plan
-from waterfill.plan import Plan, Unused
+from waterfill.loading import load
+from waterfill.measuring import as_text, measure_checkpoint
+from waterfill.menu import CodedBytes, codec_names
+from waterfill.options import CHECKS, PlanOptions, ProbeOptions
+from waterfill.original import load_tokenizer
+from waterfill.pack import pack_plan
+from waterfill.plan import Plan, Unused, read_plan
 from waterfill.planner import EVERYTHING, Request, make_lossless_plan, make_plan
-from waterfill.probe import KINDS, Probe, probe_tokens, read_text
-from waterfill.sensitivity import PASSES, Method, Sensitivity, measure
+from waterfill.progress import Progress
+from waterfill.sensitivity import SENSITIVITY_FILE, Sensitivity, given_sensitivity
 from waterfill.writing import prepare_file, write_file
 
 _log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
-
 
 __all__ = [
     "Evaluation",
@@ -55,46 +51,6 @@ __all__ = [
 ]
 
 
-class ProbeOptions(TypedDict, total=False):
-    """How sensitivities are measured."""
-
-    probe: Literal["self", "random", "text"]
-    text: str | Path | None  # with probe="text", which it implies
-    sequences: int
-    length: int
-    seed: int
-    method: Method
-    revision: str | None
-
-
-class PlanOptions(ProbeOptions, total=False):
-    """What a plan is asked for: exactly one of size, bits, max_kl and lossless; the rest has defaults."""
-
-    size: str | float | None  # bytes of all weight files, or "2.5GB"
-    bits: float | None  # stored bits per weight of the matrices
-    max_kl: float | None  # predicted loss, nats per token
-    lossless: bool  # every bit is kept, and nothing but the revision is left to choose
-    gain: Gain
-    keep: Sequence[str]
-    tie: Sequence[str]
-    uniform: bool
-    codecs: Sequence[str]
-    purpose: Purpose  # storage: entropy-coded, the fewest bytes; memory: runs from its codes
-    sensitivity: str | Path | Sensitivity | None
-
-
-CHECKS = {
-    "gain": choice(*get_args(Gain)),
-    "purpose": choice(*PURPOSES),
-    "probe": choice(*KINDS),
-    "method": choice(*PASSES),
-    "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),
-    "sensitivity": optional(
-        Check("a file, or sensitivities", lambda value: isinstance(value, Sensitivity) or PATH.holds(value))
-    ),
-}
-
-
 @own_torch_modes()
 @checked(ProbeOptions, **CHECKS)
 def sensitivity(
@@ -102,7 +58,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure what a disturbance of each matrix costs the model; reuse it for any number of plans."""
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
-    return _measure(checkpoint, _describe(checkpoint, keep), progress, options)
+    return measure_checkpoint(checkpoint, _describe(checkpoint, keep), progress, options)
 
 
 @own_torch_modes()
@@ -196,7 +152,7 @@ def _plan(
     model: str, checkpoint: Checkpoint, progress: Progress | None, options: PlanOptions
 ) -> tuple[Plan, Sensitivity | None, Architecture]:
     # A local path is nobody's business; nor can a plan hold a name that is not text.
-    name = _as_text(Path(model).resolve().name if Path(model).is_dir() else model)
+    name = as_text(Path(model).resolve().name if Path(model).is_dir() else model)
     if options.get("lossless"):
         _check_alone(options)
         architecture = _describe(checkpoint, EVERYTHING)
@@ -217,7 +173,7 @@ def _plan(
     codec_names(architecture, request.codecs)  # refuses what is none, before minutes of measuring
     given = options.get("sensitivity")
     if given is None:
-        measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options))
+        measured = measure_checkpoint(checkpoint, architecture, progress, cast(ProbeOptions, options))
     else:
         measured = given_sensitivity(given, checkpoint)
     sizes = _coded_bytes(checkpoint, architecture.kept, progress)
@@ -279,71 +235,3 @@ def _coded_bytes(checkpoint: Checkpoint, kept: Sequence[Kept], progress: Progres
         return coded_bytes(checkpoint, tensor, step if isinstance(tensor, Kept) else None)
 
     return size
-
-
-def given_sensitivity(given: str | Path | Sensitivity, checkpoint: Checkpoint) -> Sensitivity:
-    """Sensitivities that were measured before; WaterfillError if they are not of these weights."""
-    measured = given if isinstance(given, Sensitivity) else Sensitivity.load(Path(given))
-    if measured.fingerprint != checkpoint.fingerprint:
-        raise WaterfillError(
-            f"the sensitivities are of other weights (fingerprint {measured.fingerprint}) than {checkpoint.path} "
-            f"holds ({checkpoint.fingerprint}); measure them again"
-        )
-    return measured
-
-
-def _measure(
-    checkpoint: Checkpoint, architecture: Architecture, progress: Progress | None, options: ProbeOptions
-) -> Sensitivity:
-    text = options.get("text")
-    chosen = {key: options[key] for key in ("sequences", "length", "seed") if key in options}
-    probe = Probe(kind="text" if text else options.get("probe", "self"), text=Path(text) if text else None, **chosen)
-
-    def step(what: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(what, done, total)
-
-    tokenizer = load_tokenizer(checkpoint.path) if text else None  # before minutes of loading
-    if text:
-        read_text(Path(text))
-    model = load_checkpoint(checkpoint)
-    method = options.get("method", "fisher")
-    with _failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
-        tokens = probe_tokens(model, tokenizer, probe, step("sampling a probe"))
-    with _failing(model, f"being measured by {method}", "the other method may do (--method), or keep all (--lossless)"):
-        return measure(
-            model,
-            architecture.matrices,
-            tokens,
-            method=method,
-            seed=probe.seed,
-            fingerprint=checkpoint.fingerprint,
-            probe={
-                "kind": probe.kind,
-                "sequences": tokens.shape[0],
-                "length": tokens.shape[1],
-                "seed": probe.seed,
-                "text": _as_text(Path(text).name) if text else None,
-            },
-            progress=step("measuring sensitivities"),
-        )
-
-
-@contextmanager
-def _failing(model: object, doing: str, advice: str) -> Iterator[None]:
-    """What transformers' code raises becomes a sentence: a model class may lack what others have."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, WaterfillError) or not _raised_in("transformers", error):
-            raise
-        raise WaterfillError(f"{type(model).__name__} fails at {doing} ({first_line(error)}); {advice}") from error
-
-
-def _raised_in(package: str, error: Exception) -> bool:
-    names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
-    return any(name.partition(".")[0] == package for name in names)
-
-
-def _as_text(name: str) -> str:
-    """A file's name, of any bytes, as text."""
-    return name.encode("utf-8", "replace").decode()

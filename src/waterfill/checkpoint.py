@@ -44,6 +44,7 @@ KEPT_DTYPES: Mapping[str, torch.dtype] = {
 """Those that a buffer may have: tables, counters and flags among them. All can be stored in an artifact."""
 
 CONFIG = "config.json"
+QUANT_METHOD = "waterfill"  # in config.json: what transformers goes by
 PACKED_MARK = "waterfill"  # in the metadata of a packed model's shards
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -264,7 +265,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        if method == "waterfill":
+        if method == QUANT_METHOD:
             raise CheckpointError(
                 f"{path} is already packed by waterfill: give the checkpoint that it was packed from."
             )

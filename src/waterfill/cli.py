@@ -109,7 +109,7 @@ def plan(model: str, save: Path | None, every: bool, as_json: bool, **options: A
         _print_json(show.plan_record(made))
     else:
         _out().print(show.plan_view(made, every=every))
-    _note(f"planned in {show.duration(time.perf_counter() - start_s)}")
+    _note(f"planned in {_progress.duration(time.perf_counter() - start_s)}")
     if save:
         beside = "" if made.lossless else f", the sensitivities as {save.with_suffix('.sensitivity.json')}"
         _note(f"saved as {save}{beside}")
@@ -137,7 +137,7 @@ def pack(
         _print_json({"path": str(out), **show.plan_record(made)})
     else:
         _out().print(show.plan_view(made, every=every))
-    _note(f"packed into {out} in {show.duration(time.perf_counter() - start_s)}")
+    _note(f"packed into {out} in {_progress.duration(time.perf_counter() - start_s)}")
 
 
 @commands.command()

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import waterfill
-from waterfill import _console, _progress, show, show_compare
+from waterfill import _console, _progress, show_compare
 from waterfill._commands import FILE, PATH, SectionedCommand, purpose_option
 
 
@@ -79,7 +79,7 @@ def compare(
         _console.print_json(found.to_dict())
     else:
         _console.out().print(show_compare.comparison_view(found))
-    _console.note(f"compared in {show.duration(time.perf_counter() - start_s)}")
+    _console.note(f"compared in {_progress.duration(time.perf_counter() - start_s)}")
     if plot is not None:
         _console.note(f"drawn as {plot}")
 

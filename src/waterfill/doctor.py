@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-import waterfill
 from waterfill import kernels, native, process
 from waterfill.codecs import TableCodec, get_codec
 from waterfill.errors import WaterfillError, first_line
@@ -28,6 +27,7 @@ from waterfill.hadamard import groups, rotate
 from waterfill.kernels import native as native_kernels
 from waterfill.kernels import reference
 from waterfill.kernels.reference import STORED, Packed
+from waterfill.version import __version__
 
 READ_BYTES = 1 << 28  # more than most caches hold
 READ_S = 0.3
@@ -72,7 +72,7 @@ def diagnose() -> Diagnosis:
     ways: dict[str, str] = {}
     error = why if multiplies is None else _self_check(multiplies) or _try_ways(ways)
     return Diagnosis(
-        waterfill=waterfill.__version__,
+        waterfill=__version__,
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=_version("transformers"),

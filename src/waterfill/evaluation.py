@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-import waterfill
 from waterfill import native, process
 from waterfill.ambient import own_torch_modes
 from waterfill.arguments import checked, choice
@@ -48,12 +47,12 @@ from waterfill.evaluate.local_tasks import SUFFIX as TASK_SUFFIX
 from waterfill.evaluate.perplexity import COLUMNS as PERPLEXITY_COLUMNS
 from waterfill.evaluate.tasks import EFFICIENCY, TaskResults, names_of, run_tasks, task_specs
 from waterfill.fit import memory_bytes
-from waterfill.loading import read_plan
 from waterfill.native import FLOAT_ACTIVATIONS
-from waterfill.pack import PLAN_FILE
+from waterfill.plan import PLAN_FILE, read_plan
+from waterfill.progress import Progress, Step, step_of
 from waterfill.subjects import CHECKPOINT, GGUF, PACKED, Subject, open_subject
+from waterfill.version import __version__
 
-Progress = Callable[[str, int, int], None]  # called with (what is being done, steps done, steps in all)
 _convention = convention  # `evaluate` has a parameter of that name
 
 TOKENISING_BYTES = 200  # of memory for a byte of text; 160 to 171 are measured
@@ -222,9 +221,8 @@ class _Run:
     batch: int
     progress: Progress | None
 
-    def step(self, what: str) -> Callable[[int, int], None] | None:
-        progress = self.progress
-        return None if progress is None else lambda done, total: progress(what, done, total)
+    def step(self, what: str) -> Step | None:
+        return step_of(self.progress, what)
 
     @contextmanager
     def journal(self, ids: torch.Tensor, how: Convention, columns: int, *whose: str) -> Iterator[Journal | None]:
@@ -234,7 +232,7 @@ class _Run:
             yield None
             return
         settings = [f"{name}={os.environ.get(name)}" for name in _SETTINGS]
-        key = evaluation_key(ids, how, waterfill.__version__, torch.__version__, *settings, *whose)
+        key = evaluation_key(ids, how, __version__, torch.__version__, *settings, *whose)
         journal = Journal(self.cache.journal_path(key), columns)
         yield journal
         journal.remove()
@@ -356,7 +354,7 @@ def _tasks(
     journal = None
     if run.cache is not None:
         files = [_digest(Path(name).read_bytes()) for name in names if name.endswith(TASK_SUFFIX)]
-        key = _digest(repr((subject.fingerprint, str(dtype), names, files, options, waterfill.__version__)).encode())
+        key = _digest(repr((subject.fingerprint, str(dtype), names, files, options, __version__)).encode())
         journal = run.cache.journal_path(f"tasks-{key}")
     return run_tasks(
         subject.load(dtype),

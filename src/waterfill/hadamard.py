@@ -109,8 +109,21 @@ def unrotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def _transform(x: torch.Tensor, *, inverse: bool) -> torch.Tensor:
-    fast = native.rotate(x, inverse=inverse)
+    fast = _transform_natively(x, inverse=inverse)
     return _transform_in_torch(x, inverse=inverse) if fast is None else fast
+
+
+def _transform_natively(x: torch.Tensor, *, inverse: bool) -> torch.Tensor | None:
+    """Of float32 on the CPU, by the library, to the same bits; None where it cannot."""
+    isa = native.isa()
+    if isa is None or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0 or x.requires_grad:
+        return None
+    library = native.library()
+    assert library is not None
+    result = x.clone(memory_format=torch.contiguous_format)
+    width = x.shape[-1]
+    library.call("rotate", library.isas[isa], result.data_ptr(), x.numel() // width, width, int(inverse))
+    return result
 
 
 def _transform_in_torch(x: torch.Tensor, *, inverse: bool) -> torch.Tensor:

@@ -24,9 +24,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from waterfill.artifact import FORMAT_VERSION, read_buffer, read_shard_metadata
+from waterfill.checkpoint import QUANT_METHOD
 from waterfill.errors import ArtifactError
-
-QUANT_METHOD = "waterfill"
 
 _log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from waterfill import process
@@ -267,9 +268,9 @@ def openmp_team() -> int | None:
 
 def find() -> Path | None:
     """The library's file, in the package or, for an editable install, where the build put it."""
-    import waterfill
-
-    folders = [Path(__file__).parent, *(Path(folder) for folder in waterfill.__path__), *_site_packages()]
+    spec = find_spec("waterfill")
+    package = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    folders = [*package, *_site_packages()]
     return next((folder / _NAME for folder in folders if (folder / _NAME).is_file()), None)
 
 
@@ -311,16 +312,3 @@ def why_not() -> str:
     except WaterfillError as error:
         return str(error)
     return "it has no instruction set of this machine"
-
-
-def rotate(x: torch.Tensor, *, inverse: bool) -> torch.Tensor | None:
-    """`hadamard.rotate` of float32 `[..., width]` on the CPU by the library, to the same bits; None where it cannot."""
-    name = isa()
-    if name is None or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0 or x.requires_grad:
-        return None
-    native = library()
-    assert native is not None
-    result = x.clone(memory_format=torch.contiguous_format)
-    width = x.shape[-1]
-    native.call("rotate", native.isas[name], result.data_ptr(), x.numel() // width, width, int(inverse))
-    return result

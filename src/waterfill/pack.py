@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,17 @@ import torch
 from waterfill.architecture import Architecture, Kept, Matrix, read_kept, read_rows
 from waterfill.artifact import FORMAT_VERSION, RAW, ArtifactWriter, is_file_name, lay_out
 from waterfill.artifact.format import quote
-from waterfill.checkpoint import Checkpoint
+from waterfill.checkpoint import QUANT_METHOD, Checkpoint
 from waterfill.codecs import LOSSLESS, base, get_codec, scale_exponent
 from waterfill.errors import WaterfillError
 from waterfill.kept import write_coded
-from waterfill.plan import KeptPlan, Plan, TensorPlan
+from waterfill.plan import PLAN_FILE, KeptPlan, Plan, TensorPlan
+from waterfill.progress import Progress
 
 _log = logging.getLogger(__name__)
 
-PLAN_FILE = "waterfill-plan.json"
-SENSITIVITY_FILE = "waterfill-sensitivity.json"
 
-MARK = {"quant_method": "waterfill", "format_version": FORMAT_VERSION}  # in config.json, what transformers goes by
-
-Progress = Callable[[str, int, int], None]
+MARK = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}  # in config.json, what transformers goes by
 
 
 def pack_plan(

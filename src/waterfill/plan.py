@@ -22,12 +22,13 @@ from waterfill.budget import Budget
 from waterfill.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.codecs import LOSSLESS, Levels, get_codec
 from waterfill.codecs.lossless import BUFFER
-from waterfill.errors import BudgetError, WaterfillError
+from waterfill.errors import ArtifactError, BudgetError, WaterfillError
 from waterfill.loss import Cost, Gain
 from waterfill.typed import Count, Magnitude, Positive, Range, Share
 
 VERSION = 1
 Perplexity = Annotated[float, Range(1e-300, 1e308)]
+PLAN_FILE = "waterfill-plan.json"
 
 
 @dataclass(frozen=True)
@@ -241,3 +242,10 @@ def _agree(fits: bool, otherwise: str) -> None:
 
 def _close(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-9)
+
+
+def read_plan(artifact: Path) -> Plan:
+    """The plan that an artifact was packed by."""
+    if not (artifact / PLAN_FILE).exists():
+        raise ArtifactError(f"{artifact} has no {PLAN_FILE}; give a directory that `waterfill pack` wrote")
+    return Plan.load(artifact / PLAN_FILE)

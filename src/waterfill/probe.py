@@ -8,7 +8,6 @@ text    windows spread over a text file of the user's
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +18,9 @@ from waterfill import files
 from waterfill.errors import WaterfillError, unknown_token
 from waterfill.estimators import check_probabilities
 from waterfill.model_calls import read_on
+from waterfill.progress import Step
 from waterfill.tokenizing import in_words
 
-Progress = Callable[[int, int], None]
 Kind = Literal["self", "random", "text"]
 KINDS: tuple[Kind, ...] = ("self", "random", "text")
 MOST_TOKENS = 1 << 28  # of a probe; 2 GB of token ids
@@ -55,7 +54,7 @@ class Probe:
             raise WaterfillError(f"probe {self.kind!r} and {given} do not go together; a text file makes a text probe")
 
 
-def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Progress | None = None) -> torch.Tensor:
+def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Step | None = None) -> torch.Tensor:
     """int64 `[sequences, length]`, deterministic for a seed. `tokenizer` is needed for text only."""
     length = min(probe.length, max_positions(model.config))
     if probe.kind == "self":
@@ -91,9 +90,7 @@ def max_positions(config: Any) -> int:
 
 
 @torch.no_grad()  # not inference mode: the tokens are an input of the backward passes that follow
-def _sample(
-    model: Any, sequences: int, length: int, generator: torch.Generator, progress: Progress | None
-) -> torch.Tensor:
+def _sample(model: Any, sequences: int, length: int, generator: torch.Generator, progress: Step | None) -> torch.Tensor:
     """Ancestral sampling through the key/value cache. A document that ends is followed by the next one."""
     tokens = torch.empty(sequences, length, dtype=torch.int64)
     start = _start_token(model.config)

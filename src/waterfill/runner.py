@@ -118,7 +118,7 @@ class _Native(_Opened):
 
 class _Transformers(_Opened):
     def __init__(self, artifact: Path, options: Options) -> None:
-        from waterfill.loading import load_tokenizer
+        from waterfill.original import load_tokenizer
 
         super().__init__(artifact, options)
         self._tokenizer = load_tokenizer(artifact)

@@ -22,9 +22,11 @@ from waterfill.choices import FILE as GENERATION
 from waterfill.codecs import LOSSLESS
 from waterfill.errors import ArtifactError, CheckpointError, WaterfillError
 from waterfill.files import SMALL_BYTES
-from waterfill.loading import check_generation, load_tokenizer
-from waterfill.pack import MARK, PLAN_FILE, SENSITIVITY_FILE
+from waterfill.original import check_generation, load_tokenizer
+from waterfill.pack import MARK
+from waterfill.plan import PLAN_FILE
 from waterfill.records import Record
+from waterfill.sensitivity import SENSITIVITY_FILE
 from waterfill.skeleton import build_skeleton
 from waterfill.templates import check_template
 from waterfill.writing import write_file

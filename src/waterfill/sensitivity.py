@@ -32,16 +32,18 @@ from torch import nn
 
 from waterfill import typed
 from waterfill.architecture import Matrix, parameters_of
+from waterfill.checkpoint import Checkpoint
 from waterfill.errors import WaterfillError
 from waterfill.estimators import Sample, fisher_pass, perturb_pass
 from waterfill.loss import Coefficients
+from waterfill.progress import Step
 from waterfill.typed import Count, Range
 
-Progress = Callable[[int, int], None]
 Method = Literal["fisher", "perturb"]
 
 VERSION = 1
 PASSES: Mapping[Method, Callable[..., Sample]] = MappingProxyType({"fisher": fisher_pass, "perturb": perturb_pass})
+SENSITIVITY_FILE = "waterfill-sensitivity.json"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def measure(
     batch: int = 1,
     fingerprint: str = "",
     probe: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Step | None = None,
 ) -> Sensitivity:
     """Estimate alpha and beta of every matrix.
 
@@ -163,3 +165,14 @@ def _only_trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
         model.zero_grad()
+
+
+def given_sensitivity(given: str | Path | Sensitivity, checkpoint: Checkpoint) -> Sensitivity:
+    """Sensitivities that were measured before; WaterfillError if they are not of these weights."""
+    measured = given if isinstance(given, Sensitivity) else Sensitivity.load(Path(given))
+    if measured.fingerprint != checkpoint.fingerprint:
+        raise WaterfillError(
+            f"the sensitivities are of other weights (fingerprint {measured.fingerprint}) than {checkpoint.path} "
+            f"holds ({checkpoint.fingerprint}); measure them again"
+        )
+    return measured

@@ -61,15 +61,6 @@ def generation_line(stats: GenerationStats) -> str:
     return f"{count}, first after {stats.first_token_s:.2f} s, then {stats.tokens_per_second:.1f} per second"
 
 
-def duration(elapsed_s: float) -> str:
-    """Seconds as people say them: 8.3 s, 2 min 5 s, 1 h 7 min."""
-    if elapsed_s < 60:
-        return f"{elapsed_s:.1f} s"
-    minutes, seconds = divmod(round(elapsed_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
 def _summary(plan: Plan) -> Table:
     """The totals, and what they are predicted to cost."""
     kept_bytes = sum(kept.size_bytes for kept in plan.kept)

@@ -20,12 +20,12 @@ import transformers
 
 from waterfill.artifact import open_artifact
 from waterfill.artifact.manifest import MANIFEST
-from waterfill.checkpoint import CONFIG, WEIGHT_DTYPES, open_checkpoint
+from waterfill.checkpoint import CONFIG, QUANT_METHOD, WEIGHT_DTYPES, open_checkpoint
 from waterfill.errors import WaterfillError
 from waterfill.evaluate.text import positions
 from waterfill.files import read_small, read_text
-from waterfill.hf import QUANT_METHOD
-from waterfill.loading import load, load_checkpoint_in, load_tokenizer, measuring_dtype, model_of
+from waterfill.loading import load, load_checkpoint_in
+from waterfill.original import load_tokenizer, measuring_dtype, model_of
 from waterfill.runtime.gguf import SUFFIX, GgufModel, GgufTokenizer
 
 PACKED, CHECKPOINT, GGUF = "packed", "checkpoint", "gguf"

@@ -16,11 +16,18 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from waterfill import api, native
+from waterfill import native
+from waterfill.architecture import describe
+from waterfill.budget import Budget
+from waterfill.checkpoint import open_checkpoint
 from waterfill.engine.opening import open_model
 from waterfill.errors import UnsupportedError, WaterfillError
 from waterfill.loading import load
+from waterfill.measuring import measure_checkpoint
 from waterfill.model_calls import output_cache, read
+from waterfill.options import ProbeOptions
+from waterfill.pack import pack_plan
+from waterfill.planner import Request, make_plan
 from waterfill.runtime import fused
 
 LARGEST_ERROR = 0.05  # of logits, relative; 8-bit activations that fall on the other side of a boundary leave 0.01
@@ -81,8 +88,8 @@ def _turned_off() -> str | None:
 
 def _packed(folder: Path) -> Path:
     """An artifact of random weights."""
-    checkpoint, artifact = folder / "model", folder / "packed"
-    checkpoint.mkdir()
+    path, artifact = folder / "model", folder / "packed"
+    path.mkdir()
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_CONFIG))
     random = torch.Generator().manual_seed(0)
@@ -92,9 +99,13 @@ def _packed(folder: Path) -> Path:
         else torch.ones(tensor.shape)
         for name, tensor in model.state_dict().items()
     }
-    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    (checkpoint / "config.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
-    api.pack(checkpoint, artifact, bits=5, codecs=[_CODEC], uniform=True, probe="random", sequences=2, length=8)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
+    checkpoint = open_checkpoint(path)
+    architecture = describe(checkpoint)
+    measured = measure_checkpoint(checkpoint, architecture, None, ProbeOptions(probe="random", sequences=2, length=8))
+    request = Request(Budget(bits=5), codecs=(_CODEC,), uniform=True)
+    pack_plan(make_plan(path.name, architecture, measured, request), checkpoint, architecture, artifact)
     return artifact
 
 

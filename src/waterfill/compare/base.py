@@ -7,8 +7,9 @@ by name (`select`); packages add theirs with `register`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from waterfill.architecture import Architecture
 from waterfill.checkpoint import Checkpoint
+from waterfill.compare.moments import second_moments
 from waterfill.errors import WaterfillError
 from waterfill.records import Record
 from waterfill.sensitivity import Sensitivity
@@ -35,7 +37,17 @@ class Subject:
     model: Any  # the original
     sensitivity: Sensitivity
     calibration: Tensor | None = None  # token ids [sequences, length] for the methods that need activations
-    memory: dict[str, Any] = field(default_factory=dict, repr=False)  # what several methods share: second moments
+
+    def calibration_tokens(self) -> Tensor:
+        """Token ids [sequences, length]; Unavailable where there are none."""
+        if self.calibration is None:
+            raise Unavailable("it needs calibration tokens")
+        return self.calibration
+
+    @cached_property
+    def moments(self) -> dict[str, Tensor]:
+        """Mean square of each input, float32 [in], by matrix; measured once, for several methods."""
+        return second_moments(self.model, self.architecture, self.calibration_tokens())
 
 
 OURS = ("waterfill", "waterfill-uniform")  # names of our own methods

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from waterfill.artifact import Buffer
 from waterfill.compare.base import Candidate, Method, Put, Subject, Unavailable, register
-from waterfill.compare.moments import second_moments
 from waterfill.compare.stored import Stored, run_quantiser, stored
 
 F16 = 1
@@ -98,7 +97,7 @@ def run(kind: str, subject: Subject, put: Put, *, weighted: bool = False) -> Can
     if not weighted:
         result = run_quantiser(partial(quantise, kind=kind), subject, put)
     else:
-        moments = second_moments(subject)
+        moments = subject.moments
         names = iter([matrix.name for matrix in subject.architecture.matrices])
         result = run_quantiser(lambda weight: quantise(weight, kind, moments.get(next(names))), subject, put)
     return Candidate(result.size_bytes, result.bits, note="; ".join(filter(None, (note, result.note))))

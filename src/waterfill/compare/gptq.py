@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from waterfill.architecture import Matrix, parameters_of
 from waterfill.artifact import Buffer
 from waterfill.compare.base import Candidate, Method, Put, Subject, Unavailable, register
-from waterfill.compare.moments import calibration_of, module_of
+from waterfill.compare.moments import module_of
 from waterfill.compare.peers import library
 from waterfill.compare.stored import as_it_is, file_bytes, kept_buffers, stored
 from waterfill.estimators import matrix_view
@@ -40,14 +40,14 @@ def run(bits: int, subject: Subject, put: Put) -> Candidate:
     """All linear matrices at `bits`, groups of 128, scales and zero points per group."""
     package = library("gptqmodel.quantization.gptq", "gptqmodel")
     config = library("gptqmodel.quantization", "gptqmodel").QuantizeConfig
-    tokens = calibration_of(subject)
+    tokens = subject.calibration_tokens()
     model = copy.deepcopy(subject.model)
     parameters = parameters_of(model)
     buffers: list[Buffer] = []
     payload, kept = 0, []
     for _, members in groupby(subject.architecture.matrices, key=_layer):
         matrices = list(members)
-        modules = {matrix.name: module_of(subject, model, matrix) for matrix in matrices}
+        modules = {matrix.name: module_of(subject.architecture, model, matrix) for matrix in matrices}
         solvers = {
             name: _solver(package, config, module, bits)
             for name, module in modules.items()

@@ -21,7 +21,6 @@ from waterfill.architecture import Matrix, parameters_of
 from waterfill.artifact import Buffer
 from waterfill.compare.base import Candidate, Method, Put, Subject, Unavailable, register
 from waterfill.compare.ggml import NAMES, quantise
-from waterfill.compare.moments import second_moments
 from waterfill.compare.peers import library
 from waterfill.compare.stored import file_bytes, kept_buffers
 from waterfill.estimators import matrix_view
@@ -51,7 +50,7 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  
 def run(mixture: str, subject: Subject, put: Put, *, weighted: bool = False) -> Candidate:
     """Every matrix in the type that llama.cpp chooses for it."""
     chosen = chosen_types(mixture, subject)
-    moments = second_moments(subject) if weighted else {}
+    moments = subject.moments if weighted else {}
     parameters = parameters_of(subject.model)
     buffers: list[Buffer] = []
     payload = 0

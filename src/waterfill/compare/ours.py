@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,8 +11,7 @@ from waterfill.compare.base import Candidate, Method, Put, Subject
 from waterfill.pack import pack_plan
 from waterfill.plan import Plan
 from waterfill.planner import Request, make_plan
-
-Step = Callable[[int, int], None]
+from waterfill.progress import Step
 
 
 def plan_for(subject: Subject, request: Request) -> Plan:

@@ -29,9 +29,9 @@ from waterfill.errors import BudgetError, first_line
 from waterfill.estimators import matrix_view
 from waterfill.evaluate import divergence
 from waterfill.planner import Request
+from waterfill.progress import Progress, step_of
 from waterfill.records import Record, frame
 
-Progress = Callable[[str, int, int], None]
 DEFAULT_BITS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def compare_methods(
     """
     request = request or Request(Budget(bits=16.0))
     bench = _Bench(subject, ids, context, batch, progress)
-    packing = _step(progress, "packing")
+    packing = step_of(progress, "packing")
     cases = [_budget_case(subject, request, name, budget, packing) for name in ours for budget in budgets]
     cases += list(methods)
     rows: list[Row] = []
@@ -200,7 +200,7 @@ class _Bench:
             plan = plan_for(self.subject, request)
         except BudgetError:
             return row
-        packing = _step(self.progress, "packing")
+        packing = step_of(self.progress, "packing")
         ours = self.row(packed(plan, title="waterfill", name="waterfill", progress=packing))
         return replace(row, ours_size_bytes=ours.size_bytes, ours_kl=ours.kl, ours_kl_stderr=ours.kl_stderr)
 
@@ -221,7 +221,7 @@ class _Bench:
             self.ids,
             context=self.context,
             batch=self.batch,
-            progress=_step(self.progress, "measuring"),
+            progress=step_of(self.progress, "measuring"),
         )
         self.ppl_reference = found.ppl_reference
         predicted = candidate.predicted or (None, None, None)
@@ -247,10 +247,6 @@ class _Bench:
         for own, original in zip(self._copy.parameters(), self.subject.model.parameters(), strict=True):
             own.copy_(original)
         return self._copy
-
-
-def _step(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
 
 
 def _ahead(row: Row) -> bool:

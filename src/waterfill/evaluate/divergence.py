@@ -18,7 +18,7 @@ from waterfill.errors import WaterfillError
 from waterfill.evaluate.conventions import Convention, Window, convention
 from waterfill.evaluate.expected import Exact, Expected, Scores, score
 from waterfill.evaluate.journal import Journal
-from waterfill.evaluate.scoring import Progress, prepare, score_windows, standard_error, window_logits
+from waterfill.evaluate.scoring import prepare, score_windows, standard_error, window_logits
 from waterfill.evaluate.statistics import (
     KlStatistics,
     PerplexityStatistics,
@@ -28,6 +28,7 @@ from waterfill.evaluate.statistics import (
     token_statistics,
 )
 from waterfill.evaluate.text import positions
+from waterfill.progress import Step
 from waterfill.records import Record
 
 COLUMNS = len(Scores._fields)
@@ -93,7 +94,7 @@ def divergence(
     *,
     context: int | None = None,
     batch: int = 1,
-    progress: Progress | None = None,
+    progress: Step | None = None,
     convention: str = "gptq",
     stride: int | None = None,
     bos: int | None = None,

@@ -16,7 +16,6 @@ from torch import Tensor
 from waterfill.evaluate.conventions import Window, convention
 from waterfill.evaluate.journal import Journal
 from waterfill.evaluate.scoring import (
-    Progress,
     check_finite,
     prepare,
     rows_in_scratch,
@@ -26,6 +25,7 @@ from waterfill.evaluate.scoring import (
     window_logits,
 )
 from waterfill.evaluate.text import positions
+from waterfill.progress import Step
 from waterfill.records import Record
 
 COLUMNS = 1  # of the scores of a window
@@ -53,7 +53,7 @@ def perplexity(
     *,
     context: int | None = None,
     batch: int = 1,
-    progress: Progress | None = None,
+    progress: Step | None = None,
     convention: str = "gptq",
     stride: int | None = None,
     bos: int | None = None,

@@ -17,8 +17,8 @@ from waterfill.evaluate.conventions import Convention, Window, batches, stacked
 from waterfill.evaluate.journal import Journal
 from waterfill.evaluate.text import positions
 from waterfill.model_calls import read, read_on
+from waterfill.progress import Step
 
-Progress = Callable[[int, int], None]  # called with (windows done, windows in all)
 Score = Callable[[Sequence[Window]], list[Tensor]]
 
 SCRATCH_BYTES = 64 << 20  # bound on the widened copies of logits that are alive at a time
@@ -26,7 +26,7 @@ ENOUGH_WINDOWS = 8  # fewer say too little about the spread between windows
 
 
 def score_windows(
-    cut: Sequence[Window], score: Score, *, batch: int, progress: Progress | None, journal: Journal | None = None
+    cut: Sequence[Window], score: Score, *, batch: int, progress: Step | None, journal: Journal | None = None
 ) -> list[Tensor]:
     """Scores, float64 [columns, targets], of every window, in order: `score` gets some windows of one shape at a time.
 

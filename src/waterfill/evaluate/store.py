@@ -29,7 +29,8 @@ from waterfill.budget import parse_size
 from waterfill.errors import WaterfillError
 from waterfill.evaluate.conventions import Convention, Window
 from waterfill.evaluate.expected import SAMPLED, Exact, Expected, TopK, condense
-from waterfill.evaluate.scoring import Progress, check_finite, prepare, score_windows, window_logits
+from waterfill.evaluate.scoring import check_finite, prepare, score_windows, window_logits
+from waterfill.progress import Step
 from waterfill.writing import write_file
 
 LIMIT_VARIABLE = "WATERFILL_CACHE_SIZE"
@@ -107,7 +108,7 @@ class ReferenceStore:
         return bool(self._meta) and all(self._file(window).exists() for window in cut)
 
     def fill(
-        self, model: Any, cut: Sequence[Window], how: Convention, *, batch: int = 1, progress: Progress | None = None
+        self, model: Any, cut: Sequence[Window], how: Convention, *, batch: int = 1, progress: Step | None = None
     ) -> bool:
         """Compute the windows that are missing. False, with nothing stored, where too little of them would fit."""
         prepare(model, cut)

@@ -20,11 +20,10 @@ from waterfill.compare.base import OURS, Row
 from waterfill.compare.curve import CurvePoint, between, predicted_curve
 from waterfill.evaluate import Divergence
 from waterfill.loss import Coefficients
-from waterfill.pack import PLAN_FILE, SENSITIVITY_FILE
-from waterfill.plan import Plan
+from waterfill.plan import PLAN_FILE, Plan
 from waterfill.planner import MARGINS, Request
 from waterfill.report.bound import ideal_bytes, least_loss
-from waterfill.sensitivity import Sensitivity
+from waterfill.sensitivity import SENSITIVITY_FILE, Sensitivity
 
 ON_CURVE = 1.1  # of the curve, that a plan may promise to lose and still be one of the best
 PACKAGES = ("waterfill", "torch", "transformers", "safetensors", "tokenizers")

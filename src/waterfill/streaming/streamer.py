@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -25,6 +25,7 @@ import numpy.typing as npt
 from waterfill import native, process
 from waterfill.artifact.format import hasher
 from waterfill.errors import ArtifactError, WaterfillError
+from waterfill.progress import Step
 from waterfill.streaming.ahead import ReadAhead
 from waterfill.streaming.calibration import calibrate
 from waterfill.streaming.chunks import Chunk, ChunkData, StreamedMatrix
@@ -39,7 +40,6 @@ CHECKED_BYTES = 1 << 20  # read at a time where digests are compared
 ALONE_S = 1.0  # of reading alone
 CACHE_SHARE = 0.9  # of what is left over, for experts
 
-Progress = Callable[[int, int], object]
 
 _log = logging.getLogger("waterfill.streaming")
 
@@ -69,7 +69,7 @@ class Streamer:
         spare_bytes: int,
         limit_bytes: int,
         verify: bool,
-        progress: Progress | None = None,
+        progress: Step | None = None,
     ) -> None:
         self._storage, self._limit_bytes = storage, limit_bytes
         self._matrices = (*sequence, *others)
@@ -201,7 +201,7 @@ class Streamer:
 
     # ----------------------------------------------------------------------------------------------- what is held
 
-    def _fill(self, verify: bool, progress: Progress | None) -> None:
+    def _fill(self, verify: bool, progress: Step | None) -> None:
         """Load what is kept; with `verify`, read everything and compare it with its digests."""
         kept, decoded = self.residency.kept, set(self.residency.decoded)
         total = sum(m.coded_bytes for m in self._matrices) if verify else sum(c.region.size_bytes for c in kept)
