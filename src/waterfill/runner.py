@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from waterfill.errors import MemoryLimitError, UnsupportedError, WaterfillError
-from waterfill.sampling import GenerationStats, Message, Sampling, check_speculation
+from waterfill.messages import Message
+from waterfill.sampling import GenerationStats, Sampling, check_speculation
 from waterfill.streaming.streamer import Streamer
 
 Choice = Literal["auto", "native", "transformers"]

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from waterfill.arguments import SEED, Check, check, number, whole
-from waterfill.errors import WaterfillError, first_line
+from waterfill.errors import WaterfillError
 
 DRAFT_TOKENS = 5  # that a draft writes before they are verified
-
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
 _EXTREME = 1e6  # that logits are divided or multiplied by at most: float32 has room for the result
@@ -90,36 +88,6 @@ def check_speculation(draft: object, lookup: int | None) -> None:
         raise WaterfillError("tokens are drafted by a model or looked up in the text; give either draft or lookup")
     if lookup is not None:
         check("lookup", lookup, whole(1))
-
-
-def check_text(text: str) -> None:
-    """Refuse surrogates, which Python makes of bytes in a terminal or pipe that are not UTF-8: tokenizers know none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise WaterfillError(
-            f"the prompt is not valid UTF-8: its character {error.start + 1} is {text[error.start]!r}; "
-            "write it in UTF-8"
-        ) from error
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Refuse a conversation without messages, or with one that lacks a role or has no text."""
-    if not messages or not all({"role", "content"} <= message.keys() for message in messages):
-        raise WaterfillError("a conversation is one or more messages with 'role' and 'content'; give at least one")
-    for message in messages:
-        check_text(str(message["content"]))
-
-
-def plain_lines(messages: Sequence[Message]) -> str:
-    """A conversation as text, for models without a chat template, which continue it after the last "Assistant:"."""
-    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-    return "\n".join([*lines, "Assistant:"])
-
-
-def refused(error: Exception) -> WaterfillError:
-    """The error for a chat template that will not have a conversation."""
-    return WaterfillError(f"the model's chat template refuses the conversation ({first_line(error)}); change it")
 
 
 def begun(ids: list[int], beginning: int | None) -> list[int]:

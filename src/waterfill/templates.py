@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.utils import Namespace
 
 from waterfill.errors import WaterfillError, first_line
-from waterfill.sampling import Message, refused
+from waterfill.messages import Message, refused
 from waterfill.sandbox import CHARACTERS, MOST_SOURCE, BoundedEnvironment, Budget
 
 WORK, WORK_EACH = 2_000_000, 256  # steps of a template, and more for each few characters of a conversation

@@ -13,7 +13,8 @@ from waterfill.engine.generation import Generation, generate
 from waterfill.engine.opening import open_model
 from waterfill.engine.spec import read_spec
 from waterfill.engine.tokenizer_files import load_tokenizer
-from waterfill.sampling import Message, Sampling
+from waterfill.messages import Message
+from waterfill.sampling import Sampling
 from waterfill.streaming.streamer import Streamer
 
 

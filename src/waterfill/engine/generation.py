@@ -20,7 +20,8 @@ from waterfill.engine.model import TokenModel, read
 from waterfill.engine.speculate import Draft, Drafter, DraftModel, Lookup, verify
 from waterfill.engine.text import TextStream, Tokenizer
 from waterfill.errors import WaterfillError, unknown_token
-from waterfill.sampling import DRAFT_TOKENS, GenerationStats, Message, Sampling, check_speculation, room
+from waterfill.messages import Message
+from waterfill.sampling import DRAFT_TOKENS, GenerationStats, Sampling, check_speculation, room
 
 
 @dataclass

@@ -9,7 +9,8 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from waterfill.errors import WaterfillError
-from waterfill.sampling import Message, begun, check_messages, check_text, plain_lines
+from waterfill.messages import Message, check_messages, check_text, plain_lines
+from waterfill.sampling import begun
 from waterfill.tokenizing import in_words
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no character, or not yet

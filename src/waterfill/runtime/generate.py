@@ -21,19 +21,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from waterfill.choices import FILE
 from waterfill.errors import WaterfillError, first_line, unknown_token
-from waterfill.sampling import (
-    DRAFT_TOKENS,
-    GenerationStats,
-    Message,
-    Sampling,
-    begun,
-    check_messages,
-    check_speculation,
-    check_text,
-    plain_lines,
-    refused,
-    room,
-)
+from waterfill.messages import Message, check_messages, check_text, plain_lines, refused
+from waterfill.sampling import DRAFT_TOKENS, GenerationStats, Sampling, begun, check_speculation, room
 from waterfill.templates import conversation_text
 from waterfill.tokenizing import failed, in_words
 
