@@ -21,8 +21,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from common import REPOSITORY, Report, parse_arguments
-from waterfill.allocate import Allocation, Choice, allocate, relax, smallest
+from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
+from waterfill.planning.allocate import Allocation, Choice, allocate, relax, smallest
 
 Menus = list[list[Choice]]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from allocation import PUBLISHED_T2
-from common import REPOSITORY, Report, parse_arguments
+from benchmarks.allocation import PUBLISHED_T2
+from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
 from waterfill.codecs import Higgs, get_codec
-from waterfill.menu import CODECS
+from waterfill.planning.menu import CODECS
 
 FIGURE = REPOSITORY / "docs" / "images" / "rate-distortion.png"
 WIDTHS = (256, 1024, 4096)

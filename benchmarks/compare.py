@@ -25,18 +25,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import EXAMPLE_MODEL, REPOSITORY, Report, held_out_text, parse_arguments
-from models import Subject as Opened
-from models import open_subject, split_windows, spread
-from waterfill.budget import Budget
+from benchmarks.shared.models import Subject as Opened
+from benchmarks.shared.models import open_subject, split_windows, spread
+from benchmarks.shared.report import EXAMPLE_MODEL, REPOSITORY, Report, held_out_text, parse_arguments
+from waterfill.base.errors import WaterfillError
 from waterfill.codecs import get_codec
-from waterfill.compare import DEFAULT_BITS, OURS, Comparison, Method, Row, Subject, compare_methods, select
-from waterfill.compare.ours import packed, plan_for
-from waterfill.errors import WaterfillError
-from waterfill.menu import CODECS
-from waterfill.planner import Request
-from waterfill.probe import Probe, probe_tokens
-from waterfill.sensitivity import Sensitivity, measure
+from waterfill.planning.budget import Budget
+from waterfill.planning.menu import CODECS
+from waterfill.planning.planner import Request
+from waterfill.planning.probe import Probe, probe_tokens
+from waterfill.planning.sensitivity import Sensitivity, measure
+from waterfill.studies.comparison import DEFAULT_BITS, OURS, Comparison, Method, Row, Subject, compare_methods, select
+from waterfill.studies.comparison.ours import packed, plan_for
 
 FIGURES = REPOSITORY / "docs" / "images"
 CONTEXT = 512
@@ -193,7 +193,7 @@ def criteria(report: Report, found: Comparison) -> None:
 
 
 def draw_comparison(found: Comparison, path: Path) -> None:
-    from waterfill.compare.plot import plot
+    from waterfill.studies.comparison.plot import plot
 
     path.parent.mkdir(parents=True, exist_ok=True)
     plot(found).savefig(path, facecolor="white")

@@ -22,11 +22,11 @@ from textwrap import fill
 import torch
 import transformers
 
-from common import REPOSITORY, Report, parse_arguments
+from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from family_check import BITS, FAMILIES, TOLERANCE, Outcome, check
+from tests.support.family_check import BITS, FAMILIES, TOLERANCE, Outcome, check
 
 PAGE = REPOSITORY / "docs" / "families.md"
 STATUSES = ("passed", "failed", "refused", "not built")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 import waterfill
-from common import EXAMPLE_MODEL, Report, median_spread, parse_arguments
-from limits import process_memory
-from make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
+from benchmarks.shared.limits import process_memory
+from benchmarks.shared.make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
+from benchmarks.shared.report import EXAMPLE_MODEL, Report, median_spread, parse_arguments
 from waterfill.codecs import get_codec
-from waterfill.codecs.base import BLOCK_WEIGHTS
+from waterfill.codecs.contract import BLOCK_WEIGHTS
 
 BITS = 4.0
 PACK_LIMIT_BYTES = 1_500_000_000

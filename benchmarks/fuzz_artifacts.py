@@ -27,14 +27,14 @@ from pathlib import Path
 import torch
 import transformers
 
-from common import REPOSITORY, Report, parse_arguments
-from waterfill import process as memory
+from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
+from waterfill.base import process as memory
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from artifact_loaders import FindingError, judge
-from artifact_mutations import Mutator, write
-from fuzz_samples import sample_artifacts
+from tests.support.artifact_loaders import FindingError, judge
+from tests.support.artifact_mutations import Mutator, write
+from tests.support.fuzz_samples import sample_artifacts
 
 MINUTES, QUICK_MINUTES = 30.0, 0.5
 HANG_S = 60.0  # a case takes a second or two

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
-from models import (
+from benchmarks.shared.models import (
     UNIFORM_CODECS,
     Measured,
     allotted_plan,
@@ -27,12 +26,13 @@ from models import (
     stored_bits,
     uniform_plan,
 )
-from small_gpt2 import QUICK, Training, small_gpt2
-from waterfill.artifact import RAW
-from waterfill.loss import GAINS, Gain, gain_rho
-from waterfill.menu import planned_kl
-from waterfill.plan import Plan
-from waterfill.sensitivity import Sensitivity
+from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from benchmarks.shared.small_gpt2 import QUICK, Training, small_gpt2
+from waterfill.files.artifact import RAW
+from waterfill.planning.loss import GAINS, Gain, gain_rho
+from waterfill.planning.menu import planned_kl
+from waterfill.planning.plan import Plan
+from waterfill.planning.sensitivity import Sensitivity
 
 RATES = (2.0, 3.0, 3.25, 4.0, 5.0, 6.0)
 QUICK_RATES = (2.0, 4.0)

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from common import EXAMPLE_MODEL, Report, parse_arguments
-from waterfill import api, native
-from waterfill.architecture import describe
-from waterfill.checkpoint import open_checkpoint
+from benchmarks.shared.report import EXAMPLE_MODEL, Report, parse_arguments
+from waterfill import api
+from waterfill.base import native
 from waterfill.codecs import lossless
+from waterfill.files.architecture import describe
+from waterfill.files.checkpoint import open_checkpoint
 
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 ZIPNN_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}

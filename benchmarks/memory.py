@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import waterfill
-from common import Report, held_out_text, parse_arguments
-from limits import Limits, run_limited
-from make_checkpoint import TINY, make_checkpoint
-from stream_models import even_sensitivity
+from benchmarks.shared.limits import Limits, run_limited
+from benchmarks.shared.make_checkpoint import TINY, make_checkpoint
+from benchmarks.shared.report import Report, held_out_text, parse_arguments
+from benchmarks.streaming.models import even_sensitivity
 
 SHAPES = TINY | {
     "hidden_size": 1024,
@@ -48,7 +48,7 @@ sys.argv, sys.stdin = ["waterfill", *request["arguments"]], io.StringIO("\\n".jo
 out, sys.stdout, sys.stderr = sys.stdout, io.StringIO(), io.StringIO()
 status = 0
 try:
-    from waterfill.cli import main
+    from waterfill.cli.main import main
     main()
 except SystemExit as end:
     status = int(end.code or 0)

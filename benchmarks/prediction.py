@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
-from models import (
+from benchmarks.shared.models import (
     UNIFORM_CODECS,
     Measured,
     Subject,
@@ -32,11 +31,12 @@ from models import (
     stored_bits,
     uniform_plan,
 )
-from waterfill.architecture import Matrix
-from waterfill.menu import planned_kl
-from waterfill.plan import Plan, TensorPlan
-from waterfill.planner import REGIME_KL
-from waterfill.sensitivity import Sensitivity
+from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from waterfill.files.architecture import Matrix
+from waterfill.planning.menu import planned_kl
+from waterfill.planning.plan import Plan, TensorPlan
+from waterfill.planning.planner import REGIME_KL
+from waterfill.planning.sensitivity import Sensitivity
 
 CONTEXT = 512
 RATES = (2.0, 3.0, 3.25, 4.0, 5.0, 6.0)

@@ -22,19 +22,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from common import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
-from models import Subject, decoded_copy, measure_sensitivity, open_subject, split_windows
-from waterfill.budget import Budget
-from waterfill.compare import Unavailable
-from waterfill.compare.peers import bnb_4bit, hqq
-from waterfill.compare.rounding import round_to_nearest
-from waterfill.compare.stored import Quantiser
-from waterfill.estimators import matrix_view
-from waterfill.evaluate import Divergence, divergence
-from waterfill.grids import available
-from waterfill.plan import Plan
-from waterfill.planner import Request, make_plan
-from waterfill.sensitivity import Sensitivity
+from benchmarks.shared.models import Subject, decoded_copy, measure_sensitivity, open_subject, split_windows
+from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from waterfill.codecs.grids import available
+from waterfill.evaluation import Divergence, divergence
+from waterfill.planning.budget import Budget
+from waterfill.planning.estimators import matrix_view
+from waterfill.planning.plan import Plan
+from waterfill.planning.planner import Request, make_plan
+from waterfill.planning.sensitivity import Sensitivity
+from waterfill.studies.comparison import Unavailable
+from waterfill.studies.comparison.peers import bnb_4bit, hqq
+from waterfill.studies.comparison.rounding import round_to_nearest
+from waterfill.studies.comparison.stored import Quantiser
 
 CONTEXT = 512
 ALLOTTED_BITS = 3.25

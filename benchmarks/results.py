@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY
+from benchmarks.shared.report import REPOSITORY
 
 RESULTS = REPOSITORY / "docs" / "results.md"
 INTRODUCTION = """# Results

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from common import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
-from models import Subject, open_subject, split_windows, spread
-from waterfill.loss import Coefficients
-from waterfill.sensitivity import Method, measure
+from benchmarks.shared.models import Subject, open_subject, split_windows, spread
+from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from waterfill.planning.loss import Coefficients
+from waterfill.planning.sensitivity import Method, measure
 
 PART = 2  # sequences per run; a standard error needs two
 

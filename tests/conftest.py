@@ -18,11 +18,11 @@ import torch
 from hypothesis import settings
 
 import waterfill
-from commands import SCALAR, Command, Result
-from models import tiny_llama
-from waterfill import cli
-from waterfill.architecture import Architecture, describe
-from waterfill.checkpoint import open_checkpoint
+from tests.support.commands import SCALAR, Command, Result
+from tests.support.models import tiny_llama
+from waterfill.cli import main as cli
+from waterfill.files.architecture import Architecture, describe
+from waterfill.files.checkpoint import open_checkpoint
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

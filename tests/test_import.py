@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib import import_module
 from types import ModuleType
 
 import pytest
 
 import waterfill
-from waterfill import api, api_studies
+from waterfill import api
 
 HELP = """
 import sys
-from waterfill.cli import main
+from waterfill.cli.main import main
 try:
     main()
 except SystemExit as end:
@@ -27,15 +26,15 @@ import sys
 import waterfill
 assert "plan" in dir(waterfill)
 assert not {"torch", "transformers", "numpy"} & sys.modules.keys()
-import waterfill.plan
 from waterfill import plan, Plan
 assert plan is waterfill.plan is sys.modules["waterfill.api"].plan
-assert Plan is sys.modules["waterfill.plan"].Plan
+assert Plan is sys.modules["waterfill.planning.plan"].Plan
 """
 
 REGISTERED = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from waterfill.hf import WaterfillConfig, WaterfillQuantizer
+from waterfill.running.hf.plugin import WaterfillConfig
+from waterfill.running.hf.plugin import WaterfillQuantizer
 assert AUTO_QUANTIZER_MAPPING["waterfill"] is WaterfillQuantizer
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["waterfill"] is WaterfillConfig
 import json, transformers.quantizers
@@ -80,14 +79,6 @@ def test_every_public_name_is_there() -> None:
         waterfill.quantise  # type: ignore[attr-defined]  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["plan", "pack", "sensitivity", "evaluate", "compare", "report", "seal"])
-def test_a_verb_wins_over_the_module_of_its_name(name: str) -> None:
-    module = import_module(f"waterfill.{name}")
-    assert isinstance(module, ModuleType)
-    home = module if name == "seal" else api_studies if name in ("compare", "report") else api
-    assert getattr(waterfill, name) is getattr(home, name)
-
-
 def test_names_can_be_replaced_and_put_back() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(waterfill, "load", "another")
@@ -103,8 +94,8 @@ def test_names_can_be_replaced_and_put_back() -> None:
         "import waterfill, transformers",
         "import transformers, waterfill",
         "import transformers.modeling_utils, waterfill",
-        "import waterfill.hf",
-        "import waterfill.runtime.install",
+        "import waterfill.running.hf.plugin",
+        "import waterfill.running.hf.install",
     ],
 )
 def test_transformers_knows_the_plug_in_whatever_is_imported_first(order: str) -> None:

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-import models
 import waterfill
-from kernel_samples import NOT_BUILT
-from plans import plan_for
-from waterfill import native
-from waterfill.artifact import open_artifact
-from waterfill.budget import Budget
-from waterfill.errors import MemoryLimitError
-from waterfill.runtime.packed import PackedMatrix
-from waterfill.streaming import Activations, Storage, StreamedMatrix, Streamer, View
-from waterfill.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Working, room
+from tests.support import models
+from tests.support.kernel_samples import NOT_BUILT
+from tests.support.plans import plan_for
+from waterfill.base import native
+from waterfill.base.errors import MemoryLimitError
+from waterfill.files.artifact import open_artifact
+from waterfill.planning.budget import Budget
+from waterfill.running.hf.packed import PackedMatrix
+from waterfill.running.streaming import Activations, Storage, StreamedMatrix, Streamer, View
+from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Working, room
 
 TRELLIS, FIXED = "trellis-s8-r3.0000", "higgs-p2-n16"
 TOKENS = 5
@@ -34,8 +34,14 @@ needs_native = pytest.mark.skipif(native.library() is None, reason=NOT_BUILT)
 
 IMPORTS = """
 import sys
-import waterfill.streaming, waterfill.codecs, waterfill.artifact, waterfill.grids, waterfill.hadamard
-import waterfill.native, waterfill.integer_grids, waterfill.streaming.limit
+import waterfill.running.streaming
+import waterfill.codecs
+import waterfill.files.artifact
+import waterfill.codecs.grids
+import waterfill.codecs.hadamard
+import waterfill.base.native
+import waterfill.codecs.integers
+import waterfill.running.streaming.limit
 print({"torch", "transformers", "safetensors.torch", "tqdm"} & set(sys.modules))
 """
 
@@ -43,9 +49,15 @@ RUN = """
 import sys
 from pathlib import Path
 import numpy as np
-from waterfill.artifact import open_artifact, read_bytes
+from waterfill.files.artifact import open_artifact
+from waterfill.files.artifact import read_bytes
 from waterfill.codecs import LOSSLESS, lossless
-from waterfill.streaming import Storage, StreamedMatrix, Streamer, View, calibration, chunks
+from waterfill.running.streaming import Storage
+from waterfill.running.streaming import StreamedMatrix
+from waterfill.running.streaming import Streamer
+from waterfill.running.streaming import View
+from waterfill.running.streaming import calibration
+from waterfill.running.streaming import chunks
 
 artifact, out, keep, tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 calibration.READING_S = calibration.WORKING_S = 0.0
@@ -89,7 +101,7 @@ print({"torch", "transformers", "safetensors.torch"} & set(sys.modules))
 
 THREADS = """
 import sys
-from waterfill import native
+from waterfill.base import native
 before = native.threads(), native.library().shares_threads
 import torch
 from waterfill import kernels

@@ -16,31 +16,22 @@ imported, before or after.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from waterfill._lazy import after_import, export_lazily
-from waterfill.errors import ArtifactError, BudgetError, CheckpointError, WaterfillError
-from waterfill.version import __version__
+from waterfill.base.errors import ArtifactError, BudgetError, CheckpointError, WaterfillError
+from waterfill.base.lazy import after_import
+from waterfill.base.version import __version__
 
 if TYPE_CHECKING:
-    from waterfill.api import (
-        Evaluation,
-        Inspection,
-        evaluate,
-        inspect,
-        load,
-        pack,
-        plan,
-        sensitivity,
-    )
-    from waterfill.api_studies import compare
-    from waterfill.compare import Comparison
-    from waterfill.engine.engine import Engine
-    from waterfill.plan import Plan
-    from waterfill.report import Report
-    from waterfill.report.write import report
-    from waterfill.runtime.generate import generate
-    from waterfill.seal import Sealed, seal
+    from waterfill.api import Evaluation, Inspection, evaluate, inspect, load, pack, plan, sensitivity
+    from waterfill.packing.seal import Sealed, seal
+    from waterfill.planning.plan import Plan
+    from waterfill.running.engine.engine import Engine
+    from waterfill.running.hf.generate import generate
+    from waterfill.studies.comparison import Comparison
+    from waterfill.studies.comparison.study import compare
+    from waterfill.studies.report import Report
+    from waterfill.studies.report.write import report
 
 __all__ = [
     "ArtifactError",
@@ -67,20 +58,32 @@ __all__ = [
     "sensitivity",
 ]
 
-_API = ("Evaluation", "Inspection", "evaluate", "inspect", "load", "pack", "plan", "sensitivity")
+_HOMES = {
+    **dict.fromkeys(
+        ("Evaluation", "Inspection", "evaluate", "inspect", "load", "pack", "plan", "seal", "sensitivity"),
+        "waterfill.api",
+    ),
+    "Comparison": "waterfill.studies.comparison",
+    "Engine": "waterfill.running.engine.engine",
+    "Plan": "waterfill.planning.plan",
+    "Report": "waterfill.studies.report",
+    "Sealed": "waterfill.packing.seal",
+    "compare": "waterfill.studies.comparison.study",
+    "generate": "waterfill.running.hf.generate",
+    "report": "waterfill.studies.report.write",
+}
 
-export_lazily(
-    __name__,
-    {
-        **dict.fromkeys(_API, "waterfill.api"),
-        "compare": "waterfill.api_studies",
-        "report": "waterfill.report.write",
-        "Comparison": "waterfill.compare",
-        "Engine": "waterfill.engine.engine",
-        "Plan": "waterfill.plan",
-        "Report": "waterfill.report",
-        "generate": "waterfill.runtime.generate",
-        **dict.fromkeys(("Sealed", "seal"), "waterfill.seal"),
-    },
-)
-after_import("transformers.quantizers", lambda: import_module("waterfill.hf"))
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported from its own module when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'waterfill' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+after_import("transformers.quantizers", lambda: import_module("waterfill.running.hf.plugin"))

@@ -13,27 +13,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack, cast
 
-from waterfill.ambient import own_torch_modes
-from waterfill.architecture import Architecture, Kept, Matrix, describe
-from waterfill.arguments import checked
-from waterfill.artifact import RAW, check_target, open_artifact
-from waterfill.budget import Budget, format_size, parse_size
-from waterfill.checkpoint import Checkpoint, open_checkpoint
+from waterfill.base.ambient import own_torch_modes
+from waterfill.base.arguments import checked
+from waterfill.base.errors import BudgetError, WaterfillError
+from waterfill.base.progress import Progress
+from waterfill.base.writing import prepare_file, write_file
 from waterfill.codecs import LOSSLESS
-from waterfill.errors import BudgetError, WaterfillError
-from waterfill.evaluation import Evaluation, evaluate
-from waterfill.kept import coded_bytes
-from waterfill.loading import load
-from waterfill.measuring import as_text, measure_checkpoint
-from waterfill.menu import CodedBytes, codec_names
-from waterfill.options import CHECKS, PlanOptions, ProbeOptions
-from waterfill.original import load_tokenizer
-from waterfill.pack import pack_plan
-from waterfill.plan import Plan, Unused, read_plan
-from waterfill.planner import EVERYTHING, Request, make_lossless_plan, make_plan
-from waterfill.progress import Progress
-from waterfill.sensitivity import SENSITIVITY_FILE, Sensitivity, given_sensitivity
-from waterfill.writing import prepare_file, write_file
+from waterfill.evaluation.evaluate import Evaluation, evaluate
+from waterfill.files.architecture import Architecture, Kept, Matrix, describe
+from waterfill.files.artifact import RAW, check_target, open_artifact
+from waterfill.files.checkpoint import Checkpoint, open_checkpoint
+from waterfill.files.original import load_tokenizer
+from waterfill.packing.kept import coded_bytes
+from waterfill.packing.pack import pack_plan
+from waterfill.packing.seal import seal
+from waterfill.planning.budget import Budget, format_size, parse_size
+from waterfill.planning.measuring import as_text, measure_checkpoint
+from waterfill.planning.menu import CodedBytes, codec_names
+from waterfill.planning.options import CHECKS, PlanOptions, ProbeOptions
+from waterfill.planning.plan import Plan, Unused, read_plan
+from waterfill.planning.planner import EVERYTHING, Request, make_lossless_plan, make_plan
+from waterfill.planning.sensitivity import SENSITIVITY_FILE, Sensitivity, given_sensitivity
+from waterfill.running.loading import load
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ __all__ = [
     "pack",
     "plan",
     "read_plan",
+    "seal",
     "sensitivity",
 ]
 

@@ -1,6 +1,6 @@
 """Codecs: matrices to named buffers and back. `get_codec(name)` is the door; `base` is the contract."""
 
-from waterfill.codecs.base import (
+from waterfill.codecs.contract import (
     BufferLayout,
     Codec,
     Encoded,
@@ -13,13 +13,13 @@ from waterfill.codecs.base import (
     register_codec,
 )
 from waterfill.codecs.higgs import Higgs, scale_exponent
-from waterfill.codecs.higgs import higgs as _higgs  # `codecs.higgs` stays the module
+from waterfill.codecs.higgs import higgs as _higgs
 from waterfill.codecs.levels import Levels
 from waterfill.codecs.levels import levels as _levels
 from waterfill.codecs.lossless import LOSSLESS
 from waterfill.codecs.table import TableCodec
-from waterfill.codecs.trellis import Trellis
-from waterfill.codecs.trellis import trellis as _trellis
+from waterfill.codecs.trellis.codec import Trellis
+from waterfill.codecs.trellis.codec import trellis as _trellis
 
 register_codec("higgs", _higgs)
 register_codec("levels", _levels)

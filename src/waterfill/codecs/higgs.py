@@ -4,7 +4,7 @@
     stored: scales F16 [rows, groups], codes U8 [rows * row_bytes]
 
 The scale that is stored is not the one used for finding codes. Codes are found at the group's RMS, where the grid is
-optimal; the stored scale then carries the gain (`waterfill.loss`), computed exactly for each group.
+optimal; the stored scale then carries the gain (`waterfill.planning.loss`), computed exactly for each group.
 
 fp16 scales are kept in their best range by one power of two per tensor, `exponent`: |weight| <= 2^(exponent + 12).
 """
@@ -18,14 +18,14 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from waterfill._lazy import torch
-from waterfill.codecs.base import Encoded, Shape
+from waterfill.base.errors import WaterfillError
+from waterfill.base.lazy import torch
+from waterfill.codecs.contract import Encoded, Shape
+from waterfill.codecs.grids import grid
+from waterfill.codecs.hadamard import groups, rotate
+from waterfill.codecs.indices import pack
 from waterfill.codecs.nearest import NearestSearch
-from waterfill.codecs.packing import pack
 from waterfill.codecs.table import TableCodec, group_sums, per_weight
-from waterfill.errors import WaterfillError
-from waterfill.grids import grid
-from waterfill.hadamard import groups, rotate
 
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32

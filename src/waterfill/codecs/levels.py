@@ -12,10 +12,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from waterfill._lazy import torch
-from waterfill.codecs.base import Encoded, Shape
+from waterfill.base.errors import WaterfillError
+from waterfill.base.lazy import torch
+from waterfill.codecs.contract import Encoded, Shape
 from waterfill.codecs.table import TableCodec
-from waterfill.errors import WaterfillError
 
 
 class Levels(TableCodec):

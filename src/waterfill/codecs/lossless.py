@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from waterfill import native
-from waterfill._lazy import LazyMapping, torch
-from waterfill.codecs.base import ITEM_BYTES
-from waterfill.entropy import PRECISION_BITS, DamagedError, lanes_for, rans
-from waterfill.entropy.fields import pack_fields, unpack_fields
-from waterfill.entropy.tables import TOTAL, Frequencies
-from waterfill.errors import ArtifactError
+from waterfill.base import native
+from waterfill.base.errors import ArtifactError
+from waterfill.base.lazy import LazyMapping, torch
+from waterfill.codecs.contract import ITEM_BYTES
+from waterfill.codecs.entropy import PRECISION_BITS, DamagedError, lanes_for, rans
+from waterfill.codecs.entropy.fields import pack_fields, unpack_fields
+from waterfill.codecs.entropy.tables import TOTAL, Frequencies
 
 LOSSLESS = "lossless"  # the codec's name in plans and artifacts
 BUFFER = "streams"

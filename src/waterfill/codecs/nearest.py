@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from waterfill._lazy import torch
+from waterfill.base.lazy import torch
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

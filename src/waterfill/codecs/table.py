@@ -14,10 +14,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from waterfill._lazy import torch
-from waterfill.codecs.base import BufferLayout, Codec, Encoded, Shape
-from waterfill.codecs.packing import row_bytes, unpack
-from waterfill.hadamard import groups, unrotate
+from waterfill.base.lazy import torch
+from waterfill.codecs.contract import BufferLayout, Codec, Encoded, Shape
+from waterfill.codecs.hadamard import groups, unrotate
+from waterfill.codecs.indices import row_bytes, unpack
 
 
 class TableCodec(Codec):

@@ -14,12 +14,12 @@ from functools import lru_cache
 
 import torch
 
-from waterfill import native as library
+from waterfill.base import native as library
 from waterfill.codecs import TableCodec
-from waterfill.hadamard import unrotate
-from waterfill.integer_grids import register_table
-from waterfill.kernels import native
-from waterfill.kernels.native import DTYPES
+from waterfill.codecs.hadamard import unrotate
+from waterfill.codecs.integers import register_table
+from waterfill.kernels import cpu
+from waterfill.kernels.cpu import DTYPES
 from waterfill.kernels.ops import matmul, matmul_many, rotated_tiles, rows
 from waterfill.kernels.reference import STORED, Packed
 
@@ -62,7 +62,7 @@ def arrange(packed: Packed) -> Packed:
     layout = implementation()
     if layout == STORED or packed.layout != STORED or packed.codes.device.type != "cpu":
         return packed
-    return native.arrange(packed, layout)
+    return cpu.arrange(packed, layout)
 
 
 def log_slow(codecs: Iterable[TableCodec]) -> None:

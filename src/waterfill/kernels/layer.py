@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from waterfill.kernels.native import view_of
+from waterfill.base.native import DTYPES, LayerView, Vector, library
+from waterfill.kernels.cpu import view_of
 from waterfill.kernels.reference import Packed
-from waterfill.native import DTYPES, LayerView, Vector, library
 
 
 class DecoderLayer:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from waterfill.codecs import TableCodec, get_codec
-from waterfill.hadamard import unrotate
-from waterfill.kernels import native, reference
+from waterfill.codecs.hadamard import unrotate
+from waterfill.kernels import cpu, reference
 from waterfill.kernels.reference import STORED, Packed
 
 _MATRIX = "Tensor scales, Tensor codes, str codec, int exponent, int out_features"
@@ -73,7 +73,7 @@ def _matmul(x: torch.Tensor, *constants: Any) -> torch.Tensor:
     packed = _packed(x.shape[-1], *constants)
     if packed.layout == STORED:
         return reference.matmul(x, packed)
-    return _shaped(native.matmul_many(_flat(x), [packed])[0], x)
+    return _shaped(cpu.matmul_many(_flat(x), [packed])[0], x)
 
 
 def _matmul_many(x: torch.Tensor, *constants: Any) -> list[torch.Tensor]:
@@ -81,7 +81,7 @@ def _matmul_many(x: torch.Tensor, *constants: Any) -> list[torch.Tensor]:
     matrices = [_packed(x.shape[-1], *(*matrix, layout)) for matrix in zip(*columns, strict=True)]
     if layout == STORED:
         return [reference.matmul(x, packed) for packed in matrices]
-    return [_shaped(y, x) for y in native.matmul_many(_flat(x), matrices)]
+    return [_shaped(y, x) for y in cpu.matmul_many(_flat(x), matrices)]
 
 
 def _rows(ids: torch.Tensor, *constants: Any) -> torch.Tensor:
@@ -89,7 +89,7 @@ def _rows(ids: torch.Tensor, *constants: Any) -> torch.Tensor:
     packed = _packed(in_features, *(*matrix, layout))
     if packed.layout == STORED:
         return reference.rows(packed, ids)
-    return native.rows(packed, ids.reshape(-1)).reshape(*ids.shape, in_features)
+    return cpu.rows(packed, ids.reshape(-1)).reshape(*ids.shape, in_features)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -165,7 +165,7 @@ def rotated_tiles(packed: Packed) -> Any:
     step = max(1, reference.TILE_WEIGHTS // packed.shape[1])
     for start in range(0, packed.shape[0], step):
         stop = min(start + step, packed.shape[0])
-        yield start, stop, native.rows(packed, torch.arange(start, stop), rotated=True)
+        yield start, stop, cpu.rows(packed, torch.arange(start, stop), rotated=True)
 
 
 _library.impl("matmul", _matmul, "CPU")

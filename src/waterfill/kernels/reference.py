@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from waterfill.codecs import TableCodec
-from waterfill.codecs.packing import unpack
-from waterfill.hadamard import groups, rotate, unrotate
-from waterfill.integer_grids import EXACT_WORDS, LIMITS, integer_grid
+from waterfill.codecs.hadamard import groups, rotate, unrotate
+from waterfill.codecs.indices import unpack
+from waterfill.codecs.integers import EXACT_WORDS, LIMITS, integer_grid
 
 TILE_WEIGHTS = 1 << 20  # 4 MiB of float32, and 8 MiB of indices while they are unpacked
 

@@ -1,0 +1,348 @@
+"""ggml's products and llama.cpp's models, through the libraries that llama-cpp-python brings along.
+
+Weights are random: some rows quantised by ggml itself, repeated to the size wanted. A product reads every byte of every
+copy, and its time does not depend on the values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import time
+from collections.abc import Iterator
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+
+from benchmarks.peers.worker import Pass, Products
+
+F32 = 0
+TYPES = {"Q4_0": 2, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12}
+REPACKED = ("Q4_0", "Q4_K", "Q2_K")  # types that ggml has a layout of its own for
+QUANTISED_ROWS = 256
+
+
+class TypeTraits(ctypes.Structure):
+    """The beginning of ggml_type_traits."""
+
+    _fields_ = (
+        ("type_name", c_char_p),
+        ("blck_size", c_int64),
+        ("blck_size_interleave", c_int64),
+        ("type_size", c_size_t),
+        ("is_quantized", c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)),
+    )
+
+
+class InitParams(ctypes.Structure):
+    """ggml_init_params."""
+
+    _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
+
+
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_init": (c_void_p, [InitParams]),
+    "ggml_free": (None, [c_void_p]),
+    "ggml_new_tensor_1d": (c_void_p, [c_void_p, c_int, c_int64]),
+    "ggml_new_tensor_2d": (c_void_p, [c_void_p, c_int, c_int64, c_int64]),
+    "ggml_mul_mat": (c_void_p, [c_void_p, c_void_p, c_void_p]),
+    "ggml_new_graph_custom": (c_void_p, [c_void_p, c_size_t, c_bool]),
+    "ggml_build_forward_expand": (None, [c_void_p, c_void_p]),
+    "ggml_row_size": (c_size_t, [c_int, c_int64]),
+    "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "ggml_get_type_traits": (POINTER(TypeTraits), [c_int]),
+    "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, [c_void_p, c_void_p]),
+    "ggml_backend_buffer_free": (None, [c_void_p]),
+    "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
+    "ggml_backend_cpu_init": (c_void_p, []),
+    "ggml_backend_free": (None, [c_void_p]),
+    "ggml_backend_cpu_set_n_threads": (None, [c_void_p, c_int]),
+    "ggml_backend_cpu_buffer_type": (c_void_p, []),
+    "ggml_backend_graph_compute": (c_int, [c_void_p, c_void_p]),
+    "ggml_backend_get_device": (c_void_p, [c_void_p]),
+    "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
+    "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
+    "ggml_backend_buft_name": (c_char_p, [c_void_p]),
+}
+
+
+class Library:
+    """Functions of libggml*, by their C names."""
+
+    def __init__(self) -> None:
+        spec = find_spec("llama_cpp")
+        if spec is None or spec.origin is None:
+            raise ImportError("No module named 'llama_cpp'")
+        folder = Path(spec.origin).parent / "lib"
+        files = [next(folder.glob(f"*{stem}.*[!0-9]")) for stem in ("ggml-base", "ggml-cpu", "ggml")]
+        self._libraries = [ctypes.CDLL(str(file)) for file in files]
+        for name, (result, arguments) in SIGNATURES.items():
+            function = next(getattr(library, name) for library in self._libraries if hasattr(library, name))
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+
+
+@lru_cache(maxsize=1)
+def ggml() -> Any:
+    return Library()
+
+
+@lru_cache(maxsize=64)
+def quantised_rows(kind: str, width: int) -> np.ndarray:
+    """uint8 `[256, bytes of a row]` of Gaussian weights."""
+    lib, weights = ggml(), gaussian_rows(width)
+    codes = np.empty((QUANTISED_ROWS, lib.ggml_row_size(TYPES[kind], width)), np.uint8)
+    lib.ggml_quantize_chunk(TYPES[kind], weights.ctypes.data, codes.ctypes.data, 0, QUANTISED_ROWS, width, None)
+    return codes
+
+
+def gaussian_rows(width: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((QUANTISED_ROWS, width), dtype=np.float32) * 0.02
+
+
+def bits_per_weight(kind: str, width: int = 4096) -> float:
+    return 8 * float(ggml().ggml_row_size(TYPES[kind], width)) / width
+
+
+def relative_error(kind: str, width: int = 4096) -> float:
+    """|decoded - weights|^2 / |weights|^2 of Gaussian weights."""
+    codes, weights = quantised_rows(kind, width), gaussian_rows(width)
+    decoded = np.empty_like(weights)
+    ggml().ggml_get_type_traits(TYPES[kind]).contents.to_float(codes.ctypes.data, decoded.ctypes.data, weights.size)
+    return float(np.square(decoded - weights).sum(dtype=np.float64) / np.square(weights).sum(dtype=np.float64))
+
+
+class Ggml(Products):
+    """ggml_mul_mat on the CPU backend: as stored, or in the layout that llama.cpp repacks to; the faster is taken."""
+
+    kinds: ClassVar = {
+        f"ggml {kind}": [(kind, False), (kind, True)] if kind in REPACKED else [(kind, False)] for kind in TYPES
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        ggml()
+
+    def label(self, variant: tuple[str, bool]) -> str:
+        return "repacked" if variant[1] else "as stored"
+
+    def build(
+        self, variant: tuple[str, bool], rows: int, width: int, cold_bytes: int, threads: int
+    ) -> tuple[Pass, int, int]:
+        kind, repacked = variant
+        matrix = np.tile(quantised_rows(kind, width), (-(-rows // QUANTISED_ROWS), 1))[:rows]
+        count = -(-cold_bytes // matrix.nbytes)
+        return (
+            Graph(TYPES[kind], matrix, width, count, threads, repacked).run,
+            rows * width * count,
+            matrix.nbytes * count,
+        )
+
+
+class Graph:
+    """`count` products of one vector with copies of a matrix."""
+
+    def __init__(self, kind: int, matrix: np.ndarray, width: int, count: int, threads: int, repacked: bool) -> None:
+        lib = self._lib = ggml()
+        self._backend = lib.ggml_backend_cpu_init()
+        lib.ggml_backend_cpu_set_n_threads(self._backend, threads)
+        plain = lib.ggml_backend_cpu_buffer_type()
+        self._contexts = [lib.ggml_init(InitParams(1024 * count + (1 << 20), None, True)) for _ in range(2)]
+        stored, computed = self._contexts
+        weights = [lib.ggml_new_tensor_2d(stored, kind, width, len(matrix)) for _ in range(count)]
+        self._buffers = [lib.ggml_backend_alloc_ctx_tensors_from_buft(stored, self._repacking() if repacked else plain)]
+        for weight in weights:
+            lib.ggml_backend_tensor_set(weight, matrix.ctypes.data, 0, matrix.nbytes)
+        x = lib.ggml_new_tensor_1d(computed, F32, width)
+        self._graph = lib.ggml_new_graph_custom(computed, 2 * count + 8, False)
+        for weight in weights:
+            lib.ggml_build_forward_expand(self._graph, lib.ggml_mul_mat(computed, weight, x))
+        self._buffers.append(lib.ggml_backend_alloc_ctx_tensors_from_buft(computed, plain))
+        vector = np.random.default_rng(1).standard_normal(width, dtype=np.float32)
+        lib.ggml_backend_tensor_set(x, vector.ctypes.data, 0, vector.nbytes)
+
+    def run(self) -> None:
+        if self._lib.ggml_backend_graph_compute(self._backend, self._graph):
+            raise RuntimeError("ggml_backend_graph_compute failed")
+
+    def __del__(self) -> None:
+        for buffer in self._buffers:
+            self._lib.ggml_backend_buffer_free(buffer)
+        for context in self._contexts:
+            self._lib.ggml_free(context)
+        self._lib.ggml_backend_free(self._backend)
+
+    def _repacking(self) -> int:
+        """The buffer type whose tensors are repacked as they are written."""
+        lib = self._lib
+        device = lib.ggml_backend_get_device(self._backend)
+        address = lib.ggml_backend_reg_get_proc_address(
+            lib.ggml_backend_dev_backend_reg(device), b"ggml_backend_dev_get_extra_bufts"
+        )
+        types = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)(device)
+        for i in range(16):
+            if types[i] is None:
+                break
+            if lib.ggml_backend_buft_name(types[i]) == b"CPU_REPACK":
+                return int(types[i])
+        raise RuntimeError("this build of ggml does not repack")
+
+
+class LlamaCpp:
+    """Whole models of Llama shapes."""
+
+    def __init__(self) -> None:
+        ggml()
+        import llama_cpp
+
+        self._api = llama_cpp
+        llama_cpp.llama_backend_init()
+        self._models: dict[str, tuple[Any, Any]] = {}
+
+    def load(self, kind: str, shapes: dict[str, Any], folder: str, threads: int) -> dict[str, int]:
+        """Write a model of random weights, all matrices of one type, and load it; the bytes of its matrices."""
+        path = Path(folder) / f"{kind}.gguf"
+        with path.open("wb") as file:
+            size_bytes = write_gguf(file, kind, shapes)
+        self.open(kind, str(path), threads)
+        path.unlink()  # mapped by now, if it is wanted
+        return {"size_bytes": size_bytes}
+
+    def open(self, name: str, path: str, threads: int, batch: int = 512, mode: str | None = None) -> None:
+        """Load a file as model `name`: as the build does by default, or with "mmap", "direct_io" or "none" of them."""
+        api = self._api
+        options = api.llama_model_default_params()
+        if mode is not None:
+            if not hasattr(api, "LLAMA_LOAD_MODE_MMAP"):
+                raise RuntimeError("this build of llama.cpp does not let loading be chosen")
+            options.load_mode = getattr(api, f"LLAMA_LOAD_MODE_{mode.upper()}")
+            options.use_extra_bufts = False  # repacked weights are a copy in memory, whatever is mapped
+        model = api.llama_model_load_from_file(path.encode(), options)
+        if not model:
+            raise RuntimeError(f"llama.cpp could not load {Path(path).name}")
+        settings = api.llama_context_default_params()
+        settings.n_ctx = 512
+        settings.n_batch = settings.n_ubatch = batch
+        settings.n_threads = settings.n_threads_batch = threads
+        context = api.llama_init_from_model(model, settings)
+        if not context:
+            raise RuntimeError("llama.cpp could not make a context")
+        self._models[name] = context, api.llama_sampler_init_greedy()
+
+    def decode(self, kind: str, prompt: int, tokens: int) -> list[float]:
+        """Seconds of each of `tokens` tokens after a prompt of so many, greedily."""
+        context, sampler = self._models[kind]
+        self.prefill(kind, prompt)
+        seconds = []
+        for _ in range(tokens):
+            start = time.perf_counter()
+            self._feed(context, [self._api.llama_sampler_sample(sampler, context, -1)])
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def prefill(self, kind: str, tokens: int) -> float:
+        """Seconds that a prompt takes, up to the choice of the token after it."""
+        context, sampler = self._models[kind]
+        api = self._api
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        start = time.perf_counter()
+        self._feed(context, list(range(1, tokens + 1)))
+        api.llama_sampler_sample(sampler, context, -1)
+        return time.perf_counter() - start
+
+    def _feed(self, context: Any, ids: list[int]) -> None:
+        array = (self._api.llama_token * len(ids))(*ids)
+        if self._api.llama_decode(context, self._api.llama_batch_get_one(array, len(ids))):
+            raise RuntimeError("llama_decode failed")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A GGUF file: magic, version, counts, metadata, tensor infos, then the tensors, each at a multiple of 32 bytes
+
+
+def write_gguf(file: BinaryIO, kind: str, shapes: dict[str, Any]) -> int:
+    """A model of random weights without a vocabulary; `shapes` as in LlamaConfig. Returns the bytes of its matrices."""
+    tensors = list(llama_tensors(shapes))
+    header, offset = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata_of(shapes)))), 0
+    for key, value in metadata_of(shapes).items():
+        header += text(key) + encoded(value)
+    for name, width, rows in tensors:
+        sizes = [width] if rows is None else [width, rows]
+        header += text(name) + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
+        header += struct.pack("<IQ", F32 if rows is None else TYPES[kind], offset)
+        offset += padded(tensor_bytes(kind, width, rows))
+    file.write(header + bytes(-len(header) % 32))
+    matrices = 0
+    for _, width, rows in tensors:
+        start = file.tell()
+        if rows is None:
+            file.write(np.ones(width, np.float32).tobytes())
+        else:
+            block = quantised_rows(kind, width)
+            for first in range(0, rows, len(block)):
+                file.write(block[: rows - first].tobytes())
+            matrices += file.tell() - start
+        file.write(bytes(-(file.tell() - start) % 32))
+    return matrices
+
+
+def llama_tensors(shapes: dict[str, Any]) -> Iterator[tuple[str, int, int | None]]:
+    """(name, width, rows) of each matrix; rows is None for the weights of a norm."""
+    hidden, inner, head = shapes["hidden_size"], shapes["intermediate_size"], shapes["head_dim"]
+    queries, keys = head * shapes["num_attention_heads"], head * shapes["num_key_value_heads"]
+    yield "token_embd.weight", hidden, shapes["vocab_size"]
+    yield "output_norm.weight", hidden, None
+    for layer in range(shapes["num_hidden_layers"]):
+        block = f"blk.{layer}"
+        yield f"{block}.attn_norm.weight", hidden, None
+        yield f"{block}.attn_q.weight", hidden, queries
+        yield f"{block}.attn_k.weight", hidden, keys
+        yield f"{block}.attn_v.weight", hidden, keys
+        yield f"{block}.attn_output.weight", queries, hidden
+        yield f"{block}.ffn_norm.weight", hidden, None
+        yield f"{block}.ffn_gate.weight", hidden, inner
+        yield f"{block}.ffn_up.weight", hidden, inner
+        yield f"{block}.ffn_down.weight", inner, hidden
+
+
+def metadata_of(shapes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "no_vocab",
+        "llama.vocab_size": shapes["vocab_size"],
+        "llama.block_count": shapes["num_hidden_layers"],
+        "llama.context_length": 4096,
+        "llama.embedding_length": shapes["hidden_size"],
+        "llama.feed_forward_length": shapes["intermediate_size"],
+        "llama.attention.head_count": shapes["num_attention_heads"],
+        "llama.attention.head_count_kv": shapes["num_key_value_heads"],
+        "llama.attention.key_length": shapes["head_dim"],
+        "llama.attention.value_length": shapes["head_dim"],
+        "llama.rope.dimension_count": shapes["head_dim"],
+        "llama.rope.freq_base": float(shapes["rope_theta"]),
+        "llama.attention.layer_norm_rms_epsilon": 1e-6,
+    }
+
+
+def tensor_bytes(kind: str, width: int, rows: int | None) -> int:
+    return 4 * width if rows is None else rows * int(ggml().ggml_row_size(TYPES[kind], width))
+
+
+def padded(size_bytes: int) -> int:
+    return -(-size_bytes // 32) * 32
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def encoded(value: str | int | float) -> bytes:
+    """Type number and value: 8 a string, 4 an unsigned 32-bit integer, 6 a float."""
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + text(value)
+    return struct.pack("<II", 4, value) if isinstance(value, int) else struct.pack("<If", 6, value)

@@ -1,0 +1,144 @@
+"""waterfill's side of `streaming.py`: one artifact, run in a process of its own, under limits set from outside.
+
+    request, a JSON object on standard input ──► open_model(artifact, memory=…) ──► tokens ──► answer, one JSON line
+
+`pass_seconds` and `answering` serve the peers (`stream_peers.py`); the former needs torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from benchmarks.shared.limits import process_memory
+
+Request = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """One greedy generation, pass by pass over the weights."""
+
+    ids: list[int]  # that were generated
+    seconds: list[float]  # from the start of a pass to the start of the next, or to the end; the prompt's first
+
+
+def pass_seconds(model: Any, prompt: Sequence[int], tokens: int, **options: Any) -> Passes:
+    """Greedy generation of exactly so many tokens by a transformers model."""
+    import torch
+
+    model.generation_config.eos_token_id = None
+    starts: list[float] = []
+    hook = model.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+    ids = torch.tensor([prompt])
+    try:
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
+                **options,
+            )
+    finally:
+        hook.remove()
+    starts.append(time.perf_counter())
+    return Passes(out[0, len(prompt) :].tolist(), [b - a for a, b in pairwise(starts)])
+
+
+def answering(work: Callable[[Request], Request]) -> None:
+    """Answer the request on standard input: what `work` returns, or its error, and the peak of resident memory, unless
+    that is in the answer."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print where they like; the answer stays clean
+    try:
+        answer = work(json.load(sys.stdin))
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {error}", "smallest_bytes": getattr(error, "smallest_bytes", None)}
+    answers.write(json.dumps({"peak_bytes": peak_bytes(), **answer}) + "\n")
+    answers.flush()
+
+
+def peak_bytes() -> int | None:
+    return process_memory("self").get("VmHWM")
+
+
+class Timed:
+    """A model of the engine's that notes when its passes begin."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.starts = model, list[float]()
+        self.vocabulary, self.positions = model.vocabulary, model.positions
+
+    @property
+    def length(self) -> int:
+        return self._model.length
+
+    def truncate(self, length: int) -> None:
+        self._model.truncate(length)
+
+    def forward(self, ids: Sequence[int], logits: int = 1) -> Any:
+        self.starts.append(time.perf_counter())
+        return self._model.forward(ids, logits)
+
+
+def engine_passes(model: Timed, prompt: Sequence[int], tokens: int, drafter: Any) -> Passes:
+    """Greedy generation of exactly so many tokens by the engine, of a text of its own."""
+    from waterfill.running.text.choose import Rules
+    from waterfill.running.text.generation import Run
+
+    model.truncate(0)
+    model.starts.clear()
+    run = Run(model, prompt, tokens, Rules.greedy(), frozenset(), drafter, seed=0)
+    ids = [token for new in run.tokens() for token in new]
+    return Passes(ids, [b - a for a, b in pairwise([*model.starts, time.perf_counter()])])
+
+
+def stream(request: Request) -> Request:
+    """Generate from every prompt. With `memory` null all of the artifact is loaded; a `draft` always is.
+
+    `keep` false streams everything, however much memory is left: what a small model needs to stand for a large one.
+    """
+    importlib.import_module("waterfill.running.engine.generation")  # before memory is looked at
+    from waterfill.running.engine.opening import open_model
+    from waterfill.running.text.choose import Rules
+    from waterfill.running.text.speculate import DraftModel, Lookup
+
+    drafter: Any = None
+    if request.get("lookup"):
+        drafter = Lookup(request["lookup"])
+    if request.get("draft"):
+        drafter = DraftModel(open_model(request["draft"], verify=False), Rules.greedy())
+    if not request.get("keep", True):
+        from waterfill.running.streaming import streamer
+
+        choose = streamer.choose
+        streamer.choose = lambda chunks, _, speeds: choose(chunks, 0, speeds)
+    limit = request["memory"]
+    start = time.perf_counter()
+    model = open_model(request["artifact"], verify=False, memory=limit, streamed=not request.get("keep", True) or None)
+    load_s = time.perf_counter() - start
+    timed = Timed(model)
+    generations = [vars(engine_passes(timed, prompt, request["tokens"], drafter)) for prompt in request["prompts"]]
+    answer: Request = {"load_s": load_s, "generations": generations, "summary": None, "stages": None}
+    if model.streaming is not None:
+        answer["summary"] = model.streaming.summary().to_dict()
+        answer["peak_bytes"] = peak_bytes()  # measuring the stages takes memory of its own
+        if request.get("stages"):
+            from waterfill.running.streaming import measure_stages
+
+            answer["stages"] = measure_stages(model.streaming, lambda: model.forward([1]))
+        model.streaming.close()
+    return answer
+
+
+if __name__ == "__main__":
+    answering(stream)

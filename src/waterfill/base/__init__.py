@@ -1,0 +1,1 @@
+"""The ground floor: errors, files read and written whole, memory, progress, the native library. Imports no other room."""

@@ -1,0 +1,1 @@
+"""The commands, on top of everything: options in, words and JSON out."""

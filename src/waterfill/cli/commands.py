@@ -1,0 +1,98 @@
+"""Click as the command line uses it: help by section, commands in the order of use, transformers kept quiet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from waterfill.base.lazy import after_import
+
+_SECTIONS = {
+    "On a text": ("text_file", "against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
+    "Tasks": ("tasks", "shots", "limit", "chat_template"),
+    "Efficiency": ("efficiency", "prompt_tokens", "new_tokens"),
+    "Our plans": ("sizes", "rates"),
+    "Methods": ("methods", "no_match"),
+    "Budget (exactly one)": ("size", "bits", "max_kl", "lossless"),
+    "Choices": ("gain", "keep", "tie", "uniform", "purpose", "codecs"),
+    "Sensitivities": ("probe", "text", "calibration", "sequences", "length", "seed", "method", "sensitivity"),
+    "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
+    "Running": ("memory", "draft", "lookup", "engine"),
+}
+
+Decorator = Callable[[Any], Any]
+
+
+class _Path(click.Path):
+    """Not empty: `Path("")` would be the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; name a file or directory", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
+FILE = _Path(exists=True, dir_okay=False, path_type=Path)
+
+
+class SectionedCommand(click.Command):
+    """Lists the options of its help by section."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        after_import("transformers", _quiet_transformers)  # which most commands do, but not all
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        section_of = {name: section for section, names in _SECTIONS.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {section: [] for section in (*_SECTIONS, "Options")}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections[section_of.get(parameter.name or "", "Options")].append(record)
+        for section, records in sections.items():
+            if records:
+                with formatter.section(section):
+                    formatter.write_dl(records)
+
+
+class OrderedGroup(click.Group):
+    """Lists its commands in the order of their use."""
+
+    command_class = SectionedCommand
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def combined(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+purpose_option = click.option(
+    "--for",
+    "purpose",
+    type=click.Choice(["storage", "memory"]),
+    help="storage (default): entropy-coded, least loss for its bytes, decoded to a byte per weight when loaded; "
+    "memory: fixed rate, runs from its codes.",
+)
+
+
+def _quiet_transformers() -> None:
+    """Its errors come as exceptions; its bars and warnings speak of other things than the user's command."""
+    import transformers
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    enable_progress_bars()  # the line above silences downloads too

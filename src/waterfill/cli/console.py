@@ -1,0 +1,45 @@
+"""What every command prints with: results on standard output, remarks on standard error, JSON on one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from io import TextIOWrapper
+from typing import Any
+
+import click
+from rich.console import Console
+
+from waterfill.base.records import finite
+
+PIPED_WIDTH = 200  # of tables that no terminal limits
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line; the others have the defaults of the Python functions."""
+    return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+
+
+def show_everything() -> None:
+    """Have characters that a stream's encoding lacks written as escapes: a model may say anything."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def out() -> Console:
+    """Standard output for tables."""
+    limited = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if limited else PIPED_WIDTH, highlight=False, markup=False, emoji=False)
+
+
+def note(sentence: str) -> None:
+    """What is not part of the result."""
+    click.echo(click.style(sentence, dim=True), err=True)
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """One object on one line."""
+    click.echo(json.dumps(finite(record), allow_nan=False))

@@ -1,0 +1,84 @@
+"""Grids as integers: what the kernels look up and multiply.
+
+A grid point becomes a whole number of steps, in 8 bits where that adds little to the grid's own error, else in 12 (the
+activations go along). The step is the one that rounds the points best: four levels fit 127 steps almost exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from waterfill.base import native
+from waterfill.codecs import Higgs, Levels, TableCodec, get_codec
+
+LIMITS = {8: 127, 16: 2047}  # largest table entry and activation
+EXACT_WORDS = 512  # products of 2047 x 2047 that surely fit a 32-bit sum
+BYTE_T2 = 0.005  # relative error of a grid above which bytes are exact enough: theirs is 0.0001
+STEPS_TRIED = 512
+MOST_STEP = 1.25  # times the least that reaches the outermost point
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerGrid:
+    """points ~ units * step."""
+
+    units: npt.NDArray[np.int16]  # [n, p]
+    step: float
+    precision: int  # 8 or 16 bits, of table entries and activations
+
+
+@lru_cache(maxsize=4096)
+def integer_grid(codec: TableCodec) -> IntegerGrid:
+    """The integer form of a codec's points."""
+    if isinstance(codec, Levels):
+        return IntegerGrid(codec.array.astype(np.int16), 1.0, codec.bits)
+    assert isinstance(codec, Higgs)
+    bytes_suffice = codec.grid.t2 > BYTE_T2 and (codec.p > 1 or codec.n <= 16)
+    precision = 8 if bytes_suffice else 16
+    points = codec.array.astype(np.float64)
+    steps = float(np.abs(points).max()) / LIMITS[precision] * _stretches()
+    if points.size > 1024:  # many points round equally well with any step
+        steps = steps[:1]
+    rounded = np.rint(points / steps[:, None, None])
+    errors = np.square(rounded * steps[:, None, None] - points).sum((1, 2))
+    best = int(errors.argmin())
+    return IntegerGrid(rounded[best].astype(np.int16), float(steps[best]), precision)
+
+
+def _stretches() -> npt.NDArray[np.float64]:
+    """Even from 1 to MOST_STEP, each half counted from its own end."""
+    each, i = (MOST_STEP - 1) / (STEPS_TRIED - 1), np.arange(STEPS_TRIED)
+    return np.where(i < STEPS_TRIED // 2, 1 + each * i, MOST_STEP - each * (STEPS_TRIED - 1 - i))
+
+
+def register_table(codec: TableCodec, isa: str = "") -> bool:
+    """Whether the table fits vector registers, of every instruction set or of `isa` in particular."""
+    if isinstance(codec, Levels):
+        return True
+    if integer_grid(codec).precision == 16:
+        return codec.p == 1 and codec.n <= 256
+    return codec.n <= 256 and (codec.p <= 2 or (isa == "avx512vbmi" and codec.p == 4))
+
+
+def native_table(codec: TableCodec, isa: str) -> tuple[float, int]:
+    """(step, address) of the library's table of a codec; kept for the life of the process."""
+    return _native_table(codec.name, isa)
+
+
+@lru_cache(maxsize=4096)
+def _native_table(codec_name: str, isa: str) -> tuple[float, int]:
+    library, codec = native.library(), get_codec(codec_name)
+    assert library is not None
+    assert isinstance(codec, TableCodec)
+    grid, points = integer_grid(codec), np.ascontiguousarray(codec.array)
+    units = np.ascontiguousarray(grid.units)
+    table = library.table_new(
+        library.isas[isa], codec.p, codec.n, grid.precision, units.ctypes.data, points.ctypes.data
+    )
+    if not table:
+        raise MemoryError(f"no memory for the table of {codec_name}")
+    return grid.step, int(table)

@@ -1,0 +1,1 @@
+"""A model's small files, checked where they are read: choices, chat templates, tokenizers, conversations."""

@@ -1,0 +1,1 @@
+"""What each tensor gets under a budget, and what that costs: probe, sensitivities, menu, allocation."""

@@ -1,0 +1,203 @@
+"""One pass of each sensitivity estimator: a model and a few sequences in, raw alpha and beta per tensor out.
+
+`waterfill.sensitivity` explains what is estimated and averages the passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from waterfill.base.errors import WaterfillError
+from waterfill.codecs.hadamard import groups
+from waterfill.files.architecture import Matrix, parameters_of
+from waterfill.files.model_calls import read
+
+PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
+SCALE_STEP = 0.05  # relative change of scale by which `perturb_pass` measures beta, both ways
+# Functions that multiply with a weight, or look its rows up, and where their two operands are.
+_PRODUCTS = {"linear": (0, 1), "embedding": (0, 1), "matmul": (0, 1), "mm": (0, 1), "addmm": (1, 2)}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One pass: raw estimates per tensor, and how many tokens came by it."""
+
+    alpha: dict[str, float]
+    beta: dict[str, float]
+    tokens: dict[str, int]
+    nll: float
+
+
+def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
+    """Gradients of one sampled labelling of `part`, int64 `[sequences, length]`; their parameters must require them."""
+    alpha: dict[str, float] = {}
+    beta: dict[str, float] = {}
+    positions = part.shape[0] * (part.shape[1] - 1)
+    by_parameter: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        by_parameter.setdefault(matrix.parameter, []).append(matrix)
+    parameters = parameters_of(model)
+
+    def consume(name: str) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            for matrix in by_parameter[name]:
+                gradient = matrix_view(parameter.grad, matrix).to(torch.float32)
+                weight = matrix_view(parameter.detach(), matrix).to(torch.float32)
+                alpha[matrix.name] = 0.5 * float(_noise_cost(weight, gradient)) / positions
+                beta[matrix.name] = 0.5 * float((gradient * weight).double().sum()) ** 2 / positions
+            parameter.grad = None  # one tensor's gradient at a time
+
+        return hook
+
+    handles = [parameters[name].register_post_accumulate_grad_hook(consume(name)) for name in by_parameter]
+    try:
+        with _Arrivals(parameters, matrices) as arrivals:
+            log_p = _log_probabilities(model, part)
+        check_probabilities(log_p.detach())
+        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        log_p.gather(1, labels).sum().backward()
+        nll = -float(log_p.detach().gather(1, part[:, 1:].reshape(-1, 1)).mean())
+    finally:
+        for handle in handles:
+            handle.remove()
+    for matrix in matrices:  # no gradient comes to what no token came by
+        alpha.setdefault(matrix.name, 0.0)
+        beta.setdefault(matrix.name, 0.0)
+    return Sample(alpha, beta, arrivals.tokens(beta, positions), nll)
+
+
+class _Arrivals(TorchFunctionMode):
+    """Counts the tokens that every matrix is multiplied with inside the block, whatever module's code does it."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor], matrices: Sequence[Matrix]) -> None:
+        super().__init__()
+        # Experts are views into one parameter, told apart by where they begin.
+        self._matrices = {_stored(parameters[m.parameter], m).data_ptr(): m for m in matrices}
+        self._rows = {matrix.name: 0 for matrix in matrices}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        places = _PRODUCTS.get(getattr(function, "__name__", ""))
+        if places is not None and len(args) > places[1]:
+            self._count(*(args[place] for place in places))
+        return function(*args, **(kwargs or {}))
+
+    def _count(self, a: Any, b: Any) -> None:
+        for weight, tokens in ((a, b), (b, a)):
+            if isinstance(weight, torch.Tensor) and isinstance(tokens, torch.Tensor):
+                matrix = self._matrices.get(weight.data_ptr())
+                if matrix is not None:
+                    width = matrix.shape[1] if tokens.is_floating_point() else 1
+                    self._rows[matrix.name] += tokens.numel() // width
+
+    def tokens(self, measured: Mapping[str, float], positions: int) -> dict[str, int]:
+        """By matrix. What was multiplied in a way that is not counted, but has an effect, counts as met by all."""
+        return {name: rows or (positions if measured[name] else 0) for name, rows in self._rows.items()}
+
+
+def check_probabilities(p: torch.Tensor) -> None:
+    """Raise WaterfillError when probabilities, or their logarithms, are NaN, as NaN or infinite logits make them."""
+    if bool(p.sum().isnan()):  # the sum needs no temporary
+        raise WaterfillError(
+            "the model gives NaN or infinite logits on the probe, which say nothing about its sensitivities; "
+            "check its weights, and measure it in float32 or bfloat16 rather than float16"
+        )
+
+
+@torch.inference_mode()
+def perturb_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
+    """KL on `part`, int64 `[sequences, length]`, as one matrix after the other is disturbed."""
+    parameters = parameters_of(model)
+    with _Arrivals(parameters, matrices) as arrivals:
+        reference = _log_probabilities(model, part)
+    alpha: dict[str, float] = {}
+    beta: dict[str, float] = {}
+    for matrix in matrices:
+        weight = matrix_view(parameters[matrix.parameter], matrix)
+        alpha[matrix.name], beta[matrix.name] = _perturb(model, part, reference, weight, generator)
+    nll = -float(reference.gather(1, part[:, 1:].reshape(-1, 1)).mean())
+    return Sample(alpha, beta, arrivals.tokens(beta, len(reference)), nll)
+
+
+def _perturb(
+    model: Any, part: torch.Tensor, reference: torch.Tensor, weight: torch.Tensor, generator: torch.Generator
+) -> tuple[float, float]:
+    """alpha and beta of one matrix; `weight`, a view into the model, is disturbed in place and put back."""
+    original = weight.clone()
+    sigma = _per_weight(group_power(original.to(torch.float32)).sqrt(), original.shape[1])
+
+    def rise(disturbed: torch.Tensor) -> float:
+        weight.copy_(disturbed)
+        return _kl(reference, _log_probabilities(model, part))
+
+    def noise(level: float) -> torch.Tensor:
+        drawn = torch.randn(original.shape, generator=generator)
+        return _orthogonal(drawn, original.to(torch.float32)) * sigma * math.sqrt(level)
+
+    try:
+        noisy = [rise(original + noise(level)) for level in PERTURB_LEVELS]
+        scaled = [rise(original * (1 + step)) for step in (SCALE_STEP, -SCALE_STEP)]
+    finally:
+        weight.copy_(original)
+    slope = sum(t * r for t, r in zip(PERTURB_LEVELS, noisy, strict=True)) / sum(t * t for t in PERTURB_LEVELS)
+    return slope, sum(scaled) / 2 / SCALE_STEP**2
+
+
+def _log_probabilities(model: Any, part: torch.Tensor) -> torch.Tensor:
+    logits = read(model, part)[:, :-1].flatten(0, 1)
+    return torch.as_tensor(logits.to(torch.float32).log_softmax(-1))
+
+
+def _kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    return float((reference.exp() * (reference - other)).sum(-1).double().mean())
+
+
+def matrix_view(parameter: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """A view `[out, in]` of the matrix inside its module parameter."""
+    part = _stored(parameter, matrix)
+    return part.T if matrix.transposed else part
+
+
+def _stored(parameter: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """The same as the parameter holds it."""
+    return parameter if matrix.expert is None else parameter[matrix.expert]
+
+
+def _noise_cost(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """E (gradient . noise)^2 for noise as `_orthogonal` makes it, of each group's own power; summed over the groups."""
+    power, slope = _group_sums(weight.square()), _group_sums(gradient * weight)
+    across = power * _group_sums(gradient.square()) - slope.square()
+    return (across.clamp_min(0) / (_group_sizes(weight) - 1).clamp_min(1)).double().sum()
+
+
+def _orthogonal(noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Take from unit noise, group by group, its part along the weights, and give the rest the power of the whole."""
+    along = _group_sums(noise * weight) / _group_sums(weight.square()).clamp_min(torch.finfo(weight.dtype).tiny)
+    sizes = _group_sizes(weight)
+    rest = noise - _per_weight(along, weight.shape[1]) * weight
+    return rest * _per_weight((sizes / (sizes - 1).clamp_min(1)).sqrt().expand_as(along), weight.shape[1])
+
+
+def group_power(weight: torch.Tensor) -> torch.Tensor:
+    """mean(w^2) of each group, `[rows, in]` -> `[rows, groups]`; the rotation leaves it unchanged."""
+    return _group_sums(weight.square()) / _group_sizes(weight)
+
+
+def _group_sizes(weight: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([g.size for g in groups(weight.shape[1])], dtype=weight.dtype)
+
+
+def _group_sums(values: torch.Tensor) -> torch.Tensor:
+    return torch.stack([values[:, g.start : g.stop].sum(1) for g in groups(values.shape[1])], dim=1)
+
+
+def _per_weight(values: torch.Tensor, width: int) -> torch.Tensor:
+    return values.repeat_interleave(torch.tensor([g.size for g in groups(width)]), dim=1)

@@ -1,0 +1,54 @@
+"""What can be asked for: the options of `sensitivity`, `plan`, `pack` and `compare`, and what their values may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypedDict, get_args
+
+from waterfill.base.arguments import PATH, Check, choice, optional
+from waterfill.planning.loss import Gain
+from waterfill.planning.menu import PURPOSES, Purpose
+from waterfill.planning.plan import Plan
+from waterfill.planning.probe import KINDS
+from waterfill.planning.sensitivity import PASSES, Method, Sensitivity
+
+
+class ProbeOptions(TypedDict, total=False):
+    """How sensitivities are measured."""
+
+    probe: Literal["self", "random", "text"]
+    text: str | Path | None  # with probe="text", which it implies
+    sequences: int
+    length: int
+    seed: int
+    method: Method
+    revision: str | None
+
+
+class PlanOptions(ProbeOptions, total=False):
+    """What a plan is asked for: exactly one of size, bits, max_kl and lossless; the rest has defaults."""
+
+    size: str | float | None  # bytes of all weight files, or "2.5GB"
+    bits: float | None  # stored bits per weight of the matrices
+    max_kl: float | None  # predicted loss, nats per token
+    lossless: bool  # every bit is kept, and nothing but the revision is left to choose
+    gain: Gain
+    keep: Sequence[str]
+    tie: Sequence[str]
+    uniform: bool
+    codecs: Sequence[str]
+    purpose: Purpose  # storage: entropy-coded, the fewest bytes; memory: runs from its codes
+    sensitivity: str | Path | Sensitivity | None
+
+
+CHECKS = {
+    "gain": choice(*get_args(Gain)),
+    "purpose": choice(*PURPOSES),
+    "probe": choice(*KINDS),
+    "method": choice(*PASSES),
+    "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),
+    "sensitivity": optional(
+        Check("a file, or sensitivities", lambda value: isinstance(value, Sensitivity) or PATH.holds(value))
+    ),
+}

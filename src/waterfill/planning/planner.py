@@ -1,0 +1,249 @@
+"""Make the plan: menus from codecs and sensitivities, an allocation under the budget, the predicted loss.
+
+    architecture + sensitivity ──► one menu per matrix ──► allocate ──► Plan
+
+A byte budget counts whole files, headers included, and headers depend a little on what is chosen; so the budget for the
+matrices is what the last choice's headers leave, until that settles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from waterfill.base.errors import BudgetError, WaterfillError
+from waterfill.files.architecture import Architecture
+from waterfill.files.artifact import SHARD_BYTES, lay_out
+from waterfill.planning.allocate import Allocation, allocate, certificate, feasible_bytes, smallest
+from waterfill.planning.budget import Budget
+from waterfill.planning.evidence import weigh
+from waterfill.planning.loss import Coefficients, Gain
+from waterfill.planning.menu import CodedBytes, Menus, Purpose, coded_where_smaller, kept_plans, make_menus, planned_kl
+from waterfill.planning.plan import KeptPlan, Plan, Prediction, TensorPlan
+from waterfill.planning.refine import refine
+from waterfill.planning.sensitivity import Sensitivity
+
+# Past this predicted loss the second-order model under-states the measured one (docs/results.md).
+REGIME_KL = 0.1
+# Systematic error of the prediction by probe (docs/results.md), as factors on the predicted loss.
+MARGINS = {"self": (0.8, 1.2), "text": (0.9, 1.1), "random": (0.3, 1.2)}
+EVERYTHING = ("*",)  # patterns of what a lossless plan keeps
+MOST_NLL = 700.0  # whose perplexity is still a number
+ROUNDS = 8  # of settling headers against choices; two or three are enough in practice
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks of a plan, beside the model."""
+
+    budget: Budget
+    gain: Gain = "auto"
+    keep: tuple[str, ...] = ()
+    ties: tuple[str, ...] = ()  # each "PATTERN,PATTERN": matching matrices of one parent module share a codec
+    uniform: bool = False  # one codec for all matrices
+    codecs: tuple[str, ...] = ()  # the menu; what serves the purpose, and raw, when empty
+    purpose: Purpose = "storage"
+    shard_bytes: int = SHARD_BYTES
+
+
+def make_plan(
+    model: str,
+    architecture: Architecture,
+    sensitivity: Sensitivity,
+    request: Request,
+    coded_bytes: CodedBytes | None = None,
+) -> Plan:
+    """The plan of least predicted loss within the budget. With `coded_bytes`, what stays as it is is coded losslessly
+    where that saves bytes; matrices that a generous budget leaves as they are, after the budget has been divided.
+
+    Raises:
+        BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
+        WaterfillError: no matrix is left to pack, the sensitivities lack one, or a tie cannot be.
+    """
+    evidence = weigh(architecture.matrices, sensitivity.tensors, sensitivity.tokens)
+    coefficients = {name: found.coefficients for name, found in evidence.items()}
+    menus = make_menus(architecture, coefficients, request.gain, request.codecs, request.purpose)
+    solver = _Solver(menus, kept_plans(architecture, coded_bytes), _ties(menus, request), request)
+    allocation = solver.solve()
+    tensors = solver.refined(allocation)
+    if coded_bytes is not None:
+        pairs = zip(tensors, menus.matrices, strict=True)
+        tensors = tuple(coded_where_smaller(tensor, matrix, coded_bytes) for tensor, matrix in pairs)
+    optimal = _how_good(allocation, tensors, menus.tensors(allocation.choices))
+    tensors = tuple(replace(t, measured=evidence[t.name].measured, like=evidence[t.name].like) for t in tensors)
+    return Plan(
+        model=model,
+        fingerprint=sensitivity.fingerprint,
+        budget={key: value for key, value in vars(request.budget).items() if value is not None},
+        gain=request.gain,
+        probe={"method": sensitivity.method, **sensitivity.probe},
+        keep=request.keep,
+        shard_bytes=request.shard_bytes,
+        size_bytes=solver.bytes_of(tensors),
+        bits=8 * sum(tensor.size_bytes for tensor in tensors) / menus.weights,
+        predicted=predict(tensors, sensitivity),
+        tensors=tensors,
+        kept=solver.kept,
+        optimal=optimal,
+    )
+
+
+def make_lossless_plan(
+    model: str, architecture: Architecture, fingerprint: str, coded_bytes: CodedBytes, shard_bytes: int = SHARD_BYTES
+) -> Plan:
+    """The plan that keeps every bit, of an architecture all of whose tensors are kept (`EVERYTHING`)."""
+    kept = kept_plans(architecture, coded_bytes)
+    return Plan(
+        model=model,
+        fingerprint=fingerprint,
+        budget={"lossless": True},
+        gain="auto",
+        probe={"method": "none"},
+        keep=EVERYTHING,
+        shard_bytes=shard_bytes,
+        size_bytes=lay_out([tensor.spec() for tensor in kept], shard_bytes=shard_bytes).size_bytes,
+        bits=8 * sum(tensor.size_bytes for tensor in kept) / sum(math.prod(tensor.shape) for tensor in kept),
+        predicted=Prediction(kl=0.0, kl_low=0.0, kl_high=0.0, ppl=None, ppl_reference=None, in_regime=True),
+        tensors=(),
+        kept=kept,
+        optimal="lossless: nothing was to be decided",
+    )
+
+
+def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Prediction:
+    """Sum of the tensors' losses; the interval joins the probe's margin and sampling errors, as if fully correlated.
+
+    Where tensors were hardly measured, it also spans what the measurement alone says and what was assumed.
+    """
+    kl = math.fsum(tensor.kl for tensor in tensors)
+    alone = math.fsum(
+        tensor.kl if tensor.measured == 1 else planned_kl(tensor, sensitivity.tensors[tensor.name], tensor.rho)
+        for tensor in tensors
+    )
+    stderr = math.fsum(_stderr(tensor, sensitivity.tensors[tensor.name]) for tensor in tensors)
+    low, high = MARGINS.get(str(sensitivity.probe.get("kind")), MARGINS["random"])
+    in_regime = kl <= REGIME_KL
+    return Prediction(
+        kl=kl,
+        kl_low=max(0.0, min(kl, alone) * low - 2 * stderr),
+        kl_high=max(kl, alone) * high + 2 * stderr if in_regime else None,
+        ppl=math.exp(min(sensitivity.nll + kl, MOST_NLL)),
+        ppl_reference=math.exp(min(sensitivity.nll, MOST_NLL)),
+        in_regime=in_regime,
+        assumed_kl=kl - alone,
+    )
+
+
+def _stderr(tensor: TensorPlan, c: Coefficients) -> float:
+    """Of the tensor's loss, which for a given gain is linear in alpha and beta."""
+    return planned_kl(tensor, Coefficients(c.alpha_stderr, c.beta_stderr), tensor.rho)
+
+
+def _how_good(allocation: Allocation, tensors: Sequence[TensorPlan], of_menu: Sequence[TensorPlan]) -> str:
+    """The solver's certificate, unless rates were moved off the menu afterwards."""
+    if tuple(tensors) == tuple(of_menu):
+        return certificate(allocation)
+    loss = math.fsum(tensor.kl for tensor in tensors)
+    return f"one more byte would save the same in every entropy-coded matrix: {loss:.6g} nats per token"
+
+
+@dataclass(frozen=True)
+class _Solver:
+    menus: Menus
+    kept: tuple[KeptPlan, ...]
+    ties: tuple[tuple[int, ...], ...]
+    request: Request
+
+    def solve(self) -> Allocation:
+        budget = self.request.budget
+        if budget.max_kl is not None:
+            return smallest(self.menus.choices, budget.max_kl, ties=self.ties)
+        if budget.bits is not None:
+            return self._within_payload(int(budget.bits * self.menus.weights / 8), f"--bits {budget.bits:g}")
+        assert budget.size_bytes is not None
+        return self._within_size(budget.size_bytes)
+
+    def refined(self, allocation: Allocation) -> tuple[TensorPlan, ...]:
+        """The allocation with the rates that a menu cannot name."""
+        budget, chosen = self.request.budget, allocation.choices
+        if budget.max_kl is not None:
+            return self.menus.plans(refine(self.menus, chosen, self.ties, max_kl=budget.max_kl))
+        if budget.bits is not None:
+            room = int(budget.bits * self.menus.weights / 8) - allocation.size_bytes
+        else:
+            assert budget.size_bytes is not None
+            room = budget.size_bytes - self.artifact_bytes(chosen)
+        return self.menus.plans(refine(self.menus, chosen, self.ties, room_bytes=room))
+
+    def artifact_bytes(self, choices: Sequence[int]) -> int:
+        """All weight files, exactly."""
+        return self.bytes_of(self.menus.tensors(choices))
+
+    def bytes_of(self, tensors: Sequence[TensorPlan]) -> int:
+        """The same, of plans."""
+        specs = [*(kept.spec() for kept in self.kept), *(tensor.spec() for tensor in tensors)]
+        return lay_out(specs, shard_bytes=self.request.shard_bytes).size_bytes
+
+    def _within_payload(self, limit: int, asked: str) -> Allocation:
+        least, most = feasible_bytes(self.menus.choices, ties=self.ties)
+        if limit < least:
+            rates = [8 * size / self.menus.weights for size in (least, most)]
+            raise BudgetError(
+                f"{asked} is less than this model needs: the smallest feasible is {rates[0]:.4f} and the largest "
+                f"{rates[1]:.4f} bits per weight, scales included; ask for more",
+                least,
+                most,
+            )
+        return allocate(self.menus.choices, limit, ties=self.ties)
+
+    def _within_size(self, limit: int) -> Allocation:
+        """Allocate what headers and kept tensors leave; they depend on the choices, so repeat until that settles."""
+        least, most = (
+            allocate(self.menus.choices, payload, ties=self.ties)
+            for payload in feasible_bytes(self.menus.choices, ties=self.ties)
+        )
+        smallest_bytes, largest_bytes = (self.artifact_bytes(found.choices) for found in (least, most))
+        if limit < smallest_bytes:
+            raise BudgetError(
+                f"--size {limit:,} bytes is less than this model needs: the smallest feasible artifact has "
+                f"{smallest_bytes:,} bytes and the largest {largest_bytes:,}; ask for more, or keep fewer tensors",
+                smallest_bytes,
+                largest_bytes,
+            )
+        if limit >= largest_bytes:
+            return most
+        best = least
+        around = smallest_bytes - least.size_bytes
+        for _ in range(ROUNDS):
+            found = allocate(self.menus.choices, max(limit - around, least.size_bytes), ties=self.ties)
+            settled = self.artifact_bytes(found.choices) - found.size_bytes
+            if found.size_bytes + settled <= limit:
+                best = min(best, found, key=lambda allocation: allocation.loss)
+                if settled >= around:
+                    break
+            around = settled
+        return best
+
+
+def _ties(menus: Menus, request: Request) -> tuple[tuple[int, ...], ...]:
+    """Groups of matrices that share one codec: all of them, or those that a tie pattern names within one module."""
+    names = [matrix.name for matrix in menus.matrices]
+    if request.uniform:
+        return (tuple(range(len(names))),)
+    groups: dict[tuple[str, str], list[int]] = {}
+    tied: dict[int, str] = {}
+    for tie in dict.fromkeys(request.ties):
+        patterns = tie.split(",")
+        for i, name in enumerate(names):
+            if any(fnmatchcase(name, pattern.strip()) for pattern in patterns):
+                if tied.setdefault(i, tie) != tie:
+                    raise WaterfillError(f"--tie {tied[i]!r} and --tie {tie!r} both match {name}; join them into one")
+                groups.setdefault((tie, name.rpartition(".")[0]), []).append(i)
+        if not any(key[0] == tie and len(group) > 1 for key, group in groups.items()):
+            raise WaterfillError(
+                f"--tie {tie!r} matches no two matrices of one module; give patterns such as "
+                "'*.q_proj,*.k_proj,*.v_proj'"
+            )
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)

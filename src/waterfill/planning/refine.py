@@ -1,0 +1,176 @@
+"""Reverse water-filling: the best rates of entropy-coded matrices are real numbers, not entries of a menu.
+
+The allocation on the menu decides which matrices are coded so; here their rates are moved to where every one of them
+gains the same loss from one more byte. At high rates, where a bit quarters t2 = c 2^-2R, that has the familiar form
+
+    R_i = 1/2 log2( 2 ln 2 alpha_i c / (theta N_i) ),    theta: nats per bit, N_i: weights
+
+and at low rates, where neither the gain nor the curve of the code is that simple, slopes are taken from the same loss
+and curves as the menu's, on its lower convex hull.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from waterfill.codecs import MenuPoint, Trellis, get_codec
+from waterfill.codecs.trellis.codec import LEAST_RATE, MOST_RATE, RATE_DIGITS
+from waterfill.files.artifact import RAW
+from waterfill.planning.loss import gain_rho, predicted_kl
+from waterfill.planning.menu import Menus
+
+Floats = npt.NDArray[np.float64]
+
+GRID = 16  # points per bit on which slopes are taken
+UNIT = 10.0**-RATE_DIGITS
+BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Matrices that share a rate: usually one."""
+
+    members: tuple[int, ...]
+    states: int
+    weights: int
+    slopes: Floats  # loss saved per byte, falling
+    rates: Floats  # where it is so much
+
+    def rate(self, price: float) -> float:
+        """The rate at which one more byte saves so much."""
+        return float(np.interp(-math.log(price), -np.log(self.slopes), self.rates))
+
+
+def refine(
+    menus: Menus,
+    chosen: Sequence[int],
+    ties: Sequence[Sequence[int]],
+    *,
+    room_bytes: int | None = None,
+    max_kl: float | None = None,
+) -> tuple[MenuPoint, ...]:
+    """The points of an allocation with the rates of its trellis-coded matrices made equal in slope.
+
+    Args:
+        chosen: of the allocation, one index per matrix.
+        ties: matrices that share one codec.
+        room_bytes: what they may grow by in all; or
+        max_kl: the loss of the whole model that has to be kept to, with the fewest bytes.
+    """
+    points = [menus.points[i][choice] for i, choice in enumerate(chosen)]
+    sources = _sources(menus, points, ties)
+    if not sources:
+        return tuple(points)
+    coded = [i for source in sources for i in source.members]
+
+    def cost(candidates: Sequence[MenuPoint]) -> float:
+        return math.fsum(_loss(menus, i, candidates[i]) for i in range(len(points)))
+
+    def size(candidates: Sequence[MenuPoint]) -> int:
+        return sum(candidates[i].size_bytes for i in coded)
+
+    def at(price: float) -> list[MenuPoint]:
+        moved = list(points)
+        for source in sources:
+            rate = math.floor(source.rate(price) / UNIT) * UNIT
+            for i in source.members:
+                moved[i] = _point(menus, i, source.states, rate)
+        return moved
+
+    limit = size(points) + (room_bytes or 0)
+
+    def good(candidates: Sequence[MenuPoint]) -> bool:
+        return size(candidates) <= limit if max_kl is None else cost(candidates) <= max_kl
+
+    slopes = np.concatenate([source.slopes for source in sources])
+    low, high = math.log(slopes.min()), math.log(slopes.max())  # of the price: few bytes at a high one
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if good(at(math.exp(middle))) == (max_kl is None):
+            high = middle
+        else:
+            low = middle
+    refined = at(math.exp(high if max_kl is None else low))
+    if not good(refined):
+        return tuple(points)
+    if max_kl is not None:
+        return tuple(refined if size(refined) < size(points) else points)
+    _spend(menus, sources, refined, limit - size(refined))
+    return tuple(refined if cost(refined) <= cost(points) else points)
+
+
+def _sources(menus: Menus, points: Sequence[MenuPoint], ties: Sequence[Sequence[int]]) -> list[_Source]:
+    tied = {i for tie in ties for i in tie}
+    groups = [tuple(tie) for tie in ties] + [(i,) for i in range(len(points)) if i not in tied]
+    sources = []
+    for group in groups:
+        codec = get_codec(points[group[0]].codec) if points[group[0]].codec != RAW else None
+        if isinstance(codec, Trellis) and codec.states in menus.any_rate:
+            sources.append(_source(menus, group, codec.states))
+    return sources
+
+
+def _source(menus: Menus, members: tuple[int, ...], states: int) -> _Source:
+    rates = np.arange(math.ceil(LEAST_RATE * GRID), int(MOST_RATE * GRID) + 1) / GRID
+    found = [[_point(menus, i, states, float(rate)) for rate in rates] for i in members]
+    sizes = np.array([[point.size_bytes for point in row] for row in found], np.float64).sum(0)
+    losses = np.array([[_loss(menus, i, p) for p in row] for i, row in zip(members, found, strict=True)]).sum(0)
+    hull: list[int] = []
+    for k in range(len(rates)):
+        if hull and sizes[k] <= sizes[hull[-1]]:
+            continue  # no smaller than the least size
+        while len(hull) > 1 and _slope(sizes, losses, hull[-2], hull[-1]) <= _slope(sizes, losses, hull[-1], k):
+            hull.pop()
+        hull.append(k)
+    between = list(pairwise(hull))
+    slopes = np.array([_slope(sizes, losses, a, b) for a, b in between] or [0.0])
+    middles = np.array([(rates[a] + rates[b]) / 2 for a, b in between] or [rates[0]])
+    floor = max(float(slopes.max()), 1e-30) * 1e-15
+    return _Source(
+        members, states, sum(math.prod(menus.matrices[i].shape) for i in members), np.maximum(slopes, floor), middles
+    )
+
+
+def _slope(sizes: Floats, losses: Floats, a: int, b: int) -> float:
+    return float((losses[a] - losses[b]) / (sizes[b] - sizes[a]))
+
+
+def _spend(menus: Menus, sources: Sequence[_Source], points: list[MenuPoint], room: int) -> None:
+    """Give what rounding left over to the largest sources that can use it, a step of the rate at a time."""
+    for source in sorted(sources, key=lambda source: -source.weights):
+        while True:
+            rate = _rate(points[source.members[0]]) + UNIT
+            larger = {i: _point(menus, i, source.states, rate) for i in source.members}
+            growth = sum(point.size_bytes - points[i].size_bytes for i, point in larger.items())
+            if growth > room or rate > MOST_RATE or growth == 0:
+                break
+            room -= growth
+            for i, point in larger.items():
+                points[i] = point
+
+
+def _rate(point: MenuPoint) -> float:
+    codec = get_codec(point.codec)
+    assert isinstance(codec, Trellis)
+    return codec.rate
+
+
+def _point(menus: Menus, i: int, states: int, rate: float) -> MenuPoint:
+    return _point_of(menus.matrices[i].shape, states, min(max(rate, LEAST_RATE), MOST_RATE))
+
+
+@lru_cache(maxsize=1 << 16)  # matrices of a model have few shapes
+def _point_of(shape: tuple[int, int], states: int, rate: float) -> MenuPoint:
+    return get_codec(f"trellis-s{states}-r{rate:.{RATE_DIGITS}f}").menu_point(shape)
+
+
+def _loss(menus: Menus, i: int, point: MenuPoint) -> float:
+    c = menus.coefficients[i]
+    return predicted_kl(c, point.t2, gain_rho(menus.gain, c), point.along)

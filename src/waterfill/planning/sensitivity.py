@@ -1,0 +1,178 @@
+"""What a disturbance of each tensor costs the model: alpha and beta, in nats per token (see `waterfill.planning.loss`).
+
+Both estimators measure the same thing, KL(model || disturbed model) per unit of relative noise power, for noise as
+rotated quantisation makes it: in each group (one row, one Hadamard group) proportional to the group's power, orthogonal
+to its weights (what lies along them is the gain's, beta's), and isotropic otherwise.
+
+`fisher` (default). KL(w || w + d) ~ 1/2 d'Fd. With labels sampled from the model's own predictions the score has mean
+zero and is independent across positions, so the squared gradient of a summed log-probability estimates the summed
+diagonal of F without bias, and <g, w>^2 the summed w'Fw. Every backward pass gives all tensors at once:
+
+    alpha = 1/2 sum_groups (|w|^2 |g|^2 - <w, g>^2) / (d - 1) / tokens       beta = 1/2 <g, w>^2 / tokens
+
+with w, g the weights and gradients of a group of d, but of the whole tensor in beta.
+
+`perturb`. The HIGGS paper's (arXiv 2411.17525, §5): disturb one tensor at a time at several noise levels and fit a line
+through the origin. Hundreds of times the work; it exists to check the fast one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import nn
+
+from waterfill.base import typed
+from waterfill.base.errors import WaterfillError
+from waterfill.base.progress import Step
+from waterfill.base.typed import Count, Range
+from waterfill.files.architecture import Matrix, parameters_of
+from waterfill.files.checkpoint import Checkpoint
+from waterfill.planning.estimators import Sample, fisher_pass, perturb_pass
+from waterfill.planning.loss import Coefficients
+
+Method = Literal["fisher", "perturb"]
+
+VERSION = 1
+PASSES: Mapping[Method, Callable[..., Sample]] = MappingProxyType({"fisher": fisher_pass, "perturb": perturb_pass})
+SENSITIVITY_FILE = "waterfill-sensitivity.json"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Coefficients per tensor, and all that is needed to know where they came from."""
+
+    fingerprint: str  # of the checkpoint
+    method: Method
+    probe: Mapping[str, str | int | float | None]  # kind, sequences, length, seed, text
+    nll: Annotated[float, Range(-1, 1e12)]  # of the undisturbed model on the probe's tokens, nats per token
+    tokens: Count  # predicted positions
+    tensors: Mapping[str, Coefficients]
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @staticmethod
+    def load(path: Path) -> Sensitivity:
+        """Read a file that `to_json` wrote; WaterfillError if it is not one."""
+        return typed.load(path, "sensitivity file", VERSION, _from_json)
+
+
+def _from_json(data: dict[str, Any]) -> Sensitivity:
+    found: Sensitivity = typed.read(Sensitivity, data)
+    old = {name for name, fields in data["tensors"].items() if "tokens" not in fields}  # of before they were counted
+    unreached = Coefficients(0.0, 0.0)
+    tensors = {n: replace(c, tokens=0) if n in old and c == unreached else c for n, c in found.tensors.items()}
+    return replace(found, tensors=tensors)
+
+
+def measure(
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    tokens: torch.Tensor,
+    *,
+    method: Method = "fisher",
+    seed: int = 0,
+    batch: int = 1,
+    fingerprint: str = "",
+    probe: Mapping[str, Any] | None = None,
+    progress: Step | None = None,
+) -> Sensitivity:
+    """Estimate alpha and beta of every matrix.
+
+    Args:
+        model: a causal LM from transformers, in the names of `matrices`.
+        tokens: int64 `[sequences, length]`, the probe.
+        batch: sequences per pass; standard errors come from the spread between passes.
+        fingerprint, probe: recorded in the result.
+        progress: called with (passes done, passes in all).
+
+    Raises:
+        WaterfillError: no matrix, too few sequences for a standard error, an unknown method, or a model whose logits
+            or gradients are not finite.
+    """
+    if method not in PASSES:
+        raise WaterfillError(f"the sensitivity method {method!r} is unknown; use {' or '.join(PASSES)}")
+    if not matrices:
+        raise WaterfillError("no matrix of the model is left to be measured; keep fewer tensors")
+    passes = list(tokens.split(batch))
+    if len(passes) < 2:
+        raise WaterfillError(f"{len(tokens)} sequences in batches of {batch} make one pass; a standard error needs two")
+    samples = []
+    with _only_trainable(model, {m.parameter for m in matrices} if method == "fisher" else set()):
+        for done, part in enumerate(passes):
+            samples.append(
+                PASSES[method](model, matrices, part, torch.Generator().manual_seed((seed * 1_000_003 + done) % 2**64))
+            )
+            _check_finite(samples[-1])
+            if progress:
+                progress(done + 1, len(passes))
+    weights = torch.tensor([part.shape[0] for part in passes], dtype=torch.float64)
+    nll, _ = _mean_and_stderr([sample.nll for sample in samples], weights)
+    tensors = {}
+    for name in (matrix.name for matrix in matrices):
+        alpha, alpha_stderr = _mean_and_stderr([sample.alpha[name] for sample in samples], weights)
+        beta, beta_stderr = _mean_and_stderr([sample.beta[name] for sample in samples], weights)
+        reached = sum(sample.tokens[name] for sample in samples)
+        tensors[name] = Coefficients(alpha, beta, alpha_stderr, beta_stderr, reached)
+    positions = tokens.shape[0] * (tokens.shape[1] - 1)
+    return Sensitivity(fingerprint, method, dict(probe or {}), nll, positions, tensors)
+
+
+def _check_finite(sample: Sample) -> None:
+    figures = {"the model's loss on the probe": sample.nll}
+    for key, values in (("alpha", sample.alpha), ("beta", sample.beta)):
+        figures |= {f"{key} of {name}": value for name, value in values.items()}
+    for what, value in figures.items():
+        if not math.isfinite(value):
+            raise WaterfillError(
+                f"{what} comes out as {value}, not as a finite number; "
+                "check the model's weights, and measure it in float32 or bfloat16 rather than float16"
+            )
+
+
+def _mean_and_stderr(values: Sequence[float], weights: torch.Tensor) -> tuple[float, float]:
+    x = torch.tensor(values, dtype=torch.float64)
+    mean = (x * weights).sum() / weights.sum()
+    variance = (weights * (x - mean).square()).sum() / weights.sum() / (len(values) - 1)
+    return float(mean), float(variance.sqrt())
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Gradients for these parameters alone, evaluation mode; flags are put back afterwards, gradients are dropped."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    model.zero_grad()
+    model.requires_grad_(False)
+    for name, parameter in parameters_of(model).items():
+        if name in names:
+            parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+        model.zero_grad()
+
+
+def given_sensitivity(given: str | Path | Sensitivity, checkpoint: Checkpoint) -> Sensitivity:
+    """Sensitivities that were measured before; WaterfillError if they are not of these weights."""
+    measured = given if isinstance(given, Sensitivity) else Sensitivity.load(Path(given))
+    if measured.fingerprint != checkpoint.fingerprint:
+        raise WaterfillError(
+            f"the sensitivities are of other weights (fingerprint {measured.fingerprint}) than {checkpoint.path} "
+            f"holds ({checkpoint.fingerprint}); measure them again"
+        )
+    return measured

@@ -1,0 +1,122 @@
+"""An artifact as a model that the engine runs: in memory, or streamed within a limit.
+
+path ──► Spec ──► norms and biases, float32 ──┬── Resident ──┬──► LlamaModel
+                                              └── Streamed ──┘
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from waterfill.base import native
+from waterfill.base.errors import UnsupportedError
+from waterfill.codecs import lossless
+from waterfill.files.artifact import RAW, Artifact, open_artifact, read_bytes
+from waterfill.running.engine.families.llama import LlamaModel, working
+from waterfill.running.engine.families.llama_spec import EMBEDDING, PROJECTIONS, Spec, read_spec
+from waterfill.running.engine.weights import Floats, Resident, Streamed
+from waterfill.running.streaming.chunks import StreamedMatrix
+from waterfill.running.streaming.fit import Fit, fit, packed_names
+from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, PASS_BYTES, Limit, held_bytes, room
+from waterfill.running.streaming.storage import Storage
+from waterfill.running.streaming.streamer import Streamer
+
+OVERHEAD_BYTES = 12 << 20  # what the interpreter and the C library take beyond what is counted
+
+
+def open_model(
+    artifact: str | Path | Artifact,
+    *,
+    memory: str | float | None = None,
+    streamed: bool | None = None,
+    verify: bool = True,
+    logits: int = 1,
+) -> LlamaModel:
+    """The packed model, without torch and transformers; the arguments are those of `waterfill.load`.
+
+    Of an artifact that is open already, all files but the shards are the caller's to verify.
+
+    Raises:
+        UnsupportedError: a model that takes transformers, or no native library; says why.
+        ArtifactError: torn, altered or of an unknown version.
+        WaterfillError: `memory` is not a size, or too small for the model even when it is streamed.
+    """
+    if not isinstance(artifact, Artifact):
+        artifact = open_artifact(Path(artifact), verify=False)
+        if verify:
+            artifact.verify_files()
+    if native.isa() is None:
+        raise UnsupportedError(f"the native library is not used: {native.why_not()}")
+    if native.float_activations():
+        raise UnsupportedError(f"{native.FLOAT_ACTIVATIONS} asks for exact activations")
+    spec = read_spec(artifact)
+    texts = working(spec)
+    context = min(LEAST_CONTEXT, spec.positions)
+    least = OVERHEAD_BYTES + texts.text_bytes(context) + texts.pass_bytes(LEAST_PASS, context, logits)
+    largest = max(tensor.size_bytes for tensor in artifact.tensors.values())
+    chosen = fit(artifact, memory, streamed, working_bytes=least, loading_bytes=largest)
+    packed = packed_names(artifact)
+    vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
+    if chosen.streamed:
+        return _streamed(artifact, spec, vectors, chosen, verify=verify, logits=logits)
+    limit = Limit(artifact.path, chosen.limit_bytes, texts, overhead_bytes=OVERHEAD_BYTES, binding=chosen.binding)
+    width = texts.widest(min(PASS_BYTES, chosen.spare_bytes // 4), context)
+    weights = Resident.load(artifact, spec, verify=verify)
+    return LlamaModel(spec, weights, vectors, pass_tokens=width, limit=limit)
+
+
+def _floats(artifact: Artifact, name: str, verify: bool) -> Floats:
+    """A tensor that was kept, as float32."""
+    tensor = artifact.tensors[name]
+    data = read_bytes(tensor.buffers[0], verify=verify)
+    if tensor.codec == RAW:
+        return lossless.floats(data, tensor.dtype).reshape(tensor.shape)
+    return lossless.decode_floats(data, tensor.shape, tensor.dtype)
+
+
+def _streamed(
+    artifact: Artifact, spec: Spec, vectors: dict[str, Floats], chosen: Fit, *, verify: bool, logits: int
+) -> LlamaModel:
+    texts, storage = working(spec), Storage()
+    try:
+        matrices = {
+            name: StreamedMatrix(artifact.tensors[name], storage, verify=verify) for name in packed_names(artifact)
+        }
+        spare = room(
+            artifact.path,
+            matrices.values(),
+            chosen.limit_bytes,
+            texts,
+            held=held_bytes() + OVERHEAD_BYTES,
+            context=spec.positions,
+            logits=logits,
+        )
+        order = [f"model.layers.{layer}.{name}" for layer in range(spec.layers) for name in PROJECTIONS.values()]
+        order.append(spec.head)
+        streamer = Streamer(
+            storage,
+            [matrices[name] for name in order],
+            [matrices[EMBEDDING]] if spec.head != EMBEDDING else [],
+            spare_bytes=spare,
+            limit_bytes=chosen.limit_bytes - OVERHEAD_BYTES // 2,
+            verify=verify,
+        )
+    except BaseException:
+        storage.close()
+        raise
+    limit = Limit(
+        artifact.path,
+        chosen.limit_bytes,
+        texts,
+        overhead_bytes=OVERHEAD_BYTES,
+        streamer=streamer,
+        binding=chosen.binding,
+    )
+    return LlamaModel(
+        spec,
+        Streamed(streamer, matrices, spec),
+        vectors,
+        pass_tokens=texts.widest(PASS_BYTES, LEAST_CONTEXT),
+        streaming=streamer,
+        limit=limit,
+    )

@@ -1,0 +1,156 @@
+"""Models and tokenizers in memory: packed ones, and the checkpoints that they were packed from."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from waterfill.base import process
+from waterfill.base.arguments import Check, checked
+from waterfill.base.errors import ArtifactError, MemoryLimitError, WaterfillError, first_line
+from waterfill.base.reading import check_settings
+from waterfill.files.artifact import Artifact, open_artifact
+from waterfill.files.checkpoint import WEIGHT_DTYPES, Checkpoint, warn_of_adapter
+from waterfill.files.original import check_generation, from_pretrained, load_original
+from waterfill.running.hf.plugin import Caller, called_by
+from waterfill.running.streaming.fit import Fit, fit, kept_size, memory_bytes, packed_names
+
+_log = logging.getLogger(__name__)
+
+_DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
+LOADING_BYTES = 72 << 20  # what transformers takes beside files and model while it loads them
+
+
+@checked(dtype=_DTYPE)
+def load(
+    artifact: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    memory: str | float | None = None,
+    streamed: bool | None = None,
+    logits: int = 1,
+) -> Any:
+    """The packed model as a transformers model, ready for `generate` and pipelines; its weights stay packed.
+
+    A model that does not fit in memory is streamed: `model.streaming` is the `Streamer` then, else None. Where `memory`
+    is given, `model.memory_limit` is the `Limit` that texts are held to, else None.
+
+    Args:
+        dtype: of the activations; the checkpoint's own when None.
+        verify: compare every byte with its digest first.
+        memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None.
+        streamed: whether to stream; None streams what does not fit.
+        logits: positions that logits are wanted of at a time, to reckon with where memory is short.
+
+    Raises:
+        ArtifactError: torn, altered or of an unknown version.
+        MemoryLimitError: `memory` is too small for the model even when it is streamed, as far as it can be.
+        WaterfillError: `memory` is not a size.
+    """
+    path = Path(artifact)
+    opened = open_artifact(path, verify=False)
+    chosen = fit(opened, memory, streamed, loading_bytes=opened.size_bytes)  # files are mapped meanwhile
+    if chosen.binding:
+        process.return_large_blocks()
+        _check_room(path, kept_size(opened), chosen.limit_bytes)
+    if verify:
+        opened.verify_files()
+        opened.verify(besides=packed_names(opened) if chosen.streamed else ())
+    warn_of_adapter(path)
+    try:
+        return _load(opened, dtype, chosen, verify=verify, logits=logits)
+    except MemoryLimitError:
+        if chosen.streamed or streamed is not None or not packed_names(opened):
+            raise
+    gc.collect()  # what did not fit, before it is loaded again
+    return _load(opened, dtype, fit(opened, memory, streamed=True), verify=False, logits=logits)
+
+
+def _load(opened: Artifact, dtype: torch.dtype | None, chosen: Fit, *, verify: bool, logits: int) -> Any:
+    with called_by(Caller(verified=True, streamed=chosen.streamed)):
+        model = _packed_model(opened.path, dtype, tensors=len(opened.tensors))
+    model.streaming = model.memory_limit = None
+    if chosen.streamed:
+        from waterfill.running.hf.attach import attach
+
+        attach(model, opened, chosen, verify=verify, logits=logits)
+    elif chosen.binding:
+        from waterfill.running.hf.attach import hold
+
+        hold(model, opened.path, chosen, logits=logits)
+    return model
+
+
+def _packed_model(path: Path, dtype: torch.dtype | None, *, tensors: int) -> Any:
+    """Raises ArtifactError for whatever transformers finds wrong, and for weights that it would make up."""
+    try:
+        check_settings(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_generation(path, config)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if layers > tensors:  # building them would not end
+            raise ArtifactError(
+                f"{path} has {tensors} tensors, which cannot be those of the {layers} layers of its config.json; fetch "
+                "the artifact again, or pack again"
+            )
+        model, found = from_pretrained(path, config=config, dtype="auto" if dtype is None else dtype)
+    except WaterfillError:
+        raise
+    except Exception as error:  # what its classes raise at a config.json or shapes that they do not expect
+        raise ArtifactError(
+            f"transformers cannot load {path} ({first_line(error)}); fetch the artifact again, or pack again"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ArtifactError(
+            f"{path} has nothing for {missing[0]!r}, one of {len(missing)} tensors that the model of its config.json "
+            "has; fetch the artifact again, or pack again"
+        )
+    return model
+
+
+def load_checkpoint_in(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, *, memory: str | float | None = None, logits: int = 1
+) -> Any:
+    """The original model in a dtype, None for its own, held below a limit where one is given.
+
+    Raises MemoryLimitError where `memory`, what the process may take in all, is too little; `logits` as of `load`.
+    """
+    limit = memory_bytes(memory)
+    if limit is not None:
+        process.return_large_blocks()
+        _check_room(checkpoint.path, _loading_bytes(checkpoint, dtype), limit)
+    model = load_original(checkpoint, dtype)
+    if limit is not None:
+        from waterfill.running.hf.attach import hold
+
+        hold(model, checkpoint.path, Fit(streamed=False, limit_bytes=limit, spare_bytes=0, binding=True), logits=logits)
+    return model
+
+
+def _loading_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
+    """Of a model in a dtype, and of its files, which are mapped meanwhile."""
+    total = 0.0
+    for tensor in checkpoint.tensors.values():
+        own = WEIGHT_DTYPES.get(tensor.dtype)
+        wider = 1 if dtype is None or own is None else dtype.itemsize / own.itemsize
+        total += (1 + wider) * tensor.size_bytes
+    return math.ceil(total)
+
+
+def _check_room(path: Path, weights_bytes: int, limit_bytes: int) -> None:
+    """Raises MemoryLimitError, before anything is loaded, where weights that have to be in memory do not fit."""
+    process.release()
+    needed = process.resident_bytes() + LOADING_BYTES + weights_bytes
+    if needed > limit_bytes:
+        smallest = math.ceil(needed / 1e6)
+        raise MemoryLimitError(
+            f"{limit_bytes / 1e6:.0f} MB are too little for {path}: loading it takes {smallest} MB at least; give more",
+            smallest_bytes=1_000_000 * smallest,
+        )

@@ -1,0 +1,16 @@
+"""Models that do not fit in memory: weights come from storage for every token, decoded and multiplied as they come.
+
+    artifact ──StreamedMatrix──► Streamer ──► what is read, kept, multiplied: View ──product──► View
+
+A transformers model gets its streamer from `attach`, and its packed modules then multiply through a `Source`. Nothing
+else here needs torch, but for the reference where there is no native library.
+"""
+
+from waterfill.running.streaming.chunks import StreamedMatrix
+from waterfill.running.streaming.measure import measure_stages
+from waterfill.running.streaming.storage import Storage
+from waterfill.running.streaming.streamer import Streamer
+from waterfill.running.streaming.summary import Summary
+from waterfill.running.streaming.view import Activations, View
+
+__all__ = ["Activations", "Storage", "StreamedMatrix", "Streamer", "Summary", "View", "measure_stages"]

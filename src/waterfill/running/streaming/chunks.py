@@ -1,0 +1,341 @@
+"""A packed matrix on disk as pieces that can be read, checked, decoded and multiplied one by one.
+
+    part    the rows of one entropy-coded stream, or as many rows of codes: decoded by one thread
+    chunk   consecutive parts, about CHUNK_BYTES of one file: read at once
+    matrix  chunks from the first row to the last
+
+`ChunkData` is a chunk whose bytes are in memory: as stored, or, pinned, in the kernels' layout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from waterfill.base import native
+from waterfill.base.errors import ArtifactError
+from waterfill.base.lazy import torch
+from waterfill.codecs import TableCodec, Trellis, get_codec
+from waterfill.codecs.indices import radix_word
+from waterfill.codecs.integers import native_table
+from waterfill.codecs.trellis.stream import stream_rows
+from waterfill.files.artifact import StoredTensor, read_bytes
+from waterfill.running.streaming.storage import BLOCK_BYTES, HUGE_BYTES, Region, Storage
+from waterfill.running.streaming.view import Activations, View
+
+if TYPE_CHECKING:
+    from waterfill.kernels import Packed
+
+# Calls from Python are few, a handful of chunks is enough to read ahead, and a slot is a huge page.
+CHUNK_BYTES = HUGE_BYTES - 2 * BLOCK_BYTES
+PART_WEIGHTS = 1 << 18  # of codes
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Parts `[first_part, last_part)` of a matrix: what is read at once."""
+
+    matrix: StreamedMatrix
+    first_part: int
+    last_part: int
+
+    @cached_property
+    def region(self) -> Region:
+        ends = self.matrix.ends
+        start = int(ends[self.first_part])
+        return Region(self.matrix.file, self.matrix.offset_bytes + start, int(ends[self.last_part]) - start)
+
+    @property
+    def first_row(self) -> int:
+        return self.first_part * self.matrix.part_rows
+
+    @property
+    def rows(self) -> int:
+        return min(self.last_part * self.matrix.part_rows, self.matrix.shape[0]) - self.first_row
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """Of its rows."""
+        return np.arange(self.first_row, self.first_row + self.rows)
+
+    @cached_property
+    def ends(self) -> npt.NDArray[np.uint32]:
+        """Where each part ends, in bytes from the chunk's first."""
+        ends = self.matrix.ends[self.first_part : self.last_part + 1]
+        return np.asarray(ends[1:] - ends[0], np.uint32)
+
+    @cached_property
+    def view(self) -> native.ChunkView:
+        """As the library sees it, in the form that is stored, but for the address of its bytes."""
+        matrix, isa = self.matrix, native.isa()
+        assert isa is not None
+        step, table = native_table(matrix.codec, isa)
+        unit = 2.0**matrix.exponent
+        view = native.ChunkView(self.rows, matrix.shape[1], matrix.part_rows, step * unit, unit, table)
+        view.ends, view.sums, view.parts = (
+            self.ends.ctypes.data,
+            matrix.sums[self.first_part :].ctypes.data,
+            len(self.ends),
+        )
+        if isinstance(matrix.stored, Trellis):
+            view.states, view.wide = matrix.stored.states, int(matrix.stored.wide)
+        else:
+            assert matrix.scales is not None
+            scales = matrix.scales[self.first_row :]
+            view.scales, view.scales_count = scales.ctypes.data, scales.size
+            view.word_indices, view.word_bytes = radix_word(matrix.codec.n) or (0, 0)
+            view.row_bytes = matrix.codec.row_bytes(matrix.shape[1])
+        return view
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.matrix.shape[1]
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Memory that it takes in the kernels' layout, near enough."""
+        codec = self.matrix.codec
+        return self.rows * codec.row_bytes(self.matrix.shape[1]) + 2 * self.rows
+
+
+class StreamedMatrix:
+    """A matrix `[out, in]` whose codes stay on disk. Scales of fixed-rate codes, half a per cent of them, do not; with
+    `verify` they are compared with their digest. Raises ArtifactError where they differ, or the index is damaged.
+    """
+
+    def __init__(self, tensor: StoredTensor, storage: Storage, *, verify: bool) -> None:
+        codec = get_codec(tensor.codec)
+        if not isinstance(codec, TableCodec | Trellis):
+            raise ArtifactError(
+                f"tensor {tensor.name!r} has codec {tensor.codec!r}, which cannot be run from its codes"
+            )
+        self.tensor, self.name, self.stored = tensor, tensor.name, codec
+        self.shape = (tensor.shape[0], tensor.shape[1])
+        self.exponent = tensor.exponent
+        self.codec = codec.levels if isinstance(codec, Trellis) else codec  # that is multiplied from
+        buffers = dict(zip(tensor.keys, tensor.buffers, strict=True))
+        self.buffer = buffers["streams" if isinstance(codec, Trellis) else "codes"]
+        self.file, self.offset_bytes = self.buffer.file, self.buffer.offset_bytes
+        self.scales: npt.NDArray[np.float16] | None = None
+        rows, width = self.shape
+        if isinstance(codec, Trellis):
+            self.part_rows = stream_rows(width)
+            self.ends = self._index(storage, -(-rows // self.part_rows))
+        else:
+            self.part_rows = 4 * max(1, PART_WEIGHTS // (4 * width))
+            starts = np.minimum(np.arange(-(-rows // self.part_rows) + 1) * self.part_rows, rows)
+            self.ends = starts * codec.row_bytes(width)
+            stored = buffers["scales"]
+            self.scales = read_bytes(stored, verify=verify).view("<f2").reshape(stored.shape)
+        self.sums = np.zeros(len(self.ends) - 1, np.uint64)  # checksums of the parts; 0: not read yet
+        self.chunks = tuple(self._chunks())
+
+    def _index(self, storage: Storage, count: int) -> npt.NDArray[np.int64]:
+        size = self.buffer.size_bytes
+        data = storage.read(Region(self.file, self.offset_bytes, min(4 * count, size)))
+        ends = np.concatenate([[4 * count], np.frombuffer(data, "<u4").astype(np.int64)])
+        if len(ends) != count + 1 or (np.diff(ends) < 0).any() or ends[-1] > size:
+            raise ArtifactError(
+                f"{self.file}: the index of tensor {self.name!r} at byte {self.offset_bytes} is damaged; fetch the "
+                "artifact again, or pack again"
+            )
+        return ends
+
+    def _chunks(self) -> list[Chunk]:
+        found, first, parts = [], 0, len(self.ends) - 1
+        for part in range(1, parts + 1):
+            if part == parts or self.ends[part + 1] - self.ends[first] > CHUNK_BYTES:
+                found.append(Chunk(self, first, part))
+                first = part
+        return found
+
+    def whole(self, *, verify: bool) -> ChunkData:
+        """All of it in memory, as stored; with `verify`, compared with its digest."""
+        data = read_bytes(self.buffer, verify=verify)
+        return ChunkData(Chunk(self, 0, len(self.ends) - 1), data[self.ends[0] : self.ends[-1]])
+
+    def part(self, row: int) -> Chunk:
+        """The one part that holds a row."""
+        number = row // self.part_rows
+        return Chunk(self, number, number + 1)
+
+    @property
+    def coded_bytes(self) -> int:
+        """Bytes on disk that one product reads."""
+        return int(self.ends[-1] - self.ends[0])
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def check(self, chunk: Chunk, data: npt.NDArray[np.uint8]) -> None:
+        """Compare parts with what they were when they were first read.
+
+        Raises ArtifactError, which names file, tensor and offset.
+        """
+        library = native.library()
+        if library is None:
+            return
+        isa = library.isas[native.isa() or "scalar"]
+        found = np.empty(len(chunk.ends), np.uint64)
+        place, ends = data.ctypes.data, chunk.ends
+        library.call("checksums", isa, place, data.nbytes, ends.ctypes.data, len(found), found.ctypes.data)
+        known = self.sums[chunk.first_part : chunk.last_part]
+        changed = np.flatnonzero((known != 0) & (found != known))
+        if len(changed):
+            raise self.changed(chunk, int(changed[0]))
+        known[:] = found
+
+    def changed(self, chunk: Chunk, part: int) -> ArtifactError:
+        return self.damaged(chunk, part, "is not what it was when it was first read")
+
+    def damaged(self, chunk: Chunk, part: int, what: str = "is damaged") -> ArtifactError:
+        offset = self.offset_bytes + int(self.ends[chunk.first_part + part])
+        return ArtifactError(
+            f"{self.file}: tensor {self.name!r} {what} (the part at byte {offset}); fetch the artifact again, or pack "
+            "again"
+        )
+
+
+class ChunkData:
+    """A chunk's bytes in memory, `data` uint8; with `scales`, codes and scales in the kernels' layout; `unchecked` if
+    products are to compare its parts with what they were when they were first read."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        data: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.uint16] | None = None,
+        *,
+        unchecked: bool = False,
+    ) -> None:
+        self.chunk, self.data, self._scales, self._unchecked = chunk, data, scales, unchecked
+
+    @property
+    def arranged(self) -> bool:
+        return self._scales is not None
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self._scales is None else self._scales.nbytes)
+
+    def multiply(self, x: Activations, y: View, nanoseconds: npt.NDArray[np.int64]) -> None:
+        """Write the chunk's columns of y `[tokens, out]`.
+
+        Time spent decoding and multiplying, by all threads, is added to `nanoseconds`, `[2]`.
+
+        Raises ArtifactError where a part is damaged.
+        """
+        prepared = x.prepared(self.chunk.matrix.codec)
+        if prepared is None or x.isa is None:
+            from waterfill import kernels
+
+            if self._unchecked:
+                self.chunk.matrix.check(self.chunk, self.data)
+            first = self.chunk.first_row
+            y.tensor()[:, first : first + self.chunk.rows] = kernels.matmul(x.view.tensor(), self.packed())
+            return
+        library = native.library()
+        assert library is not None
+        task = self.task(prepared, y)
+        isa, everything = library.isas[x.isa], native.READY()
+        expect(library.multiply_chunks(isa, task, 1, y.dtype, everything, None, nanoseconds.ctypes.data), [self.chunk])
+
+    def task(self, prepared: int | None, y: View) -> native.Task:
+        """The same product for the library to compute: of `Activations.prepared`."""
+        address = y.address + self.chunk.first_row * y.item_bytes
+        return native.Task(ctypes.addressof(self._view), prepared, address, y.width)
+
+    def copy(self) -> ChunkData:
+        return ChunkData(self.chunk, self.data.copy(), self._scales)
+
+    def arrange(self) -> ChunkData:
+        """A copy in the kernels' layout: larger, and multiplied without decoding."""
+        library, isa = native.library(), native.isa()
+        if library is None or isa is None or self.arranged:
+            return self.copy()
+        codec, rows, width = self.chunk.matrix.codec, self.chunk.rows, self.chunk.matrix.shape[1]
+        codes = np.empty(library.codes_bytes(codec.p, codec.n, rows, width), np.uint8)
+        scales = np.empty(library.scales_count(rows, width), np.uint16)
+        view = ctypes.byref(self._view)
+        expect(library.chunk_decode(library.isas[isa], view, codes.ctypes.data, scales.ctypes.data), [self.chunk])
+        return ChunkData(self.chunk, codes, scales)
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Rows of the matrix by number, all of this chunk: `[count, in]`."""
+        isa, library = native.isa(), native.library()
+        numbers = np.ascontiguousarray(numbers - self.chunk.first_row, np.int64)
+        if isa is None or library is None:
+            from waterfill import kernels
+
+            return kernels.rows(self.packed(), torch.from_numpy(numbers)).numpy()
+        whole = self if self.arranged else self.arrange()
+        found = np.empty((len(numbers), self.chunk.matrix.shape[1]), np.float32)
+        view = whole.matrix_view
+        library.call("rows", library.isas[isa], view, numbers.ctypes.data, len(numbers), 0, found.ctypes.data)
+        return found
+
+    @property
+    def matrix_view(self) -> native.MatrixView:
+        """Arranged rows as a matrix of their own: pointers, alive as long as this object."""
+        view = self._view
+        return native.MatrixView(
+            view.rows,
+            view.width,
+            view.step,
+            view.unit,
+            view.table,
+            view.data,
+            view.scales,
+            view.data_bytes,
+            view.scales_count,
+        )
+
+    def packed(self) -> Packed:
+        """The chunk's rows as a matrix of their own, for the door of torch."""
+        from waterfill import kernels
+
+        matrix = self.chunk.matrix
+        shape, layout = (self.chunk.rows, matrix.shape[1]), kernels.implementation()
+        if layout != kernels.STORED:
+            whole = self if self.arranged else self.arrange()
+            assert whole._scales is not None
+            codes, scales = torch.from_numpy(whole.data), torch.from_numpy(whole._scales.view(np.float16))
+        elif isinstance(matrix.stored, Trellis):
+            index = (self.chunk.ends + 4 * len(self.chunk.ends)).astype("<u4").view(np.uint8)
+            codes, scales = matrix.stored.to_levels(torch.from_numpy(np.concatenate([index, self.data])), shape)
+        else:
+            assert matrix.scales is not None
+            first = self.chunk.first_row
+            codes = torch.from_numpy(self.data.copy())
+            scales = torch.from_numpy(matrix.scales[first : first + shape[0]])
+        return kernels.Packed(matrix.codec, scales, codes, matrix.exponent, shape, layout)
+
+    @cached_property
+    def _view(self) -> native.ChunkView:
+        """As the library sees it."""
+        view = native.ChunkView.from_buffer_copy(self.chunk.view)
+        view.data, view.data_bytes = self.data.ctypes.data, self.data.nbytes
+        if self._scales is not None:
+            view.scales, view.scales_count = self._scales.ctypes.data, self._scales.size
+            view.states, view.row_bytes = 0, 0
+        if not self._unchecked:
+            view.sums = None
+        return view
+
+
+def expect(status: int, chunks: Sequence[Chunk]) -> None:
+    """Raise what a status of the library says of `chunks`: ArtifactError for a part that is not what it should be."""
+    if status <= -3:
+        task, flaw = divmod(-3 - status, 1 << 32)
+        part, changed = divmod(flaw, 2)
+        chunk = chunks[task]
+        raise chunk.matrix.changed(chunk, part) if changed else chunk.matrix.damaged(chunk, part)
+    if status:
+        raise ValueError(f"the library refused chunks of {chunks[0].matrix.name!r} (status {status})")

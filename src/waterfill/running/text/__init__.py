@@ -1,0 +1,1 @@
+"""What both engines share: tokens, templates, sampling, speculation, the loop that generates."""

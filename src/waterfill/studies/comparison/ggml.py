@@ -1,0 +1,132 @@
+"""GGUF's formats through the ggml library that llama-cpp-python brings along: its own quantisers, its own decoders.
+
+A matrix is quantised row by row as llama.cpp's `quantize --pure` does it: one type for all, with llama.cpp's own
+replacement where a row is no multiple of the type's block. With an importance matrix the quantisers weigh errors by the
+second moments of the inputs, measured on the calibration tokens; llama.cpp has none for token embeddings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from waterfill.files.artifact import Buffer
+from waterfill.studies.comparison.base import Candidate, Method, Put, Subject, Unavailable, register
+from waterfill.studies.comparison.stored import Stored, run_quantiser, stored
+
+F16 = 1
+TYPES = {
+    "Q2_K": 10, "IQ2_S": 22, "IQ3_XXS": 18, "Q3_K": 11, "IQ3_S": 21, "Q4_0": 2, "Q4_1": 3, "IQ4_NL": 20, "IQ4_XS": 23,
+    "Q4_K": 12, "Q5_0": 6, "Q5_1": 7, "Q5_K": 13, "Q6_K": 14, "Q8_0": 8,
+}  # fmt: skip
+NAMES = {number: name for name, number in TYPES.items()} | {F16: "F16"}
+# llama.cpp's tensor_type_fallback: what stands in where a row is no multiple of 256.
+_FALLBACK = {"IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0"}
+_FALLBACK |= {"Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+class _Traits(ctypes.Structure):
+    """ggml_type_traits, as far as it is needed."""
+
+    _fields_ = (
+        ("type_name", c_char_p),
+        ("block", c_int64),
+        ("interleave", c_int64),
+        ("block_bytes", c_size_t),
+        ("quantised", c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)),
+    )
+
+
+@lru_cache(maxsize=1)
+def _ggml() -> Any:
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise Unavailable("llama-cpp-python is not installed; pip install 'waterfill[compare]'")
+    files = sorted((Path(spec.origin).parent / "lib").glob("*ggml-base.*[!0-9]"))
+    if not files:
+        raise Unavailable("this build of llama-cpp-python brings no ggml library that can be called")
+    lib = ctypes.CDLL(str(files[0]))
+    lib.ggml_row_size.restype, lib.ggml_row_size.argtypes = c_size_t, [c_int, c_int64]
+    lib.ggml_quantize_chunk.restype = c_size_t
+    lib.ggml_quantize_chunk.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]
+    lib.ggml_get_type_traits.restype, lib.ggml_get_type_traits.argtypes = POINTER(_Traits), [c_int]
+    return lib
+
+
+def fitting(kind: str, width: int) -> str:
+    """The type that llama.cpp stores rows of this width in when asked for `kind`."""
+    lib = _ggml()
+    chosen = kind
+    if width % lib.ggml_get_type_traits(TYPES[kind]).contents.block:
+        chosen = _FALLBACK.get(kind, kind)
+    return "F16" if width % lib.ggml_get_type_traits(TYPES[chosen]).contents.block else chosen
+
+
+def quantise(weight: Tensor, kind: str, importance: Tensor | None = None) -> Stored:
+    """Encode and decode one matrix; `importance` weighs the errors of its columns, float32 [in]."""
+    lib = _ggml()
+    rows, width = weight.shape
+    chosen = fitting(kind, width)
+    if chosen == "F16":
+        return stored(weight.half().float(), {chosen.lower(): Buffer("f16", "F16", (rows, width))})
+    number = TYPES[chosen]
+    codes = torch.empty(rows, lib.ggml_row_size(number, width), dtype=torch.uint8)
+    source = weight.to(torch.float32).contiguous()
+    scales = None if importance is None else importance.to(torch.float32).contiguous()
+    pointer = None if scales is None else scales.data_ptr()
+    written = lib.ggml_quantize_chunk(number, source.data_ptr(), codes.data_ptr(), 0, rows, width, pointer)
+    if written != codes.nbytes:
+        raise Unavailable(f"ggml wrote {written} bytes of {chosen} where {codes.nbytes} were expected")
+    decoded = torch.empty(rows, width)
+    lib.ggml_get_type_traits(number).contents.to_float(codes.data_ptr(), decoded.data_ptr(), rows * width)
+    return stored(decoded, {chosen.lower(): codes})
+
+
+def run(kind: str, subject: Subject, put: Put, *, weighted: bool = False) -> Candidate:
+    """All matrices in one type."""
+    _ggml()
+    note = _replaced(kind, subject)
+    if not weighted:
+        result = run_quantiser(partial(quantise, kind=kind), subject, put)
+    else:
+        moments = subject.moments
+        names = iter([matrix.name for matrix in subject.architecture.matrices])
+        result = run_quantiser(lambda weight: quantise(weight, kind, moments.get(next(names))), subject, put)
+    return Candidate(result.size_bytes, result.bits, note="; ".join(filter(None, (note, result.note))))
+
+
+def _replaced(kind: str, subject: Subject) -> str:
+    """What llama.cpp stores otherwise than it was asked to."""
+    matrices = subject.architecture.matrices
+    other = [(matrix, fitting(kind, matrix.shape[1])) for matrix in matrices]
+    other = [(matrix, chosen) for matrix, chosen in other if chosen != kind]
+    if not other:
+        return ""
+    width, chosen = other[0][0].shape[1], other[0][1]
+    return f"{len(other)} of {len(matrices)} matrices are {chosen}: rows of {width} do not fit {kind}'s blocks"
+
+
+for _kind in TYPES:
+    _name = _kind.lower()
+    register(Method(f"gguf-{_name}", f"GGUF {_kind}", "GGUF", partial(run, _kind), "llama-cpp-python", options="pure"))
+for _kind in TYPES:
+    if _kind not in ("Q8_0",):
+        register(
+            Method(
+                f"gguf-{_kind.lower()}-imatrix",
+                f"GGUF {_kind}, imatrix",
+                "GGUF, imatrix",
+                partial(run, _kind, weighted=True),
+                "llama-cpp-python",
+                calibrated=True,
+                options="pure",
+            )
+        )

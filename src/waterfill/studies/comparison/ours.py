@@ -1,0 +1,54 @@
+"""Our own methods: a plan within a budget is packed into a real artifact, whose files are weighed and decoded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from waterfill.base.progress import Step
+from waterfill.codecs import Encoded, get_codec
+from waterfill.files.artifact import RAW, Artifact, open_artifact
+from waterfill.packing.pack import pack_plan
+from waterfill.planning.plan import Plan
+from waterfill.planning.planner import Request, make_plan
+from waterfill.studies.comparison.base import Candidate, Method, Put, Subject
+
+
+def plan_for(subject: Subject, request: Request) -> Plan:
+    """The plan that `waterfill pack` would carry out."""
+    return make_plan(subject.name, subject.architecture, subject.sensitivity, request)
+
+
+def packed(plan: Plan, *, title: str, name: str, progress: Step | None = None) -> Method:
+    """A plan as a method. Its identity is the plan's: whatever changes the bytes changes it."""
+
+    def run(subject: Subject, put: Put) -> Candidate:
+        return pack_and_decode(subject, plan, put, progress)
+
+    return Method(name, title, "waterfill", run, "waterfill", options=plan.identity)
+
+
+def pack_and_decode(subject: Subject, plan: Plan, put: Put, progress: Step | None = None) -> Candidate:
+    """Pack into a temporary directory, and decode what lies there."""
+    step = None if progress is None else lambda _, done, total: progress(done, total)
+    with TemporaryDirectory(prefix="waterfill-compare-") as folder:
+        out = pack_plan(plan, subject.checkpoint, subject.architecture, Path(folder) / "packed", progress=step)
+        artifact = open_artifact(out, verify=False)
+        decode(artifact, put)
+        predicted = plan.predicted
+        return Candidate(
+            size_bytes=artifact.size_bytes,
+            bits=plan.bits,
+            predicted=(predicted.kl, predicted.kl_low, predicted.kl_high),
+        )
+
+
+def decode(artifact: Artifact, put: Put) -> None:
+    """Every packed matrix of an artifact, decoded by its codec from the buffers on disk."""
+    for tensor in artifact.tensors.values():
+        if tensor.codec == RAW:
+            continue
+        rows, width = tensor.shape
+        buffers = {key: artifact.read(buffer.name) for key, buffer in zip(tensor.keys, tensor.buffers, strict=True)}
+        encoded = Encoded((rows, width), buffers, tensor.exponent, noise_power=0.0, power=0.0)
+        put(tensor.name, get_codec(tensor.codec).decode(encoded))

@@ -1,0 +1,172 @@
+"""The verb `compare`: ways to store a model, at equal bytes.
+
+model + text + budgets + methods ──► Comparison
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, cast
+
+import torch
+
+from waterfill.base.ambient import own_torch_modes
+from waterfill.base.arguments import PATH, POSITIVE, SIZE, checked, each
+from waterfill.base.errors import WaterfillError
+from waterfill.base.progress import Progress, step_of
+from waterfill.base.writing import write_file
+from waterfill.evaluation import default_context, token_ids
+from waterfill.evaluation import windows as text_windows
+from waterfill.files.architecture import Architecture, describe
+from waterfill.files.checkpoint import Checkpoint, open_checkpoint
+from waterfill.files.original import load_checkpoint, load_tokenizer
+from waterfill.planning.budget import Budget, parse_size
+from waterfill.planning.loss import Gain
+from waterfill.planning.measuring import MEASURING, measure_on, probe_of
+from waterfill.planning.menu import Purpose, codec_names
+from waterfill.planning.options import CHECKS, ProbeOptions
+from waterfill.planning.planner import Request
+from waterfill.planning.probe import probe_tokens, read_text
+from waterfill.planning.sensitivity import Sensitivity, given_sensitivity
+from waterfill.studies.comparison import DEFAULT_BITS, OURS, Comparison, Method, Subject, compare_methods, known, select
+from waterfill.studies.comparison.cache import comparisons_folder
+
+# Without the baseline that nobody ships, and without variants of what is there already.
+USUAL_METHODS = ("waterfill", "bnb-*", "hqq-[2348]", "quanto-*", "torchao-*", "gptq-*", "gguf-*[!x]")
+
+
+class CompareOptions(TypedDict, total=False):
+    """How our plans are made, and what calibrated peers see."""
+
+    gain: Gain
+    keep: Sequence[str]
+    codecs: Sequence[str]
+    purpose: Purpose  # storage or memory, as of `plan`
+    probe: Literal["self", "random"]
+    calibration: str | Path | None  # a text to measure sensitivities on, and to calibrate peers with, in their place
+    sequences: int
+    length: int
+    seed: int
+    sensitivity: str | Path | Sensitivity | None
+    revision: str | None
+
+
+@own_torch_modes()
+@checked(CompareOptions, text=PATH, sizes=each(SIZE, "sizes"), bits=each(POSITIVE, "numbers above 0"), **CHECKS)
+def compare(
+    model: str | Path,
+    text: str | Path,
+    *,
+    sizes: Sequence[str | float] = (),
+    bits: Sequence[float] = (),
+    methods: Sequence[str] = USUAL_METHODS,
+    match: bool = True,
+    context: int | None = None,
+    max_windows: int | None = None,
+    batch: int = 1,
+    progress: Progress | None = None,
+    **options: Unpack[CompareOptions],
+) -> Comparison:
+    """Store a model in many ways, at their true bytes, and measure what each loses on a text.
+
+    Args:
+        sizes, bits: budgets of our own plans, 2.5 to 8 bits per weight when neither is given.
+        methods: names or patterns; a method that cannot run here has a row that says why.
+        match: beside every peer, measure our plan within the peer's bytes.
+        context: tokens per window; 2048 or the model's positions, if that is less, when None.
+        max_windows: measure on the first windows only.
+
+    Results are kept in the user's cache directory, and found again by model, method, text and context.
+
+    Raises:
+        WaterfillError: a bad checkpoint, text, budget or method.
+    """
+    ours, peers = _methods(methods)
+    if not ours and not peers:
+        raise WaterfillError("there is nothing to compare: no method is named; leave methods out for the usual ones")
+    budgets = [Budget(parse_size(size)) for size in sizes] + [Budget(bits=rate) for rate in bits]
+    checkpoint = open_checkpoint(model, revision=options.get("revision"))
+    architecture = describe(checkpoint, options.get("keep", ()))
+    codec_names(architecture, options.get("codecs"))  # refuses what is none, before minutes of measuring
+    tokenizer = load_tokenizer(checkpoint.path)
+    ids = token_ids(tokenizer, text)
+    original = load_checkpoint(checkpoint)
+    context = default_context(original) if context is None else context
+    ids = text_windows(ids, context)[:max_windows].flatten()
+    calibrated = any(method.calibrated for method in peers)
+    measured, calibration = _measured(checkpoint, architecture, original, tokenizer, progress, options, calibrated)
+    name = Path(model).resolve().name if Path(model).is_dir() else str(model)
+    subject = Subject(name, checkpoint, architecture, original, measured, calibration)
+    request = Request(
+        Budget(bits=16.0),
+        gain=options.get("gain", "auto"),
+        keep=tuple(options.get("keep", ())),
+        codecs=tuple(options.get("codecs", ())),
+        purpose=options.get("purpose", "storage"),
+    )
+    return compare_methods(
+        subject,
+        ids,
+        text=Path(text).name,
+        context=context,
+        methods=peers,
+        ours=ours,
+        budgets=budgets or [Budget(bits=rate) for rate in DEFAULT_BITS],
+        request=request,
+        match=match,
+        batch=batch,
+        progress=progress,
+    )
+
+
+def _methods(patterns: Sequence[str]) -> tuple[tuple[str, ...], tuple[Method, ...]]:
+    """Our own methods, and the peers, that the patterns name."""
+    ours = tuple(name for name in OURS if any(fnmatchcase(name, pattern) for pattern in patterns))
+    rest = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in OURS)]
+    everything = [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in known())]
+    wanted = dict.fromkeys([*everything, *rest])
+    return ours, select(tuple(wanted)) if wanted else ()
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    model: Any,
+    tokenizer: Any,
+    progress: Progress | None,
+    options: CompareOptions,
+    calibrated: bool,
+) -> tuple[Sensitivity, torch.Tensor | None]:
+    """Sensitivities, and the tokens that calibrated peers see: those of the same probe. Both are kept on disk."""
+    wanted = options.get("sensitivity")
+    given = None if wanted is None else given_sensitivity(wanted, checkpoint)
+    if given is not None and not calibrated:
+        return given, None
+    text = options.get("calibration")
+    probe = probe_of(cast(ProbeOptions, options), text)
+    folder = comparisons_folder() / checkpoint.fingerprint / "probes"
+    digest = "" if text is None else blake2b(read_text(Path(text)).encode(), digest_size=8).hexdigest()
+    identity = f"{probe.kind}-{probe.sequences}-{probe.length}-{probe.seed}-{digest}".rstrip("-")
+    tokens_file = folder / f"{identity}.tokens.json"
+    try:
+        tokens = torch.tensor(json.loads(tokens_file.read_text()), dtype=torch.int64)
+    except (OSError, ValueError):
+        tokens = probe_tokens(model, tokenizer, probe, step_of(progress, "sampling a probe"))
+        write_file(tokens_file, json.dumps(tokens.tolist()))
+    if given is not None:
+        return given, tokens
+    kept = "-".join(sorted(options.get("keep", ())))
+    suffix = f"-{blake2b(kept.encode(), digest_size=6).hexdigest()}" if kept else ""
+    sensitivity_file = folder / f"{identity}{suffix}.sensitivity.json"
+    try:
+        return Sensitivity.load(sensitivity_file), tokens
+    except WaterfillError:
+        pass
+    step = step_of(progress, MEASURING)
+    found = measure_on(model, checkpoint, architecture, probe, tokens, progress=step)
+    write_file(sensitivity_file, found.to_json())
+    return found, tokens

@@ -1,0 +1,357 @@
+"""Streamed models compute what resident ones do, to the bit, whatever is kept in memory; and end cleanly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import waterfill
+from tests.support import models, streams
+from tests.support.commands import Command
+from tests.support.plans import plan_for
+from waterfill import kernels
+from waterfill.base import native, process
+from waterfill.base.errors import ArtifactError, MemoryLimitError, WaterfillError
+from waterfill.files.artifact import open_artifact
+from waterfill.planning.budget import Budget
+from waterfill.running.streaming import measure_stages
+from waterfill.running.streaming.chunks import StreamedMatrix
+from waterfill.running.streaming.limit import Limit
+from waterfill.running.streaming.residency import Residency
+
+pytestmark = pytest.mark.usefixtures("no_reader_left")
+
+CODECS = ("trellis-s8-r3.0000", "trellis-s4-r6.0000", "higgs-p1-n4", "higgs-p1-n6", "higgs-p2-n16", "higgs-p4-n1024")
+KEEPS = (streams.nothing, streams.coded, streams.decoded, streams.mixed)
+Packed = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """An artifact of a tiny Llama in one codec, made when first asked for."""
+    root = tmp_path_factory.mktemp("streams")
+    checkpoint = models.tiny_llama(root / "model", tokenizer=True, hidden=96, intermediate=272, layers=3)
+
+    def pack(codec: str) -> Path:
+        out = root / codec
+        if not out.exists():
+            plan = plan_for(checkpoint, codecs=[codec], budget=Budget(bits=16.0), uniform=True)
+            waterfill.pack(checkpoint, out, plan=plan)
+        return out
+
+    return pack
+
+
+def ids(count: int = 12, batch: int = 1) -> torch.Tensor:
+    return torch.randint(256, (batch, count), generator=torch.Generator().manual_seed(count))
+
+
+@torch.inference_mode()
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(tokens, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_logits_are_those_of_the_resident_model(
+    packed: Packed, codec: str, keep: streams.Keep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams.quick(monkeypatch, keep)
+    resident, streamed = waterfill.load(packed(codec)), streams.load(packed(codec))
+    for tokens in (ids(1), ids(12), ids(40, batch=2)):
+        for _ in range(2):  # around the end of a pass
+            assert torch.equal(logits(streamed, tokens), logits(resident, tokens))
+    assert not [p for p in streamed.parameters() if p.ndim == 2], "nothing but norms is a parameter"
+
+
+@pytest.mark.parametrize("isa", [*(native.library().isas if native.library() else ()), "none"])
+@pytest.mark.parametrize("codec", ["trellis-s8-r3.0000", "higgs-p2-n16"])
+def test_every_instruction_set(packed: Packed, isa: str, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATERFILL_ISA", isa)
+    for cached in (native.isa, kernels.implementation):
+        cached.cache_clear()
+    try:
+        streams.quick(monkeypatch, streams.mixed)
+        resident, streamed = waterfill.load(packed(codec)), streams.load(packed(codec))
+        # The reference multiplies float32 matrices through BLAS, whose sums depend on a matrix's shape.
+        tolerance = 0.05 if isa == "none" else 0.0
+        torch.testing.assert_close(logits(streamed, ids()), logits(resident, ids()), atol=tolerance, rtol=0)
+    finally:
+        monkeypatch.undo()
+        for cached in (native.isa, kernels.implementation):
+            cached.cache_clear()
+
+
+def test_float_activations_are_respected(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    rounded = logits(streams.load(packed(CODECS[0])), ids())
+    monkeypatch.setenv("WATERFILL_ACTIVATIONS", "float")
+    exact = logits(streams.load(packed(CODECS[0])), ids())
+    assert torch.equal(exact, logits(waterfill.load(packed(CODECS[0])), ids()))
+    assert not torch.equal(exact, rounded)
+
+
+@pytest.mark.parametrize("family", [name.removeprefix("tiny_") for name in vars(models) if name.startswith("tiny_")])
+def test_every_family_streams(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    checkpoint = getattr(models, f"tiny_{family}")(tmp_path / "model")
+    waterfill.pack(checkpoint, tmp_path / "packed", plan=plan_for(checkpoint, budget=Budget(bits=5.0)))
+    resident, streamed = waterfill.load(tmp_path / "packed"), streams.load(tmp_path / "packed")
+    tokens = ids(9, batch=2)
+    assert torch.equal(logits(streamed, tokens), logits(resident, tokens))
+    assert torch.equal(logits(streamed, tokens), logits(resident, tokens))
+
+
+def test_only_the_experts_that_were_picked_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    checkpoint = models.tiny_mixtral(tmp_path / "model")
+    waterfill.pack(checkpoint, tmp_path / "packed", plan=plan_for(checkpoint, budget=Budget(bits=5.0)))
+    streamed = streams.load(tmp_path / "packed")
+    read: list[str] = []
+    check = StreamedMatrix.check
+    monkeypatch.setattr(StreamedMatrix, "check", lambda self, *args: (read.append(self.name), check(self, *args))[1])
+    logits(streamed, ids(1))
+    experts = {name for name in read if ".experts." in name}
+    config = streamed.config
+    picked = config.num_experts_per_tok * config.num_hidden_layers
+    assert 0 < len({name.rpartition(".")[::2][0] + name.rpartition(".")[2] for name in experts}) <= 2 * picked
+    assert picked < config.num_local_experts * config.num_hidden_layers
+    read.clear()
+    logits(streamed, ids(1))
+    assert not [name for name in read if ".experts." in name], "the experts used last are still in memory"
+
+
+def test_greedy_generation_is_the_same(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    resident = waterfill.load(packed(CODECS[0]), dtype=torch.float32)
+    streamed = streams.load(packed(CODECS[0]), dtype=torch.float32)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = resident.generate(ids(), **options)
+    assert torch.equal(streamed.generate(ids(), **options), expected)
+    assert torch.equal(streamed.generate(ids(), prompt_lookup_num_tokens=4, **options), expected)
+    assert torch.equal(streamed.generate(ids(), assistant_model=resident, **options), expected)
+
+
+def test_long_prompts_are_read_in_pieces_where_memory_is_short(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    monkeypatch.setattr("waterfill.running.streaming.limit.PASS_BYTES", 1)
+    streamed = streams.load(packed(CODECS[0]), dtype=torch.float32)
+    assert streamed.generation_config.prefill_chunk_size == 16
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    whole = waterfill.load(packed(CODECS[0]), dtype=torch.float32).generate(ids(40), **options)
+    streamed.streaming.reset()
+    assert torch.equal(streamed.generate(ids(40), **options), whole)
+    assert streamed.streaming.summary().passes == 3 + 3
+
+
+def test_the_order_of_execution_is_learnt(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    streamed = streams.load(packed(CODECS[0]))
+    streamer = streamed.streaming
+    streamer._order.reverse()
+    streamer._follow()
+    expected = logits(waterfill.load(packed(CODECS[0])), ids())
+    names = []
+    for _ in range(3):
+        assert torch.equal(logits(streamed, ids()), expected)
+        names.append([matrix.name for matrix in streamer.sequence])
+    assert names[0] == names[2][::-1]
+    assert names[1] == names[2]
+
+
+def test_memory_that_something_else_takes_is_given_up(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch, streams.coded)
+    streamed = streams.load(packed(CODECS[0]))
+    expected = logits(streamed, ids())
+    monkeypatch.setattr(Limit, "begin_pass", lambda *_, **__: None)  # nobody says what passes take
+    kept = streamed.streaming.summary().kept_bytes
+    taken = streamed.streaming._limit_bytes + kept // 2
+    monkeypatch.setattr(process, "resident_bytes", lambda: taken)
+    assert torch.equal(logits(streamed, ids()), expected)
+    assert 0 < streamed.streaming.summary().kept_bytes < kept
+    monkeypatch.setattr(process, "resident_bytes", lambda: 2 * taken)
+    for _ in range(2):
+        assert torch.equal(logits(streamed, ids()), expected)
+    assert streamed.streaming.summary().kept_bytes == 0
+
+
+def test_the_largest_chunk_may_be_given_up(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def largest(sequence: Any) -> Residency:
+        return Residency((max(sequence, key=lambda chunk: chunk.region.size_bytes),), (), 1.0)
+
+    streams.quick(monkeypatch, largest)
+    streamed = streams.load(packed(CODECS[0]))
+    expected = logits(streamed, ids())
+    streamed.streaming._shed(1)
+    assert streamed.streaming.summary().kept_bytes == 0
+    assert torch.equal(logits(streamed, ids()), expected)
+
+
+def test_too_little_memory_says_how_much_is_needed(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    with pytest.raises(
+        MemoryLimitError, match=r"1 MB are too little .* takes [0-9]+ MB at least.*; give more"
+    ) as found:
+        waterfill.load(packed(CODECS[0]), memory="1MB")
+    assert waterfill.load(packed(CODECS[0]), memory=found.value.smallest_bytes + 30_000_000, streamed=True).streaming
+
+
+def test_what_fits_is_not_streamed(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waterfill.load(packed(CODECS[0]), memory="64GB").streaming is None
+    assert waterfill.load(packed(CODECS[0])).streaming is None
+
+
+def test_without_a_limit_what_is_free_decides(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    streams.quick(monkeypatch)
+    monkeypatch.setattr(process, "free_bytes", lambda: 120e6)
+    with caplog.at_level(logging.INFO, logger="waterfill"):
+        model = waterfill.load(packed(CODECS[0]))
+    assert model.streaming is not None
+    said = " ".join(record.message for record in caplog.records)
+    assert "0.1 GB are free: streaming its weights from storage" in said
+    assert "G weights/s" in said
+    assert "tok/s expected" in said
+
+
+def test_a_closed_model_says_so(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    model = streams.load(packed(CODECS[0]))
+    model.streaming.close()
+    model.streaming.close()
+    with pytest.raises(WaterfillError, match="closed"):
+        logits(model, ids())
+
+
+@pytest.mark.parametrize("place", ["index", "part", "padding"])
+def test_digests_are_compared_when_it_is_loaded(
+    packed: Packed, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams.quick(monkeypatch)
+    original = streams.load(packed(CODECS[0]))
+    matrix = original.streaming.sequence[-1]
+    last = matrix.buffer.size_bytes - 1
+    offset = matrix.offset_bytes + {"index": 0, "part": int(matrix.ends[0]) + 99, "padding": last}[place]
+    copy = damaged_copy(packed(CODECS[0]), tmp_path / "copy", offset)
+    with pytest.raises(ArtifactError, match=rf"{matrix.name}"):
+        streams.load(copy)
+
+
+def test_digests_of_scales_are_compared_too(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    tensor = open_artifact(packed("higgs-p2-n16")).tensors["model.layers.1.mlp.up_proj"]
+    scales = tensor.buffers[tensor.keys.index("scales")]
+    copy = damaged_copy(packed("higgs-p2-n16"), tmp_path / "copy", scales.offset_bytes + 1)
+    with pytest.raises(ArtifactError, match=r"up_proj\.scales"):
+        streams.load(copy)
+    assert streams.load(copy, verify=False).streaming
+
+
+def damaged_copy(artifact: Path, copy: Path, offset: int) -> Path:
+    copy.mkdir()
+    for file in artifact.iterdir():
+        data = bytearray(file.read_bytes())
+        if file.suffix == ".safetensors":
+            data[offset] ^= 0x10
+        (copy / file.name).write_bytes(data)
+    return copy
+
+
+def twice(model: Any) -> None:
+    logits(model, ids())
+    logits(model, ids())
+
+
+def test_damage_that_comes_later_is_found(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    for codec in CODECS[0], "higgs-p2-n16":
+        copy = tmp_path / codec
+        damaged_copy(packed(codec), copy, -1)
+        (copy / "model.safetensors").write_bytes((packed(codec) / "model.safetensors").read_bytes())
+        model = streams.load(copy)
+        expected = logits(model, ids())
+        matrix = model.streaming.sequence[1]
+        offset = matrix.offset_bytes + int(matrix.ends[0]) + 7
+        with (copy / "model.safetensors").open("r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 1]))
+        with pytest.raises(
+            ArtifactError, match=rf"{matrix.name}.*is not what it was when it was first read.*byte [0-9]+"
+        ):
+            twice(model)  # the ring may still hold what was read before
+        with (copy / "model.safetensors").open("r+b") as file:
+            file.seek(offset)
+            file.write(bytes([byte]))
+        assert torch.equal(logits(model, ids()), expected), "and once it is whole again, so are the answers"
+
+
+def test_exceptions_of_the_consumer_leave_nothing_behind(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    model = streams.load(packed(CODECS[0]))
+    expected = logits(model, ids())
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for layer in model.model.layers:
+        hook = layer.mlp.register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, ids())
+        hook.remove()
+        assert torch.equal(logits(model, ids()), expected)
+
+
+def test_the_summary_adds_up(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    model = streams.load(packed(CODECS[0]))
+    model.streaming.reset()
+    for _ in range(5):
+        logits(model, ids(1))
+    found = model.streaming.summary()
+    streamed = sum(matrix.coded_bytes for matrix in model.streaming.sequence)
+    assert found.passes == 5
+    assert 5 * streamed <= found.bytes_read <= 7 * streamed
+    assert found.kept_bytes == 0
+    assert min(found.waiting_s, found.decode_s, found.multiply_s) >= 0
+    assert found.limiting in ("storage", "decode", "multiply", "other")
+    assert found.limiting in found.line
+    assert found.limiting in found.short
+    assert found.to_dict()["limiting"] == found.limiting
+    stages = measure_stages(model.streaming, lambda: logits(model, ids(1)))
+    assert set(stages) == {"read_s", "decode_s", "compute_s"}
+    assert all(seconds > 0 for seconds in stages.values())
+    assert torch.equal(logits(model, ids()), logits(waterfill.load(packed(CODECS[0])), ids()))
+
+
+def test_on_the_command_line(work: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.quick(monkeypatch)
+    memory = f"{process.resident_bytes() + 200_000_000}"
+    monkeypatch.setattr("waterfill.running.streaming.fit.resident_size", lambda artifact: 1 << 40)
+    arguments = ("generate", work / "packed", "-p", "def f(", "--temperature", "0", "--max-new-tokens", "6")
+    plain = command(*arguments, "--memory", memory)
+    assert plain.code == 0
+    assert "passes/s" in plain.err
+    assert "storage" in plain.err
+    record = command(*arguments, "--memory", memory, "--lookup", "3", "--json").record
+    assert plain.out == "def f(" + record["text"] + "\n"
+    assert record["streaming"]["bytes_read"] > 0
+    scored = command(
+        "eval", work / "packed", "--text", work / "text.py", "--windows", "1", "--memory", memory, "--json"
+    )
+    monkeypatch.undo()
+    resident = command("eval", work / "packed", "--text", work / "text.py", "--windows", "1", "--json", "--no-cache")
+    assert scored.record["ppl"] == resident.record["ppl"]
+    refused = command(*arguments, "--memory", "1MB")
+    assert refused.code == 2
+    assert "too little" in refused.err
+    both = command(*arguments, "--lookup", "2", "--draft", work / "packed")
+    assert (both.code, "either draft or lookup" in both.err) == (2, True)
