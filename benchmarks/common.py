@@ -88,9 +88,11 @@ def held_out_text(report: Report | None = None) -> Path:
     """
     hint = ""
     if chosen := os.environ.get("WATERFILL_TEXT"):
-        path, name = Path(chosen), Path(chosen).name
+        path = Path(chosen)
+        name = path.name
     elif held_out.cached().is_file():
-        path, name = held_out.cached(), held_out.NAME
+        path = held_out.cached()
+        name = path.name
     else:
         path, name = _standard_library_text(), f"standard library of Python {platform.python_version()}"
         hint = "; the text of the published figures is made by: python benchmarks/held_out.py"
