@@ -134,8 +134,8 @@ CHAPTERS = {
         "Artifacts that lie",
         "In {seconds_of_fuzzing:.0f} s, {findings} artifacts that a loader neither runs nor refuses.",
         "Every case is an artifact that is changed and sealed again, so that all digests are right, and goes through "
-        "every loader, in a process that may neither die, hang nor swell. `transformers'` are refusals of that "
-        "library's own, before ours looks.",
+        "every loader, in a process that may neither die, hang nor swell. `transformers'` are errors of that "
+        "library's own.",
     ),
     "kernels": Chapter(
         "Kernels",

@@ -92,7 +92,8 @@ def summary_page(reports: dict[str, dict[str, Any]]) -> str:
     criteria: list[list[Any]] = []
     for name, report in reports.items():
         link = f"[{CHAPTERS[name].heading}](results/{name}.md)"
-        findings.append([link, finding(CHAPTERS[name].finding, report)])
+        quick = " *(A quick run.)*" if report["quick"] else ""
+        findings.append([link, finding(CHAPTERS[name].finding, report) + quick])
         missed = [stated(key, item) for key, item in report["criteria"].items() if not item["holds"]]
         said = "<br>".join(missed).replace("|", "\\|")
         criteria.append([link, len(report["criteria"]) - len(missed), len(missed), said])
