@@ -25,7 +25,7 @@ $(VENV)/ready: pyproject.toml requirements/install.py $(LOCK) native/CMakeLists.
 demo: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
 
-# With what `benchmarks/compare.py` has measured in the same cache folder, the page shows other methods too.
+# With what `benchmarks.compare` has measured in the same cache folder, the page shows other methods too.
 report: demo
 	cp demo-out/packed.html docs/report.html
 

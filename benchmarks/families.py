@@ -4,7 +4,7 @@ Each family has a tiny model with its config class's own defaults in all but siz
 planned, packed (losslessly, and at 5 bits per weight for storage and for memory), loaded, compared with a dense twin
 that holds the decoded weights, made to generate, and streamed (`tests/family_check.py`). docs/families.md is made here:
 
-    python benchmarks/families.py --write
+    python -m benchmarks.families --write
 """
 
 from __future__ import annotations
@@ -23,9 +23,6 @@ import torch
 import transformers
 
 from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
-
-sys.path.insert(0, str(REPOSITORY / "tests"))
-
 from tests.support.family_check import BITS, FAMILIES, TOLERANCE, Outcome, check
 
 PAGE = REPOSITORY / "docs" / "families.md"
@@ -37,7 +34,7 @@ INTRODUCTION = """\
 # Families
 
 The {families} causal families of transformers {transformers} (`MODEL_FOR_CAUSAL_LM_MAPPING_NAMES`), as
-`python benchmarks/families.py --write` found them with torch {torch}. Each is a tiny model with random weights and its
+`python -m benchmarks.families --write` found them with torch {torch}. Each is a tiny model with random weights and its
 config class's own defaults in all but size.
 
 {counts}

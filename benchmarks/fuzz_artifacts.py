@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -28,13 +27,10 @@ import torch
 import transformers
 
 from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
-from waterfill.base import process as memory
-
-sys.path.insert(0, str(REPOSITORY / "tests"))
-
 from tests.support.artifact_loaders import FindingError, judge
 from tests.support.artifact_mutations import Mutator, write
 from tests.support.fuzz_samples import sample_artifacts
+from waterfill.base import process as memory
 
 MINUTES, QUICK_MINUTES = 30.0, 0.5
 HANG_S = 60.0  # a case takes a second or two

@@ -1,0 +1,1 @@
+"""How far quantised weights can be compressed, and by what."""

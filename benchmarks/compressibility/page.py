@@ -1,6 +1,6 @@
 """The plot and the page of `compressibility.py`. Every number on the page comes from its report.
 
-python benchmarks/compressibility_page.py REPORT.json PAGE.md    writes the page again from a report that was kept
+python -m benchmarks.compressibility.page REPORT.json PAGE.md    writes the page again from a report that was kept
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Damaged streams through every decoder."""

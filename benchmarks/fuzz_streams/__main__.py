@@ -6,7 +6,7 @@ touched. That happens in a process of its own: one that dies or hangs is a findi
 
     --library FILE   another build, for instance one with sanitizers (native/tests/run.sh makes it):
                      LD_PRELOAD=$(c++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \\
-                     python benchmarks/fuzz_streams.py --library build/native-sanitize/libwaterfill_native.so
+                     python -m benchmarks.fuzz_streams --library build/native-sanitize/libwaterfill_native.so
     --corpus FILE    write the shortest case of every kind that was met: how tests/attacks/streams.jsonl was made
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import sys
 import time
 import traceback
 from collections import Counter
@@ -25,13 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
-from waterfill.base import native
-
-sys.path.insert(0, str(REPOSITORY / "tests"))
-
 from benchmarks.fuzz_streams.mutations import Mutator
+from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
 from tests.support.stream_cases import CORPUS, Case, DisagreementError, judge, read_cases, write_cases
+from waterfill.base import native
 
 SECONDS, QUICK_SECONDS = 600.0, 20.0
 REPORT_S = 1.0  # how often a worker says that it is alive

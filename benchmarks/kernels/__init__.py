@@ -1,0 +1,1 @@
+"""How fast packed matrices are multiplied and decoded."""

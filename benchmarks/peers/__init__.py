@@ -1,0 +1,1 @@
+"""Other libraries' kernels, each in a process of its own."""

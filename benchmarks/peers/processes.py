@@ -23,12 +23,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.shared.limits import REPOSITORY
 from benchmarks.shared.report import Report
 from benchmarks.shared.rounds import own_processes
 from benchmarks.shared.timing import COLD_BYTES, SETTLE_S, ColdProduct, Shape
 
 PYTHON_VARIABLE = "WATERFILL_PEERS_PYTHON"
-WORKER = Path(__file__).with_name("peer_worker.py")
+WORKER = "benchmarks.peers.worker"
 FAMILIES = ("onnxruntime", "openvino", "ggml")
 INT4_GROUP = 128
 
@@ -43,7 +44,8 @@ class PeerProcess:
     def __init__(self, python: str, family: str) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # for as long as the process
         self._process = subprocess.Popen(
-            [python, str(WORKER), family],
+            [python, "-m", WORKER, family],
+            cwd=REPOSITORY,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

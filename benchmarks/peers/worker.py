@@ -1,6 +1,6 @@
 """Other libraries' products and models, run in a process of their own. `kernel_peers.py` starts it and asks.
 
-    python benchmarks/peer_worker.py FAMILY        {"call": METHOD, "arguments": {…}} a line ──► {"result": …} a line
+    python -m benchmarks.peers.worker FAMILY        {"call": METHOD, "arguments": {…}} a line ──► {"result": …} a line
 
 It needs numpy and the library it is asked for, nothing of waterfill: any interpreter that has those will do.
 """

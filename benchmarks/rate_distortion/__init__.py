@@ -1,0 +1,1 @@
+"""Entropy-coded trellis quantisation beside the Shannon bound."""

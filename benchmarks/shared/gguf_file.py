@@ -1,6 +1,6 @@
 """A Llama checkpoint with a byte-level BPE tokenizer as a GGUF file, and llama.cpp's own quantised versions of it.
 
-    python benchmarks/gguf_file.py MODEL OUT.gguf [--type F32|F16|Q8_0|Q4_0|…]
+    python -m benchmarks.shared.gguf_file MODEL OUT.gguf [--type F32|F16|Q8_0|Q4_0|…]
 
 Small on purpose: the models of this repository, not all of the world's. Tensors have ggml's names; rows of q and k are
 reordered, because ggml's rotary embedding of this architecture turns neighbouring coordinates where transformers turns

@@ -23,6 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+
 MOUNT = Path("/sys/fs/cgroup")
 CONTROLLERS = {"memory": "memory", "read": "blkio"}  # what is limited: its controller in v1
 CONTROLLERS_V2 = {"memory": "memory", "read": "io"}
@@ -99,6 +101,7 @@ def run_limited(
         start = time.perf_counter()
         process = subprocess.Popen(
             ["sh", "-c", JOIN, "sh", *command],
+            cwd=REPOSITORY,  # where `-m benchmarks.…` is found
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

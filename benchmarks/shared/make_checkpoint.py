@@ -1,6 +1,6 @@
 """Write a checkpoint of Llama shapes with random weights: what memory and time depend on, and nothing to download.
 
-    python benchmarks/make_checkpoint.py OUT [--shapes llama-3.2-1b] [--shard-bytes 500000000]
+    python -m benchmarks.shared.make_checkpoint OUT [--shapes llama-3.2-1b] [--shard-bytes 500000000]
 
 bf16, sharded, with an index and the example model's tokenizer. Weights are written a block of rows at a time.
 """

@@ -15,6 +15,7 @@ A criterion that does not hold is reported, not raised: the exit status only say
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -32,7 +33,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks import held_out
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE_MODEL = REPOSITORY / "examples" / "ref-llama"
 
 # Modules that every supported interpreter has as one plain file: about 2 MB of source.
@@ -77,32 +80,46 @@ def median_spread(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def held_out_text(report: Report | None = None) -> Path:
-    """File of code that the example model was not trained on; says (in the report, or on the terminal) which one it is.
+    """File of code that the example model was not trained on; the report (or the terminal) says which one it is.
 
-    It is `data/heldout-code.txt` under the folder named by WATERFILL_TEST_DATA (default: `shared` beside the
-    repository). Without that file the standard library's own source stands in: same kind of text on every machine
-    with the same Python, but not certain to be unseen by the model.
+    It is the file that WATERFILL_TEXT names; or else the text of the published figures, where `held_out.py` has made
+    it; or else the standard library's own source: the same kind of text wherever the interpreter is the same, without
+    the network, but not certain to be unseen by the model.
     """
-    root = Path(os.environ.get("WATERFILL_TEST_DATA", REPOSITORY.parent / "shared"))
-    path = root / "data" / "heldout-code.txt"
-    if path.is_file():
-        said = f"text: {path.name} ({path.stat().st_size:,} bytes)"
+    hint = ""
+    if chosen := os.environ.get("WATERFILL_TEXT"):
+        path = Path(chosen)
+        name = path.name
+    elif held_out.cached().is_file():
+        path = held_out.cached()
+        name = path.name
     else:
-        path = _standard_library_text()
-        said = f"text: source of {platform.python_implementation()}'s standard library ({path.stat().st_size:,} bytes)"
-        said += "; set WATERFILL_TEST_DATA to a folder that holds data/heldout-code.txt to use the held-out text"
+        path, name = _standard_library_text(), f"standard library of Python {platform.python_version()}"
+        hint = "; the text of the published figures is made by: python -m benchmarks.held_out"
+    content = path.read_bytes()
+    text: dict[str, Any] = {"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    if text["sha256"] == held_out.SHA256:
+        text["name"] = held_out.NAME
+    said = f"text: {text['name']} ({len(content):,} bytes, SHA-256 {text['sha256']}){hint}"
     if report is None:
         _console().print(said, style="dim", highlight=False)
     else:
-        report.note(said)
+        report.text = text
+        report.console.print(said, style="dim", highlight=False, markup=False)
     return path
 
 
 class Report:
-    """Tables, notes and criteria of one run: printed as they come, written as one JSON object at the end."""
+    """Tables, notes and criteria of one run: printed as they come, written as one JSON object at the end.
+
+    The object: `title`; `quick`, whether --quick was given; `machine`; `text`, the name, bytes and SHA-256 of the text
+    measured on, or null; `criteria`, {NAME: {value, goal, holds}}; `results`, tables as lists of {COLUMN: value};
+    `notes`. What was not kept is null.
+    """
 
     def __init__(self, title: str) -> None:
         self.title = title
+        self.text: dict[str, Any] | None = None
         self.results: dict[str, Any] = {}
         self.notes: list[str] = []
         self.criteria: dict[str, dict[str, Any]] = {}
@@ -141,7 +158,9 @@ class Report:
             return
         content = {
             "title": self.title,
+            "quick": "--quick" in sys.argv,
             "machine": machine(),
+            "text": self.text,
             "criteria": self.criteria,
             "results": self.results,
             "notes": self.notes,

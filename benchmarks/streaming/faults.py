@@ -1,6 +1,6 @@
 """`streaming.py`: what a streamed run does when reading fails, files are damaged, or it is interrupted.
 
-    python benchmarks/stream_faults.py < request        all trials in one process; one JSON line
+    python -m benchmarks.streaming.faults < request        all trials in one process; one JSON line
     measure_faults(bench)                                runs that, with a limit on its time
 
 Every trial streams a copy of the example model in small chunks, does one thing wrong at a random place, and generates a
@@ -39,7 +39,7 @@ def measure_faults(bench: Any) -> None:
     """Run the trials and report what they ended in."""
     count = QUICK_TRIALS if bench.quick else TRIALS
     request = {"artifact": str(bench.store.example().path), "trials": count}
-    command = [sys.executable, str(Path(__file__))]
+    command = [sys.executable, "-m", "benchmarks.streaming.faults"]
     answer = run_limited(command, Limits(), request=request, timeout_s=60 + 2 * BOUND_S * count).answer()
     if "error" in answer:
         bench.report.note(f"faults: {answer['error']}")

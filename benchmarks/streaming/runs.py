@@ -1,6 +1,6 @@
 """Runs for `streaming.py`: a worker under limits of memory and of reading, with nothing of its files in the page cache.
 
-Bench.ours(artifact, rate, …) ──► stream_worker.py ──┐
+Bench.ours(artifact, rate, …) ──► streaming.worker ──┐
 Bench.peer(request, …)        ──► stream_peers.py  ──┴─ run_limited ──► Run: answer, seconds of a token, peaks
 """
 
@@ -21,7 +21,6 @@ from benchmarks.shared.report import Report
 from benchmarks.streaming.models import Artifact, Store
 from waterfill.planning.budget import format_size
 
-HERE = Path(__file__).parent
 RATES = {"device": None, "0.5 GB/s": 0.5e9, "0.2 GB/s": 0.2e9}  # bytes a second that may be read
 MEMORY_SHARE = 1 / 3  # of the artifact
 PROMPT = list(range(1, 9))
@@ -96,7 +95,7 @@ class Bench:
         """Raises LimitError if it is killed or fails."""
         request |= {"artifact": str(artifact.path), "memory": memory, "prompts": prompts}
         request["tokens"] = tokens + WARM_PASSES
-        outcome = self._outcome("stream_worker.py", sys.executable, request, [artifact.path], rate, memory)
+        outcome = self._outcome("benchmarks.streaming.worker", sys.executable, request, [artifact.path], rate, memory)
         answer = _checked(outcome)
         seconds = [s for generation in answer["generations"] for s in generation["seconds"][WARM_PASSES:]]
         return Run(answer, seconds, outcome.peaks, memory)
@@ -109,7 +108,9 @@ class Bench:
         request = {"prompt": PROMPT, "threads": torch.get_num_threads(), "tokens": tokens + WARM_PASSES, **request}
         timeout_s = QUICK_PEER_TIMEOUT_S if self.quick else PEER_TIMEOUT_S
         while True:
-            outcome = self._outcome("stream_peers.py", self.peers_python, request, files, rate, memory, timeout_s)
+            outcome = self._outcome(
+                "benchmarks.streaming.peers", self.peers_python, request, files, rate, memory, timeout_s
+            )
             starved = memory is not None and (outcome.killed or outcome.timed_out)
             if not starved or memory * MORE_MEMORY > LARGEST_MEMORY:
                 answer = _checked(outcome)
@@ -118,14 +119,14 @@ class Bench:
 
     def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
         """A peer's answer to a request that writes files: without limits."""
-        return _checked(self._run("stream_peers.py", self.peers_python, request, Limits()))
+        return _checked(self._run("benchmarks.streaming.peers", self.peers_python, request, Limits()))
 
     def _smallest(self, artifact: Artifact, request: dict[str, Any]) -> int:
         """The least memory that an artifact can be streamed in, as the refusal of one byte says."""
         known = artifact.path, *request.items()
         if known not in self._known:
             request = {"artifact": str(artifact.path), "memory": 1, "prompts": [], "tokens": 0, **request}
-            answer = self._run("stream_worker.py", sys.executable, request, Limits()).answer()
+            answer = self._run("benchmarks.streaming.worker", sys.executable, request, Limits()).answer()
             if not answer.get("smallest_bytes"):
                 raise LimitError(f"the smallest memory is not known: {answer.get('error', 'a byte is enough')}")
             self._known[known] = round((1 + SLACK) * answer["smallest_bytes"])
@@ -134,7 +135,7 @@ class Bench:
 
     def _outcome(
         self,
-        script: str,
+        module: str,
         python: str,
         request: Any,
         files: Sequence[Path],
@@ -149,11 +150,11 @@ class Bench:
             read_bytes_per_s=None if self._refused["read"] else rate,
             disk=self.store.folder,
         )
-        return self._run(script, python, request, limits, timeout_s)
+        return self._run(module, python, request, limits, timeout_s)
 
-    def _run(self, script: str, python: str, request: Any, limits: Limits, timeout_s: float = TIMEOUT_S) -> Outcome:
+    def _run(self, module: str, python: str, request: Any, limits: Limits, timeout_s: float = TIMEOUT_S) -> Outcome:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        command = [python, str(HERE / script)]
+        command = [python, "-m", module]
         return run_limited(command, limits, request=request, env=environment, timeout_s=timeout_s)
 
 

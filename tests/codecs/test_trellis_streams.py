@@ -1,4 +1,4 @@
-"""Streams that `benchmarks/fuzz_streams.py` found worth keeping: the shortest of every kind, and all that were bugs."""
+"""Streams that `benchmarks.fuzz_streams` found worth keeping: the shortest of every kind, and all that were bugs."""
 
 from __future__ import annotations
 

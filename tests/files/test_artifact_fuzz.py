@@ -1,4 +1,4 @@
-"""Lying artifacts with digests that are right, through every loader: a sample of `benchmarks/fuzz_artifacts.py`."""
+"""Lying artifacts with digests that are right, through every loader: a sample of `benchmarks.fuzz_artifacts`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every causal family that the installed transformers knows: planned, packed, loaded, compared, generating, streamed.
 
-A sample runs by default, the others with `-m families`; `benchmarks/families.py` makes docs/families.md of the same
+A sample runs by default, the others with `-m families`; `benchmarks.families` makes docs/families.md of the same
 code.
 """
 

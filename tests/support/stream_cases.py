@@ -1,5 +1,5 @@
 """Entropy-coded bytes, sound or not, and what every decoder makes of them: shared by the replay of the corpus and by
-`benchmarks/fuzz_streams.py`, which looks for new ones.
+`benchmarks.fuzz_streams`, which looks for new ones.
 
 A case has to be refused by all decoders or decoded by all to the same. Native decoders read it, and write, right before
 and right behind pages that may not be touched, so that a byte too far ends the process.

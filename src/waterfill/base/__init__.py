@@ -1,1 +1,1 @@
-"""The ground floor: errors, files read and written whole, memory, progress, the native library. Imports no other room."""
+"""The ground floor: errors, files read and written whole, memory, progress, the native library. It imports no room."""

@@ -25,9 +25,9 @@ from waterfill.planning.plan import KeptPlan, Plan, Prediction, TensorPlan
 from waterfill.planning.refine import refine
 from waterfill.planning.sensitivity import Sensitivity
 
-# Past this predicted loss the second-order model under-states the measured one (docs/results.md).
+# Past this predicted loss the second-order model under-states the measured one (docs/results/prediction.md).
 REGIME_KL = 0.1
-# Systematic error of the prediction by probe (docs/results.md), as factors on the predicted loss.
+# Systematic error of the prediction by probe (docs/results/prediction.md), as factors on the predicted loss.
 MARGINS = {"self": (0.8, 1.2), "text": (0.9, 1.1), "random": (0.3, 1.2)}
 EVERYTHING = ("*",)  # patterns of what a lossless plan keeps
 MOST_NLL = 700.0  # whose perplexity is still a number

@@ -1,4 +1,4 @@
-"""Compute the shipped grids: `python -m waterfill.codecs.grids.generate` (needs scipy: `pip install "waterfill[grids]"`).
+"""Compute the shipped grids: `python -m waterfill.codecs.grids.generate` (with scipy: `pip install "waterfill[grids]"`)
 
     scalar_grid(n)       p = 1: Newton's method on the Lloyd-Max conditions; exact
     vector_grid(p, n)    p > 1: anneal (Lloyd on small, growing, fresh samples) ──► polish (Lloyd on one large sample)

@@ -287,7 +287,7 @@ def _target(rotated: torch.Tensor) -> _Target:
 
 
 def _gain(rotated: torch.Tensor, values: torch.Tensor, rho: float) -> float:
-    """What `values` are multiplied with: u |w|^2 / <w, q>, u = 1 / (1 + rho tau) (`waterfill.planning.loss`), as one group."""
+    """What `values` are multiplied with: u |w|^2 / <w, q>, u = 1 / (1 + rho tau) (`planning.loss`), as one group."""
     norm, inner = float(rotated.double().square().sum()), float((rotated.double() * values).sum())
     power = float(values.double().square().sum())
     if inner <= 0 or norm * power <= 0:

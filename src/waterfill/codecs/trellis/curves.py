@@ -1,7 +1,7 @@
 """How the trellis code does on a Gaussian source: step and distortion by rate, for each number of states.
 
-`curves.json` holds measured points, made by `python -m waterfill.codecs.trellis.measure_curves`. Above the last of them a bit
-halves the step and quarters the distortion.
+`curves.json` holds measured points, made by `python -m waterfill.codecs.trellis.measure_curves`. Above the last of them
+a bit halves the step and quarters the distortion.
 """
 
 from __future__ import annotations

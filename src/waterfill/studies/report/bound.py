@@ -16,7 +16,7 @@ from waterfill.planning.plan import TensorPlan
 def mse_distortion(relative_error: float, rho: float) -> float:
     """D of the codes themselves: what the relative noise power would be with the least-squares scale.
 
-    Inverts `waterfill.planning.loss.relative_error`: a gain other than the least-squares one adds noise that costs no bits.
+    Inverts `relative_error` of planning.loss: a gain other than the least-squares one adds noise that costs no bits.
     """
     e = relative_error
     a, b = rho * rho * (1 - e), 1 - 2 * e * rho  # a tau² + b tau = e
