@@ -125,7 +125,7 @@ def test_one_dtype_alone_and_beside_whatever_memory_allows(
 
     for name in ("load", "load_checkpoint_in"):
         monkeypatch.setattr(subjects, name, told(name, getattr(subjects, name)))
-    monkeypatch.setattr("waterfill.running.loading.FLOAT32_SHARE", share)
+    monkeypatch.setattr("waterfill.files.original.FLOAT32_SHARE", share)
     options: dict[str, Any] = {"text": work / "text.py", "context": 16, "max_windows": 2, "cache": False}
     beside = waterfill.evaluate(work / "packed", ref_llama, **options)
     alone = waterfill.evaluate(work / "packed", **options)

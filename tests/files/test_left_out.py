@@ -143,4 +143,4 @@ def test_models_are_loaded_in_one_place() -> None:
     calling = [
         file.name for file in sources if "transformers.AutoModelForCausalLM.from_pretrained(" in file.read_text()
     ]
-    assert calling == ["loading.py"]
+    assert calling == ["original.py"]

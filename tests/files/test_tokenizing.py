@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+import waterfill
 from waterfill.base.errors import WaterfillError
 from waterfill.base.reading import SMALL_BYTES
 from waterfill.files.original import load_tokenizer
@@ -149,7 +150,7 @@ def test_code_of_a_tokenizer_never_runs_and_nobody_is_asked(
 
 def test_every_loading_says_that_code_does_not_run() -> None:
     """Without the argument transformers asks on standard input."""
-    package = Path(tokenizing.__file__).parent
+    package = Path(waterfill.__file__).parent
     calls = [
         call.partition(").eval")[0]
         for file in package.rglob("*.py")

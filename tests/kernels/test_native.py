@@ -34,7 +34,7 @@ from waterfill import kernels
 from waterfill.base import native
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import TableCodec, get_codec, hadamard
-from waterfill.codecs.hadamard import groups, rotate, unrotate
+from waterfill.codecs.hadamard import groups, rotate, rotate_natively, unrotate
 from waterfill.files.checkpoint import KEPT_DTYPES
 from waterfill.kernels import cpu as native_kernels
 from waterfill.kernels import reference
@@ -105,7 +105,7 @@ def test_rotation_has_the_bits_of_the_one_in_torch(isa: str, width: int, monkeyp
     x[4] = 0
     kept = x.clone()
     for inverse, function in ((False, rotate), (True, unrotate)):
-        assert native.rotate(x, inverse=inverse) is not None
+        assert rotate_natively(x, inverse=inverse) is not None
         assert same_bits(function(x).nan_to_num(), hadamard._transform_in_torch(x, inverse=inverse).nan_to_num())
         assert same_bits(x, kept), "its argument is only read"
 
@@ -134,10 +134,10 @@ def test_rotation_of_views_and_the_cases_left_to_torch() -> None:
         assert same_bits(rotate(x), rotate(x.clone().contiguous()))
         torch.testing.assert_close(unrotate(rotate(x)), x, rtol=0, atol=1e-5)
     assert same_bits(base, kept)
-    assert native.rotate(base.double(), inverse=False) is None
-    assert native.rotate(base.half(), inverse=False) is None
-    assert native.rotate(base.to("meta"), inverse=False) is None
-    assert native.rotate(base[:0], inverse=False) is None
+    assert rotate_natively(base.double(), inverse=False) is None
+    assert rotate_natively(base.half(), inverse=False) is None
+    assert rotate_natively(base.to("meta"), inverse=False) is None
+    assert rotate_natively(base[:0], inverse=False) is None
     assert rotate(base[:0]).shape == (0, 4, 344)
     leaf = base.clone().requires_grad_()
     rotate(leaf).square().sum().backward()
@@ -172,7 +172,7 @@ def test_none_is_the_reference_and_says_so_once(
     caplog.set_level(logging.WARNING, "waterfill.kernels")
     monkeypatch.setenv(native.ISA_VARIABLE, "none")
     packed, x = stored("higgs-p2-n16", 7, 172), activations(3, 172)
-    assert native.rotate(x, inverse=False) is None
+    assert rotate_natively(x, inverse=False) is None
     for _ in range(2):
         matrix = kernels.arrange(packed)
         assert matrix is packed

@@ -109,11 +109,11 @@ def unrotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def _transform(x: torch.Tensor, *, inverse: bool) -> torch.Tensor:
-    fast = _transform_natively(x, inverse=inverse)
+    fast = rotate_natively(x, inverse=inverse)
     return _transform_in_torch(x, inverse=inverse) if fast is None else fast
 
 
-def _transform_natively(x: torch.Tensor, *, inverse: bool) -> torch.Tensor | None:
+def rotate_natively(x: torch.Tensor, *, inverse: bool) -> torch.Tensor | None:
     """Of float32 on the CPU, by the library, to the same bits; None where it cannot."""
     isa = native.isa()
     if isa is None or x.dtype != torch.float32 or x.device.type != "cpu" or x.numel() == 0 or x.requires_grad:
