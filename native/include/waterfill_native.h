@@ -17,8 +17,6 @@ extern "C" {
 #define WF_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define WF_VERSION 6
-
 typedef struct wf_table wf_table;
 
 typedef struct {
@@ -33,7 +31,12 @@ typedef struct {
 
 enum { WF_FLOAT32 = 0, WF_BFLOAT16 = 1, WF_FLOAT16 = 2 };
 
-WF_EXPORT int wf_version(void);
+/* Which header the library was built from: the first 16 hexadecimal digits of this file's SHA-256, without carriage returns.
+ * Whoever calls the library from another language says which one its mirror of this file was written for. */
+WF_EXPORT const char* wf_header(void);
+
+/* Bytes of a structure of this header by its name, "wf_matrix"; -1: there is none. */
+WF_EXPORT int64_t wf_sizeof(const char* structure);
 
 /* Instruction sets, best first: name of number i, or NULL when there are no more. They include what this build lacks
  * and what this machine cannot run; wf_usable says which can be used. */
@@ -77,14 +80,29 @@ typedef struct {
     int64_t count;
 } wf_vector;
 
-/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `dtype` is that of norms and
- * biases, `cache_dtype` that of keys and values: WF_FLOAT32 or WF_BFLOAT16. The norms of heads and biases may be missing. */
+/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. With q = heads * head_dim,
+ * kv = kv_heads * head_dim, and `inner` the rows of `gate`, matrices are [rows][width] and vectors [count]. */
 typedef struct {
-    int64_t hidden, heads, kv_heads, head_dim;
-    float epsilon, scaling;
-    int dtype, cache_dtype;
-    const wf_matrix *q, *k, *v, *o, *gate, *up, *down;
-    wf_vector input_norm, post_norm, q_norm, k_norm, q_bias, k_bias, v_bias, o_bias;
+    int64_t hidden, heads, kv_heads, head_dim; /* heads a multiple of kv_heads; head_dim even, at most 512 */
+    float epsilon;        /* of the norms */
+    float scaling;        /* of the scores, before the softmax */
+    int dtype;            /* of norms and biases: WF_FLOAT32 or WF_BFLOAT16 */
+    int cache_dtype;      /* of keys and values: the same two */
+    const wf_matrix* q;   /* [q][hidden] */
+    const wf_matrix* k;   /* [kv][hidden] */
+    const wf_matrix* v;   /* [kv][hidden] */
+    const wf_matrix* o;   /* [hidden][q] */
+    const wf_matrix* gate; /* [inner][hidden] */
+    const wf_matrix* up;  /* [inner][hidden] */
+    const wf_matrix* down; /* [hidden][inner] */
+    wf_vector input_norm; /* [hidden], before the attention */
+    wf_vector post_norm;  /* [hidden], behind it */
+    wf_vector q_norm;     /* [head_dim], of each head before it is rotated; may be missing, as all that follow */
+    wf_vector k_norm;     /* [head_dim] */
+    wf_vector q_bias;     /* [q] */
+    wf_vector k_bias;     /* [kv] */
+    wf_vector v_bias;     /* [kv] */
+    wf_vector o_bias;     /* [hidden] */
 } wf_layer;
 
 /* The caller's own products, where matrices are not in memory: `count` matrices of a layer, from `first` on in the order of
@@ -166,14 +184,21 @@ typedef struct {
  * better wait until there is. Less than it said before, or nothing: there will be no more. */
 typedef void (*wf_ready)(void* context, int64_t finished, int wait, int64_t* count);
 
-/* All tasks; with `ready` NULL they may begin at once. y of `dtype`. Nanoseconds of all threads are added to nanoseconds[0],
- * checksums and decoding, and [1], multiplying. 1: `ready` ended it. -3 - n: a part is not what it should be, number
- * n / 2 % 2^31 of task n / 2^32: it is damaged or, for odd n, not what it was when it was first read. */
-WF_EXPORT int64_t wf_multiply_chunks(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready,
-                                     void* context, int64_t* nanoseconds);
+/* The first part that is not what it should be. */
+typedef struct {
+    int64_t task; /* its number among those that were given; 0 where there is one chunk */
+    int64_t part; /* its number in the chunk */
+    int changed;  /* 1: it is not what it was when it was first read; 0: it is damaged */
+} wf_flaw;
+enum { WF_ENDED = 1, WF_FLAWED = -3 };
 
-/* A chunk -> the kernels' layout. -3 - 2i: stream i is damaged. */
-WF_EXPORT int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t* scales);
+/* All tasks; with `ready` NULL they may begin at once. y of `dtype`. Nanoseconds of all threads are added to nanoseconds[0],
+ * checksums and decoding, and [1], multiplying. WF_ENDED: `ready` ended it. WF_FLAWED: *flaw says which part. */
+WF_EXPORT int wf_multiply_chunks(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready, void* context,
+                                 int64_t* nanoseconds, wf_flaw* flaw);
+
+/* A chunk -> the kernels' layout. WF_FLAWED: *flaw says which part. */
+WF_EXPORT int wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t* scales, wf_flaw* flaw);
 
 /* sums[i], never 0, of the bytes between ends[i - 1], or 0, and ends[i], of `bytes` in all, to find out that they were read
  * otherwise than before; the same for every instruction set, and not part of any format. */

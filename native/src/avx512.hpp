@@ -4,11 +4,10 @@
 // what undoes it.
 #pragma once
 
-#include <immintrin.h>
-
 #include <type_traits>
 
 #include "gemm_avx512.hpp"
+#include "intrinsics.hpp"
 #include "kernels.hpp"
 #include "levels_avx512.hpp"
 #include "rans_avx512.hpp"

@@ -51,7 +51,7 @@ void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int coun
         return;
     }
     auto* row_scales = reinterpret_cast<uint16_t*>(scratch(kIndices, 2 * kTogether * each * groups));
-    StreamPart parts[kTogether];
+    StreamPart parts[kTogether] = {};
     for (int i = 0; i < count; ++i) {
         const int64_t part = first + i, from = part ? c.ends[part - 1] : 0, to = c.ends[part];
         parts[i] = {rows_of(c, part), c.data + from, to - from, row_scales + i * each * groups,
@@ -68,36 +68,28 @@ uint64_t checksum_of(const Functions& f, const uint8_t* data, const uint32_t* en
     return sum ? sum : 1;
 }
 
-}  // namespace waterfill
-
-using namespace waterfill;
-
-int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t* scales) {
-    const Functions* f = functions(isa);
-    const wf_chunk& c = *chunk;
-    if (!sound(f, c) || arranged(c)) return -1;
+void decode_chunk(const Functions& f, const wf_chunk& c, uint8_t* codes, uint16_t* scales, std::atomic<int64_t>& least_flaw) {
     const int64_t tile_bytes = tile_code_bytes(c.table->view, c.width), groups = groups_of(c.width);
     prefer_huge_pages(codes, tiles_of(c.rows) * tile_bytes);
-    std::atomic<int64_t> least_flaw{INT64_MAX};
     parallel(ceil_div(parts_of(c), kTogether), [&](int64_t share) {
         const int64_t first = share * kTogether;
         const int count = int(least(kTogether, parts_of(c) - first));
-        PartPlace places[kTogether];
+        PartPlace places[kTogether] = {};
         bool good[kTogether];
         for (int i = 0; i < count; ++i) {
             const int64_t tile = (first + i) * c.part_rows / kTile;
             places[i] = {codes + tile * tile_bytes, scales + tile * groups * kTile};
         }
-        decode_parts(*f, c, first, count, places, good);
+        decode_parts(f, c, first, count, places, good);
         for (int i = 0; i < count; ++i)
-            if (!good[i]) lower(least_flaw, flaw(0, first + i, false));
+            if (!good[i]) lower(least_flaw, flaw_number(0, first + i, false));
     });
-    return status_of(least_flaw);
 }
 
-int wf_checksums(int isa, const uint8_t* data, int64_t bytes, const uint32_t* ends, int64_t count, uint64_t* sums) {
-    const Functions* f = functions(isa);
-    if (!f || !holds_parts(ends, count, bytes)) return -1;
-    for (int64_t i = 0; i < count; ++i) sums[i] = checksum_of(*f, data, ends, i);
-    return 0;
+int flaw_status(int64_t least_flaw, wf_flaw* flaw) {
+    if (least_flaw == kNoFlaw) return 0;
+    *flaw = {least_flaw >> 32, (least_flaw & UINT32_MAX) >> 1, int(least_flaw & 1)};
+    return WF_FLAWED;
 }
+
+}  // namespace waterfill

@@ -3,20 +3,16 @@
 #include "matrix.hpp"
 
 #if defined(__AVX2__)
-#include <immintrin.h>
-
+#include "intrinsics.hpp"
 #include "kernels.hpp"
 #include "levels_avx2.hpp"
+#include "plain.hpp"
 
 namespace waterfill {
 namespace {
 
-struct Avx2 {
-    static constexpr int bias = 0, lanes = 8;
-    static constexpr int pair_bits = 2;
-    static constexpr bool quadruples = false;
-    static constexpr bool interleaved(int, int) { return false; }
-    static constexpr int64_t gemm_tokens = INT64_MAX;
+struct Avx2 : Plain {
+    static constexpr int lanes = 8;
 
     struct Bytes {
         __m256i low, high;
@@ -161,10 +157,6 @@ struct Avx2 {
         const int64_t done = lanes == kMostLanes ? decode_avx2(t, x, at, end, count, out) : 0;
         return decode_plain(t, lanes, x, at, end, count - done, out + done);
     }
-
-    static int64_t gemm_scratch_bytes(int64_t, int64_t) { return 0; }
-    template <class K>
-    static void gemm(const Matrix&, const Prepared&, int64_t, int64_t, float*, uint8_t*) {}
 };
 
 }  // namespace

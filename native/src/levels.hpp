@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "entropy.hpp"
+#include "coding.hpp"
 #include "layout.hpp"
 
 namespace waterfill {

@@ -1,8 +1,7 @@
 // Streams of narrow levels with AVX2: levels.hpp. One at a time, since the tables of two would fill the first cache.
 #pragma once
 
-#include <immintrin.h>
-
+#include "intrinsics.hpp"
 #include "levels.hpp"
 #include "rans_avx2.hpp"
 

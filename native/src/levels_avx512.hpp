@@ -3,8 +3,7 @@
 // (rans.hpp) give levels at once.
 #pragma once
 
-#include <immintrin.h>
-
+#include "intrinsics.hpp"
 #include "levels.hpp"
 
 namespace waterfill {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "entropy.hpp"
+#include "coding.hpp"
 #include "product.hpp"
 #include "stream.hpp"
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "entropy.hpp"
+#include "coding.hpp"
 
 namespace waterfill {
 

@@ -9,7 +9,7 @@
 #include <mutex>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "intrinsics.hpp"
 #endif
 
 namespace waterfill {

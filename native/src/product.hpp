@@ -3,18 +3,10 @@
 
 #include <cstdint>
 #include <functional>
-#include <vector>
 
 #include "../include/waterfill_native.h"
 #include "matrix.hpp"
-
-struct wf_table {
-    waterfill::Table view;
-    std::vector<uint8_t> entries, bytes[4];
-    std::vector<int16_t> words;
-    std::vector<float> points;
-    int paired = 0;  // points of the grid of scalars that was made one of pairs, or 0
-};
+#include "table.hpp"
 
 namespace waterfill {
 

@@ -1,8 +1,15 @@
 // Range asymmetric numeral systems (Duda, arXiv 1311.2540), static 12-bit tables by the alias method.
 //
-// Symbol i of a stream belongs to lane i mod lanes. Every lane is a coder of its own, with a state x in [2^16, 2^32);
-// all lanes share one sequence of 16-bit words:
+// READ FIRST: three things that surprise.
+//   - A stream is decoded in the order of its symbols, and so it is encoded from the last symbol to the first: the states
+//     that a decoder starts from, which are read first, are what the encoder ends with. A decoder has to end with 2^16.
+//   - The encoder finds its words backwards: the last one that it gives off is the first one that a decoder reads.
+//   - All lanes share one sequence of words, with nothing that says whose a word is: in each step those lanes whose states
+//     fall below 2^16 take the next ones, in the order of the lanes.
 //
+// Symbol i of a stream belongs to lane i mod lanes. Every lane is a coder of its own, with a state x in [2^16, 2^32):
+//
+//     bytes: the states, 4 bytes each, then the words, 2 bytes each, all little-endian
 //     slot = x mod 4096;  symbol, freq, k = table[slot];  x = freq * (x / 4096) + k;  if x < 2^16: x = x * 2^16 + word
 //
 // The alias method (Vose 1991) cuts the 4096 slots into equal buckets, each shared by at most two symbols, so that a table
@@ -12,10 +19,14 @@
 #include <cstdint>
 #include <cstring>
 
-#include "entropy.hpp"
+#include "coding.hpp"
 
 namespace waterfill {
 namespace {
+
+// The most that a step of all lanes can take, a word for each: what has to be there before vector code, which loads words
+// before it knows how many are needed, decodes a step.
+constexpr int64_t kStepBytes = 2 * kMostLanes;
 
 inline uint32_t word_at(const uint8_t* p) { return uint32_t(p[0]) | uint32_t(p[1]) << 8; }
 

@@ -73,9 +73,10 @@ void expect_product(int isa, const wf_chunk& chunk, const std::vector<float>& x,
     const int64_t stride = chunk.rows + 3;
     std::vector<float> wide(size_t(tokens * stride));
     int64_t nanoseconds[2] = {};
+    wf_flaw flaw{};
     wf_activations* prepared = wf_activations_new(isa, chunk.table, x.data(), WF_FLOAT32, tokens, chunk.width);
     const wf_task task{&chunk, prepared, wide.data(), stride};
-    if (wf_multiply_chunks(isa, &task, 1, WF_FLOAT32, nullptr, nullptr, nanoseconds)) std::abort();
+    if (wf_multiply_chunks(isa, &task, 1, WF_FLOAT32, nullptr, nullptr, nanoseconds, &flaw)) std::abort();
     wf_activations_free(prepared);
     for (int64_t t = 0; t < tokens; ++t)
         expect(!std::memcmp(wide.data() + t * stride, y.data() + t * chunk.rows, size_t(chunk.rows) * sizeof(float)), name);
@@ -121,13 +122,14 @@ void expect_lies_refused(int isa, const wf_chunk& sound, const std::string& name
     uint8_t codes[16];
     uint16_t scales[16];
     for (const wf_chunk& c : lies) {
-        expect(wf_chunk_decode(isa, &c, codes, scales) < 0, name + ", a lie to wf_chunk_decode");
+        wf_flaw flaw{};
+        expect(wf_chunk_decode(isa, &c, codes, scales, &flaw) < 0, name + ", a lie to wf_chunk_decode");
         const std::vector<float> x(4096);
         std::vector<float> y(4096);
         int64_t nanoseconds[2] = {};
         wf_activations* prepared = wf_activations_new(isa, sound.table, x.data(), WF_FLOAT32, 1, std::min<int64_t>(sound.width, 4096));
         const wf_task task{&c, prepared, y.data(), 1};
-        expect(wf_multiply_chunks(isa, &task, 1, WF_FLOAT32, nullptr, nullptr, nanoseconds) < 0,
+        expect(wf_multiply_chunks(isa, &task, 1, WF_FLOAT32, nullptr, nullptr, nanoseconds, &flaw) < 0,
                name + ", a lie to wf_multiply_chunks");
         wf_activations_free(prepared);
     }
@@ -354,11 +356,14 @@ void expect_streamed_product(int isa, int states, int64_t rows, int64_t width, b
     expect_lies_refused(isa, chunk, name + ", streamed");
     std::vector<uint8_t> arranged(levels.codes.size());
     std::vector<uint16_t> arranged_scales(levels.scales.size());
-    expect(!wf_chunk_decode(isa, &chunk, arranged.data(), arranged_scales.data()) && arranged == levels.codes &&
+    wf_flaw flaw{9, 9, 9};
+    expect(!wf_chunk_decode(isa, &chunk, arranged.data(), arranged_scales.data(), &flaw) && arranged == levels.codes &&
                arranged_scales == levels.scales,
            name + ", decoded");
     end -= 2;
-    expect(wf_chunk_decode(isa, &chunk, arranged.data(), arranged_scales.data()) == -3, name + ", cut short");
+    expect(wf_chunk_decode(isa, &chunk, arranged.data(), arranged_scales.data(), &flaw) == WF_FLAWED && !flaw.task &&
+               !flaw.part && !flaw.changed,
+           name + ", cut short");
 }
 
 // A matrix of so many streams that threads take several at a time: whole, and with one of them damaged. Streams of mixed
@@ -452,6 +457,7 @@ void compare_tasks(int isa, int64_t width) {
                           bytes.data() + from, nullptr, 8, 0, own.data(), &sums[size_t(first)], 0, 0, 0, own.back(), 0, count});
     }
     int64_t row = 0, nanoseconds[2] = {};
+    wf_flaw flaw{};
     for (const auto& chunk : chunks) {
         tasks.push_back({&chunk, prepared, z.data() + row, rows});
         row += chunk.rows;
@@ -460,8 +466,9 @@ void compare_tasks(int isa, int64_t width) {
     auto multiply = [&](bool arriving) {
         Arriving source{count};
         std::fill(z.begin(), z.end(), 0.0f);
-        const int64_t status =
-            wf_multiply_chunks(isa, tasks.data(), count, WF_FLOAT32, arriving ? Arriving::answer : nullptr, &source, nanoseconds);
+        flaw = {};
+        const int status =
+            wf_multiply_chunks(isa, tasks.data(), count, WF_FLOAT32, arriving ? Arriving::answer : nullptr, &source, nanoseconds, &flaw);
         return source.good ? status : -99;
     };
     const std::string name = "tasks of width " + std::to_string(width);
@@ -472,13 +479,16 @@ void compare_tasks(int isa, int64_t width) {
     expect(!wf_checksums(isa, bytes.data(), size, ends.data(), streams, again.data()) && again == sums, name + ", checksums");
     expect(wf_checksums(isa, bytes.data(), size - 1, ends.data(), streams, again.data()) < 0, name + ", checksums beyond the end");
     bytes[size_t(ends[4]) - 1] ^= 0x80;  // part 1 of task 2
-    expect(multiply(true) == -3 - ((int64_t(2) << 32) + 3) && multiply(false) == -3 - ((int64_t(2) << 32) + 3), name + ", changed");
+    auto flawed = [&](bool arriving, int changed) {
+        return multiply(arriving) == WF_FLAWED && flaw.task == 2 && flaw.part == 1 && flaw.changed == changed;
+    };
+    expect(flawed(true, 1) && flawed(false, 1), name + ", changed");
     std::fill(sums.begin(), sums.end(), 0);
-    expect(multiply(false) == -3 - ((int64_t(2) << 32) + 2) && !sums[4] && sums[0], name + ", damaged");
+    expect(flawed(false, 0) && !sums[4] && sums[0], name + ", damaged");
     bytes[size_t(ends[4]) - 1] ^= 0x80;
     expect(!multiply(true), name + ", whole again");
     auto ended = [](void*, int64_t, int, int64_t*) {};
-    expect(wf_multiply_chunks(isa, tasks.data(), count, WF_FLOAT32, ended, nullptr, nanoseconds) == 1, name + ", ended");
+    expect(wf_multiply_chunks(isa, tasks.data(), count, WF_FLOAT32, ended, nullptr, nanoseconds, &flaw) == WF_ENDED, name + ", ended");
     wf_activations_free(prepared);
 }
 

@@ -73,7 +73,7 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
     parallel(ceil_div(streams, kTogether), [&](int64_t share) {
         const int64_t first = share * kTogether;
         const int count = int(least(kTogether, streams - first));
-        StreamPart parts[kTogether];
+        StreamPart parts[kTogether] = {};
         bool good[kTogether];
         for (int i = 0; i < count; ++i) parts[i] = part(first + i);
         read_streams(*f, shape, parts, count, good);
