@@ -1,4 +1,5 @@
-/* The C interface of waterfill's native library. waterfill/native.py is its only caller.
+/* The C interface of waterfill's native library. native_signatures.py is its mirror in Python, and says by a hash of this
+ * file which one it mirrors; native_calls.py is the only caller.
  *
  * Functions return 0, or a negative number for arguments that cannot be: callers check theirs first, in words. Whatever may
  * come from a file is given with its size, and refused where the shapes beside it ask for more; activations and results are
@@ -31,8 +32,8 @@ typedef struct {
 
 enum { WF_FLOAT32 = 0, WF_BFLOAT16 = 1, WF_FLOAT16 = 2 };
 
-/* Which header the library was built from: the first 16 hexadecimal digits of this file's SHA-256, without carriage returns.
- * Whoever calls the library from another language says which one its mirror of this file was written for. */
+/* Which header the library was built from: the first 16 hexadecimal digits of this file's SHA-256, without carriage
+ * returns. */
 WF_EXPORT const char* wf_header(void);
 
 /* Bytes of a structure of this header by its name, "wf_matrix"; -1: there is none. */
@@ -80,10 +81,11 @@ typedef struct {
     int64_t count;
 } wf_vector;
 
-/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. With q = heads * head_dim,
- * kv = kv_heads * head_dim, and `inner` the rows of `gate`, matrices are [rows][width] and vectors [count]. */
+/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `heads` are a multiple of
+ * `kv_heads`, `head_dim` is even and at most 512. Matrices are [rows][width] and vectors [count], where q is
+ * heads * head_dim, kv is kv_heads * head_dim, and inner the rows of `gate`. */
 typedef struct {
-    int64_t hidden, heads, kv_heads, head_dim; /* heads a multiple of kv_heads; head_dim even, at most 512 */
+    int64_t hidden, heads, kv_heads, head_dim;
     float epsilon;        /* of the norms */
     float scaling;        /* of the scores, before the softmax */
     int dtype;            /* of norms and biases: WF_FLOAT32 or WF_BFLOAT16 */
@@ -97,7 +99,7 @@ typedef struct {
     const wf_matrix* down; /* [hidden][inner] */
     wf_vector input_norm; /* [hidden], before the attention */
     wf_vector post_norm;  /* [hidden], behind it */
-    wf_vector q_norm;     /* [head_dim], of each head before it is rotated; may be missing, as all that follow */
+    wf_vector q_norm;     /* [head_dim], of each head; may be missing, as may all that follow */
     wf_vector k_norm;     /* [head_dim] */
     wf_vector q_bias;     /* [q] */
     wf_vector k_bias;     /* [kv] */

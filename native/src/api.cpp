@@ -1,4 +1,4 @@
-// The exported functions that are neither chunks nor entropy coding: instruction sets, threads, tables, products, layers.
+// The exported functions but for chunks and entropy coding: instruction sets, threads, tables, products, layers.
 #include <algorithm>
 #include <cstring>
 
