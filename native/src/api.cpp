@@ -79,7 +79,8 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
     const int64_t per_task = most(1, kTaskWeights / (kTile * width));
     parallel(ceil_div(tiles, per_task), [&](int64_t task) {
         const int64_t first = task * per_task;
-        arrange_tiles(*f, m, first, least(tiles, first + per_task), codes + first * tile_bytes, scales + first * kTile * groups);
+        arrange_tiles(*f, m, first, least(tiles, first + per_task), codes + first * tile_bytes,
+                      scales + first * kTile * groups);
     });
     return 0;
 }

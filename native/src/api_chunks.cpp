@@ -7,7 +7,8 @@
 
 using namespace waterfill;
 
-wf_activations* wf_activations_new(int isa, const wf_table* table, const void* x, int dtype, int64_t tokens, int64_t width) {
+wf_activations* wf_activations_new(int isa, const wf_table* table, const void* x, int dtype, int64_t tokens,
+                                   int64_t width) {
     const Functions* f = functions(isa);
     if (!f || tokens < 1 || width < 1 || dtype < 0 || dtype > 2) return nullptr;
     return new_activations(*f, table->view, x, dtype, tokens, width);

@@ -21,14 +21,17 @@ bool levels_of(const Table& t, bool wide) { return t.direct && t.bits == (wide ?
 void arrange_scales(const uint16_t* row_scales, int64_t rows, int64_t groups, uint16_t* scales) {
     for (int64_t row = 0; row < tiles_of(rows) * kTile; ++row)
         for (int64_t g = 0; g < groups; ++g)
-            scales[(row / kTile * groups + g) * kTile + row % kTile] = row < rows ? row_scales[row * groups + g] : uint16_t(0);
+            scales[(row / kTile * groups + g) * kTile + row % kTile] =
+                row < rows ? row_scales[row * groups + g] : uint16_t(0);
 }
 
 }  // namespace
 
 bool sound(const Functions* f, const wf_chunk& c) {
-    if (!f || !c.table || !possible(c.rows, c.width) || !possible(c.part_rows, c.width) || c.part_rows % kTile) return false;
-    if ((c.states || c.sums) && !(c.ends && c.parts == parts_of(c) && holds_parts(c.ends, c.parts, c.data_bytes))) return false;
+    if (!f || !c.table || !possible(c.rows, c.width) || !possible(c.part_rows, c.width) || c.part_rows % kTile)
+        return false;
+    if ((c.states || c.sums) && !(c.ends && c.parts == parts_of(c) && holds_parts(c.ends, c.parts, c.data_bytes)))
+        return false;
     if (arranged(c)) return holds_arranged(c.table, c.rows, c.width, c.data, c.data_bytes, c.scales, c.scales_count);
     if (!c.states) return holds_stored(stored_rows(c), c.data_bytes, c.scales_count);
     return c.data && trellis_code(c.states) && c.part_rows == stream_rows(c.width) && levels_of(c.table->view, c.wide);
@@ -38,7 +41,8 @@ int64_t parts_of(const wf_chunk& c) { return ceil_div(c.rows, c.part_rows); }
 
 int64_t rows_of(const wf_chunk& c, int64_t part) { return least(c.part_rows, c.rows - part * c.part_rows); }
 
-void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int count, const PartPlace* places, bool* good) {
+void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int count, const PartPlace* places,
+                  bool* good) {
     const int64_t each = c.part_rows, groups = groups_of(c.width);
     if (!c.states) {
         const StoredRows stored = stored_rows(c);
@@ -68,7 +72,8 @@ uint64_t checksum_of(const Functions& f, const uint8_t* data, const uint32_t* en
     return sum ? sum : 1;
 }
 
-void decode_chunk(const Functions& f, const wf_chunk& c, uint8_t* codes, uint16_t* scales, std::atomic<int64_t>& least_flaw) {
+void decode_chunk(const Functions& f, const wf_chunk& c, uint8_t* codes, uint16_t* scales,
+                  std::atomic<int64_t>& least_flaw) {
     const int64_t tile_bytes = tile_code_bytes(c.table->view, c.width), groups = groups_of(c.width);
     prefer_huge_pages(codes, tiles_of(c.rows) * tile_bytes);
     parallel(ceil_div(parts_of(c), kTogether), [&](int64_t share) {

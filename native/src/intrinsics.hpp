@@ -1,5 +1,5 @@
-// The vector instructions of x86. GCC 12 finds the undefined vectors of its own header, which are meant, and warns of them
-// wherever they are inlined: not of ours, which are still looked at.
+// The vector instructions of x86. GCC 12 finds the undefined vectors of its own header, which are meant, and warns of
+// them wherever they are inlined: not of ours, which are still looked at.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)

@@ -112,7 +112,9 @@ struct Neon : Plain {
         for (int i = 0; i < 4; ++i) a.val[i] = operation(a.val[i], b.val[i]);
         return a;
     }
-    static Floats load_floats(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+    static Floats load_floats(const float* p) {
+        return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
+    }
     static void store_floats(float* p, Floats f) {
         for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, f.val[i]);
     }

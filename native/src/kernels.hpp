@@ -27,7 +27,7 @@
 namespace waterfill {
 namespace {
 
-constexpr int kAhead = 4096;         // bytes: codes are fetched before they are needed, across pages too
+constexpr int kAhead = 4096;          // bytes: codes are fetched before they are needed, across pages too
 constexpr int64_t kExactWords = 512;  // products of 2047 * 2047 that surely fit an int32 sum
 
 template <class Isa>
@@ -197,10 +197,11 @@ struct Kernels : Decoding<Isa> {
             for (int64_t g = 0; g < x.groups; ++g) {
                 const int64_t from = g * kGroup, to = g + 1 < x.groups ? from + kGroup : x.padded;
                 float sum[kTile];
-                group_sums<Element>(rows + from * int64_t(sizeof(Element)), stride, row<Element>(x, t) + from, to - from,
-                                    sizeof(Element) == 1 ? x.corrections[t * x.groups + g] : 0, sum);
+                group_sums<Element>(rows + from * int64_t(sizeof(Element)), stride, row<Element>(x, t) + from,
+                                    to - from, sizeof(Element) == 1 ? x.corrections[t * x.groups + g] : 0, sum);
                 const uint16_t* scale = m.scales + (tile * x.groups + g) * kTile;
-                for (int r = 0; r < kTile; ++r) out[r] += sum[r] * (half_to_float(scale[r]) * m.step * x.scales[t * x.groups + g]);
+                for (int r = 0; r < kTile; ++r)
+                    out[r] += sum[r] * (half_to_float(scale[r]) * m.step * x.scales[t * x.groups + g]);
             }
             scatter(m, out, tile, t, 1, y);
         }

@@ -1,4 +1,5 @@
-// What an instruction set does unless it says otherwise: its struct derives from this one, and hides what it does better.
+// What an instruction set does unless it says otherwise: its struct derives from this one, and hides what it does
+// better.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,8 @@ namespace waterfill {
 namespace {
 
 struct Plain {
-    static constexpr int bias = 0;       // of the bytes of tables
-    static constexpr int pair_bits = 2;  // codes of scalars up to so many bits are looked up in pairs
+    static constexpr int bias = 0;             // of the bytes of tables
+    static constexpr int pair_bits = 2;        // codes of scalars up to so many bits are looked up in pairs
     static constexpr bool quadruples = false;  // tables of quadruples in registers
     static constexpr bool interleaved(int, int) { return false; }  // coordinates come out side by side
 

@@ -56,8 +56,8 @@ inline void quantise_row(const float* row, int64_t width, int order, int bias, E
     }
 }
 
-inline void quantise(const float* row, int64_t width, int order, int precision, int bias, void* out,
-                     float* scales, int32_t* corrections) {
+inline void quantise(const float* row, int64_t width, int order, int precision, int bias, void* out, float* scales,
+                     int32_t* corrections) {
     if (precision == 8)
         quantise_row(row, width, order, bias, static_cast<int8_t*>(out), scales, corrections);
     else

@@ -55,7 +55,8 @@ __m512i decode_lanes(const Table& table, __m512i x, const uint8_t*& at, uint8_t*
 }
 
 template <class Table>
-int64_t decode_32(const Table& table, uint32_t* x, const uint8_t*& from, const uint8_t* end, int64_t count, uint8_t* out) {
+int64_t decode_32(const Table& table, uint32_t* x, const uint8_t*& from, const uint8_t* end, int64_t count,
+                  uint8_t* out) {
     __m512i low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 16);
     const uint8_t* at = from;
     int64_t done = 0;

@@ -119,8 +119,8 @@ class Tasks {
         news_.tell();
     }
 
-    // Takes parts that nobody has begun; false where there are none now. Towards the end they are fewer at a time, so that
-    // no thread is busy long after the others.
+    // Takes parts that nobody has begun; false where there are none now. Towards the end they are fewer at a time, so
+    // that no thread is busy long after the others.
     bool begin(Share& share) {
         std::lock_guard<std::mutex> lock(mutex_);
         while (at_ < open_ && states_[at_].begun == states_[at_].parts) ++at_;
@@ -168,10 +168,13 @@ class Tasks {
         decode_parts(f_, c, share.first, share.parts, places, good);
         for (int i = 0; i < share.parts; ++i) {
             const int64_t part = share.first + i;
-            const uint64_t sum = c.sums ? checksum_of(f_, c.data, c.ends, part) : 0;  // of bytes that are in the cache now
+            const uint64_t sum =
+                c.sums ? checksum_of(f_, c.data, c.ends, part) : 0;  // of bytes that are in the cache now
             const bool changed = c.sums && c.sums[part] && c.sums[part] != sum;
-            if (changed || !good[i]) all = false, lower(least_flaw_, flaw_number(share.task, part, changed));
-            else if (c.sums) c.sums[part] = sum;
+            if (changed || !good[i])
+                all = false, lower(least_flaw_, flaw_number(share.task, part, changed));
+            else if (c.sums)
+                c.sums[part] = sum;
         }
         return all;
     }
@@ -183,7 +186,8 @@ class Tasks {
         const Matrix m{rows, c.width, c.step, c.unit, &c.table->view, codes, scales};
         float* sums = scratch_floats(kPartSums, x.tokens * rows);
         f_.multiply(m, x, 0, tiles_of(rows), sums, scratch(kDecoded, f_.scratch_bytes(m, x)));
-        for (int64_t t = 0; t < x.tokens; ++t) from_float(sums + t * rows, dtype_, t * task.stride + first, rows, task.y);
+        for (int64_t t = 0; t < x.tokens; ++t)
+            from_float(sums + t * rows, dtype_, t * task.stride + first, rows, task.y);
     }
 
     const Functions& f_;

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
 
-HEADER = "afe2c6dcb016bcc0"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
+HEADER = "fa6a1f32a106244c"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # WF_FLOAT32 and so on
 UNANSWERED = -100  # WF_UNANSWERED: an exception came just as a callback was called
 ENDED, FLAWED = 1, -3  # WF_ENDED, WF_FLAWED
