@@ -18,7 +18,7 @@ import waterfill
 from commands import Command
 from kernel_samples import ISAS, NOT_BUILT, nothing_decided, one_thread
 from test_cli import documented, shape
-from waterfill import doctor, kernels, native, native_calls, trial
+from waterfill import doctor, kernels, native, native_signatures, trial
 from waterfill.engine.llama import LlamaModel
 from waterfill.errors import UnsupportedError
 from waterfill.kernels.layer import DecoderLayer
@@ -126,7 +126,7 @@ def test_why_there_is_no_library(
     elif damage == "of another version":
         if not ISAS:
             pytest.skip(NOT_BUILT)
-        monkeypatch.setattr(native_calls, "HEADER", "99")
+        monkeypatch.setattr(native_signatures, "HEADER", "99")
         file, reason = native.find(), r"this waterfill needs 99; install waterfill again"
     monkeypatch.setattr(native, "find", lambda: file)
     monkeypatch.setattr(doctor, "_try_ways", lambda ways: None)  # takes seconds without the library

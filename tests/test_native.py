@@ -22,7 +22,7 @@ from torch import nn
 
 from codec_samples import encode, higgs
 from kernel_samples import ISAS, LIBRARY, NOT_BUILT, activations, nothing_decided, one_thread, same_bits, stored
-from waterfill import hadamard, kernels, native, native_calls
+from waterfill import hadamard, kernels, native, native_signatures
 from waterfill.checkpoint import KEPT_DTYPES
 from waterfill.codecs import TableCodec, get_codec
 from waterfill.errors import WaterfillError
@@ -249,8 +249,8 @@ def test_a_library_that_cannot_be_loaded_is_one_warning(
 def test_a_library_of_another_version_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = native_calls.HEADER
-    monkeypatch.setattr(native_calls, "HEADER", "0123456789abcdef")
+    found = native_signatures.HEADER
+    monkeypatch.setattr(native_signatures, "HEADER", "0123456789abcdef")
     assert without_library(caplog).endswith(
         f"has version {found}, this waterfill needs 0123456789abcdef; install waterfill again"
     )
@@ -263,7 +263,7 @@ def test_a_library_with_structures_of_other_sizes_is_refused(
     class Longer(ctypes.Structure):
         _fields_ = (*native.Task._fields_, ("more", ctypes.c_int64))
 
-    monkeypatch.setitem(native_calls.STRUCTURES, "wf_task", Longer)
+    monkeypatch.setitem(native_signatures.STRUCTURES, "wf_task", Longer)
     size = ctypes.sizeof(native.Task)
     assert without_library(caplog).endswith(
         f"has {size} bytes in a wf_task, this waterfill needs {size + 8}; install waterfill again"

@@ -1,7 +1,6 @@
 #include "chunk.hpp"
 
 #include "arrange.hpp"
-#include "isa.hpp"
 #include "pool.hpp"
 #include "product.hpp"
 #include "sound.hpp"

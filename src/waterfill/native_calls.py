@@ -19,19 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from waterfill.errors import WaterfillError
 from waterfill.native_signatures import (
-    HEADER,
     PRODUCT,
     READY,
-    SIGNATURES,
-    STRUCTURES,
     ChunkView,
     Flaw,
     LayerView,
     MatrixView,
     Task,
     Vector,
+    bind,
 )
 
 if TYPE_CHECKING:
@@ -67,17 +64,13 @@ class Functions:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.raw = ctypes.CDLL(str(path))  # as C has them: unchecked, for tests of what they refuse
-        _expect_same_header(path, self.raw)
-        for name, (result, arguments) in SIGNATURES.items():
-            function = getattr(self.raw, name)
-            function.restype, function.argtypes = result, arguments
-        _expect_same_sizes(path, self.raw)
+        bind(self.raw, path)
 
     # ------------------------------------------------------------------------------------ the library and its machine
 
     def header(self) -> str:
         """Which header it was built from: `HEADER` of native_signatures."""
-        return _text(self.raw.wf_header())
+        return str(self.raw.wf_header().decode())
 
     def sizeof(self, structure: str) -> int:
         """Bytes of a structure by its name in C, as the library has it; -1 for one that it does not know."""
@@ -86,7 +79,7 @@ class Functions:
     def isa(self, number: int) -> str | None:
         """Name of an instruction set, best first; None when there are no more. Some cannot be used here: `usable`."""
         name = self.raw.wf_isa(number)
-        return None if name is None else _text(name)
+        return None if name is None else str(name.decode())
 
     def usable(self, number: int) -> bool:
         """Whether this build and this machine have an instruction set."""
@@ -361,10 +354,6 @@ class Functions:
 _NO_PRODUCT, _AT_ONCE = PRODUCT(), READY()  # NULL
 
 
-def _text(name: bytes) -> str:
-    return name.decode()
-
-
 def _groups(width: int) -> int:
     """Of a row: `hadamard.groups`."""
     return 1 if width < 1536 else (width + 512) // 1024
@@ -396,23 +385,3 @@ def _damaged(name: str, status: int) -> int | None:
     if status == -1:
         _expect(name, status)
     return max(0, _DAMAGED - status) if status else None
-
-
-def _expect_same_header(path: Path, raw: ctypes.CDLL) -> None:
-    """Before anything else is called: other versions' functions have other arguments."""
-    try:
-        raw.wf_header.restype = ctypes.c_char_p
-        version = f"version {_text(raw.wf_header())}"
-    except AttributeError:  # it is older, or no library of ours
-        version = "no version"
-    if version != f"version {HEADER}":
-        raise WaterfillError(f"{path} has {version}, this waterfill needs {HEADER}; install waterfill again")
-
-
-def _expect_same_sizes(path: Path, raw: ctypes.CDLL) -> None:
-    for name, structure in STRUCTURES.items():
-        theirs, ours = raw.wf_sizeof(name.encode()), ctypes.sizeof(structure)
-        if theirs != ours:
-            raise WaterfillError(
-                f"{path} has {theirs} bytes in a {name}, this waterfill needs {ours}; install waterfill again"
-            )

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+from waterfill.errors import WaterfillError
 
 HEADER = "fa6a1f32a106244c"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # WF_FLOAT32 and so on
@@ -152,3 +155,30 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_lossless_encode": (c_int, [c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
     "wf_lossless_decode": (c_int64, [c_int, c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
 }
+
+
+def bind(library: ctypes.CDLL, path: Path) -> None:
+    """Give the functions of the library in `path` their types.
+
+    Raises WaterfillError where it was built from another header, or has structures of other sizes.
+    """
+    _expect_same_header(library, path)  # before anything else is called: others' functions have other arguments
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    for name, structure in STRUCTURES.items():
+        theirs, ours = library.wf_sizeof(name.encode()), ctypes.sizeof(structure)
+        if theirs != ours:
+            raise WaterfillError(
+                f"{path} has {theirs} bytes in a {name}, this waterfill needs {ours}; install waterfill again"
+            )
+
+
+def _expect_same_header(library: ctypes.CDLL, path: Path) -> None:
+    try:
+        library.wf_header.restype = c_char_p
+        version = f"version {library.wf_header().decode()}"
+    except AttributeError:  # it is older, or no library of ours
+        version = "no version"
+    if version != f"version {HEADER}":
+        raise WaterfillError(f"{path} has {version}, this waterfill needs {HEADER}; install waterfill again")
