@@ -239,7 +239,7 @@ def rotation(library: native.Native, isa: int, x: torch.Tensor) -> Round:
     for rows in (1, len(x)):
         start = time.perf_counter()
         for _ in range(ROTATIONS):
-            library.rotate(isa, x.data_ptr(), rows, x.shape[1], 0)
+            library.rotate(isa, x.data_ptr(), rows=rows, width=x.shape[1], inverse=False)
         seconds.append(time.perf_counter() - start)
     size_bytes = ROTATIONS * (len(x) - 1) * x.shape[1] * x.element_size()
     return {"rotate": {GBPS: size_bytes / 1e9 / (seconds[1] - seconds[0])}}

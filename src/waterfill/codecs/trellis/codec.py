@@ -105,18 +105,17 @@ class Trellis(Codec):
             return codes, scales
         library = native.library()
         assert library is not None
-        status = library.trellis_decode(
+        damaged = library.trellis_decode(
             library.isas[isa],
-            self.states,
-            int(self.wide),
-            data.data_ptr(),
-            data.numel(),
-            *shape,
-            codes.data_ptr(),
-            scales.data_ptr(),
+            data.numpy(),
+            states=self.states,
+            wide=self.wide,
+            shape=shape,
+            codes=codes.numpy(),
+            scales=scales.numpy().view(np.uint16),
         )
-        if status:
-            raise _damaged(-3 - status)
+        if damaged is not None:
+            raise _damaged(damaged)
         return codes, scales
 
 

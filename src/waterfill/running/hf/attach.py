@@ -112,7 +112,7 @@ def _end_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) ->
     """A hook behind a model's forward: the working memory of a wide pass is not needed by the next ones."""
     library = native.library()
     if library is not None and _given(args, kwargs).shape[:2].numel() > LEAST_PASS:
-        library.call("release_memory")
+        library.release_memory()
 
 
 def _begin_pass(limit: Limit, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -184,8 +184,7 @@ class StreamedMatrix:
             return
         isa = library.isas[native.isa() or "scalar"]
         found = np.empty(len(chunk.ends), np.uint64)
-        place, ends = data.ctypes.data, chunk.ends
-        library.call("checksums", isa, place, data.nbytes, ends.ctypes.data, len(found), found.ctypes.data)
+        library.checksums(isa, data, chunk.ends, found)
         known = self.sums[chunk.first_part : chunk.last_part]
         changed = np.flatnonzero((known != 0) & (found != known))
         if len(changed):
@@ -243,9 +242,10 @@ class ChunkData:
             return
         library = native.library()
         assert library is not None
-        task = self.task(prepared, y)
-        isa, everything = library.isas[x.isa], native.READY()
-        expect(library.multiply_chunks(isa, task, 1, y.dtype, everything, None, nanoseconds.ctypes.data), [self.chunk])
+        task = (native.Task * 1)(self.task(prepared, y))
+        expect(
+            *library.multiply_chunks(library.isas[x.isa], task, dtype=y.dtype, nanoseconds=nanoseconds), [self.chunk]
+        )
 
     def task(self, prepared: int | None, y: View) -> native.Task:
         """The same product for the library to compute: of `Activations.prepared`."""
@@ -261,10 +261,9 @@ class ChunkData:
         if library is None or isa is None or self.arranged:
             return self.copy()
         codec, rows, width = self.chunk.matrix.codec, self.chunk.rows, self.chunk.matrix.shape[1]
-        codes = np.empty(library.codes_bytes(codec.p, codec.n, rows, width), np.uint8)
-        scales = np.empty(library.scales_count(rows, width), np.uint16)
-        view = ctypes.byref(self._view)
-        expect(library.chunk_decode(library.isas[isa], view, codes.ctypes.data, scales.ctypes.data), [self.chunk])
+        codes = np.empty(library.codes_bytes(p=codec.p, n=codec.n, rows=rows, width=width), np.uint8)
+        scales = np.empty(library.scales_count(rows=rows, width=width), np.uint16)
+        expect(*library.chunk_decode(library.isas[isa], self._view, codes=codes, scales=scales), [self.chunk])
         return ChunkData(self.chunk, codes, scales)
 
     def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -277,8 +276,8 @@ class ChunkData:
             return kernels.rows(self.packed(), torch.from_numpy(numbers)).numpy()
         whole = self if self.arranged else self.arrange()
         found = np.empty((len(numbers), self.chunk.matrix.shape[1]), np.float32)
-        view = whole.matrix_view
-        library.call("rows", library.isas[isa], view, numbers.ctypes.data, len(numbers), 0, found.ctypes.data)
+        places = numbers.ctypes.data, found.ctypes.data
+        library.rows(library.isas[isa], whole.matrix_view, *places, count=len(numbers), rotated=False)
         return found
 
     @property
@@ -330,12 +329,10 @@ class ChunkData:
         return view
 
 
-def expect(status: int, chunks: Sequence[Chunk]) -> None:
+def expect(status: int, flaw: native.Flaw, chunks: Sequence[Chunk]) -> None:
     """Raise what a status of the library says of `chunks`: ArtifactError for a part that is not what it should be."""
-    if status <= -3:
-        task, flaw = divmod(-3 - status, 1 << 32)
-        part, changed = divmod(flaw, 2)
-        chunk = chunks[task]
-        raise chunk.matrix.changed(chunk, part) if changed else chunk.matrix.damaged(chunk, part)
+    if status == native.FLAWED:
+        chunk = chunks[flaw.task]
+        raise (chunk.matrix.changed if flaw.changed else chunk.matrix.damaged)(chunk, flaw.part)
     if status:
         raise ValueError(f"the library refused chunks of {chunks[0].matrix.name!r} (status {status})")

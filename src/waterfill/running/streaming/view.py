@@ -74,10 +74,9 @@ class Activations:
         _, table = native_table(codec, self.isa)
         if table not in self._handles:
             x, isa = self.view, self._library.isas[self.isa]
-            made = self._library.activations_new(isa, table, x.address, x.dtype, x.tokens, x.width)
-            if not made:
-                raise MemoryError("no memory for the activations of a streamed matrix")
-            self._handles[table] = made
+            self._handles[table] = self._library.activations_new(
+                isa, table, x.address, dtype=x.dtype, tokens=x.tokens, width=x.width
+            )
         return self._handles[table]
 
     def __enter__(self) -> Activations:

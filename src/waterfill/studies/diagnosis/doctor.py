@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -83,7 +82,7 @@ def diagnose() -> Diagnosis:
         read_bytes_per_s=read_bytes_per_s(),
         library=None if path is None else str(path),
         problem=problem,
-        instruction_sets={name: name in usable for name in _known(loaded)} if loaded else {},
+        instruction_sets={name: name in usable for name in loaded.known()} if loaded else {},
         multiplies=multiplies,
         why=why,
         activations="integer" if multiplies not in (None, STORED) and _integers() else "float",
@@ -114,13 +113,6 @@ def _library() -> tuple[Path | None, str | None]:
     except WaterfillError as error:
         return native.find(), str(error)
     return native.find(), None
-
-
-def _known(library: native.Native) -> Iterator[str]:
-    for number in count():
-        if not (name := library.isa(number)):
-            return
-        yield name.decode()
 
 
 def _choice(problem: str | None) -> tuple[str | None, str]:
