@@ -30,9 +30,8 @@ from waterfill.planning.budget import Budget, format_size
 from waterfill.planning.plan import TensorPlan
 from waterfill.planning.planner import Request, make_plan
 from waterfill.studies.comparison import Row
-from waterfill.studies.comparison import study as api_studies
 from waterfill.studies.comparison.cache import Results
-from waterfill.studies.report import Report, Sample, facts, gather, render
+from waterfill.studies.report import Report, Sample, facts, gather, render, write
 from waterfill.studies.report.bound import ideal_bits, least_loss, mse_distortion
 from waterfill.studies.report.charts import gap_bits, rows_of, water_level
 from waterfill.studies.report.places import MAX_MARKS, places, units
@@ -454,11 +453,11 @@ def test_the_page_says_whether_methods_were_measured_on_its_text(full: Report, t
     for name in ("other", "another"):
         results.put({"method": name, "text": "another text", "context": 64}, replace(row, method=name))
     ids = torch.arange(9 * 64)
-    compared, same = api_studies._compared(full.plan.fingerprint, ids, 64)
+    compared, same = write._compared(full.plan.fingerprint, ids, 64)
     assert ([found.method for found in compared], same) == (["another", "other"], False)
     digest = blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest()
     results.put({"method": "here", "text": digest, "context": 64}, replace(row, method="here"))
-    compared, same = api_studies._compared(full.plan.fingerprint, ids, 64)
+    compared, same = write._compared(full.plan.fingerprint, ids, 64)
     assert ([found.method for found in compared], same) == (["here"], True)
     assert "but on another text than this model" in Page(render(full)).text
     assert "on the same text" in " ".join(Page(render(replace(full, same_text=True))).text.split())

@@ -24,7 +24,7 @@ from waterfill.running.streaming.fit import Fit, fit, kept_size, memory_bytes, p
 _log = logging.getLogger(__name__)
 
 _DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
-LOADING_BYTES = 72 << 20  # what transformers takes beside files and model while it loads them
+LOADING_BYTES = 56 << 20  # what transformers takes beside files and model while it loads them
 
 
 @checked(dtype=_DTYPE)
