@@ -219,7 +219,7 @@ def commands() -> list[Case]:
 def at_last() -> list[Case]:
     """What reads the files of the stage before."""
     return [
-        *of("eval sized --text text.py --context 128 --windows 2 --against ref --json", cache="shared"),
+        *of("eval sized --text text.py --context 128 --windows 2 --against ref --statistics --json", cache="shared"),
         *of(COMPARED, cache="shared"),
         *of("report sized --json --output page.html", cache="shared"),
         *of("""
@@ -372,7 +372,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
 
 
 def spoil(folder: Path) -> None:
-    """Copies of an artifact, each damaged in one way, one with settings changed on purpose; plans with a field changed."""
+    """Copies of an artifact, each damaged in one way, one with new settings; plans with a field changed."""
     for name, change in DAMAGES.items():
         change(Path(shutil.copytree(folder / "sized", folder / "damaged" / name)))
     _fields("generation_config.json", temperature=0.5)(Path(shutil.copytree(folder / "sized", folder / "sealed")))

@@ -12,6 +12,8 @@ It knows waterfill by its public names only. A hash is of the logits' bytes as t
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import inspect
 import json
@@ -20,16 +22,16 @@ import re
 import runpy
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-if TYPE_CHECKING:
-    import waterfill
-elif sys.argv[1:] != ["serve"]:
+if TYPE_CHECKING or sys.argv[1:] != ["serve"]:
     import waterfill
 
 IDS = [[17, 400, 23, 5, 901, 64, 8, 8, 77, 3000, 12, 255, 1, 6, 42, 19]]
@@ -201,16 +203,16 @@ def serve() -> None:
     """Run commands in forks of this process, which has imported torch and transformers already, and waterfill not.
 
     A request is a line of JSON: `arguments` (the script first), `environment`, and files for `typed`, `out` and `err`.
-    The answer is a line with the exit status. A fork runs the script as an interpreter does, up to its own end.
+    The answer is a line with the exit status. A fork ends once its streams are written: to take torch apart takes a
+    second.
     """
-    from transformers.models.llama import modeling_llama  # noqa: F401: with it comes what takes longest
-
+    import_module("transformers.models.llama.modeling_llama")  # with it comes what takes longest
+    gc.freeze()
     while line := sys.stdin.readline():
         request = json.loads(line)
         child = os.fork()
         if not child:
             _become(request)
-            return
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
@@ -221,7 +223,18 @@ def _become(request: dict[str, Any]) -> None:
         os.dup2(os.open(request[name], os.O_RDONLY if name == "typed" else flags), number)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     sys.argv = request["arguments"]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    status: int | str | None = 1
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def main() -> None:
