@@ -261,7 +261,6 @@ def refusals() -> list[Case]:
           plan ref --bits 3 --sequences 1
           plan ref --bits 3 --sensitivity ref.json
           plan ref --bits 3 --revision main
-          plan ref --bits 3 --save missing/plan.json
           plan ref --lossless --gain mse
           plan nothing --bits 3
           plan text.py --bits 3
