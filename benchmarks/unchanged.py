@@ -52,6 +52,7 @@ PLACEHOLDERS = (
     (r"\b20\d\d-\d\d-\d\d\b", "<date>"),
     (rf"(?<=takes ){NUMBER} [kMG]B(?= at least)", "<memory>"),
     (r"(?m)^.* \d+ % \([\d,]+ of [\d,]+\)(?:, .* left| after .*)$\n", ""),  # of a command that took half a minute
+    (r"(?m)^\w.*: .* so far$\n", ""),
 )
 
 BLURRED = (

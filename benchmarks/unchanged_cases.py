@@ -63,7 +63,7 @@ def stages(folder: Path) -> list[Callable[[], list[Case]]]:
         spoil(folder)
         return commands() + refusals()
 
-    return [models, plans, lambda: artifacts(folder), on_artifacts, at_last]
+    return [models, plans, lambda: artifacts(folder), on_artifacts, at_last, on_bad_settings]
 
 
 # -------------------------------------------------------------------------------------------- inputs, plans, artifacts
@@ -224,10 +224,18 @@ def at_last() -> list[Case]:
         *of("report sized --json --output page.html", cache="shared"),
         *of("""
             + inspect sealed
+              seal damaged/settings
               pack ref planned --plan text.json --overwrite
               pack ref sized --plan ref.json --json
         """),
     ]
+
+
+def on_bad_settings() -> list[Case]:
+    return of("""
+        generate damaged/settings -p x --engine native
+        generate damaged/settings -p x --engine transformers
+    """)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -237,7 +245,7 @@ def refusals() -> list[Case]:
     by_damage = [
         Case(f"{command} damaged/{name}", quick=name in ("flipped", "version") and command == "inspect")
         for name in DAMAGES
-        for command in (("inspect", "seal") if name in ("flipped", "settings", "code") else ("inspect",))
+        for command in (("inspect", "seal") if name in ("flipped", "code") else ("inspect",))
     ]
     by_plan = [Case(f"pack ref never --plan hostile/{name}.json", quick=name == "bytes") for name in HOSTILE]
     return (
@@ -300,8 +308,6 @@ def refusals() -> list[Case]:
           generate gpt2-packed -p x --engine native
           generate damaged/flipped -p x
           generate damaged/flipped -p x --engine transformers
-          generate damaged/settings -p x --engine native
-          generate damaged/settings -p x --engine transformers
           eval damaged/header --text text.py --json
           chat missing
           chat ref
