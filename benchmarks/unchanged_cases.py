@@ -304,7 +304,7 @@ def refusals() -> list[Case]:
           generate sized -p x --temperature -1
           generate sized -p x --max-new-tokens 0
           generate sized -p x --lookup 0
-          generate sized -p x --draft qwen-packed
+          generate sized -p x --draft qwen-packed --temperature 0 --max-new-tokens 8
           generate gpt2-packed -p x --engine native
           generate damaged/flipped -p x
           generate damaged/flipped -p x --engine transformers
