@@ -125,7 +125,7 @@ def artifacts(folder: Path) -> list[Case]:
           pack ref eight --bits 3 --codec trellis-s8 --gain unbiased {REUSE}
           pack ref small --bits 2.2 {REUSE}
           pack ref planned --plan ref.json
-          worker shards ref shards.json sharded
+        + worker shards ref shards.json sharded
           pack ref textual --max-kl 0.1 --text text.py --sequences 2 --length 64 --seed 1
           pack qwen qwen-packed --plan qwen.json
           pack qwen qwen-memory --size 500kB --for memory {TINY}
@@ -224,7 +224,7 @@ def at_last() -> list[Case]:
         *of("report sized --json --output page.html", cache="shared"),
         *of("""
             + inspect sealed
-              seal damaged/settings
+            + seal damaged/settings
               pack ref planned --plan text.json --overwrite
               pack ref sized --plan ref.json --json
         """),
