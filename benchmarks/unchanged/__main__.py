@@ -8,8 +8,8 @@
                                      └── sha256 of each file          before.json ◄──compare───┴── logits, texts
 
 It runs the real command line, in an empty folder, without network, on one thread, and knows waterfill by that and by
-the public names of `import waterfill` (unchanged_worker.py) only. So it is the same program on both sides. What is run
-is listed in unchanged_cases.py. Recorded are the digest of every file that was written, and the exit status, standard
+the public names of `import waterfill` (worker.py) only. So it is the same program on both sides. What is run
+is listed in cases.py. Recorded are the digest of every file that was written, and the exit status, standard
 output and standard error of every command, but for what no two runs share (`PLACEHOLDERS`): times, rates, dates, and
 memory that a process happens to take.
 
@@ -38,8 +38,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import unchanged_cases
-from unchanged_cases import Case
+from benchmarks.unchanged import cases
+from benchmarks.unchanged.cases import Case
 
 HERE = Path(__file__).resolve().parent
 
@@ -70,11 +70,11 @@ Record = dict[str, Any]
 def run_all(folder: Path, *, quick: bool, jobs: int) -> Record:
     """What every command said (`commands`), and the digests of what they wrote (`files`)."""
     record: Record = {"commands": {}, "files": {}}
-    unchanged_cases.lay_out(folder)
+    cases.lay_out(folder)
     servers: SimpleQueue[Server] = SimpleQueue()
     for number in range(jobs):
         servers.put(Server(folder, number))
-    for stage in unchanged_cases.stages(folder):
+    for stage in cases.stages(folder):
         cases = [case for case in stage() if case.quick or not quick]
         names = [case.name for case in cases]
         assert len({*names, *record["commands"]}) == len(names) + len(record["commands"]), "a case is there twice"
@@ -147,7 +147,7 @@ def command(arguments: tuple[str, ...]) -> list[str]:
     """`waterfill` of this environment; `python -m waterfill` and the worker are written with another first word."""
     first, *rest = arguments
     if first == "worker":
-        return [sys.executable, str(HERE / "unchanged_worker.py"), *rest]
+        return [sys.executable, str(HERE / "worker.py"), *rest]
     if first == "python":
         return [sys.executable, *rest]
     return [str(Path(sys.executable).with_name("waterfill")), *arguments]

@@ -1,11 +1,11 @@
 """What `unchanged.py` runs in processes of its own: small random models, hashes of what models compute, commands.
 
-    python benchmarks/unchanged_worker.py models FOLDER [--others]   checkpoints of several families
-    python benchmarks/unchanged_worker.py shards MODEL PLAN OUT      pack by a plan with a new size of shards
-    python benchmarks/unchanged_worker.py names                      what `import waterfill` offers, with its parameters
-    python benchmarks/unchanged_worker.py calls MODEL                what the functions say of bad arguments
-    python benchmarks/unchanged_worker.py computed ARTIFACT ...      a line per way to run each of them
-    python benchmarks/unchanged_worker.py serve                      a command per line of standard input
+    python benchmarks/unchanged/worker.py models FOLDER [--others]   checkpoints of several families
+    python benchmarks/unchanged/worker.py shards MODEL PLAN OUT      pack by a plan with a new size of shards
+    python benchmarks/unchanged/worker.py names                      what `import waterfill` offers, with its parameters
+    python benchmarks/unchanged/worker.py calls MODEL                what the functions say of bad arguments
+    python benchmarks/unchanged/worker.py computed ARTIFACT ...      a line per way to run each of them
+    python benchmarks/unchanged/worker.py serve                      a command per line of standard input
 
 It knows waterfill by its public names only. A hash is of the logits' bytes as they come: another bit, another line.
 """

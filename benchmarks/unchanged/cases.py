@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "ref-llama"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "ref-llama"
 COMMANDS = ("plan", "pack", "inspect", "seal", "eval", "compare", "report", "generate", "chat", "doctor")
 TINY = "--probe random --sequences 2 --length 16"
 REUSE = "--sensitivity ref.sensitivity.json"
