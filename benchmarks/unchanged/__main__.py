@@ -1,7 +1,7 @@
 """Did a change that should change nothing change anything? Run it before and after moving code about.
 
-    python benchmarks/unchanged.py --save before.json [--quick]       on the commit before
-    python benchmarks/unchanged.py --against before.json [--quick]    on the commit after; 1 if anything differs
+    python -m benchmarks.unchanged --save before.json [--quick]       on the commit before
+    python -m benchmarks.unchanged --against before.json [--quick]    on the commit after; 1 if anything differs
 
     small models ──plan, pack──► artifacts ──copies──► sealed, damaged ──every command──► what it wrote and said
                                      │                                                         │
@@ -75,11 +75,11 @@ def run_all(folder: Path, *, quick: bool, jobs: int) -> Record:
     for number in range(jobs):
         servers.put(Server(folder, number))
     for stage in cases.stages(folder):
-        cases = [case for case in stage() if case.quick or not quick]
-        names = [case.name for case in cases]
+        chosen = [case for case in stage() if case.quick or not quick]
+        names = [case.name for case in chosen]
         assert len({*names, *record["commands"]}) == len(names) + len(record["commands"]), "a case is there twice"
         with ThreadPoolExecutor(jobs) as pool:
-            results = list(pool.map(lambda case: run(case, folder, servers), cases))
+            results = list(pool.map(lambda case: run(case, folder, servers), chosen))
         record["commands"] |= dict(zip(names, results, strict=True))
         print(f"{len(record['commands'])} commands after {time.monotonic() - BEGUN_S:.0f} s", file=sys.stderr)
     record["files"] = dict(digests(folder))
