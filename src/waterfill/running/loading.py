@@ -90,7 +90,7 @@ def _load(
     elif chosen.binding:
         from waterfill.running.hf.attach import hold
 
-        hold(model, opened.path, chosen, logits=logits)
+        hold(model, opened.path, chosen, logits=logits, tuning=tuning)
     return model
 
 

@@ -111,7 +111,7 @@ def test_kept_bytes_are_those_of_the_file(matrices: list[StreamedMatrix], storag
     kept = Kept(Residency(tuple(coded), tuple(decoded), 1.0))
     for data in read_first(storage, matrices, kept.residency.kept, verify=False):
         kept.put(data, lent=True)
-    assert len(kept) == len(coded) + len(decoded) > 8
+    assert len(kept) == len(coded) + len(decoded) > 4
     for chunk in coded + decoded:
         data = kept.get(chunk)
         assert data is not None

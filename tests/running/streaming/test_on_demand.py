@@ -48,11 +48,11 @@ def test_rows_that_there_are_not_are_refused(matrices: list[StreamedMatrix], sto
 
 def test_only_the_parts_that_rows_lie_in_are_read(matrices: list[StreamedMatrix], storage: Storage) -> None:
     matrix = max(matrices, key=lambda matrix: len(matrix.sums))
-    assert len(matrix.sums) > 4
     reader, meter = on_demand(storage)
-    last = matrix.shape[0] - 1
-    reader.rows(matrix, np.array([0, 1, last]))
-    assert meter.direct_bytes == matrix.part(0).region.size_bytes + matrix.part(last).region.size_bytes
+    rows = [0, 1, matrix.shape[0] - 1]
+    reader.rows(matrix, np.array(rows))
+    assert meter.direct_bytes == sum(part.region.size_bytes for part in {matrix.part(row) for row in rows})
+    assert meter.direct_bytes < matrix.coded_bytes or len(matrix.sums) == 1  # a whole stream of the trellis
     assert meter.waiting_s > 0
     assert len(reader) == 0, "parts do not stay"
 

@@ -26,6 +26,7 @@ from waterfill.running.streaming.limit import Limit
 from waterfill.running.streaming.residency import Residency
 from waterfill.running.streaming.storage import Storage
 from waterfill.running.streaming.streamer import Streamer
+from waterfill.running.streaming.tuning import Tuning
 from waterfill.running.streaming.view import View
 
 pytestmark = pytest.mark.usefixtures("no_reader_left")
@@ -69,6 +70,22 @@ def test_logits_are_those_of_the_resident_model(packed: Packed, codec: str, keep
         for _ in range(2):  # around the end of a pass
             assert torch.equal(logits(streamed, tokens), logits(resident, tokens))
     assert not [p for p in streamed.parameters() if p.ndim == 2], "nothing but norms is a parameter"
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"slots": 1}, {"chunk_bytes": 1, "part_weights": 1}, {"chunk_bytes": 1 << 30}], ids=str
+)
+def test_results_do_not_depend_on_sizes(packed: Packed, sizes: dict[str, int]) -> None:
+    tokens, expected = ids(9), logits(waterfill.load(packed(CODECS[4])), ids(9))
+    streamed = streams.load(packed(CODECS[4]), tuning=streams.quick(streams.mixed, **sizes))
+    for _ in range(2):
+        assert torch.equal(logits(streamed, tokens), expected)
+
+
+def test_sizes_with_which_nothing_could_be_read_are_refused() -> None:
+    for name, value in {"slots": 0, "chunk_bytes": 0, "part_weights": -1, "pass_bytes": 0, "reading_s": -0.1}.items():
+        with pytest.raises(WaterfillError, match=f"{name} is {value}; choose at least [01]"):
+            Tuning(**{name: value})
 
 
 @pytest.mark.parametrize("isa", [*(native.library().isas if native.library() else ()), "none"])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from waterfill.base.arguments import Check
+from waterfill.base.errors import WaterfillError
 from waterfill.files.artifact import StoredTensor
 from waterfill.running.streaming.ahead import SLOTS
 from waterfill.running.streaming.calibration import READING_S, WORKING_S
@@ -30,7 +31,7 @@ Choose = Callable[[Sequence[Chunk], int, Speeds], Residency]  # chunks of a pass
 
 @dataclass(frozen=True)
 class Tuning:
-    """What may be chosen about streaming."""
+    """What may be chosen about streaming. WaterfillError for sizes and times with which nothing could be read."""
 
     chunk_bytes: int = CHUNK_BYTES  # read at once, about
     part_weights: int = PART_WEIGHTS  # of codes of a fixed rate, decoded by one thread
@@ -40,6 +41,12 @@ class Tuning:
     cache_share: float = CACHE_SHARE
     pass_bytes: int = PASS_BYTES
     choose: Choose = choose  # what is kept in memory
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("chunk_bytes", "part_weights", "slots", "pass_bytes"), 1)
+        for name, value in (least | dict.fromkeys(("reading_s", "working_s", "cache_share"), 0)).items():
+            if getattr(self, name) < value:
+                raise WaterfillError(f"{name} is {getattr(self, name)}; choose at least {value}")
 
     def matrix(self, tensor: StoredTensor, storage: Storage, *, verify: bool) -> StreamedMatrix:
         """A matrix in chunks and parts of these sizes. Raises ArtifactError as `StreamedMatrix` does."""
