@@ -107,7 +107,7 @@ def stream(request: Request) -> Request:
 
     `keep` false streams everything, however much memory is left: what a small model needs to stand for a large one.
     """
-    importlib.import_module("waterfill.running.engine.generation")  # before memory is looked at
+    importlib.import_module("waterfill.running.text.generation")  # before memory is looked at
     from waterfill.running.engine.opening import open_model
     from waterfill.running.streaming.residency import choose
     from waterfill.running.streaming.tuning import USUAL

@@ -37,5 +37,5 @@ def storage() -> Iterator[Storage]:
 def matrices(small_artifact: Path, storage: Storage) -> list[StreamedMatrix]:
     """In small chunks, of several parts where the codec lets them."""
     tensors = open_artifact(small_artifact, verify=False).tensors.values()
-    tuning = streams.quick(chunk_bytes=8192)
+    tuning = streams.quick()
     return [tuning.matrix(tensor, storage, verify=True) for tensor in tensors if tensor.codec in CODECS]
