@@ -137,18 +137,15 @@ class Streamer:
 
     def _take(self, chunk: Chunk, wait: bool) -> Held | None:
         """What `Products` asks for. A chunk that nothing reads ahead is there once it was waited for: one at a time."""
-        kept = self.kept.get(chunk)
-        if kept is None and (self._ahead is None or chunk not in self._ahead):
-            if not wait and chunk not in self.on_demand:
-                return None
-            kept = self.on_demand.chunk(chunk)
-        if kept is not None:
-            return kept, None
-        assert self._ahead is not None
-        start = time.perf_counter()
-        taken = self._ahead.take(chunk, wait=wait)
-        self._meter.waited(start)
-        return taken
+        if self._ahead is not None and chunk in self._ahead:
+            start = time.perf_counter()
+            taken = self._ahead.take(chunk, wait=wait)
+            self._meter.waited(start)
+            return taken
+        held = self.kept.get(chunk)
+        if held is None and (wait or chunk in self.on_demand):
+            held = self.on_demand.chunk(chunk)
+        return None if held is None else (held, None)
 
     def _give_back(self, slot: Slot) -> None:
         assert self._ahead is not None
