@@ -29,7 +29,7 @@ from waterfill.evaluation.statistics import (
     perplexity_statistics,
     token_statistics,
 )
-from waterfill.evaluation.text import positions
+from waterfill.files.context import context_length
 
 COLUMNS = len(Scores._fields)
 
@@ -107,7 +107,7 @@ def divergence(
     WaterfillError for a text shorter than one window, a context longer than a model's, vocabularies that differ, or
     logits that are not finite.
     """
-    how = _convention(convention, positions(model), context=context, stride=stride, bos=bos)
+    how = _convention(convention, context_length(model.config), context=context, stride=stride, bos=bos)
     cut = how.cut(ids)
     stored = reference if isinstance(reference, Stored) else None
     for each in [model] if stored is not None else [reference, model]:

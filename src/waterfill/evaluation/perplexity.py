@@ -26,7 +26,7 @@ from waterfill.evaluation.scoring import (
     token_error,
     window_logits,
 )
-from waterfill.evaluation.text import positions
+from waterfill.files.context import context_length
 
 COLUMNS = 1  # of the scores of a window
 
@@ -72,7 +72,7 @@ def perplexity(
     The loss is taken in float32 whatever the model's dtype. Raises WaterfillError for a text shorter than one window, a
     context longer than the model's, or logits that are not finite.
     """
-    how = _convention(convention, positions(model), context=context, stride=stride, bos=bos)
+    how = _convention(convention, context_length(model.config), context=context, stride=stride, bos=bos)
     cut = how.cut(ids)
     prepare(model, cut)
 

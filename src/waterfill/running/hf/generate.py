@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from waterfill.base.errors import WaterfillError, first_line, unknown_token
+from waterfill.files.context import context_length
 from waterfill.files.settings.choices import FILE
 from waterfill.files.settings.messages import Message, check_messages, check_text, plain_lines, refused
 from waterfill.files.settings.templates import conversation_text
@@ -89,7 +90,7 @@ def generate(
     known = getattr(model.config.get_text_config(), "vocab_size", None)
     if known is not None and (highest := int(ids.max())) >= known:
         raise unknown_token("the prompt", highest, known)
-    most = min(sampling.max_new_tokens, room(ids.shape[1], _positions(model)))
+    most = min(sampling.max_new_tokens, room(ids.shape[1], context_length(model.config)))
     drafted = DRAFT_TOKENS if draft is not None else lookup or 0
     arguments = {
         "input_ids": ids.to(model.device),
@@ -224,10 +225,6 @@ def _blamed(model: Any, error: BaseException) -> BaseException:
     )
     blamed.__cause__ = error
     return blamed
-
-
-def _positions(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> Tensor:

@@ -1,7 +1,7 @@
 """A packed matrix on disk as pieces that can be read, checked, decoded and multiplied one by one.
 
-    part    the rows of one entropy-coded stream, or as many rows of codes: decoded by one thread
-    chunk   consecutive parts, about CHUNK_BYTES of one file: read at once
+    part    the rows of one entropy-coded stream, or about `part_weights` of codes: decoded by one thread
+    chunk   consecutive parts, about `chunk_bytes` of one file: read at once
     matrix  chunks from the first row to the last
 
 `ChunkData` is a chunk whose bytes are in memory: as stored, or, pinned, in the kernels' layout.
@@ -109,7 +109,15 @@ class StreamedMatrix:
     `verify` they are compared with their digest. Raises ArtifactError where they differ, or the index is damaged.
     """
 
-    def __init__(self, tensor: StoredTensor, storage: Storage, *, verify: bool) -> None:
+    def __init__(
+        self,
+        tensor: StoredTensor,
+        storage: Storage,
+        *,
+        verify: bool,
+        chunk_bytes: int = CHUNK_BYTES,
+        part_weights: int = PART_WEIGHTS,
+    ) -> None:
         codec = get_codec(tensor.codec)
         if not isinstance(codec, TableCodec | Trellis):
             raise ArtifactError(
@@ -128,13 +136,13 @@ class StreamedMatrix:
             self.part_rows = stream_rows(width)
             self.ends = self._index(storage, -(-rows // self.part_rows))
         else:
-            self.part_rows = 4 * max(1, PART_WEIGHTS // (4 * width))
+            self.part_rows = 4 * max(1, part_weights // (4 * width))
             starts = np.minimum(np.arange(-(-rows // self.part_rows) + 1) * self.part_rows, rows)
             self.ends = starts * codec.row_bytes(width)
             stored = buffers["scales"]
             self.scales = read_bytes(stored, verify=verify).view("<f2").reshape(stored.shape)
         self.sums = np.zeros(len(self.ends) - 1, np.uint64)  # checksums of the parts; 0: not read yet
-        self.chunks = tuple(self._chunks())
+        self.chunks = tuple(self._chunks(chunk_bytes))
 
     def _index(self, storage: Storage, count: int) -> npt.NDArray[np.int64]:
         size = self.buffer.size_bytes
@@ -147,10 +155,10 @@ class StreamedMatrix:
             )
         return ends
 
-    def _chunks(self) -> list[Chunk]:
+    def _chunks(self, chunk_bytes: int) -> list[Chunk]:
         found, first, parts = [], 0, len(self.ends) - 1
         for part in range(1, parts + 1):
-            if part == parts or self.ends[part + 1] - self.ends[first] > CHUNK_BYTES:
+            if part == parts or self.ends[part + 1] - self.ends[first] > chunk_bytes:
                 found.append(Chunk(self, first, part))
                 first = part
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,10 +47,6 @@ class View(NamedTuple):
     def tensor(self) -> torch.Tensor:
         """The same memory, for the torch reference."""
         return torch.from_numpy(self.owner) if isinstance(self.owner, np.ndarray) else self.owner
-
-    def clear(self) -> None:
-        """Write zeros."""
-        ctypes.memset(self.address, 0, self.tokens * self.width * self.item_bytes)
 
 
 class Activations:
