@@ -22,10 +22,11 @@ from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import Encoded, Shape
 from waterfill.codecs.grids import grid
-from waterfill.codecs.hadamard import groups, rotate
+from waterfill.codecs.groups import group_sizes, group_sums, per_weight
+from waterfill.codecs.hadamard import rotate
 from waterfill.codecs.indices import pack
 from waterfill.codecs.nearest import NearestSearch
-from waterfill.codecs.table import TableCodec, group_sums, per_weight
+from waterfill.codecs.table import TableCodec
 
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
@@ -57,8 +58,7 @@ class Higgs(TableCodec):
         rows, width = weight.shape
         rotated = rotate(weight.to(torch.float32) * 2.0**-exponent)
         norms = group_sums(rotated.square())  # [rows, groups]
-        sizes = torch.tensor([g.size for g in groups(width)], dtype=torch.float32)
-        rms = (norms / sizes).sqrt()
+        rms = (norms / group_sizes(width, torch.float32)).sqrt()
         unit = rotated / per_weight(rms.clamp_min(torch.finfo(torch.float32).tiny), width)
         indices = self._nearest(unit)
         points = self.vectors(indices, width)

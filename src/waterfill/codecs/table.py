@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import BufferLayout, Codec, Encoded, Shape
+from waterfill.codecs.groups import per_weight
 from waterfill.codecs.hadamard import groups, unrotate
 from waterfill.codecs.indices import row_bytes, unpack
 
@@ -74,16 +75,3 @@ class TableCodec(Codec):
     def vectors(self, indices: torch.Tensor, width: int) -> torch.Tensor:
         """Coordinates of the points of int64 `[rows, vectors]` -> float32 `[rows, width]`."""
         return self.points[indices].flatten(1)[:, :width]
-
-
-def group_sums(values: torch.Tensor) -> torch.Tensor:
-    """`[rows, width]` -> sums per group `[rows, groups]`."""
-    return torch.stack([values[:, g.start : g.stop].sum(1) for g in groups(values.shape[1])], dim=1)
-
-
-def per_weight(values: torch.Tensor, width: int) -> torch.Tensor:
-    """One value per group `[rows, groups]` -> one per weight `[rows, width]`."""
-    parts = groups(width)
-    if len(parts) == 1:
-        return values.expand(-1, width)
-    return values.repeat_interleave(torch.tensor([g.size for g in parts]), dim=1)

@@ -27,9 +27,9 @@ from waterfill.base.errors import ArtifactError, WaterfillError
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import BufferLayout, Codec, Encoded, Encoder, Piece, Shape
 from waterfill.codecs.entropy import DamagedError, lanes_for
+from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import groups, rotate
 from waterfill.codecs.levels import Levels
-from waterfill.codecs.table import group_sums, per_weight
 from waterfill.codecs.trellis import stream
 from waterfill.codecs.trellis.code import CODES, search
 from waterfill.codecs.trellis.curves import curve
@@ -271,8 +271,7 @@ class _Encoder(Encoder):
 def _target(rotated: torch.Tensor) -> _Target:
     """Normalise rows of one stream by scales of eighths of an octave."""
     rows, width = rotated.shape
-    sizes = torch.tensor([g.size for g in groups(width)], dtype=torch.float64)
-    deviation = (group_sums(rotated.double().square()) / sizes).sqrt().numpy()
+    deviation = (group_sums(rotated.double().square()) / group_sizes(width, torch.float64)).sqrt().numpy()
     largest = float(deviation.max())
     used = deviation > largest * 2.0 ** (-(2**stream.MOST_SCALE_BITS - 3) / SCALE_STEPS)
     unit = float(np.float32(deviation[used].min())) if largest else 0.0
