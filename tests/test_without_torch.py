@@ -63,7 +63,7 @@ artifact, out, keep, tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), 
 calibration.READING_S = calibration.WORKING_S = 0.0
 chunks.CHUNK_BYTES, chunks.PART_WEIGHTS = 4096, 2048
 opened, storage = open_artifact(artifact), Storage()
-packed = [t for t in opened.tensors.values() if t.codec not in (LOSSLESS, "raw")]
+packed = [t for t in opened.tensors.values() if t.packed]
 matrices = [StreamedMatrix(tensor, storage, verify=True) for tensor in packed]
 told = []
 streamer = Streamer(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
 
@@ -140,9 +141,6 @@ class _RowEncoder(Encoder):
         for key, part in self._layout.items():
             used = self._shape[0] * part.row_bytes
             yield Piece(key, used, bytes(buffer_bytes(part) - used))  # alignment
-
-
-ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 def buffer_bytes(buffer: BufferLayout) -> int:

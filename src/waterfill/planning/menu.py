@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import LOSSLESS, Higgs, MenuPoint, get_codec
 from waterfill.codecs.integers import register_table
@@ -20,7 +21,6 @@ from waterfill.codecs.trellis.codec import LEAST_RATE, MOST_RATE, RATE_DIGITS
 from waterfill.files.architecture import Architecture, Kept, Matrix
 from waterfill.files.artifact import RAW
 from waterfill.files.artifact.header import reserved_bytes
-from waterfill.files.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.planning.allocate import Choice
 from waterfill.planning.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
 from waterfill.planning.plan import KeptPlan, TensorPlan, kept_spec
@@ -185,7 +185,7 @@ def _is_fast(name: str) -> bool:
 def _point(codec: str, matrix: Matrix) -> MenuPoint:
     if codec != RAW:
         return get_codec(codec).menu_point(matrix.shape)
-    item_bytes = WEIGHT_DTYPES[matrix.dtype].itemsize
+    item_bytes = ITEM_BYTES[matrix.dtype]
     return MenuPoint(RAW, item_bytes * math.prod(matrix.shape), 8.0 * item_bytes, 0.0)
 
 
@@ -195,7 +195,7 @@ CodedBytes = Callable[[Kept | Matrix], int | None]
 
 def planned_kl(tensor: TensorPlan, coefficients: Coefficients, rho: float) -> float:
     """Predicted loss of a planned matrix by these coefficients and this gain, nats per token."""
-    if tensor.codec in (RAW, LOSSLESS):
+    if not tensor.packed:
         return 0.0
     codec = get_codec(tensor.codec)
     return predicted_kl(coefficients, codec.distortion(tensor.shape), rho, codec.along(tensor.shape))
@@ -207,7 +207,7 @@ def kept_plans(architecture: Architecture, coded_bytes: CodedBytes | None = None
 
 
 def _kept_plan(kept: Kept, coded: int | None) -> KeptPlan:
-    raw = KeptPlan(kept.name, kept.shape, kept.dtype, KEPT_DTYPES[kept.dtype].itemsize * math.prod(kept.shape))
+    raw = KeptPlan(kept.name, kept.shape, kept.dtype, ITEM_BYTES[kept.dtype] * math.prod(kept.shape))
     return replace(raw, codec=LOSSLESS, size_bytes=coded) if coded is not None and _saves(raw, coded) else raw
 
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from waterfill import kernels
 from waterfill.base.errors import ArtifactError
 from waterfill.codecs import LOSSLESS, TableCodec, Trellis, get_codec
-from waterfill.files.artifact import RAW, StoredTensor
+from waterfill.files.artifact import StoredTensor
 from waterfill.files.experts import fused_experts
 from waterfill.running.hf.coded import decode_coded, hold
 from waterfill.running.hf.fused import fuse
@@ -33,7 +33,7 @@ def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = Fal
         ArtifactError: a tensor has no place in the model, or a codec that cannot be run from its codes.
     """
     tensors = list(tensors)
-    packed = {tensor.name: tensor for tensor in tensors if tensor.codec not in (RAW, LOSSLESS)}
+    packed = {tensor.name: tensor for tensor in tensors if tensor.packed}
     dtype, ties = model.dtype, dict(getattr(model, "all_tied_weights_keys", None) or {})
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     experts = False

@@ -17,13 +17,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from waterfill import kernels
+from waterfill.base.dtypes import TORCH_DTYPES
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import TableCodec, Trellis
 from waterfill.running.hf.made import make
 from waterfill.running.hf.stand_in import StandIn, Traced
 from waterfill.running.hf.tensor_module import TensorModule
 
-_DTYPES = {"F16": torch.float16, "U8": torch.uint8}
 _EXPONENTS = range(-96, 97)  # of a matrix that is scaled: beyond these, float32 might not hold its weights
 
 
@@ -81,7 +81,7 @@ class PackedMatrix(_HasWeight):
         self.stored, self.shape, self.exponent, self.dtype = codec, shape, exponent, dtype
         self.codec = codec.levels if isinstance(codec, Trellis) else codec  # that it is multiplied from
         for key, part in codec.layout(shape).items() if not streamed else ():
-            self.register_buffer(key, torch.empty(part.shape, dtype=_DTYPES[part.dtype], device="meta"))
+            self.register_buffer(key, torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype], device="meta"))
 
     @property
     def weight(self) -> Any:
