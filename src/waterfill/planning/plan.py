@@ -18,7 +18,7 @@ from waterfill.base import typed
 from waterfill.base.dtypes import ITEM_BYTES, WEIGHT_DTYPES
 from waterfill.base.errors import ArtifactError, BudgetError, WaterfillError
 from waterfill.base.typed import Count, Magnitude, Positive, Range, Share
-from waterfill.codecs import LOSSLESS, Levels, get_codec
+from waterfill.codecs import LOSSLESS, get_codec
 from waterfill.codecs.lossless import BUFFER
 from waterfill.files.architecture import Role
 from waterfill.files.artifact import RAW, Buffer, TensorSpec
@@ -216,7 +216,7 @@ def _check_matrix(tensor: TensorPlan) -> None:
         _agree(tensor.packed, f"codec {where} is {tensor.codec!r}, which no expert can have")
     if tensor.packed:
         try:
-            _agree(not isinstance(get_codec(tensor.codec), Levels), f"codec {where} is one of memory only")
+            _agree(get_codec(tensor.codec).for_files, f"codec {where} is one of memory only")
         except WaterfillError as error:
             raise ValueError(f"codec {where} is {quote(tensor.codec)}, which this waterfill does not know") from error
     _check_size(tensor, where)

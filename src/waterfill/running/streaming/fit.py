@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from waterfill.base import process
 from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import MemoryLimitError
-from waterfill.codecs import Trellis, get_codec
+from waterfill.codecs import get_codec
 from waterfill.files.artifact import Artifact, StoredTensor
 from waterfill.planning.budget import parse_size
 
@@ -86,16 +86,7 @@ def memory_bytes(memory: str | float | None) -> int | None:
 
 def resident_size(artifact: Artifact) -> int:
     """Memory that all weights take in the form in which they are multiplied; about."""
-    total = 0
-    for tensor in artifact.tensors.values():
-        codec = get_codec(tensor.codec) if tensor.packed else None
-        if isinstance(codec, Trellis):
-            total += math.prod(tensor.shape) * codec.levels.bits // 8
-        elif codec is not None:
-            total += tensor.size_bytes
-        else:
-            total += _dense_bytes(tensor)
-    return int(LOADING * total)
+    return int(LOADING * sum(map(_memory_bytes, artifact.tensors.values())))
 
 
 def kept_size(artifact: Artifact) -> int:
@@ -106,6 +97,13 @@ def kept_size(artifact: Artifact) -> int:
 def packed_names(artifact: Artifact) -> frozenset[str]:
     """Tensors that are multiplied from their codes."""
     return frozenset(tensor.name for tensor in artifact.tensors.values() if tensor.packed)
+
+
+def _memory_bytes(tensor: StoredTensor) -> int:
+    if not tensor.packed:
+        return _dense_bytes(tensor)
+    rows, width = tensor.shape
+    return get_codec(tensor.codec).memory_bytes((rows, width))
 
 
 def _dense_bytes(tensor: StoredTensor) -> int:
