@@ -6,6 +6,7 @@ where nobody asks for it.
 
 from collections.abc import Mapping
 
+from waterfill.codecs import higgs, levels
 from waterfill.codecs.contract import (
     BufferLayout,
     Codec,
@@ -23,15 +24,16 @@ from waterfill.codecs.contract import (
     register_codec,
 )
 from waterfill.codecs.decoded import DecodedCodec
-from waterfill.codecs.higgs import Higgs, higgs, scale_exponent
-from waterfill.codecs.levels import Levels, levels
+from waterfill.codecs.higgs import Higgs, scale_exponent
+from waterfill.codecs.levels import Levels
 from waterfill.codecs.lossless import LOSSLESS
 from waterfill.codecs.table import TableCodec
-from waterfill.codecs.trellis.codec import Trellis, any_rate, trellis
+from waterfill.codecs.trellis import codec as trellis_codec
+from waterfill.codecs.trellis.codec import Trellis
 
-register_codec("higgs", higgs)
-register_codec("levels", levels)
-register_codec("trellis", trellis, any_rate)
+register_codec("higgs", higgs.higgs)
+register_codec("levels", levels.levels)
+register_codec("trellis", trellis_codec.trellis, trellis_codec.any_rate)
 
 # Every power-of-two grid: rates from 0.75 to 8 bits in steps of a quarter or a third; the larger p, the lower t2.
 GRIDS = (

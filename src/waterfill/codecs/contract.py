@@ -211,15 +211,6 @@ class Codec(ABC):
             raise NotImplementedError(f"{self.name} has rows of no fixed size; define its `parts`")
         return Parts(key, 4 * max(1, weights // (4 * shape[1])), layout[key].row_bytes)
 
-    def block(self, buffers: Mapping[str, torch.Tensor], shape: Shape, rows: slice) -> Mapping[str, torch.Tensor]:
-        """Buffers of consecutive rows, of those of a matrix whose rows are of a fixed size."""
-        found = {}
-        for key, part in self.layout(shape).items():
-            flat = buffers[key].contiguous().reshape(-1).view(torch.uint8)
-            some = flat[rows.start * part.row_bytes : rows.stop * part.row_bytes].view(buffers[key].dtype)
-            found[key] = some.reshape(-1, *part.shape[1:])
-        return found
-
 
 class MemoryForm(Codec):
     """A codec that kernels multiply from: vectors of `p` weights, each one of the `n` points of a table.

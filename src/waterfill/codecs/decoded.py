@@ -41,11 +41,20 @@ class DecodedCodec(Codec):
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
             some = (rows.stop - start, shape[1])
-            encoded = Encoded(some, self.block(buffers, shape, rows), exponent, noise_power=0.0, power=0.0)
+            encoded = Encoded(some, self._rows(buffers, shape, rows), exponent, noise_power=0.0, power=0.0)
             parts.append(rounded(rotate(self.decode(encoded)) * 2.0**-exponent))
         layout = LEVELS.layout(shape)
         scales, codes = (torch.cat([part[i] for part in parts]) for i in range(2))
         return {"scales": scales, "codes": codes.view(layout["codes"].shape)}
+
+    def _rows(self, buffers: Mapping[str, torch.Tensor], shape: Shape, rows: slice) -> Mapping[str, torch.Tensor]:
+        """Buffers of consecutive rows, of those of a matrix."""
+        found = {}
+        for key, part in self.layout(shape).items():
+            flat = buffers[key].contiguous().reshape(-1).view(torch.uint8)
+            some = flat[rows.start * part.row_bytes : rows.stop * part.row_bytes].view(buffers[key].dtype)
+            found[key] = some.reshape(-1, *part.shape[1:])
+        return found
 
 
 def rounded(rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
