@@ -28,7 +28,6 @@ from benchmarks.shared.models import (
 )
 from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
 from benchmarks.shared.small_gpt2 import QUICK, Training, small_gpt2
-from waterfill.files.artifact import RAW
 from waterfill.planning.loss import GAINS, Gain, gain_rho
 from waterfill.planning.menu import planned_kl
 from waterfill.planning.plan import Plan
@@ -83,7 +82,7 @@ def regained(plan: Plan, sensitivity: Sensitivity, gain: Gain) -> Plan:
     """The same codecs with another gain."""
     tensors = []
     for tensor in plan.tensors:
-        if tensor.codec != RAW:
+        if tensor.packed:
             c = sensitivity.tensors[tensor.name]
             rho = gain_rho(gain, c)
             tensor = replace(tensor, rho=rho, kl=planned_kl(tensor, c, rho))

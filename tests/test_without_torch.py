@@ -60,7 +60,7 @@ from waterfill.running.streaming import Tuning
 artifact, out, keep, tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 tuning = Tuning(chunk_bytes=4096, part_weights=2048, reading_s=0.0, working_s=0.0)
 opened, storage = open_artifact(artifact), Storage()
-packed = [t for t in opened.tensors.values() if t.codec not in (LOSSLESS, "raw")]
+packed = [t for t in opened.tensors.values() if t.packed]
 matrices = [tuning.matrix(tensor, storage, verify=True) for tensor in packed]
 told = []
 streamer = Streamer(

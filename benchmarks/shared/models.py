@@ -28,7 +28,6 @@ from waterfill.evaluation import convention, windows
 from waterfill.evaluation.conventions import Window
 from waterfill.evaluation.scoring import score_windows, standard_error, window_logits
 from waterfill.files.architecture import Architecture, describe
-from waterfill.files.artifact import RAW
 from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.planning.budget import Budget
 from waterfill.planning.estimators import group_power, matrix_view
@@ -142,7 +141,7 @@ def decoded_copy(subject: Subject, tensors: Sequence[TensorPlan]) -> Any:
     parameters = dict(result.named_parameters())
     matrices = {matrix.name: matrix for matrix in subject.architecture.matrices}
     for tensor in tensors:
-        if tensor.codec != RAW:
+        if tensor.packed:
             weight = matrix_view(parameters[tensor.parameter], matrices[tensor.name])
             key = tensor.name, tensor.codec
             if key not in subject.unbiased:

@@ -18,10 +18,9 @@ from waterfill.base.arguments import checked
 from waterfill.base.errors import BudgetError, WaterfillError
 from waterfill.base.progress import Progress
 from waterfill.base.writing import prepare_file, write_file
-from waterfill.codecs import LOSSLESS
 from waterfill.evaluation.evaluate import Evaluation, evaluate
 from waterfill.files.architecture import Architecture, Kept, Matrix, describe
-from waterfill.files.artifact import RAW, check_target, open_artifact
+from waterfill.files.artifact import check_target, open_artifact
 from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.files.original import load_tokenizer
 from waterfill.packing.kept import coded_bytes
@@ -146,7 +145,7 @@ def inspect(artifact: str | Path, *, verify: bool = True) -> Inspection:
     """Open an artifact and say what is in it; `verify` reads every byte."""
     path = Path(artifact)
     stored = open_artifact(path, verify=verify)
-    measured = {name: tensor.t2 for name, tensor in stored.tensors.items() if tensor.codec not in (RAW, LOSSLESS)}
+    measured = {name: tensor.t2 for name, tensor in stored.tensors.items() if tensor.packed}
     return Inspection(path, stored.size_bytes, read_plan(path), measured)
 
 

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from waterfill.base import native
+from waterfill.base.dtypes import TORCH_DTYPES, WEIGHT_DTYPES
 from waterfill.base.errors import ArtifactError
 from waterfill.codecs import lossless
 from waterfill.codecs.entropy import DamagedError
 
-DTYPES = list(lossless.DTYPES.values())
-NAMES = {dtype: name for name, dtype in lossless.DTYPES.items()}
+NAMES = {TORCH_DTYPES[name]: name for name in WEIGHT_DTYPES}
+DTYPES = list(NAMES)
 N = lossless.STREAM_NUMBERS
 SIGNED = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 

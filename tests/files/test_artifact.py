@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tests.support.artifact_samples import build, content, directory_bytes, model, packed, raw
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import ArtifactError
 from waterfill.files.artifact import (
     ArtifactWriter,
@@ -28,7 +29,7 @@ from waterfill.files.artifact import (
     read_buffer,
     read_shard_metadata,
 )
-from waterfill.files.artifact.format import ELEMENT_BYTES, FormatError, guard_of
+from waterfill.files.artifact.format import FormatError, guard_of
 from waterfill.files.artifact.header import validate
 from waterfill.files.artifact.manifest import decode_manifest
 
@@ -171,7 +172,7 @@ _names = st.text("abcdefgh.0123456789_\"\\' ", min_size=1, max_size=30)
 _raw = st.builds(
     lambda name, dtype, shape: raw(f"r{name}", dtype, *shape),
     _names,
-    st.sampled_from(sorted(ELEMENT_BYTES)),
+    st.sampled_from(sorted(ITEM_BYTES)),
     st.lists(st.integers(0, 12), max_size=3),
 )
 _packed = st.builds(

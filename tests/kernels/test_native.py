@@ -33,10 +33,10 @@ from tests.support.kernel_samples import (
 )
 from waterfill import kernels
 from waterfill.base import native, native_signatures
+from waterfill.base.dtypes import TORCH_DTYPES
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import TableCodec, get_codec, hadamard
 from waterfill.codecs.hadamard import groups, rotate, rotate_natively, unrotate
-from waterfill.files.checkpoint import KEPT_DTYPES
 from waterfill.kernels import cpu as native_kernels
 from waterfill.kernels import reference
 from waterfill.kernels.reference import STORED, Packed
@@ -310,7 +310,8 @@ def test_matrices_that_are_larger_than_their_memory_are_refused(name: str) -> No
     """By the library itself, as stored and as arranged."""
     codec, shape = get_codec(name), (12, 700)
     assert isinstance(codec, TableCodec)
-    buffers = {key: torch.zeros(part.shape, dtype=KEPT_DTYPES[part.dtype]) for key, part in codec.layout(shape).items()}
+    layout = codec.layout(shape)
+    buffers = {key: torch.zeros(part.shape, dtype=TORCH_DTYPES[part.dtype]) for key, part in layout.items()}
     packed = Packed(codec, buffers["scales"], buffers["codes"], 0, shape)
     isa = native.isa()
     assert isa is not None

@@ -14,9 +14,8 @@ import waterfill
 from tests.support.models import tiny_llama
 from waterfill.base.errors import CheckpointError
 from waterfill.files.architecture import describe
-from waterfill.files.artifact import open_artifact, reader
-from waterfill.files.artifact.format import ELEMENT_BYTES
-from waterfill.files.checkpoint import KEPT_DTYPES, open_checkpoint
+from waterfill.files.artifact import open_artifact
+from waterfill.files.checkpoint import open_checkpoint
 
 BUFFERS: dict[str, tuple[torch.dtype, Any]] = {
     "flags": (torch.bool, [True, False, True]),
@@ -61,8 +60,3 @@ def test_buffers_of_another_dtype_are_refused_by_name(checkpoint: Path) -> None:
     save_file(tensors | {"model.steps": tensors["model.steps"].to(torch.int16)}, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"'model\.steps' has dtype I16: expected one of F32, .*, I64, .*, BOOL;"):
         describe(open_checkpoint(checkpoint))
-
-
-def test_what_a_checkpoint_may_keep_an_artifact_can_hold() -> None:
-    assert {name: dtype.itemsize for name, dtype in KEPT_DTYPES.items()} == ELEMENT_BYTES
-    assert reader._TORCH_DTYPES == KEPT_DTYPES

@@ -36,6 +36,7 @@ from waterfill.planning.menu import kept_plans
 from waterfill.planning.plan import KeptPlan, Plan, kept_spec
 from waterfill.planning.planner import make_plan
 from waterfill.running.hf.install import install
+from waterfill.studies.comparison.ours import decode
 
 Build = Callable[..., Path]
 FAMILIES = [
@@ -220,6 +221,7 @@ def test_a_generous_budget_codes_the_matrices_it_leaves(tmp_path: Path) -> None:
         assert plan.size_bytes == weight_bytes(out)
         assert_equal_to_the_bit(waterfill.load(out), original(model))
         assert waterfill.inspect(out).measured_t2 == {}
+        decode(open_artifact(out), lambda name, _: pytest.fail(f"{name} is exact in the model already"))
 
 
 def test_tensors_stay_raw_where_the_header_would_eat_the_savings(dense: Architecture) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from waterfill.planning.estimators import _group_sums, _noise_cost, _orthogonal, group_power
+from waterfill.codecs.groups import group_sums
+from waterfill.planning.estimators import _noise_cost, _orthogonal, group_power
 
 WIDTHS = [1, 3, 64, 172, 1600, 2600]  # one group, and several
 
@@ -14,7 +15,7 @@ WIDTHS = [1, 3, 64, 172, 1600, 2600]  # one group, and several
 def test_noise_is_orthogonal_to_the_weights_and_keeps_its_power(width: int) -> None:
     weight = torch.randn(200, width) * torch.logspace(-2, 2, width)
     noise = _orthogonal(torch.randn(200, width), weight)
-    along = _group_sums(noise * weight) / (_group_sums(noise.square()) * _group_sums(weight.square())).sqrt()
+    along = group_sums(noise * weight) / (group_sums(noise.square()) * group_sums(weight.square())).sqrt()
     assert along.abs().max() < 1e-3
     assert group_power(noise).mean() == pytest.approx(1, rel=0.15 if width == 3 else 0.03)
 
@@ -31,7 +32,7 @@ def test_cost_is_the_expected_square_of_gradient_times_noise(width: int) -> None
 
 
 def _sizes(width: int) -> list[int]:
-    return [int(n) for n in _group_sums(torch.ones(1, width))[0]]
+    return [int(n) for n in group_sums(torch.ones(1, width))[0]]
 
 
 def test_gradients_along_the_weights_cost_nothing() -> None:

@@ -11,13 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.artifact_drafts import (
-    Draft,
-    Json,
-    Tensor,
-    read,
-)
-from waterfill.files.artifact.format import ELEMENT_BYTES
+from tests.support.artifact_drafts import Draft, Json, Tensor, read
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.files.artifact.manifest import INDEX, MANIFEST
 
 INTEGERS = (0, 1, 2, 3, 4, 7, 63, 65, 1024, 4097, 65536, 1 << 20, 1 << 24, 1 << 31, 1 << 40, (1 << 63) - 1)
@@ -27,7 +22,7 @@ CODECS = (
     *("higgs-p4-n4096", "higgs-p3-n8", "higgs-p9-n9", "trellis-s8-r2.0000", "trellis-s256-r9.0000"),
     *("trellis-s64-r0.3000", "trellis-s3-r2.0000", "trellis-s8-r9.9999"),
 )
-DTYPES = (*ELEMENT_BYTES, "F64", "")
+DTYPES = (*ITEM_BYTES, "F64", "")
 WORDS = (
     b"\0\0\0\0",
     b"\xff\xff\xff\xff",
@@ -131,7 +126,7 @@ class Mutator:
         dtype, shape, data = shard[name].buffers[key]
         changed = of(data)
         if len(changed) != len(data):
-            shape = [len(changed) // ELEMENT_BYTES[dtype]]
+            shape = [len(changed) // ITEM_BYTES[dtype]]
         shard[name].buffers[key] = (dtype, shape, changed)
 
     def flip(self, draft: Draft) -> None:

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import waterfill
 from tests.support.tiny_configs import SPECIAL, tiny_config
+from waterfill.base.dtypes import TORCH_DTYPES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.native import FLOAT_ACTIVATIONS
 from waterfill.codecs import LOSSLESS, Encoded, get_codec, lossless
@@ -209,7 +210,7 @@ def dense_twin(checkpoint: Path, artifact: Path) -> Any:
             target, weight = state[name], stored.read(name)
         elif tensor.codec == LOSSLESS:
             streams = stored.read(f"{name}.streams")
-            target, weight = state[name], lossless.decode(streams, tensor.shape, lossless.DTYPES[tensor.dtype])
+            target, weight = state[name], lossless.decode(streams, tensor.shape, TORCH_DTYPES[tensor.dtype])
         else:
             codec, matrix = get_codec(tensor.codec), matrices[name]
             buffers = {key: stored.read(f"{name}.{key}") for key in codec.layout(tensor.shape)}
@@ -248,5 +249,5 @@ def generated(model: Any) -> tuple[torch.Tensor | None, str]:
 
 def packed_share(plan: Any) -> float:
     """Share of the weights that are packed, of all that the artifact stores."""
-    packed = sum(tensor.weights for tensor in plan.tensors if tensor.codec not in (RAW, LOSSLESS))
+    packed = sum(tensor.weights for tensor in plan.tensors if tensor.packed)
     return packed / (sum(t.weights for t in plan.tensors) + sum(math.prod(t.shape) for t in plan.kept))

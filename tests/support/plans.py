@@ -13,7 +13,7 @@ import pytest
 
 from waterfill.codecs import get_codec
 from waterfill.files.architecture import Architecture, describe
-from waterfill.files.artifact import RAW, lay_out
+from waterfill.files.artifact import lay_out
 from waterfill.files.checkpoint import open_checkpoint
 from waterfill.planning.budget import Budget
 from waterfill.planning.loss import Coefficients, gain_rho, predicted_kl, relative_error
@@ -69,11 +69,11 @@ def assert_sound(plan: Plan, architecture: Architecture, sensitivity: Sensitivit
     weights = 0
     for tensor, matrix in zip(plan.tensors, architecture.matrices, strict=True):
         c = sensitivity.tensors[tensor.name]
-        t2 = 0.0 if tensor.codec == RAW else get_codec(tensor.codec).distortion(tensor.shape)
+        t2 = get_codec(tensor.codec).distortion(tensor.shape) if tensor.packed else 0.0
         assert (tensor.alpha, tensor.beta) == (c.alpha, c.beta)
         assert tensor.rho == gain_rho(plan.gain, c)  # type: ignore[arg-type]
         assert tensor.t2 == relative_error(t2, tensor.rho)
-        along = 0.0 if tensor.codec == RAW else get_codec(tensor.codec).along(tensor.shape)
+        along = get_codec(tensor.codec).along(tensor.shape) if tensor.packed else 0.0
         assert tensor.kl == predicted_kl(c, t2, tensor.rho, along)
         assert tensor.size_bytes == tensor.spec().size_bytes
         assert tensor.rate_bits == 8 * tensor.size_bytes / tensor.weights

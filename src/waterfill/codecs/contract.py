@@ -5,10 +5,14 @@ rate and distortion are known before it sees a weight, because a rotated matrix 
 data-free and instant.
 
     codec = get_codec("higgs-p2-n16")
-    point = codec.menu_point((4096, 4096))                   # size_bytes, rate_bits, t2
+    point = codec.menu_point((4096, 4096))                   # planning: size_bytes, rate_bits, t2; `rates`
     encoder = codec.encoder((4096, 4096), exponent=e, rho=1.0)
-    pieces = encoder.add(rows) ... encoder.finish()          # of buffers, rows in order, in blocks
-    weight = codec.decode(codec.encode(weight))              # a matrix at once
+    pieces = encoder.add(rows) ... encoder.finish()          # packing: of buffers, rows in order, in blocks
+    buffers = codec.to_memory(stored, (4096, 4096), e)       # running: those of `codec.memory`, which is multiplied
+    parts = codec.parts((4096, 4096), 1 << 18)               # streaming: what is read and decoded at a time
+
+Whoever uses a codec asks it, and never which one it is. A new one says `layout`, `distortion`, `encode` and `decode`,
+and where it derives from `DecodedCodec` no more than that (docs/design.md, section 4).
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
 
@@ -82,10 +90,57 @@ class Encoder(ABC):
         """What is left after the last row; then every byte of every buffer has been given."""
 
 
+@dataclass(frozen=True)
+class Rates:
+    """The rates that codecs of one kind come in, bits per weight: multiples of `step` from `least` to `most`."""
+
+    pattern: str  # of the codecs' names, which `format` completes with a rate
+    least: float
+    most: float
+    step: float
+
+    def codec(self, rate: float) -> Codec:
+        """The codec of a rate, or of the nearest that there is."""
+        return get_codec(self.pattern.format(min(max(rate, self.least), self.most)))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a matrix is cut into blocks of rows that are read and decoded one by one.
+
+    The buffer `key` is cut, and all others, which are small, stay in memory. Where rows have no fixed number of bytes,
+    the buffer begins with the end of every part, counted from the buffer's first byte: 4 bytes each, little-endian.
+    """
+
+    key: str
+    rows: int  # of each part but the last; a multiple of 4
+    row_bytes: int  # in the buffer; 0: no fixed number
+
+    def index_bytes(self, rows: int) -> int:
+        """Bytes that the ends of the parts of so many rows take at the beginning of the buffer."""
+        return 0 if self.row_bytes else 4 * -(-rows // self.rows)
+
+    def bounds(self, rows: int, index: bytes) -> npt.NDArray[np.int64]:
+        """Where in the buffer each part of so many rows begins, and the last one ends, given the first `index_bytes` of
+        it. Of a damaged index anything: fewer bounds, in any order, beyond the buffer."""
+        if self.row_bytes:
+            return np.minimum(np.arange(-(-rows // self.rows) + 1) * self.rows, rows) * self.row_bytes
+        return np.concatenate([[self.index_bytes(rows)], np.frombuffer(index, "<u4").astype(np.int64)])
+
+    def alone(self, ends: npt.NDArray[np.uint32], data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Consecutive parts as the whole buffer of a smaller matrix, given their bytes and where each ends in them."""
+        if self.row_bytes:
+            return data.copy()
+        return np.concatenate([(ends + 4 * len(ends)).astype("<u4").view(np.uint8), data])
+
+
 class Codec(ABC):
     """Base of all matrix codecs. Instances are immutable; `name` fully describes them."""
 
     name: str
+    for_files = True  # False: a form in memory alone, which nothing is packed with
+    rates: Rates | None = None  # that the like of it come in; None: it stands for itself
+    rate = 0.0  # of those, its own
 
     @abstractmethod
     def layout(self, shape: Shape) -> Mapping[str, BufferLayout]:
@@ -115,9 +170,92 @@ class Codec(ABC):
         """Decode to float32 `[rows, in]`; the same bits on every machine."""
 
     def menu_point(self, shape: Shape) -> MenuPoint:
-        size_bytes = sum(buffer_bytes(buffer) for buffer in self.layout(shape).values())
+        size_bytes = layout_bytes(self.layout(shape))
         rate_bits = 8 * size_bytes / math.prod(shape)
         return MenuPoint(self.name, size_bytes, rate_bits, self.distortion(shape), self.along(shape))
+
+    def feedback(self, width: int) -> bool:
+        """Whether each group of a row of `width` is encoded by itself, so that what one loses can be made up for in
+        those that come after it (error feedback): whole groups of columns encoded alone have the codes that they have
+        in the matrix."""
+        return False
+
+    # ------------------------------------------------------------------------------------------------- to be multiplied
+
+    @property
+    @abstractmethod
+    def memory(self) -> MemoryForm:
+        """The form that a matrix is multiplied in, once it is loaded: the codec itself where its codes are."""
+
+    @abstractmethod
+    def to_memory(self, buffers: Mapping[str, torch.Tensor], shape: Shape, exponent: int) -> Mapping[str, torch.Tensor]:
+        """Buffers of a matrix, or of a block of its rows -> those of `memory`, with the same exponent; on the CPU.
+
+        Raises ArtifactError where they are damaged.
+        """
+
+    def memory_bytes(self, shape: Shape) -> int:
+        """What a matrix takes in memory, as it is multiplied."""
+        return layout_bytes(self.memory.layout(shape))
+
+    def native_fields(self, width: int) -> Mapping[str, int] | None:
+        """How the native library decodes parts of rows of `width` into `memory`: fields of its `wf_chunk`, beside the
+        `scales` if there are any. None: it cannot, and `to_memory` does."""
+        return None
+
+    def parts(self, shape: Shape, weights: int) -> Parts:
+        """How a matrix is cut into parts of about so many weights, unless the codec has parts of its own."""
+        layout = self.layout(shape)
+        key = max(layout, key=lambda key: layout[key].row_bytes)
+        if not all(part.row_bytes for part in layout.values()):
+            raise NotImplementedError(f"{self.name} has rows of no fixed size; define its `parts`")
+        return Parts(key, 4 * max(1, weights // (4 * shape[1])), layout[key].row_bytes)
+
+
+class MemoryForm(Codec):
+    """A codec that kernels multiply from: vectors of `p` weights, each one of the `n` points of a table.
+
+    Its buffers are `scales` F16 `[rows, groups]` and `codes` U8, `row_bytes` for every row: W = point * scale *
+    2^exponent in the rotated basis.
+    """
+
+    p: int
+    n: int
+    precision = 16  # bits that points and activations are multiplied with: 8 or 16, of which 12 are used
+
+    @property
+    @abstractmethod
+    def array(self) -> npt.NDArray[np.float32]:
+        """The points, `[n, p]`."""
+
+    @abstractmethod
+    def row_bytes(self, width: int) -> int:
+        """Bytes of codes per row of `width` weights."""
+
+    @abstractmethod
+    def decode_rotated(self, codes: torch.Tensor, scales: torch.Tensor, exponent: int, width: int) -> torch.Tensor:
+        """Rows in the rotated basis, the form that multiplies rotated activations.
+
+        Args:
+            codes: uint8, `rows * row_bytes(width)` bytes, any shape (padding after them is ignored).
+            scales: float16 `[rows, groups]`.
+
+        Returns:
+            float32 `[rows, width]`.
+        """
+
+    @property
+    def direct(self) -> bool:
+        """Whether a code is the number itself, plus n / 2: there are as many as `precision` has bits for, and nothing
+        to be looked up."""
+        return self.p == 1 and self.n == 1 << self.precision
+
+    @property
+    def memory(self) -> MemoryForm:
+        return self
+
+    def to_memory(self, buffers: Mapping[str, torch.Tensor], shape: Shape, exponent: int) -> Mapping[str, torch.Tensor]:
+        return buffers
 
 
 class _RowEncoder(Encoder):
@@ -142,30 +280,50 @@ class _RowEncoder(Encoder):
             yield Piece(key, used, bytes(buffer_bytes(part) - used))  # alignment
 
 
-ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
-
-
 def buffer_bytes(buffer: BufferLayout) -> int:
     return ITEM_BYTES[buffer.dtype] * math.prod(buffer.shape)
 
 
+def layout_bytes(layout: Mapping[str, BufferLayout]) -> int:
+    """Bytes of all buffers."""
+    return sum(map(buffer_bytes, layout.values()))
+
+
 _FAMILIES: dict[str, Callable[[str], Codec]] = {}
+_RATES: dict[str, Callable[[str], Rates | None]] = {}
 
 
-def register_codec(family: str, factory: Callable[[str], Codec]) -> None:
-    """Register the codecs whose names are `family` or start with `family-`. `factory` gets the whole name."""
+def register_codec(
+    family: str, factory: Callable[[str], Codec], rates: Callable[[str], Rates | None] | None = None
+) -> None:
+    """Register the codecs whose names are `family` or start with `family-`. `factory` gets the whole name.
+
+    `rates` says which rates a name stands for that is not of one codec, as "trellis" is not; None: of one.
+    """
     if family in _FAMILIES:
         raise ValueError(f"codec family {family!r} is registered already")
     _FAMILIES[family] = factory
+    if rates is not None:
+        _RATES[family] = rates
+
+
+def rates_of(name: str) -> Rates | None:
+    """The rates that a name stands for which is not that of one codec."""
+    rates = _RATES.get(_family(name))
+    return None if rates is None else rates(name)
 
 
 @lru_cache(maxsize=1024)
 def get_codec(name: str) -> Codec:
     """The codec of that name; a WaterfillError names the known families otherwise."""
-    factory = _FAMILIES.get(name.split("-", 1)[0])
+    factory = _FAMILIES.get(_family(name))
     if factory is None:
         raise WaterfillError(
             f"codec {name!r} is unknown; known families are {', '.join(sorted(_FAMILIES))} "
             "(a newer waterfill, or a plug-in that registers it, may read this)"
         )
     return factory(name)
+
+
+def _family(name: str) -> str:
+    return name.split("-", 1)[0]

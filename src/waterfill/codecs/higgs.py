@@ -22,14 +22,16 @@ from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import Encoded, Shape
 from waterfill.codecs.grids import grid
+from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import groups, rotate
 from waterfill.codecs.indices import pack
 from waterfill.codecs.nearest import NearestSearch
-from waterfill.codecs.table import TableCodec, group_sums, per_weight
+from waterfill.codecs.table import TableCodec
 
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
 MAX_SCALE = 65504.0  # of fp16
+BYTE_T2 = 0.005  # relative error of a grid above which points in bytes are exact enough: theirs is 0.0001
 MIN_COSINE = 1e-2  # squared cosine under which a group's codes say nothing about it (all zeros): stored as zero
 
 
@@ -45,6 +47,7 @@ class Higgs(TableCodec):
         self.p, self.n = p, n
         self.name = f"higgs-p{p}-n{n}"
         self.grid = grid(p, n)
+        self.precision = 8 if self.grid.t2 > BYTE_T2 and (p > 1 or n <= 16) else 16
 
     @property
     def array(self) -> npt.NDArray[np.float32]:
@@ -53,12 +56,14 @@ class Higgs(TableCodec):
     def distortion(self, shape: Shape) -> float:
         return self.grid.t2
 
+    def feedback(self, width: int) -> bool:
+        return all(group.stop % self.p == 0 for group in groups(width)[:-1])  # no vector lies in two groups
+
     def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
         rows, width = weight.shape
         rotated = rotate(weight.to(torch.float32) * 2.0**-exponent)
         norms = group_sums(rotated.square())  # [rows, groups]
-        sizes = torch.tensor([g.size for g in groups(width)], dtype=torch.float32)
-        rms = (norms / sizes).sqrt()
+        rms = (norms / group_sizes(width, torch.float32)).sqrt()
         unit = rotated / per_weight(rms.clamp_min(torch.finfo(torch.float32).tiny), width)
         indices = self._nearest(unit)
         points = self.vectors(indices, width)

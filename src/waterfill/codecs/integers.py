@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from waterfill.base import native
-from waterfill.codecs import Higgs, Levels, TableCodec, get_codec
+from waterfill.codecs.contract import MemoryForm, get_codec
 
 LIMITS = {8: 127, 16: 2047}  # largest table entry and activation
 EXACT_WORDS = 512  # products of 2047 x 2047 that surely fit a 32-bit sum
-BYTE_T2 = 0.005  # relative error of a grid above which bytes are exact enough: theirs is 0.0001
 STEPS_TRIED = 512
 MOST_STEP = 1.25  # times the least that reaches the outermost point
 
@@ -32,13 +31,11 @@ class IntegerGrid:
 
 
 @lru_cache(maxsize=4096)
-def integer_grid(codec: TableCodec) -> IntegerGrid:
+def integer_grid(codec: MemoryForm) -> IntegerGrid:
     """The integer form of a codec's points."""
-    if isinstance(codec, Levels):
-        return IntegerGrid(codec.array.astype(np.int16), 1.0, codec.bits)
-    assert isinstance(codec, Higgs)
-    bytes_suffice = codec.grid.t2 > BYTE_T2 and (codec.p > 1 or codec.n <= 16)
-    precision = 8 if bytes_suffice else 16
+    precision = codec.precision
+    if codec.direct:
+        return IntegerGrid(codec.array.astype(np.int16), 1.0, precision)
     points = codec.array.astype(np.float64)
     steps = float(np.abs(points).max()) / LIMITS[precision] * _stretches()
     if points.size > 1024:  # many points round equally well with any step
@@ -55,25 +52,24 @@ def _stretches() -> npt.NDArray[np.float64]:
     return np.where(i < STEPS_TRIED // 2, 1 + each * i, MOST_STEP - each * (STEPS_TRIED - 1 - i))
 
 
-def register_table(codec: TableCodec, isa: str = "") -> bool:
+def register_table(codec: MemoryForm, isa: str = "") -> bool:
     """Whether the table fits vector registers, of every instruction set or of `isa` in particular."""
-    if isinstance(codec, Levels):
+    if codec.direct:
         return True
-    if integer_grid(codec).precision == 16:
+    if codec.precision == 16:
         return codec.p == 1 and codec.n <= 256
     return codec.n <= 256 and (codec.p <= 2 or (isa == "avx512vbmi" and codec.p == 4))
 
 
-def native_table(codec: TableCodec, isa: str) -> tuple[float, int]:
+def native_table(codec: MemoryForm, isa: str) -> tuple[float, int]:
     """(step, address) of the library's table of a codec; kept for the life of the process."""
     return _native_table(codec.name, isa)
 
 
 @lru_cache(maxsize=4096)
 def _native_table(codec_name: str, isa: str) -> tuple[float, int]:
-    library, codec = native.library(), get_codec(codec_name)
+    library, codec = native.library(), get_codec(codec_name).memory
     assert library is not None
-    assert isinstance(codec, TableCodec)
     grid, points = integer_grid(codec), np.ascontiguousarray(codec.array)
     units = np.ascontiguousarray(grid.units)
     return grid.step, library.table_new(library.isas[isa], precision=grid.precision, units=units, points=points)

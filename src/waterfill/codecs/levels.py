@@ -22,9 +22,11 @@ class Levels(TableCodec):
     """Codec `levels-8` or `levels-16`."""
 
     p = 1
+    for_files = False
 
     def __init__(self, bits: int) -> None:
-        self.bits, self.n = bits, 1 << bits
+        self.bits = self.precision = bits
+        self.n = 1 << bits
         self.name = f"levels-{bits}"
 
     @cached_property

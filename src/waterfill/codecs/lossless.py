@@ -26,16 +26,15 @@ import numpy as np
 import numpy.typing as npt
 
 from waterfill.base import native
+from waterfill.base.dtypes import ITEM_BYTES, NUMPY_DTYPES
 from waterfill.base.errors import ArtifactError
-from waterfill.base.lazy import LazyMapping, torch
-from waterfill.codecs.contract import ITEM_BYTES
+from waterfill.base.lazy import torch
 from waterfill.codecs.entropy import PRECISION_BITS, DamagedError, lanes_for, rans
 from waterfill.codecs.entropy.fields import pack_fields, unpack_fields
 from waterfill.codecs.entropy.tables import TOTAL, Frequencies
 
 LOSSLESS = "lossless"  # the codec's name in plans and artifacts
 BUFFER = "streams"
-DTYPES = LazyMapping(lambda: {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 STREAM_NUMBERS = 1 << 18
 LENGTH_BYTES = 4
 WORTH = 32  # a plane is coded if that saves more than a 32nd of it: else decoding it costs more than it gives
@@ -77,7 +76,7 @@ def streams_of(count: int) -> int:
 
 
 def encode(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of one of DTYPES -> the buffer, uint8."""
+    """A tensor of one of WEIGHT_DTYPES -> the buffer, uint8."""
     streams = list(encode_streams([tensor.reshape(-1)]))
     buffer = torch.zeros(buffer_bytes(map(len, streams)), dtype=torch.uint8)
     data = np.array([len(stream) for stream in streams], "<u4").tobytes() + b"".join(streams)
@@ -103,8 +102,8 @@ def decode_floats(buffer: Bytes, shape: tuple[int, ...], dtype: str) -> npt.NDAr
 def floats(numbers: Bytes, dtype: str) -> npt.NDArray[np.float32]:
     """Numbers of `dtype`, F32, F16 or BF16, given as their bytes."""
     if dtype == "BF16":
-        return (numbers.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return numbers.view({"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
+        return (numbers.view(NUMPY_DTYPES[dtype]).astype(np.uint32) << 16).view(np.float32)
+    return numbers.view(NUMPY_DTYPES[dtype]).astype(np.float32)
 
 
 def _decode(data: Bytes, count: int, item_bytes: int) -> Bytes:

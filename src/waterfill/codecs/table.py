@@ -7,29 +7,18 @@ Every row begins on a byte and is independent of the others.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
-
 from waterfill.base.lazy import torch
-from waterfill.codecs.contract import BufferLayout, Codec, Encoded, Shape
+from waterfill.codecs.contract import BufferLayout, Encoded, MemoryForm, Shape
+from waterfill.codecs.groups import per_weight
 from waterfill.codecs.hadamard import groups, unrotate
-from waterfill.codecs.indices import row_bytes, unpack
+from waterfill.codecs.indices import radix_word, row_bytes, unpack
 
 
-class TableCodec(Codec):
+class TableCodec(MemoryForm):
     """Vectors of `p` weights, each one of `n` points. `name` gives all of it."""
-
-    p: int
-    n: int
-
-    @property
-    @abstractmethod
-    def array(self) -> npt.NDArray[np.float32]:
-        """The points, `[n, p]`."""
 
     @cached_property
     def points(self) -> torch.Tensor:
@@ -48,23 +37,17 @@ class TableCodec(Codec):
         }
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of codes per row of `width` weights."""
         return row_bytes(-(-width // self.p), self.n)
+
+    def native_fields(self, width: int) -> Mapping[str, int]:
+        word_indices, word_bytes = radix_word(self.n) or (0, 0)
+        return {"word_indices": word_indices, "word_bytes": word_bytes, "row_bytes": self.row_bytes(width)}
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         codes, scales = encoded.buffers["codes"], encoded.buffers["scales"]
         return unrotate(self.decode_rotated(codes, scales, encoded.exponent, encoded.shape[1]))
 
     def decode_rotated(self, codes: torch.Tensor, scales: torch.Tensor, exponent: int, width: int) -> torch.Tensor:
-        """Rows in the rotated basis, the form that multiplies rotated activations.
-
-        Args:
-            codes: uint8, `rows * row_bytes(width)` bytes, any shape (padding after them is ignored).
-            scales: float16 `[rows, groups]`.
-
-        Returns:
-            float32 `[rows, width]`.
-        """
         rows = scales.shape[0]
         per_row = self.row_bytes(width)
         packed = codes.flatten()[: rows * per_row].view(rows, per_row)
@@ -74,16 +57,3 @@ class TableCodec(Codec):
     def vectors(self, indices: torch.Tensor, width: int) -> torch.Tensor:
         """Coordinates of the points of int64 `[rows, vectors]` -> float32 `[rows, width]`."""
         return self.points[indices].flatten(1)[:, :width]
-
-
-def group_sums(values: torch.Tensor) -> torch.Tensor:
-    """`[rows, width]` -> sums per group `[rows, groups]`."""
-    return torch.stack([values[:, g.start : g.stop].sum(1) for g in groups(values.shape[1])], dim=1)
-
-
-def per_weight(values: torch.Tensor, width: int) -> torch.Tensor:
-    """One value per group `[rows, groups]` -> one per weight `[rows, width]`."""
-    parts = groups(width)
-    if len(parts) == 1:
-        return values.expand(-1, width)
-    return values.repeat_interleave(torch.tensor([g.size for g in parts]), dim=1)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import transformers
 
+from waterfill.base.dtypes import WEIGHT_DTYPES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.reading import read_small, read_text
 from waterfill.evaluation.llamacpp import SUFFIX, GgufModel, GgufTokenizer
 from waterfill.files.artifact import open_artifact
 from waterfill.files.artifact.manifest import MANIFEST
-from waterfill.files.checkpoint import CONFIG, QUANT_METHOD, WEIGHT_DTYPES, open_checkpoint
+from waterfill.files.checkpoint import CONFIG, QUANT_METHOD, open_checkpoint
 from waterfill.files.context import context_length
 from waterfill.files.original import load_tokenizer, measuring_dtype, model_of
 from waterfill.running.loading import load, load_checkpoint_in

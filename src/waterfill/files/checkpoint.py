@@ -26,22 +26,11 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from waterfill.base.dtypes import WEIGHT_DTYPES
 from waterfill.base.errors import CheckpointError, first_line
 from waterfill.base.reading import SETTINGS, open_regular, read_small, read_text
 
 _log = logging.getLogger(__name__)
-
-WEIGHT_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The dtypes that a weight may have, by their safetensors names."""
-
-KEPT_DTYPES: Mapping[str, torch.dtype] = {
-    **WEIGHT_DTYPES,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Those that a buffer may have: tables, counters and flags among them. All can be stored in an artifact."""
 
 CONFIG = "config.json"
 QUANT_METHOD = "waterfill"  # in config.json: what transformers goes by

@@ -15,10 +15,11 @@ from transformers.integrations import peft
 from transformers.utils import find_adapter_config_file
 
 from waterfill.base import process
+from waterfill.base.dtypes import WEIGHT_DTYPES
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.reading import check_settings
 from waterfill.files.artifact import TensorSpec
-from waterfill.files.checkpoint import ADAPTER, WEIGHT_DTYPES, Checkpoint, TensorInfo, check_finite
+from waterfill.files.checkpoint import ADAPTER, Checkpoint, TensorInfo, check_finite
 from waterfill.files.settings.choices import FILE, check_choices
 from waterfill.files.settings.tokenizing import check_growth, in_words
 

@@ -28,8 +28,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from waterfill.base.dtypes import ITEM_BYTES, WEIGHT_DTYPES
 from waterfill.base.errors import CheckpointError, first_line
-from waterfill.files.checkpoint import CONFIG, KEPT_DTYPES, WEIGHT_DTYPES, Checkpoint
+from waterfill.files.checkpoint import CONFIG, Checkpoint
 
 
 class Part(NamedTuple):
@@ -240,7 +241,7 @@ def _blocks(checkpoint: Checkpoint, part: Part) -> Iterator[torch.Tensor]:
 
 def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, groups: Groups) -> Stored:
     """`groups` as the place of `tensor`, if they have its shape and one dtype that a parameter, or buffer, may have."""
-    permitted = WEIGHT_DTYPES if isinstance(tensor, nn.Parameter) else KEPT_DTYPES
+    permitted = WEIGHT_DTYPES if isinstance(tensor, nn.Parameter) else tuple(ITEM_BYTES)
     infos = [[checkpoint.tensors[part.source] for part in group] for group in groups]
     first = infos[0][0]
     for info in chain.from_iterable(infos):

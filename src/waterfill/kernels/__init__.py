@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 
 from waterfill.base import native as library
-from waterfill.codecs import TableCodec
+from waterfill.codecs import MemoryForm
 from waterfill.codecs.hadamard import unrotate
 from waterfill.codecs.integers import register_table
 from waterfill.kernels import cpu
@@ -65,7 +65,7 @@ def arrange(packed: Packed) -> Packed:
     return cpu.arrange(packed, layout)
 
 
-def log_slow(codecs: Iterable[TableCodec]) -> None:
+def log_slow(codecs: Iterable[MemoryForm]) -> None:
     """Say once which of a model's codecs the native kernels multiply slowly."""
     slow = sorted({codec.name for codec in codecs if not register_table(codec, implementation())})
     if slow:

@@ -16,7 +16,7 @@ import torch
 from waterfill.base.native import DTYPES as LAZY_DTYPES
 from waterfill.base.native import MatrixView, Native, addresses_of, library, matrices_of
 from waterfill.base.native import float_activations as float_activations
-from waterfill.codecs import TableCodec
+from waterfill.codecs import MemoryForm
 from waterfill.codecs.indices import radix_word
 from waterfill.codecs.integers import native_table
 from waterfill.kernels.reference import Packed
@@ -98,7 +98,7 @@ def view_of(packed: Packed) -> MatrixView:
 
 
 def _view(
-    scales: torch.Tensor, codes: torch.Tensor, codec: TableCodec, exponent: int, shape: tuple[int, int], isa: str
+    scales: torch.Tensor, codes: torch.Tensor, codec: MemoryForm, exponent: int, shape: tuple[int, int], isa: str
 ) -> MatrixView:
     places = (scales.data_ptr(), codes.data_ptr(), scales.numel(), codes.numel())
     return _cached_view(*places, *native_table(codec, isa), exponent, shape)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from waterfill.codecs import TableCodec, get_codec
+from waterfill.codecs import get_codec
 from waterfill.codecs.hadamard import unrotate
 from waterfill.kernels import cpu, reference
 from waterfill.kernels.reference import STORED, Packed
@@ -64,9 +64,7 @@ def _constants(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, str, int, in
 def _packed(
     width: int, scales: torch.Tensor, codes: torch.Tensor, codec: str, exponent: int, out_features: int, layout: str
 ) -> Packed:
-    found = get_codec(codec)
-    assert isinstance(found, TableCodec)
-    return Packed(found, scales, codes, exponent, (out_features, width), layout)
+    return Packed(get_codec(codec).memory, scales, codes, exponent, (out_features, width), layout)
 
 
 def _matmul(x: torch.Tensor, *constants: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from waterfill.codecs import TableCodec
+from waterfill.codecs import MemoryForm
 from waterfill.codecs.hadamard import groups, rotate, unrotate
 from waterfill.codecs.indices import unpack
 from waterfill.codecs.integers import EXACT_WORDS, LIMITS, integer_grid
@@ -25,7 +25,7 @@ STORED = "stored"
 class Packed(NamedTuple):
     """A packed matrix as kernels see it."""
 
-    codec: TableCodec
+    codec: MemoryForm
     scales: torch.Tensor  # float16 [out, groups]
     codes: torch.Tensor  # uint8 [out * row_bytes (+ padding)]
     exponent: int

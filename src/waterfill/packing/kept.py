@@ -15,11 +15,12 @@ from itertools import chain
 import numpy as np
 import torch
 
+from waterfill.base.dtypes import WEIGHT_DTYPES
 from waterfill.base.errors import CheckpointError
 from waterfill.codecs import lossless
 from waterfill.files.architecture import Kept, Matrix
 from waterfill.files.artifact import ArtifactWriter
-from waterfill.files.checkpoint import WEIGHT_DTYPES, Checkpoint, Index, check_finite
+from waterfill.files.checkpoint import Checkpoint, Index, check_finite
 from waterfill.files.skeleton import Part
 
 BLOCK_NUMBERS = 1 << 20

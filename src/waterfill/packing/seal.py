@@ -18,8 +18,7 @@ from waterfill.base.errors import ArtifactError, CheckpointError, WaterfillError
 from waterfill.base.reading import SMALL_BYTES
 from waterfill.base.records import Record
 from waterfill.base.writing import write_file
-from waterfill.codecs import LOSSLESS
-from waterfill.files.artifact import RAW, Artifact, StoredTensor, is_file_name, open_artifact
+from waterfill.files.artifact import Artifact, StoredTensor, is_file_name, open_artifact
 from waterfill.files.artifact.format import digest_file
 from waterfill.files.artifact.manifest import INDEX, MANIFEST, encode_manifest
 from waterfill.files.checkpoint import CONFIG, Checkpoint, is_settings, is_unsafe
@@ -152,7 +151,7 @@ def _check_config(artifact: Artifact) -> None:
 
 def _place(tensor: StoredTensor, state: dict[str, Any]) -> str | None:
     """The model's tensor that a stored one fills, or is one expert of; None if there is none of its shape."""
-    if tensor.codec in (RAW, LOSSLESS):
+    if not tensor.packed:
         fits = tensor.name in state and tuple(state[tensor.name].shape) == tensor.shape
         return tensor.name if fits else None
     weight, (fused, _, index) = f"{tensor.name}.weight", tensor.name.rpartition(".")

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from waterfill.base.errors import WaterfillError
-from waterfill.codecs.hadamard import groups
+from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.files.model_calls import read
 
@@ -132,7 +132,7 @@ def _perturb(
 ) -> tuple[float, float]:
     """alpha and beta of one matrix; `weight`, a view into the model, is disturbed in place and put back."""
     original = weight.clone()
-    sigma = _per_weight(group_power(original.to(torch.float32)).sqrt(), original.shape[1])
+    sigma = per_weight(group_power(original.to(torch.float32)).sqrt(), original.shape[1])
 
     def rise(disturbed: torch.Tensor) -> float:
         weight.copy_(disturbed)
@@ -173,31 +173,19 @@ def _stored(parameter: torch.Tensor, matrix: Matrix) -> torch.Tensor:
 
 def _noise_cost(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """E (gradient . noise)^2 for noise as `_orthogonal` makes it, of each group's own power; summed over the groups."""
-    power, slope = _group_sums(weight.square()), _group_sums(gradient * weight)
-    across = power * _group_sums(gradient.square()) - slope.square()
-    return (across.clamp_min(0) / (_group_sizes(weight) - 1).clamp_min(1)).double().sum()
+    power, slope = group_sums(weight.square()), group_sums(gradient * weight)
+    across = power * group_sums(gradient.square()) - slope.square()
+    return (across.clamp_min(0) / (group_sizes(weight.shape[1], weight.dtype) - 1).clamp_min(1)).double().sum()
 
 
 def _orthogonal(noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Take from unit noise, group by group, its part along the weights, and give the rest the power of the whole."""
-    along = _group_sums(noise * weight) / _group_sums(weight.square()).clamp_min(torch.finfo(weight.dtype).tiny)
-    sizes = _group_sizes(weight)
-    rest = noise - _per_weight(along, weight.shape[1]) * weight
-    return rest * _per_weight((sizes / (sizes - 1).clamp_min(1)).sqrt().expand_as(along), weight.shape[1])
+    along = group_sums(noise * weight) / group_sums(weight.square()).clamp_min(torch.finfo(weight.dtype).tiny)
+    sizes = group_sizes(weight.shape[1], weight.dtype)
+    rest = noise - per_weight(along, weight.shape[1]) * weight
+    return rest * per_weight((sizes / (sizes - 1).clamp_min(1)).sqrt().expand_as(along), weight.shape[1])
 
 
 def group_power(weight: torch.Tensor) -> torch.Tensor:
     """mean(w^2) of each group, `[rows, in]` -> `[rows, groups]`; the rotation leaves it unchanged."""
-    return _group_sums(weight.square()) / _group_sizes(weight)
-
-
-def _group_sizes(weight: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([g.size for g in groups(weight.shape[1])], dtype=weight.dtype)
-
-
-def _group_sums(values: torch.Tensor) -> torch.Tensor:
-    return torch.stack([values[:, g.start : g.stop].sum(1) for g in groups(values.shape[1])], dim=1)
-
-
-def _per_weight(values: torch.Tensor, width: int) -> torch.Tensor:
-    return values.repeat_interleave(torch.tensor([g.size for g in groups(width)]), dim=1)
+    return group_sums(weight.square()) / group_sizes(weight.shape[1], weight.dtype)

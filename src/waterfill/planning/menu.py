@@ -7,39 +7,30 @@ dominates are left to the allocator.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, get_args
 
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
-from waterfill.codecs import LOSSLESS, Higgs, MenuPoint, get_codec
+from waterfill.codecs import GRIDS, LOSSLESS, MENUS, MenuPoint, Rates, get_codec, rates_of
 from waterfill.codecs.integers import register_table
-from waterfill.codecs.trellis.codec import LEAST_RATE, MOST_RATE, RATE_DIGITS
 from waterfill.files.architecture import Architecture, Kept, Matrix
 from waterfill.files.artifact import RAW
+from waterfill.files.artifact.format import is_packed
 from waterfill.files.artifact.header import reserved_bytes
-from waterfill.files.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.planning.allocate import Choice
 from waterfill.planning.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
 from waterfill.planning.plan import KeptPlan, TensorPlan, kept_spec
 
-# Every power-of-two grid: rates from 0.75 to 8 bits in steps of a quarter or a third; the larger p, the lower t2.
-CODECS = (
-    *(f"higgs-p1-n{2**k}" for k in range(1, 9)),
-    *(f"higgs-p2-n{2**k}" for k in range(2, 11)),
-    *(f"higgs-p3-n{2**k}" for k in range(3, 13)),
-    *(f"higgs-p4-n{2**k}" for k in range(3, 13)),
-)
+CODECS = GRIDS  # what names with wildcards are looked up in
 FAST = "fast"  # stands for the grids that the native kernels look up in vector registers
-TRELLIS = "trellis"  # stands for the entropy-coded trellis code at every rate; trellis-s8 for the one with 8 states
-STATES = 64
 FINE, COARSE = 32, 8  # rates per bit of a menu, up to FINE_RATE and beyond it
 FINE_RATE = 6.0
 MANY_MATRICES = 4000  # menus are coarse throughout; rates are refined anyhow
 Purpose = Literal["storage", "memory"]
-PURPOSES: Mapping[Purpose, tuple[str, ...]] = {"storage": (TRELLIS,), "memory": CODECS}
+PURPOSES: Mapping[Purpose, tuple[str, ...]] = {purpose: MENUS[purpose] for purpose in get_args(Purpose)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class Menus:
     points: tuple[tuple[MenuPoint, ...], ...]
     choices: tuple[tuple[Choice, ...], ...]
     gain: Gain
-    any_rate: frozenset[int]  # states of the trellis codes that may take rates between those of the menu
+    any_rate: frozenset[Rates]  # of codes that may take rates between those of the menu
 
     @property
     def weights(self) -> int:
@@ -121,7 +112,7 @@ def make_menus(
         points=tuple(points),
         choices=tuple(choices),
         gain=gain,
-        any_rate=frozenset(filter(None, map(_states, codecs or PURPOSES[purpose]))),
+        any_rate=frozenset(filter(None, map(rates_of, codecs or PURPOSES[purpose]))),
     )
 
 
@@ -144,20 +135,14 @@ def codec_names(
     return names
 
 
-def _states(name: str) -> int:
-    """States of "trellis" or "trellis-s8", which stand for every rate; else 0."""
-    found = re.fullmatch(r"trellis(?:-s([0-9]+))?", name)
-    return int(found[1] or STATES) if found else 0
-
-
 def _selected(wanted: Sequence[str], menu: Sequence[str], matrices: int) -> tuple[str, ...]:
     """Codec names, each once: those of the menu that match a pattern or are "fast", others as they are given."""
     found: dict[str, None] = {}
     for name in wanted:
         if name == FAST:
             matching = [codec for codec in menu if _is_fast(codec)]
-        elif states := _states(name):
-            matching = trellis_codecs(states, matrices)
+        elif rates := rates_of(name):
+            matching = _names(rates, matrices)
         elif any(c in name for c in "*?["):
             matching = [codec for codec in menu if fnmatchcase(codec, name)]
             if not matching:
@@ -168,24 +153,29 @@ def _selected(wanted: Sequence[str], menu: Sequence[str], matrices: int) -> tupl
     return tuple(found)
 
 
-def trellis_codecs(states: int, matrices: int = 1) -> list[str]:
-    """Names of the rates on a menu."""
+def _names(rates: Rates, matrices: int) -> list[str]:
+    """Of the rates on a menu: all where they are few."""
     fine = COARSE if matrices > MANY_MATRICES else FINE
-    low, middle, high = LEAST_RATE, FINE_RATE, MOST_RATE
-    rates = [k / fine for k in range(math.ceil(low * fine), int(middle * fine))]
-    rates += [k / COARSE for k in range(int(middle * COARSE), int(high * COARSE) + 1)]
-    return [f"trellis-s{states}-r{rate:.{RATE_DIGITS}f}" for rate in rates]
+    if rates.step > 1 / FINE:
+        some = [k * rates.step for k in range(math.ceil(rates.least / rates.step), round(rates.most / rates.step) + 1)]
+    else:
+        middle = min(FINE_RATE, rates.most)
+        some = [k / fine for k in range(math.ceil(rates.least * fine), int(middle * fine))]
+        some += [k / COARSE for k in range(int(middle * COARSE), int(rates.most * COARSE) + 1)]
+    return [rates.pattern.format(rate) for rate in some]
 
 
 def _is_fast(name: str) -> bool:
-    codec = None if name == RAW else get_codec(name)
-    return isinstance(codec, Higgs) and register_table(codec)
+    if not is_packed(name):
+        return False
+    codec = get_codec(name)
+    return codec.memory is codec and register_table(codec.memory)
 
 
 def _point(codec: str, matrix: Matrix) -> MenuPoint:
     if codec != RAW:
         return get_codec(codec).menu_point(matrix.shape)
-    item_bytes = WEIGHT_DTYPES[matrix.dtype].itemsize
+    item_bytes = ITEM_BYTES[matrix.dtype]
     return MenuPoint(RAW, item_bytes * math.prod(matrix.shape), 8.0 * item_bytes, 0.0)
 
 
@@ -195,7 +185,7 @@ CodedBytes = Callable[[Kept | Matrix], int | None]
 
 def planned_kl(tensor: TensorPlan, coefficients: Coefficients, rho: float) -> float:
     """Predicted loss of a planned matrix by these coefficients and this gain, nats per token."""
-    if tensor.codec in (RAW, LOSSLESS):
+    if not tensor.packed:
         return 0.0
     codec = get_codec(tensor.codec)
     return predicted_kl(coefficients, codec.distortion(tensor.shape), rho, codec.along(tensor.shape))
@@ -207,7 +197,7 @@ def kept_plans(architecture: Architecture, coded_bytes: CodedBytes | None = None
 
 
 def _kept_plan(kept: Kept, coded: int | None) -> KeptPlan:
-    raw = KeptPlan(kept.name, kept.shape, kept.dtype, KEPT_DTYPES[kept.dtype].itemsize * math.prod(kept.shape))
+    raw = KeptPlan(kept.name, kept.shape, kept.dtype, ITEM_BYTES[kept.dtype] * math.prod(kept.shape))
     return replace(raw, codec=LOSSLESS, size_bytes=coded) if coded is not None and _saves(raw, coded) else raw
 
 

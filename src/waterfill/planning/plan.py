@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from waterfill.base import typed
+from waterfill.base.dtypes import ITEM_BYTES, WEIGHT_DTYPES
 from waterfill.base.errors import ArtifactError, BudgetError, WaterfillError
 from waterfill.base.typed import Count, Magnitude, Positive, Range, Share
-from waterfill.codecs import LOSSLESS, Levels, get_codec
+from waterfill.codecs import LOSSLESS, get_codec
 from waterfill.codecs.lossless import BUFFER
 from waterfill.files.architecture import Role
 from waterfill.files.artifact import RAW, Buffer, TensorSpec
-from waterfill.files.artifact.format import quote
-from waterfill.files.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
+from waterfill.files.artifact.format import is_packed, quote
 from waterfill.planning.budget import Budget
 from waterfill.planning.loss import Cost, Gain
 
@@ -56,9 +56,14 @@ class TensorPlan:
     def weights(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def packed(self) -> bool:
+        """As `TensorSpec.packed`: whether anything of it is lost."""
+        return is_packed(self.codec)
+
     def spec(self) -> TensorSpec:
         """How the artifact stores it."""
-        if self.codec in (RAW, LOSSLESS):
+        if not self.packed:
             return kept_spec(self.parameter, self.codec, self.stored_shape, self.dtype, self.size_bytes)
         layout = get_codec(self.codec).layout(self.shape)
         buffers = tuple(Buffer(f"{self.name}.{key}", part.dtype, part.shape) for key, part in layout.items())
@@ -78,7 +83,7 @@ class KeptPlan:
     @property
     def original_bytes(self) -> int:
         """Bytes in the checkpoint."""
-        return KEPT_DTYPES[self.dtype].itemsize * math.prod(self.shape)
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
     def spec(self) -> TensorSpec:
         return kept_spec(self.name, self.codec, self.shape, self.dtype, self.size_bytes)
@@ -147,7 +152,7 @@ class Plan:
     @property
     def original_bytes(self) -> int:
         """Bytes of the same tensors in the checkpoint."""
-        matrices = sum(tensor.weights * WEIGHT_DTYPES[tensor.dtype].itemsize for tensor in self.tensors)
+        matrices = sum(tensor.weights * ITEM_BYTES[tensor.dtype] for tensor in self.tensors)
         return matrices + sum(kept.original_bytes for kept in self.kept)
 
     def specs(self) -> list[TensorSpec]:
@@ -208,10 +213,10 @@ def _check_matrix(tensor: TensorPlan) -> None:
     if tensor.role == "expert":
         numbered = tensor.name.rpartition(".")[2]
         _agree(numbered.isascii() and numbered.isdecimal(), f"role {where} is expert, and its name has no number")
-        _agree(tensor.codec not in (RAW, LOSSLESS), f"codec {where} is {tensor.codec!r}, which no expert can have")
-    if tensor.codec not in (RAW, LOSSLESS):
+        _agree(tensor.packed, f"codec {where} is {tensor.codec!r}, which no expert can have")
+    if tensor.packed:
         try:
-            _agree(not isinstance(get_codec(tensor.codec), Levels), f"codec {where} is one of memory only")
+            _agree(get_codec(tensor.codec).for_files, f"codec {where} is one of memory only")
         except WaterfillError as error:
             raise ValueError(f"codec {where} is {quote(tensor.codec)}, which this waterfill does not know") from error
     _check_size(tensor, where)
@@ -221,8 +226,8 @@ def _check_matrix(tensor: TensorPlan) -> None:
 
 def _check_kept(kept: KeptPlan) -> None:
     where = f"of {quote(kept.name)}"
-    _agree(kept.codec in (RAW, LOSSLESS), f"codec {where} is {quote(kept.codec)}, expected {RAW} or {LOSSLESS}")
-    _check_dtype(kept, KEPT_DTYPES if kept.codec == RAW else WEIGHT_DTYPES, where)
+    _agree(not is_packed(kept.codec), f"codec {where} is {quote(kept.codec)}, expected {RAW} or {LOSSLESS}")
+    _check_dtype(kept, ITEM_BYTES if kept.codec == RAW else WEIGHT_DTYPES, where)
     _check_size(kept, where)
 
 

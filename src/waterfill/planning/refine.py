@@ -20,16 +20,14 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from waterfill.codecs import MenuPoint, Trellis, get_codec
-from waterfill.codecs.trellis.codec import LEAST_RATE, MOST_RATE, RATE_DIGITS
-from waterfill.files.artifact import RAW
+from waterfill.codecs import MenuPoint, Rates, get_codec
+from waterfill.files.artifact.format import is_packed
 from waterfill.planning.loss import gain_rho, predicted_kl
 from waterfill.planning.menu import Menus
 
 Floats = npt.NDArray[np.float64]
 
 GRID = 16  # points per bit on which slopes are taken
-UNIT = 10.0**-RATE_DIGITS
 BISECTIONS = 40
 
 
@@ -38,7 +36,7 @@ class _Source:
     """Matrices that share a rate: usually one."""
 
     members: tuple[int, ...]
-    states: int
+    kind: Rates
     weights: int
     slopes: Floats  # loss saved per byte, falling
     rates: Floats  # where it is so much
@@ -56,7 +54,7 @@ def refine(
     room_bytes: int | None = None,
     max_kl: float | None = None,
 ) -> tuple[MenuPoint, ...]:
-    """The points of an allocation with the rates of its trellis-coded matrices made equal in slope.
+    """The points of an allocation with the rates of its matrices made equal in slope, where they may have any.
 
     Args:
         chosen: of the allocation, one index per matrix.
@@ -79,9 +77,10 @@ def refine(
     def at(price: float) -> list[MenuPoint]:
         moved = list(points)
         for source in sources:
-            rate = math.floor(source.rate(price) / UNIT) * UNIT
+            step = source.kind.step
+            rate = math.floor(source.rate(price) / step) * step
             for i in source.members:
-                moved[i] = _point(menus, i, source.states, rate)
+                moved[i] = _point(menus, i, source.kind, rate)
         return moved
 
     limit = size(points) + (room_bytes or 0)
@@ -111,15 +110,16 @@ def _sources(menus: Menus, points: Sequence[MenuPoint], ties: Sequence[Sequence[
     groups = [tuple(tie) for tie in ties] + [(i,) for i in range(len(points)) if i not in tied]
     sources = []
     for group in groups:
-        codec = get_codec(points[group[0]].codec) if points[group[0]].codec != RAW else None
-        if isinstance(codec, Trellis) and codec.states in menus.any_rate:
-            sources.append(_source(menus, group, codec.states))
+        name = points[group[0]].codec
+        rates = get_codec(name).rates if is_packed(name) else None
+        if rates is not None and rates in menus.any_rate and rates.step <= 1 / GRID:
+            sources.append(_source(menus, group, rates))
     return sources
 
 
-def _source(menus: Menus, members: tuple[int, ...], states: int) -> _Source:
-    rates = np.arange(math.ceil(LEAST_RATE * GRID), int(MOST_RATE * GRID) + 1) / GRID
-    found = [[_point(menus, i, states, float(rate)) for rate in rates] for i in members]
+def _source(menus: Menus, members: tuple[int, ...], kind: Rates) -> _Source:
+    rates = np.arange(math.ceil(kind.least * GRID), int(kind.most * GRID) + 1) / GRID
+    found = [[_point(menus, i, kind, float(rate)) for rate in rates] for i in members]
     sizes = np.array([[point.size_bytes for point in row] for row in found], np.float64).sum(0)
     losses = np.array([[_loss(menus, i, p) for p in row] for i, row in zip(members, found, strict=True)]).sum(0)
     hull: list[int] = []
@@ -134,7 +134,7 @@ def _source(menus: Menus, members: tuple[int, ...], states: int) -> _Source:
     middles = np.array([(rates[a] + rates[b]) / 2 for a, b in between] or [rates[0]])
     floor = max(float(slopes.max()), 1e-30) * 1e-15
     return _Source(
-        members, states, sum(math.prod(menus.matrices[i].shape) for i in members), np.maximum(slopes, floor), middles
+        members, kind, sum(math.prod(menus.matrices[i].shape) for i in members), np.maximum(slopes, floor), middles
     )
 
 
@@ -146,29 +146,23 @@ def _spend(menus: Menus, sources: Sequence[_Source], points: list[MenuPoint], ro
     """Give what rounding left over to the largest sources that can use it, a step of the rate at a time."""
     for source in sorted(sources, key=lambda source: -source.weights):
         while True:
-            rate = _rate(points[source.members[0]]) + UNIT
-            larger = {i: _point(menus, i, source.states, rate) for i in source.members}
+            rate = get_codec(points[source.members[0]].codec).rate + source.kind.step
+            larger = {i: _point(menus, i, source.kind, rate) for i in source.members}
             growth = sum(point.size_bytes - points[i].size_bytes for i, point in larger.items())
-            if growth > room or rate > MOST_RATE or growth == 0:
+            if growth > room or rate > source.kind.most or growth == 0:
                 break
             room -= growth
             for i, point in larger.items():
                 points[i] = point
 
 
-def _rate(point: MenuPoint) -> float:
-    codec = get_codec(point.codec)
-    assert isinstance(codec, Trellis)
-    return codec.rate
-
-
-def _point(menus: Menus, i: int, states: int, rate: float) -> MenuPoint:
-    return _point_of(menus.matrices[i].shape, states, min(max(rate, LEAST_RATE), MOST_RATE))
+def _point(menus: Menus, i: int, kind: Rates, rate: float) -> MenuPoint:
+    return _point_of(menus.matrices[i].shape, kind, rate)
 
 
 @lru_cache(maxsize=1 << 16)  # matrices of a model have few shapes
-def _point_of(shape: tuple[int, int], states: int, rate: float) -> MenuPoint:
-    return get_codec(f"trellis-s{states}-r{rate:.{RATE_DIGITS}f}").menu_point(shape)
+def _point_of(shape: tuple[int, int], kind: Rates, rate: float) -> MenuPoint:
+    return kind.codec(rate).menu_point(shape)
 
 
 def _loss(menus: Menus, i: int, point: MenuPoint) -> float:

@@ -13,10 +13,11 @@ import transformers
 
 from waterfill.base import process
 from waterfill.base.arguments import Check, checked
+from waterfill.base.dtypes import ITEM_BYTES, WEIGHT_DTYPES
 from waterfill.base.errors import ArtifactError, MemoryLimitError, WaterfillError, first_line
 from waterfill.base.reading import check_settings
 from waterfill.files.artifact import Artifact, open_artifact
-from waterfill.files.checkpoint import WEIGHT_DTYPES, Checkpoint, warn_of_adapter
+from waterfill.files.checkpoint import Checkpoint, warn_of_adapter
 from waterfill.files.original import check_generation, from_pretrained, load_original
 from waterfill.running.hf.plugin import Caller, called_by
 from waterfill.running.streaming.fit import Fit, fit, kept_size, memory_bytes, packed_names
@@ -144,8 +145,8 @@ def _loading_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
     """Of a model in a dtype, and of its files, which are mapped meanwhile."""
     total = 0.0
     for tensor in checkpoint.tensors.values():
-        own = WEIGHT_DTYPES.get(tensor.dtype)
-        wider = 1 if dtype is None or own is None else dtype.itemsize / own.itemsize
+        converted = dtype is not None and tensor.dtype in WEIGHT_DTYPES
+        wider = dtype.itemsize / ITEM_BYTES[tensor.dtype] if dtype is not None and converted else 1
         total += (1 + wider) * tensor.size_bytes
     return math.ceil(total)
 

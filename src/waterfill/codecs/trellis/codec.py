@@ -25,15 +25,16 @@ import numpy.typing as npt
 from waterfill.base import native
 from waterfill.base.errors import ArtifactError, WaterfillError
 from waterfill.base.lazy import torch
-from waterfill.codecs.contract import BufferLayout, Codec, Encoded, Encoder, Piece, Shape
+from waterfill.codecs.contract import BufferLayout, Codec, Encoded, Encoder, Parts, Piece, Rates, Shape
 from waterfill.codecs.entropy import DamagedError, lanes_for
+from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import groups, rotate
 from waterfill.codecs.levels import Levels
-from waterfill.codecs.table import group_sums, per_weight
 from waterfill.codecs.trellis import stream
 from waterfill.codecs.trellis.code import CODES, search
 from waterfill.codecs.trellis.curves import curve
 
+STATES = 64  # unless a name says how many
 RATE_DIGITS = 4
 LEAST_RATE, MOST_RATE = 0.3, 9.0
 WIDE_RATE = 4.5  # above it levels take 16 bits when they are decoded
@@ -55,6 +56,11 @@ class Trellis(Codec):
         self.name = f"trellis-s{states}-r{rate:.{RATE_DIGITS}f}"
         self.wide = rate > WIDE_RATE
         self.levels = Levels(16 if self.wide else 8)
+        self.rates = _rates(states)
+
+    @property
+    def memory(self) -> Levels:
+        return self.levels
 
     def layout(self, shape: Shape) -> Mapping[str, BufferLayout]:
         return {"streams": BufferLayout("U8", (stream_bytes(shape, self.rate),), 0)}
@@ -89,6 +95,17 @@ class Trellis(Codec):
         return self.levels.decode(
             Encoded(encoded.shape, {"codes": codes, "scales": scales}, encoded.exponent, 0.0, 0.0)
         )
+
+    def to_memory(self, buffers: Mapping[str, torch.Tensor], shape: Shape, exponent: int) -> Mapping[str, torch.Tensor]:
+        codes, scales = self.to_levels(buffers["streams"], shape)
+        return {"scales": scales, "codes": codes}
+
+    def native_fields(self, width: int) -> Mapping[str, int]:
+        return {"states": self.states, "wide": int(self.wide)}
+
+    def parts(self, shape: Shape, weights: int) -> Parts:
+        """The streams, as large as they were packed."""
+        return Parts("streams", stream.stream_rows(shape[1]), row_bytes=0)
 
     def to_levels(self, streams: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode to buffers of `self.levels`: codes U8, scales F16 `[rows, groups]`.
@@ -270,8 +287,7 @@ class _Encoder(Encoder):
 def _target(rotated: torch.Tensor) -> _Target:
     """Normalise rows of one stream by scales of eighths of an octave."""
     rows, width = rotated.shape
-    sizes = torch.tensor([g.size for g in groups(width)], dtype=torch.float64)
-    deviation = (group_sums(rotated.double().square()) / sizes).sqrt().numpy()
+    deviation = (group_sums(rotated.double().square()) / group_sizes(width, torch.float64)).sqrt().numpy()
     largest = float(deviation.max())
     used = deviation > largest * 2.0 ** (-(2**stream.MOST_SCALE_BITS - 3) / SCALE_STEPS)
     unit = float(np.float32(deviation[used].min())) if largest else 0.0
@@ -338,3 +354,13 @@ def trellis(name: str) -> Trellis:
             f"{', '.join(map(str, CODES))} states and a rate from {LEAST_RATE} to {MOST_RATE}"
         )
     return Trellis(int(match[1]), float(match[2]))
+
+
+def any_rate(name: str) -> Rates | None:
+    """What "trellis" and "trellis-s8" stand for: every rate."""
+    match = re.fullmatch(r"trellis(?:-s([0-9]+))?", name)
+    return _rates(int(match[1] or STATES)) if match else None
+
+
+def _rates(states: int) -> Rates:
+    return Rates(f"trellis-s{states}-r{{:.{RATE_DIGITS}f}}", LEAST_RATE, MOST_RATE, 10.0**-RATE_DIGITS)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
+from waterfill.base.dtypes import WEIGHT_DTYPES
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import LOSSLESS, Codec, get_codec, lossless
 from waterfill.files.artifact.format import RAW, FormatError, TensorSpec, quote
 
-WEIGHT_DTYPES = ("F32", "F16", "BF16")
 MAX_EXPONENT = 126  # 2^exponent and its inverse are float32 numbers
 MAX_WIDTH = 1 << 24  # weights of a row
 MAX_WEIGHTS_PER_BYTE = 64  # no codec spends less than an eighth of a bit

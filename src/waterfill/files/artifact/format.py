@@ -11,13 +11,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO
 
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import ArtifactError
 from waterfill.base.reading import UnfitFileError, open_regular
 from waterfill.codecs import LOSSLESS
@@ -25,9 +25,6 @@ from waterfill.codecs import LOSSLESS
 FORMAT_VERSION = 1
 RAW = "raw"  # the codec of a tensor that is kept as it was
 
-ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
-    {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
-)
 MAX_DIMENSIONS = 8
 MAX_INTEGER = 2**63 - 1
 MAX_NUMBER_CHARACTERS = 32
@@ -42,6 +39,11 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,254}")
 _CHUNK_BYTES = 1 << 20
 
 
+def is_packed(codec: str) -> bool:
+    """Whether a tensor of that codec is multiplied from its codes; one that keeps every bit, coded or not, is not."""
+    return codec not in (RAW, LOSSLESS)
+
+
 class FormatError(ValueError):
     """A broken rule of the format: the middle of a sentence that begins with a file's name and ends with a remedy."""
 
@@ -52,7 +54,7 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Buffer:
-    """One safetensors entry: `dtype` is one of ELEMENT_BYTES, `shape` counts elements."""
+    """One safetensors entry: `dtype` is one of ITEM_BYTES, `shape` counts elements."""
 
     name: str
     dtype: str
@@ -61,7 +63,7 @@ class Buffer:
     @property
     def size_bytes(self) -> int:
         """Length of the buffer in the shard."""
-        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,11 @@ class TensorSpec:
     def size_bytes(self) -> int:
         """Bytes of all its buffers."""
         return sum(buffer.size_bytes for buffer in self.buffers)
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is multiplied from its codes; what keeps every bit, raw or losslessly coded, is not."""
+        return is_packed(self.codec)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -138,8 +145,8 @@ def check_tensor(tensor: TensorSpec) -> None:
             raise FormatError(
                 f"tensor {name} has a name or codec that is not 1 to {MAX_NAME_CHARACTERS} printable ASCII characters"
             )
-    if tensor.dtype not in ELEMENT_BYTES:
-        raise FormatError(f"tensor {name} has dtype {quote(tensor.dtype)}, not one of {', '.join(ELEMENT_BYTES)}")
+    if tensor.dtype not in ITEM_BYTES:
+        raise FormatError(f"tensor {name} has dtype {quote(tensor.dtype)}, not one of {', '.join(ITEM_BYTES)}")
     if not tensor.buffers:
         raise FormatError(f"tensor {name} has no buffer")
     for buffer, key in zip(tensor.buffers, tensor.keys, strict=True):
@@ -163,8 +170,8 @@ def check_tensor(tensor: TensorSpec) -> None:
 
 def _check_buffer(buffer: Buffer) -> None:
     name = quote(buffer.name)
-    if buffer.dtype not in ELEMENT_BYTES:
-        raise FormatError(f"buffer {name} has dtype {quote(buffer.dtype)}, not one of {', '.join(ELEMENT_BYTES)}")
+    if buffer.dtype not in ITEM_BYTES:
+        raise FormatError(f"buffer {name} has dtype {quote(buffer.dtype)}, not one of {', '.join(ITEM_BYTES)}")
     if len(buffer.shape) > MAX_DIMENSIONS or min(buffer.shape, default=0) < 0:
         raise FormatError(f"buffer {name} has a shape with negative or more than {MAX_DIMENSIONS} dimensions")
 

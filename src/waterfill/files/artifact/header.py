@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.reading import open_regular
 from waterfill.files.artifact.claims import check_claims
 from waterfill.files.artifact.format import (
-    ELEMENT_BYTES,
     FORMAT_VERSION,
     MAX_DIMENSIONS,
     MAX_INTEGER,
@@ -283,8 +283,8 @@ def _buffer(path: Path, name: str, entry: Any, data_start: int, offset: int, dig
     what = f"buffer {quote(name)}"
     fields = _fields(entry, ("dtype", "shape", "data_offsets"), what)
     dtype = _string(fields["dtype"], what)
-    if dtype not in ELEMENT_BYTES:
-        raise FormatError(f"{what} has dtype {quote(dtype)}, not one of {', '.join(ELEMENT_BYTES)}")
+    if dtype not in ITEM_BYTES:
+        raise FormatError(f"{what} has dtype {quote(dtype)}, not one of {', '.join(ITEM_BYTES)}")
     buffer = StoredBuffer(name, dtype, _shape(fields["shape"], what), path, offset, digest_)
     span = fields["data_offsets"]
     begin = offset - data_start
@@ -294,7 +294,7 @@ def _buffer(path: Path, name: str, entry: Any, data_start: int, offset: int, dig
         raise FormatError(
             f"{what} has offsets {span} where its shape and place ask for {[begin, begin + buffer.size_bytes]}"
         )
-    if begin % ELEMENT_BYTES[dtype]:
+    if begin % ITEM_BYTES[dtype]:
         raise FormatError(f"{what} begins at {begin}, which is not a multiple of its element size")
     return buffer
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import ArtifactError
 from waterfill.files.artifact.format import (
-    ELEMENT_BYTES,
     RAW,
     Buffer,
     FormatError,
@@ -109,7 +109,7 @@ def _place(tensor: TensorSpec) -> tuple[int, int]:
     """What decides where in the order a tensor comes; tensors that agree in it keep the order they are given in."""
     if tensor.codec != RAW:
         return 1, 0
-    return (2, 0) if tensor.size_bytes % 2 else (0, -ELEMENT_BYTES[tensor.dtype])
+    return (2, 0) if tensor.size_bytes % 2 else (0, -ITEM_BYTES[tensor.dtype])
 
 
 def _cut(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
@@ -132,7 +132,7 @@ def _check_guard(shard: ShardLayout, entries: set[str]) -> None:
 
 def _check_alignment(shard: ShardLayout) -> None:
     for buffer, offset in shard.places():
-        if (offset - shard.header_bytes) % ELEMENT_BYTES[buffer.dtype]:
+        if (offset - shard.header_bytes) % ITEM_BYTES[buffer.dtype]:
             raise FormatError(
                 f"buffer {quote(buffer.name)} would not begin at a multiple of its element size", "pad the one before"
             )

@@ -10,11 +10,11 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from waterfill.base.dtypes import ITEM_BYTES, TORCH_DTYPES
 from waterfill.base.errors import ArtifactError
-from waterfill.base.lazy import LazyMapping, torch
+from waterfill.base.lazy import torch
 from waterfill.base.reading import open_regular, read_small
 from waterfill.files.artifact.format import (
-    ELEMENT_BYTES,
     FormatError,
     digest,
     digest_region,
@@ -24,18 +24,6 @@ from waterfill.files.artifact.format import (
 )
 from waterfill.files.artifact.header import ShardMetadata, StoredBuffer, StoredTensor, read_shard_metadata
 from waterfill.files.artifact.manifest import INDEX, MANIFEST, ONLY_SHARD, check_index, decode_manifest, shards_of_index
-
-_TORCH_DTYPES: Mapping[str, torch.dtype] = LazyMapping(
-    lambda: {
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
-)
 
 
 class Artifact:
@@ -141,8 +129,8 @@ def read_buffer(buffer: StoredBuffer, *, verify: bool = True) -> torch.Tensor:
     Raises:
         ArtifactError: as `read_bytes`.
     """
-    data = read_bytes(buffer, verify=verify).view(f"i{ELEMENT_BYTES[buffer.dtype]}")
-    return torch.from_numpy(data).view(_TORCH_DTYPES[buffer.dtype]).reshape(buffer.shape)
+    data = read_bytes(buffer, verify=verify).view(f"i{ITEM_BYTES[buffer.dtype]}")
+    return torch.from_numpy(data).view(TORCH_DTYPES[buffer.dtype]).reshape(buffer.shape)
 
 
 def read_bytes(buffer: StoredBuffer, *, verify: bool = True) -> npt.NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils.logging import tqdm
 
+from waterfill.base.dtypes import TORCH_DTYPES, WEIGHT_DTYPES
 from waterfill.base.errors import ArtifactError
 from waterfill.codecs import lossless
 from waterfill.files.artifact import StoredTensor
@@ -48,7 +49,7 @@ class Coded(TensorModule):
         """The tensor, as it was packed."""
         assert self.tensor is not None
         streams = self.streams.cpu().to(torch.uint8)  # early versions make float32 of all that a model keeps so
-        return lossless.decode(streams, self.tensor.shape, lossless.DTYPES[self.tensor.dtype])
+        return lossless.decode(streams, self.tensor.shape, TORCH_DTYPES[self.tensor.dtype])
 
 
 @dataclass
@@ -138,7 +139,7 @@ def _find(model: nn.Module, stored: StoredTensor) -> torch.Tensor:
     found = owner._buffers.get(name) if found is None else found
     if found is None:
         raise ArtifactError(f"tensor {stored.name!r} has no place in {type(model).__name__}; pack the model again")
-    if tuple(found.shape) != stored.shape or stored.dtype not in lossless.DTYPES:
+    if tuple(found.shape) != stored.shape or stored.dtype not in WEIGHT_DTYPES:
         raise ArtifactError(
             f"tensor {stored.name!r} is {stored.dtype} {list(stored.shape)} where the model has {list(found.shape)}; "
             "pack the model again"

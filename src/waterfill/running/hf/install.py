@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from waterfill import kernels
 from waterfill.base.errors import ArtifactError
-from waterfill.codecs import LOSSLESS, TableCodec, Trellis, get_codec
-from waterfill.files.artifact import RAW, StoredTensor
+from waterfill.codecs import LOSSLESS, get_codec
+from waterfill.files.artifact import StoredTensor
 from waterfill.files.experts import fused_experts
 from waterfill.running.hf.coded import decode_coded, hold
 from waterfill.running.hf.fused import fuse
@@ -30,10 +30,11 @@ def install(model: Any, tensors: Iterable[StoredTensor], *, streamed: bool = Fal
     """Replace, in place, every module of `model` whose weight is packed; streamed ones hold nothing (`streaming`).
 
     Raises:
-        ArtifactError: a tensor has no place in the model, or a codec that cannot be run from its codes.
+        ArtifactError: a tensor has no place in the model.
+        WaterfillError: a tensor has a codec that is not known.
     """
     tensors = list(tensors)
-    packed = {tensor.name: tensor for tensor in tensors if tensor.codec not in (RAW, LOSSLESS)}
+    packed = {tensor.name: tensor for tensor in tensors if tensor.packed}
     dtype, ties = model.dtype, dict(getattr(model, "all_tied_weights_keys", None) or {})
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     experts = False
@@ -69,24 +70,27 @@ def arrange(model: Any) -> None:
     decode_coded(model)
     every = [module for module in model.modules() if isinstance(module, PackedMatrix)]
     packed = [module for module in every if not module.streamed]
-    coded = [module for module in packed if isinstance(module.stored, Trellis)]
-    stored = sum(module.streams.nbytes for module in coded)
+    coded = [module for module in packed if module.stored is not module.codec]
+    stored = _buffer_bytes(coded)
     for module in tqdm(packed, desc="decoding weights", disable=None if coded else True, leave=False, delay=1):
         module.arrange()
     for module in every:
         module.end_loading()
     if coded:
-        memory = sum(buffer.nbytes for module in coded for buffer in module.buffers(recurse=False))
         _log.info(
-            "%d entropy-coded matrices: %.1f MB of streams decoded into %.1f MB of memory "
+            "%d coded matrices: %.1f MB of buffers decoded into %.1f MB of memory "
             "(--for memory packs models that run from their codes)",
             len(coded),
             stored / 1e6,
-            memory / 1e6,
+            _buffer_bytes(coded) / 1e6,
         )
     if packed and kernels.implementation() != kernels.STORED:
         kernels.log_slow(module.codec for module in packed)
         fuse(model)
+
+
+def _buffer_bytes(modules: Iterable[PackedMatrix]) -> int:
+    return sum(buffer.nbytes for module in modules for buffer in module.buffers(recurse=False))
 
 
 def _convert(module: nn.Module) -> PackedMatrix:
@@ -102,11 +106,8 @@ def _check_shape(tensor: StoredTensor, shape: tuple[int, ...], *, transposed: bo
 
 
 def _attach(module: PackedMatrix, tensor: StoredTensor, dtype: Any, streamed: bool) -> None:
-    codec = get_codec(tensor.codec)
-    if not isinstance(codec, TableCodec | Trellis):
-        raise ArtifactError(f"tensor {tensor.name!r} has codec {tensor.codec!r}, which cannot be run from its codes")
     out_features, in_features = tensor.shape
-    module.attach(codec, (out_features, in_features), tensor.exponent, dtype, streamed=streamed)
+    module.attach(get_codec(tensor.codec), (out_features, in_features), tensor.exponent, dtype, streamed=streamed)
     module.loading = True
 
 

@@ -1,7 +1,7 @@
 """Modules that hold packed weights: they replace a model's own, in place, and multiply through the kernels.
 
 A packed module owns the buffers of its tensor under the names that the artifact gives them (`<module>.scales`), so that
-any safetensors loader fills them. Entropy-coded streams are decoded to levels when they are loaded (`arrange`). A
+any safetensors loader fills them; then it exchanges them for those of the codec's form in memory (`arrange`). A
 streamed module has no buffers: its `source` multiplies. A tied module multiplies with another one's matrix.
 """
 
@@ -17,13 +17,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from waterfill import kernels
+from waterfill.base.dtypes import TORCH_DTYPES
 from waterfill.base.errors import WaterfillError
-from waterfill.codecs import TableCodec, Trellis
+from waterfill.codecs import Codec, MemoryForm
 from waterfill.running.hf.made import make
 from waterfill.running.hf.stand_in import StandIn, Traced
 from waterfill.running.hf.tensor_module import TensorModule
 
-_DTYPES = {"F16": torch.float16, "U8": torch.uint8}
+_BITS = {2: torch.int16, 4: torch.int32}  # what holds the bits of a floating-point number
 _EXPONENTS = range(-96, 97)  # of a matrix that is scaled: beyond these, float32 might not hold its weights
 
 
@@ -56,9 +57,10 @@ class _HasWeight(nn.Module):
 class PackedMatrix(_HasWeight):
     """A matrix `[out, in]` in packed form. `dtype` is that of the activations it works with."""
 
-    scales: torch.Tensor  # float16 [out, groups]
+    scales: torch.Tensor  # float16 [out, groups]; in their place, until they are decoded, whatever the codec stores
     codes: torch.Tensor  # uint8 [bytes]
-    streams: torch.Tensor  # uint8 [bytes], in place of the two until they are decoded
+    stored: Codec  # of the artifact
+    codec: MemoryForm  # that it is multiplied from
     layout = kernels.STORED  # of the two buffers
     transposed = False  # whether the model's own parameter is [in, out]
     streamed = False
@@ -68,7 +70,7 @@ class PackedMatrix(_HasWeight):
 
     def attach(
         self,
-        codec: TableCodec | Trellis,
+        codec: Codec,
         shape: tuple[int, int],
         exponent: int,
         dtype: torch.dtype,
@@ -79,9 +81,9 @@ class PackedMatrix(_HasWeight):
         loaded."""
         self.streamed = streamed
         self.stored, self.shape, self.exponent, self.dtype = codec, shape, exponent, dtype
-        self.codec = codec.levels if isinstance(codec, Trellis) else codec  # that it is multiplied from
+        self.codec = codec.memory
         for key, part in codec.layout(shape).items() if not streamed else ():
-            self.register_buffer(key, torch.empty(part.shape, dtype=_DTYPES[part.dtype], device="meta"))
+            self.register_buffer(key, torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype], device="meta"))
 
     @property
     def weight(self) -> Any:
@@ -149,25 +151,29 @@ class PackedMatrix(_HasWeight):
 
     def arrange(self) -> None:
         """Exchange the buffers, once they are loaded, for the ones that the kernels multiply from."""
-        if isinstance(self.stored, Trellis):
-            device = self.streams.device
-            codes, scales = self.stored.to_levels(self.streams.cpu(), self.shape)
-            del self.streams
-            self.register_buffer("scales", scales.to(device))
-            self.register_buffer("codes", codes.to(device))
+        if self.stored is not self.codec:
+            device, stored = self.device, {key: self._buffers[key] for key in self.stored.layout(self.shape)}
+            loaded = {key: buffer.cpu() for key, buffer in stored.items() if buffer is not None}
+            memory = self.stored.to_memory(loaded, self.shape, self.exponent)
+            for key in stored:
+                delattr(self, key)
+            del stored, loaded
+            for key, buffer in memory.items():
+                self.register_buffer(key, buffer.to(device))
         arranged = kernels.arrange(self.packed)
         self.scales, self.codes, self.layout = arranged.scales, arranged.codes, arranged.layout
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """`model.to(dtype)` changes the activations' dtype; stored scales are not activations and keep their bits."""
-        scaled = "scales" in self._buffers
-        if scaled:
-            self.scales = self.scales.view(torch.int16)
+        """`model.to(dtype)` changes the activations' dtype; what is stored is not activations and keeps its bits."""
+        buffers = {key: buffer for key, buffer in self._buffers.items() if buffer is not None}
+        kept = {key: buffer.dtype for key, buffer in buffers.items() if buffer.is_floating_point()}
+        for key, dtype in kept.items():
+            self._buffers[key] = buffers[key].view(_BITS[dtype.itemsize])
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            if scaled:
-                self.scales = self.scales.view(torch.float16)
+            for key, dtype in kept.items():
+                self._buffers[key] = cast(torch.Tensor, self._buffers[key]).view(dtype)
         if self.layout != kernels.STORED and self.codes.device.type not in ("cpu", "meta"):
             raise WaterfillError(
                 f"these weights were arranged for the CPU as they were loaded and cannot move to {self.codes.device}; "

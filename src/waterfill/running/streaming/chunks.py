@@ -1,6 +1,6 @@
 """A packed matrix on disk as pieces that can be read, checked, decoded and multiplied one by one.
 
-    part    the rows of one entropy-coded stream, or about `part_weights` of codes: decoded by one thread
+    part    rows that can be decoded alone, by one thread: of one stream, or some rows of codes (`Codec.parts`)
     chunk   consecutive parts, about `chunk_bytes` of one file: read at once
     matrix  chunks from the first row to the last
 
@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from waterfill.base import native
+from waterfill.base.dtypes import TORCH_DTYPES
 from waterfill.base.errors import ArtifactError
 from waterfill.base.lazy import torch
-from waterfill.codecs import TableCodec, Trellis, get_codec
-from waterfill.codecs.indices import radix_word
+from waterfill.codecs import get_codec
 from waterfill.codecs.integers import native_table
-from waterfill.codecs.trellis.stream import stream_rows
 from waterfill.files.artifact import StoredTensor, read_bytes
 from waterfill.running.streaming.storage import BLOCK_BYTES, HUGE_BYTES, Region, Storage
 from waterfill.running.streaming.view import Activations, View
@@ -72,7 +71,7 @@ class Chunk:
 
     @cached_property
     def view(self) -> native.ChunkView:
-        """As the library sees it, in the form that is stored, but for the address of its bytes."""
+        """As the library sees it, in the form that is stored, if it can read that, but for the address of its bytes."""
         matrix, isa = self.matrix, native.isa()
         assert isa is not None
         step, table = native_table(matrix.codec, isa)
@@ -83,14 +82,13 @@ class Chunk:
             matrix.sums[self.first_part :].ctypes.data,
             len(self.ends),
         )
-        if isinstance(matrix.stored, Trellis):
-            view.states, view.wide = matrix.stored.states, int(matrix.stored.wide)
-        else:
-            assert matrix.scales is not None
-            scales = matrix.scales[self.first_row :]
-            view.scales, view.scales_count = scales.ctypes.data, scales.size
-            view.word_indices, view.word_bytes = radix_word(matrix.codec.n) or (0, 0)
-            view.row_bytes = matrix.codec.row_bytes(matrix.shape[1])
+        if matrix.native is None:
+            return view
+        for field, value in matrix.native.items():
+            setattr(view, field, value)
+        if "scales" in matrix.held:
+            scales = matrix.held["scales"][self.first_row :]
+            view.scales, view.scales_count = scales.ctypes.data, scales.size // 2
         return view
 
     @property
@@ -105,8 +103,10 @@ class Chunk:
 
 
 class StreamedMatrix:
-    """A matrix `[out, in]` whose codes stay on disk. Scales of fixed-rate codes, half a per cent of them, do not; with
-    `verify` they are compared with their digest. Raises ArtifactError where they differ, or the index is damaged.
+    """A matrix `[out, in]` whose codes stay on disk. What is small beside them, the scales of fixed-rate codes, does
+    not: it is `held`, as the bytes of each row, and with `verify` compared with its digest.
+
+    Raises ArtifactError where that differs, or the index is damaged, and WaterfillError where the codec is not known.
     """
 
     def __init__(
@@ -118,37 +118,31 @@ class StreamedMatrix:
         chunk_bytes: int = CHUNK_BYTES,
         part_weights: int = PART_WEIGHTS,
     ) -> None:
-        codec = get_codec(tensor.codec)
-        if not isinstance(codec, TableCodec | Trellis):
-            raise ArtifactError(
-                f"tensor {tensor.name!r} has codec {tensor.codec!r}, which cannot be run from its codes"
-            )
-        self.tensor, self.name, self.stored = tensor, tensor.name, codec
-        self.shape = (tensor.shape[0], tensor.shape[1])
+        self.tensor, self.name = tensor, tensor.name
+        self.shape = rows, width = (tensor.shape[0], tensor.shape[1])
         self.exponent = tensor.exponent
-        self.codec = codec.levels if isinstance(codec, Trellis) else codec  # that is multiplied from
+        self.stored = get_codec(tensor.codec)
+        self.codec = self.stored.memory  # that is multiplied from
+        self.native = self.stored.native_fields(width)  # None: the library does not decode it
+        self.parts = self.stored.parts(self.shape, part_weights)
         buffers = dict(zip(tensor.keys, tensor.buffers, strict=True))
-        self.buffer = buffers["streams" if isinstance(codec, Trellis) else "codes"]
+        self.buffer = buffers.pop(self.parts.key)
         self.file, self.offset_bytes = self.buffer.file, self.buffer.offset_bytes
-        self.scales: npt.NDArray[np.float16] | None = None
-        rows, width = self.shape
-        if isinstance(codec, Trellis):
-            self.part_rows = stream_rows(width)
-            self.ends = self._index(storage, -(-rows // self.part_rows))
-        else:
-            self.part_rows = 4 * max(1, part_weights // (4 * width))
-            starts = np.minimum(np.arange(-(-rows // self.part_rows) + 1) * self.part_rows, rows)
-            self.ends = starts * codec.row_bytes(width)
-            stored = buffers["scales"]
-            self.scales = read_bytes(stored, verify=verify).view("<f2").reshape(stored.shape)
+        self.part_rows = self.parts.rows
+        self.ends = self._bounds(storage)
+        layout = self.stored.layout(self.shape)
+        self.held: dict[str, npt.NDArray[np.uint8]] = {
+            key: read_bytes(small, verify=verify)[: rows * layout[key].row_bytes].reshape(rows, -1)
+            for key, small in buffers.items()
+        }
         self.sums = np.zeros(len(self.ends) - 1, np.uint64)  # checksums of the parts; 0: not read yet
         self.chunks = tuple(self._chunks(chunk_bytes))
 
-    def _index(self, storage: Storage, count: int) -> npt.NDArray[np.int64]:
-        size = self.buffer.size_bytes
-        data = storage.read(Region(self.file, self.offset_bytes, min(4 * count, size)))
-        ends = np.concatenate([[4 * count], np.frombuffer(data, "<u4").astype(np.int64)])
-        if len(ends) != count + 1 or (np.diff(ends) < 0).any() or ends[-1] > size:
+    def _bounds(self, storage: Storage) -> npt.NDArray[np.int64]:
+        rows, size = self.shape[0], self.buffer.size_bytes
+        index = min(self.parts.index_bytes(rows), size)
+        ends = self.parts.bounds(rows, storage.read(Region(self.file, self.offset_bytes, index)) if index else b"")
+        if len(ends) != -(-rows // self.part_rows) + 1 or (np.diff(ends) < 0).any() or ends[-1] > size:
             raise ArtifactError(
                 f"{self.file}: the index of tensor {self.name!r} at byte {self.offset_bytes} is damaged; fetch the "
                 "artifact again, or pack again"
@@ -172,6 +166,15 @@ class StreamedMatrix:
         """The one part that holds a row."""
         number = row // self.part_rows
         return Chunk(self, number, number + 1)
+
+    def stored_rows(self, chunk: Chunk, data: npt.NDArray[np.uint8]) -> dict[str, torch.Tensor]:
+        """The rows of a chunk as buffers of a smaller matrix, given the chunk's bytes."""
+        layout = self.stored.layout((chunk.rows, self.shape[1]))
+        bytes_of = {self.parts.key: self.parts.alone(chunk.ends, data)}
+        rows = slice(chunk.first_row, chunk.first_row + chunk.rows)
+        bytes_of |= {key: held[rows].reshape(-1) for key, held in self.held.items()}
+        found = {key: torch.from_numpy(bytes_of[key]).view(TORCH_DTYPES[part.dtype]) for key, part in layout.items()}
+        return {key: found[key].view(-1, *part.shape[1:]) for key, part in layout.items()}
 
     @property
     def coded_bytes(self) -> int:
@@ -250,15 +253,20 @@ class ChunkData:
             return
         library = native.library()
         assert library is not None
-        task = (native.Task * 1)(self.task(prepared, y))
+        ready = self.ready()  # alive until it has been multiplied
+        task = (native.Task * 1)(ready.task(prepared, y))
         expect(
             *library.multiply_chunks(library.isas[x.isa], task, dtype=y.dtype, nanoseconds=nanoseconds), [self.chunk]
         )
 
     def task(self, prepared: int | None, y: View) -> native.Task:
-        """The same product for the library to compute: of `Activations.prepared`."""
+        """The same product for the library to compute, of a chunk that is `ready` and of `Activations.prepared`."""
         address = y.address + self.chunk.first_row * y.item_bytes
         return native.Task(ctypes.addressof(self._view), prepared, address, y.width)
+
+    def ready(self) -> ChunkData:
+        """Itself where the library decodes it while it multiplies; else decoded."""
+        return self if self.arranged or self.chunk.matrix.native is not None else self.arrange()
 
     def copy(self) -> ChunkData:
         return ChunkData(self.chunk, self.data.copy(), self._scales)
@@ -268,6 +276,8 @@ class ChunkData:
         library, isa = native.library(), native.isa()
         if library is None or isa is None or self.arranged:
             return self.copy()
+        if self.chunk.matrix.native is None:
+            return self._decoded()
         codec, rows, width = self.chunk.matrix.codec, self.chunk.rows, self.chunk.matrix.shape[1]
         codes = np.empty(library.codes_bytes(p=codec.p, n=codec.n, rows=rows, width=width), np.uint8)
         scales = np.empty(library.scales_count(rows=rows, width=width), np.uint16)
@@ -308,21 +318,31 @@ class ChunkData:
         """The chunk's rows as a matrix of their own, for the door of torch."""
         from waterfill import kernels
 
-        matrix = self.chunk.matrix
-        shape, layout = (self.chunk.rows, matrix.shape[1]), kernels.implementation()
-        if layout != kernels.STORED:
-            whole = self if self.arranged else self.arrange()
-            assert whole._scales is not None
-            codes, scales = torch.from_numpy(whole.data), torch.from_numpy(whole._scales.view(np.float16))
-        elif isinstance(matrix.stored, Trellis):
-            index = (self.chunk.ends + 4 * len(self.chunk.ends)).astype("<u4").view(np.uint8)
-            codes, scales = matrix.stored.to_levels(torch.from_numpy(np.concatenate([index, self.data])), shape)
-        else:
-            assert matrix.scales is not None
-            first = self.chunk.first_row
-            codes = torch.from_numpy(self.data.copy())
-            scales = torch.from_numpy(matrix.scales[first : first + shape[0]])
+        matrix, layout = self.chunk.matrix, kernels.implementation()
+        if layout == kernels.STORED:
+            return self._as_stored()
+        whole = self if self.arranged else self.arrange()
+        assert whole._scales is not None
+        codes, scales = torch.from_numpy(whole.data), torch.from_numpy(whole._scales.view(np.float16))
+        shape = (self.chunk.rows, matrix.shape[1])
         return kernels.Packed(matrix.codec, scales, codes, matrix.exponent, shape, layout)
+
+    def _as_stored(self) -> Packed:
+        """The same, in the form in memory but not in the kernels' layout."""
+        from waterfill import kernels
+
+        matrix, shape = self.chunk.matrix, (self.chunk.rows, self.chunk.matrix.shape[1])
+        memory = matrix.stored.to_memory(matrix.stored_rows(self.chunk, self.data), shape, matrix.exponent)
+        return kernels.Packed(matrix.codec, memory["scales"], memory["codes"], matrix.exponent, shape)
+
+    def _decoded(self) -> ChunkData:
+        """A copy in the kernels' layout of what the library cannot decode."""
+        from waterfill import kernels
+
+        if self._unchecked:
+            self.chunk.matrix.check(self.chunk, self.data)
+        packed = kernels.arrange(self._as_stored())
+        return ChunkData(self.chunk, packed.codes.numpy(), packed.scales.view(torch.int16).numpy().view(np.uint16))
 
     @cached_property
     def _view(self) -> native.ChunkView:

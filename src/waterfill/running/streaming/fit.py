@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 
 from waterfill.base import process
+from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import MemoryLimitError
-from waterfill.codecs import LOSSLESS, Trellis, get_codec
-from waterfill.files.artifact import RAW, Artifact, StoredTensor
-from waterfill.files.artifact.format import ELEMENT_BYTES
+from waterfill.codecs import get_codec
+from waterfill.files.artifact import Artifact, StoredTensor
 from waterfill.planning.budget import parse_size
 
 _log = logging.getLogger(__name__)
@@ -86,35 +86,28 @@ def memory_bytes(memory: str | float | None) -> int | None:
 
 def resident_size(artifact: Artifact) -> int:
     """Memory that all weights take in the form in which they are multiplied; about."""
-    total = 0
-    for tensor in artifact.tensors.values():
-        codec = get_codec(tensor.codec) if is_packed(tensor) else None
-        if isinstance(codec, Trellis):
-            total += math.prod(tensor.shape) * codec.levels.bits // 8
-        elif codec is not None:
-            total += tensor.size_bytes
-        else:
-            total += _dense_bytes(tensor)
-    return int(LOADING * total)
+    return int(LOADING * sum(map(_memory_bytes, artifact.tensors.values())))
 
 
 def kept_size(artifact: Artifact) -> int:
     """Memory that tensors take which cannot be streamed."""
-    return sum(_dense_bytes(tensor) for tensor in artifact.tensors.values() if not is_packed(tensor))
-
-
-def is_packed(tensor: StoredTensor) -> bool:
-    """Whether it is multiplied from its codes."""
-    return tensor.codec not in (RAW, LOSSLESS)
+    return sum(_dense_bytes(tensor) for tensor in artifact.tensors.values() if not tensor.packed)
 
 
 def packed_names(artifact: Artifact) -> frozenset[str]:
     """Tensors that are multiplied from their codes."""
-    return frozenset(tensor.name for tensor in artifact.tensors.values() if is_packed(tensor))
+    return frozenset(tensor.name for tensor in artifact.tensors.values() if tensor.packed)
+
+
+def _memory_bytes(tensor: StoredTensor) -> int:
+    if not tensor.packed:
+        return _dense_bytes(tensor)
+    rows, width = tensor.shape
+    return get_codec(tensor.codec).memory_bytes((rows, width))
 
 
 def _dense_bytes(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape) * ELEMENT_BYTES[tensor.dtype]
+    return math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
 
 
 def _too_large(artifact: Artifact, held_bytes: int, limit_bytes: int | None, why: str) -> MemoryLimitError:

@@ -96,12 +96,20 @@ class Products:
             self._failure = error
 
     def _next(self, chunk: Chunk, *, wait: bool) -> bool:
-        """Take the next product's chunk; False if it is not there."""
+        """Take the next product's chunk; False if it is not there.
+
+        One that the library does not decode is decoded here, and no other beside it: it is larger than the memory that
+        is reckoned with.
+        """
+        if not wait and chunk.matrix.native is None:
+            return False
         held = self._take(chunk, wait)
-        if held is not None:
-            self._held.append(held)
-            self._taken += 1
-        return held is not None
+        if held is None:
+            return False
+        data, slot = held
+        self._held.append((data.ready(), slot))
+        self._taken += 1
+        return True
 
     def _finish(self, finished: int) -> None:
         """Give back what the first `finished` tasks held."""

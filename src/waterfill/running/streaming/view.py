@@ -10,7 +10,7 @@ import numpy.typing as npt
 from waterfill.base import native
 from waterfill.base.lazy import torch
 from waterfill.base.native import DTYPES, FLOAT32
-from waterfill.codecs import TableCodec
+from waterfill.codecs import MemoryForm
 from waterfill.codecs.integers import native_table
 
 
@@ -62,7 +62,7 @@ class Activations:
         self.view = x
         self.isa = None if native.float_activations() else native.isa()  # None: the torch reference multiplies
 
-    def prepared(self, codec: TableCodec) -> int | None:
+    def prepared(self, codec: MemoryForm) -> int | None:
         """In the form that a codec's table is multiplied with, for the library; None for the torch reference."""
         if self._library is None or self.isa is None:
             return None

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from waterfill.base.progress import Step
 from waterfill.codecs import Encoded, get_codec
-from waterfill.files.artifact import RAW, Artifact, open_artifact
+from waterfill.files.artifact import Artifact, open_artifact
 from waterfill.packing.pack import pack_plan
 from waterfill.planning.plan import Plan
 from waterfill.planning.planner import Request, make_plan
@@ -46,7 +46,7 @@ def pack_and_decode(subject: Subject, plan: Plan, put: Put, progress: Step | Non
 def decode(artifact: Artifact, put: Put) -> None:
     """Every packed matrix of an artifact, decoded by its codec from the buffers on disk."""
     for tensor in artifact.tensors.values():
-        if tensor.codec == RAW:
+        if not tensor.packed:
             continue
         rows, width = tensor.shape
         buffers = {key: artifact.read(buffer.name) for key, buffer in zip(tensor.keys, tensor.buffers, strict=True)}

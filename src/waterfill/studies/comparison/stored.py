@@ -14,24 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from waterfill.base.dtypes import ITEM_BYTES, TORCH_DTYPES
 from waterfill.files.architecture import Architecture, Matrix, parameters_of
 from waterfill.files.artifact import Buffer
-from waterfill.files.checkpoint import KEPT_DTYPES, WEIGHT_DTYPES
 from waterfill.planning.estimators import matrix_view
 from waterfill.studies.comparison.base import Candidate, Put, Subject, Unavailable
 
-_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.int8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "U8",
-    torch.float8_e5m2: "U8",
-}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_NAMES |= dict.fromkeys((torch.int8, torch.float8_e4m3fn, torch.float8_e5m2), "U8")  # as large
 
 
 @dataclass(frozen=True)
@@ -108,7 +98,7 @@ def file_bytes(buffers: Iterable[Buffer]) -> int:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for buffer in buffers:
-        size = math.prod(buffer.shape) * KEPT_DTYPES[buffer.dtype].itemsize
+        size = math.prod(buffer.shape) * ITEM_BYTES[buffer.dtype]
         header[buffer.name] = {
             "dtype": buffer.dtype, "shape": list(buffer.shape), "data_offsets": [offset, offset + size]
         }  # fmt: skip
@@ -119,5 +109,5 @@ def file_bytes(buffers: Iterable[Buffer]) -> int:
 
 def original_bytes(architecture: Architecture) -> int:
     """Bytes of the same tensors in the checkpoint's dtypes."""
-    matrices = sum(math.prod(m.shape) * WEIGHT_DTYPES[m.dtype].itemsize for m in architecture.matrices)
+    matrices = sum(math.prod(m.shape) * ITEM_BYTES[m.dtype] for m in architecture.matrices)
     return matrices + sum(buffer.size_bytes for buffer in kept_buffers(architecture))

@@ -23,7 +23,7 @@ from waterfill import kernels
 from waterfill.base import native, process
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.version import __version__
-from waterfill.codecs import TableCodec, get_codec
+from waterfill.codecs import get_codec
 from waterfill.codecs.hadamard import groups, rotate
 from waterfill.kernels import cpu, reference
 from waterfill.kernels.reference import STORED, Packed
@@ -174,8 +174,7 @@ def _integers() -> bool:
 
 
 def _random_matrix(name: str, shape: tuple[int, int] = (40, 2100)) -> Packed:
-    codec, generator = get_codec(name), torch.Generator().manual_seed(0)
-    assert isinstance(codec, TableCodec)
+    codec, generator = get_codec(name).memory, torch.Generator().manual_seed(0)
     codes = torch.randint(256, codec.layout(shape)["codes"].shape, generator=generator, dtype=torch.uint8)
     scales = torch.rand(shape[0], len(groups(shape[1])), generator=generator) + 0.5
     return Packed(codec, scales.half(), codes, 0, shape)

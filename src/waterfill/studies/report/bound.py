@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from waterfill.files.artifact import RAW
 from waterfill.planning.plan import TensorPlan
 
 
@@ -34,7 +33,7 @@ def ideal_bytes(tensors: Sequence[TensorPlan], measured_t2: dict[str, float]) ->
     total = 0.0
     for tensor in tensors:
         error = measured_t2.get(tensor.name, 0.0)
-        if tensor.codec == RAW or error <= 0:
+        if not tensor.packed or error <= 0:
             total += tensor.size_bytes  # as it is: nothing lost, nothing to gain
         else:
             total += tensor.weights * ideal_bits(mse_distortion(error, tensor.rho)) / 8

@@ -15,7 +15,7 @@ from typing import Any
 
 from waterfill.evaluation import Divergence
 from waterfill.files.architecture import Architecture, Kept, Matrix
-from waterfill.files.artifact import RAW, Artifact
+from waterfill.files.artifact import Artifact
 from waterfill.planning.budget import Budget
 from waterfill.planning.loss import Coefficients
 from waterfill.planning.plan import PLAN_FILE, Plan
@@ -92,7 +92,7 @@ def gather(
 
     `original` says whether there was one; `options` is what else `waterfill report` was asked for, as it is typed.
     """
-    measured = {name: tensor.t2 for name, tensor in artifact.tensors.items() if tensor.codec != RAW}
+    measured = {name: tensor.t2 for name, tensor in artifact.tensors.items() if tensor.packed}
     curve = predicted_curve(architecture_of(plan), sensitivity_of(artifact.path, plan), _request(plan))
     return Report(
         name=artifact.path.resolve().name,

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from waterfill.codecs import LOSSLESS
 from waterfill.files.artifact import RAW
 from waterfill.planning.plan import TensorPlan
 
@@ -81,7 +80,7 @@ class Unit:
     @property
     def exact(self) -> bool:
         """Whether every bit is kept, coded or not."""
-        return all(tensor.codec in (RAW, LOSSLESS) for tensor in self.tensors)
+        return not any(tensor.packed for tensor in self.tensors)
 
 
 def units(tensors: Sequence[TensorPlan], measured_t2: dict[str, float]) -> tuple[Unit, ...]:
