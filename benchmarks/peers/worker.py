@@ -2,7 +2,8 @@
 
     python -m benchmarks.peers.worker FAMILY        {"call": METHOD, "arguments": {…}} a line ──► {"result": …} a line
 
-It needs numpy and the library it is asked for, nothing of waterfill: any interpreter that has those will do.
+It needs numpy and the library it is asked for, and of waterfill what needs nothing itself (`files.gguf`, `files.ggml`):
+any interpreter that has the former will do.
 """
 
 from __future__ import annotations

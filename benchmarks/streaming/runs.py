@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shared.limits import LimitError, Limits, Outcome, Peaks, enforcement, evict, run_limited
+from benchmarks.shared.limits import LimitError, Limits, Outcome, Peaks, enforcement, evict, run_limited, with_source
 from benchmarks.shared.report import Report
 from benchmarks.streaming.models import Artifact, Store
 from waterfill.planning.budget import format_size
@@ -153,7 +153,7 @@ class Bench:
         return self._run(module, python, request, limits, timeout_s)
 
     def _run(self, module: str, python: str, request: Any, limits: Limits, timeout_s: float = TIMEOUT_S) -> Outcome:
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment = {**with_source(os.environ), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         command = [python, "-m", module]
         return run_limited(command, limits, request=request, env=environment, timeout_s=timeout_s)
 

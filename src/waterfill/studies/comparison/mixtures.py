@@ -10,32 +10,23 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, BinaryIO
 
-from waterfill.evaluation.llamacpp import silence
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.files.artifact import Buffer
+from waterfill.files.ggml import silence
+from waterfill.files.gguf import FILE_TYPES, TENSOR_TYPES, Entry, read_gguf, write_gguf
 from waterfill.planning.estimators import matrix_view
 from waterfill.studies.comparison.base import Candidate, Method, Put, Subject, Unavailable, register
 from waterfill.studies.comparison.ggml import NAMES, quantise
 from waterfill.studies.comparison.peers import library
 from waterfill.studies.comparison.stored import file_bytes, kept_buffers
 
-MIXTURES = {
-    "Q2_K": 10,
-    "Q3_K_S": 11,
-    "Q3_K_M": 12,
-    "Q3_K_L": 13,
-    "Q4_K_S": 14,
-    "Q4_K_M": 15,
-    "Q5_K_S": 16,
-    "Q5_K_M": 17,
-}
+MIXTURES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
 MODELS = ("llama", "mistral")  # whose matrices have these names in GGUF files
 WIDTH = 256  # of the miniature: every type's blocks fit
 _NAMES = {
@@ -43,8 +34,6 @@ _NAMES = {
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-_STRING, _U32, _F32, _ARRAY = 8, 4, 6, 9
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of GGUF's other value types
 
 
 def run(mixture: str, subject: Subject, put: Put, *, weighted: bool = False) -> Candidate:
@@ -76,7 +65,7 @@ def chosen_types(mixture: str, subject: Subject) -> dict[str, str]:
         raise Unavailable(f"llama.cpp's mixtures are run for {' and '.join(MODELS)} models")
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     shape = (layers, heads, int(config.get("num_key_value_heads") or heads), not subject.architecture.tied_head)
-    types = _types(MIXTURES[mixture], *shape)
+    types = _types(FILE_TYPES[mixture], *shape)
     found = {}
     for matrix in subject.architecture.matrices:
         kind = types.get(gguf_name(matrix), -1)
@@ -100,16 +89,17 @@ def _types(ftype: int, layers: int, heads: int, kv_heads: int, output: bool) -> 
     silence(api)
     with TemporaryDirectory(prefix="waterfill-mixture-") as folder:
         source, target = Path(folder) / "zeros.gguf", Path(folder) / "typed.gguf"
-        source.write_bytes(_miniature(layers, heads, kv_heads, output))
+        with source.open("wb") as file:
+            _miniature(file, layers, heads, kv_heads, output)
         options = api.llama_model_quantize_default_params()
         options.ftype, options.nthread = ftype, 1
         if api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)):
             raise Unavailable("llama.cpp refuses a miniature of this model")
-        return dict(_read_types(target.read_bytes()))
+        return {entry.name: entry.type for entry in read_gguf(target.read_bytes())[1]}
 
 
-def _miniature(layers: int, heads: int, kv_heads: int, output: bool) -> bytes:
-    """A GGUF file of zeros: magic, version, counts, metadata, tensor infos, tensors at multiples of 32 bytes."""
+def _miniature(file: BinaryIO, layers: int, heads: int, kv_heads: int, output: bool) -> None:
+    """A model of zeros."""
     metadata: dict[str, str | int | float] = {
         "general.architecture": "llama",
         "tokenizer.ggml.model": "no_vocab",
@@ -125,64 +115,13 @@ def _miniature(layers: int, heads: int, kv_heads: int, output: bool) -> bytes:
         "llama.rope.dimension_count": 32,
         "llama.attention.layer_norm_rms_epsilon": 1e-6,
     }
-    tensors = {"token_embd.weight": 2, "output_norm.weight": 1, **({"output.weight": 2} if output else {})}
+    dimensions = {"token_embd": 2, "output_norm": 1, **({"output": 2} if output else {})}
     for layer in range(layers):
-        tensors |= {f"blk.{layer}.{name}.weight": 1 for name in ("attn_norm", "ffn_norm")}
-        tensors |= {f"blk.{layer}.{name}.weight": 2 for name in _NAMES.values()}
-    header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
-    for key, value in metadata.items():
-        header += _text(key) + _value(value)
-    offset = 0
-    for name, dimensions in tensors.items():
-        header += _text(name) + struct.pack(f"<I{dimensions}QIQ", dimensions, *[WIDTH] * dimensions, 0, offset)
-        offset += 4 * WIDTH**dimensions
-    return bytes(header) + bytes(-len(header) % 32) + bytes(offset)
-
-
-def _text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def _value(value: str | int | float) -> bytes:
-    if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _text(value)
-    return struct.pack("<II", _U32, value) if isinstance(value, int) else struct.pack("<If", _F32, value)
-
-
-def _read_types(content: bytes) -> Iterator[tuple[str, int]]:
-    """(name, type) of each tensor of a GGUF file that llama.cpp has just written."""
-    _, _, tensors, pairs = struct.unpack_from("<4sIQQ", content)
-    at = 24
-
-    def text() -> str:
-        nonlocal at
-        (size,) = struct.unpack_from("<Q", content, at)
-        at += 8 + size
-        return content[at - size : at].decode()
-
-    def skip(kind: int) -> None:
-        nonlocal at
-        if kind == _STRING:
-            text()
-        elif kind == _ARRAY:
-            inner, count = struct.unpack_from("<IQ", content, at)
-            at += 12
-            for _ in range(count):
-                skip(inner)
-        else:
-            at += _SIZES[kind]
-
-    for _ in range(pairs):
-        text()
-        (kind,) = struct.unpack_from("<I", content, at)
-        at += 4
-        skip(kind)
-    for _ in range(tensors):
-        name = text()
-        (dimensions,) = struct.unpack_from("<I", content, at)
-        (kind,) = struct.unpack_from("<I", content, at + 4 + 8 * dimensions)
-        at += 4 + 8 * dimensions + 4 + 8
-        yield name, kind
+        dimensions |= {f"blk.{layer}.{name}": 1 for name in ("attn_norm", "ffn_norm")}
+        dimensions |= {f"blk.{layer}.{name}": 2 for name in _NAMES.values()}
+    entries = [Entry(f"{name}.weight", (WIDTH,) * count, TENSOR_TYPES["F32"]) for name, count in dimensions.items()]
+    sizes = [4 * math.prod(entry.shape) for entry in entries]
+    write_gguf(file, metadata, [(entry, size, (bytes(size),)) for entry, size in zip(entries, sizes, strict=True)])
 
 
 for _mixture in MIXTURES:
