@@ -147,7 +147,7 @@ def compare(report: Report, subject: Subject, ids: Tensor, setup: Setup) -> Comp
         methods=select(setup.methods),
         ours=OURS,
         budgets=[Budget(bits=bits) for bits in setup.bits],
-        request=Request(Budget(bits=16.0), codecs=setup.codecs),
+        request=Request(codecs=setup.codecs),
     )
     columns = ["method", "library", "calibrated", "bytes", "bits", "KL", "stderr", "top-1", "ppl", "promised"]
     columns += ["our bytes", "our KL", "ratio", "note"]
@@ -213,7 +213,7 @@ def theorem(report: Report, subject: Subject, ids: Tensor, setup: Setup) -> list
         methods=[method for *_, method in cases],
         ours=(),
         budgets=(),
-        request=Request(Budget(bits=16.0), codecs=setup.codecs),
+        request=Request(codecs=setup.codecs),
         match=False,
     )
     variants = [
@@ -255,8 +255,8 @@ def uniform_cases(subject: Subject, setup: Setup) -> list[tuple[str, str, Method
         count = min(PER_FAMILY, len(names))
         for place in range(count):
             name = names[round(place * (len(names) - 1) / max(1, count - 1))]
-            request = Request(Budget(bits=16.0), uniform=True, codecs=(name,))
-            cases.append(("uniform", family, case(subject, request, f"uniform {name}")))
+            request = Request(uniform=True, codecs=(name,))
+            cases.append(("uniform", family, case(subject, Budget(bits=16.0), request, f"uniform {name}")))
     return cases
 
 
@@ -268,18 +268,18 @@ def allotted_cases(subject: Subject, setup: Setup) -> list[tuple[str, str, Metho
     cases = []
     for menu, codecs, rates in menus:
         for bits in rates:
-            request = Request(Budget(bits=bits), codecs=codecs)
+            title = f"allotted, {menu}, {bits:g} bits"
             try:
-                cases.append(("allotted", menu, case(subject, request, f"allotted, {menu}, {bits:g} bits")))
+                cases.append(("allotted", menu, case(subject, Budget(bits=bits), Request(codecs=codecs), title)))
             except WaterfillError:
                 continue  # this menu has no plan at this budget
     return cases
 
 
-def case(subject: Subject, request: Request, title: str) -> Method:
+def case(subject: Subject, budget: Budget, request: Request, title: str) -> Method:
     """A plan to pack. Plans that give every matrix the same are one case, whatever they were asked for: what tells them
     apart, `options`, is then the same."""
-    plan = plan_for(subject, request)
+    plan = plan_for(subject, budget, request)
     chosen = blake2b(" ".join(tensor.codec for tensor in plan.tensors).encode(), digest_size=8).hexdigest()
     method = packed(plan, title=title, name=title.replace(" ", "-").replace(",", ""))
     gains = blake2b(repr([tensor.rho for tensor in plan.tensors]).encode(), digest_size=8).hexdigest()

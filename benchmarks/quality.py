@@ -54,8 +54,8 @@ class Bench:
     ids: Tensor  # int64 [tokens], whole windows
 
     def plan(self, bits: float, *, uniform: bool, codecs: tuple[str, ...] = ()) -> Plan:
-        request = Request(Budget(bits=bits), uniform=uniform, codecs=codecs)
-        return make_plan(self.subject.name, self.subject.architecture, self.sensitivity, request)
+        budget, request = Budget(bits=bits), Request(uniform=uniform, codecs=codecs)
+        return make_plan(self.subject.name, self.subject.architecture, self.sensitivity, budget, request)
 
     def measure(self, plan: Plan) -> Divergence:
         return self.score(decoded_copy(self.subject, plan.tensors))

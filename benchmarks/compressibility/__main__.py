@@ -222,8 +222,8 @@ def measure_joint(
 
 
 def trellis_plan(subject: Subject, sensitivity: Sensitivity, rate: float, uniform: bool) -> tuple[TensorPlan, ...]:
-    request = Request(budget=Budget(bits=rate), uniform=uniform, codecs=("trellis",))
-    return make_plan(subject.name, subject.architecture, sensitivity, request).tensors
+    budget, request = Budget(bits=rate), Request(uniform=uniform, codecs=("trellis",))
+    return make_plan(subject.name, subject.architecture, sensitivity, budget, request).tensors
 
 
 @torch.no_grad()

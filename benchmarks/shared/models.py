@@ -118,8 +118,8 @@ def measure_sensitivity(
 
 def uniform_plan(subject: Subject, sensitivity: Sensitivity, codec: str, gain: Gain = "auto") -> Plan:
     """The plan that gives every matrix the same codec."""
-    request = Request(budget=Budget(bits=16.0), gain=gain, uniform=True, codecs=(codec,))
-    return make_plan(subject.name, subject.architecture, sensitivity, request)
+    request = Request(gain=gain, uniform=True, codecs=(codec,))
+    return make_plan(subject.name, subject.architecture, sensitivity, Budget(bits=16.0), request)
 
 
 def stored_bits(subject: Subject, index_bits: float) -> float:
@@ -131,8 +131,7 @@ def stored_bits(subject: Subject, index_bits: float) -> float:
 
 def allotted_plan(subject: Subject, sensitivity: Sensitivity, bits: float, gain: Gain = "auto") -> Plan:
     """The plan of least predicted loss at `bits` stored bits per weight."""
-    request = Request(budget=Budget(bits=bits), gain=gain)
-    return make_plan(subject.name, subject.architecture, sensitivity, request)
+    return make_plan(subject.name, subject.architecture, sensitivity, Budget(bits=bits), Request(gain=gain))
 
 
 @torch.no_grad()

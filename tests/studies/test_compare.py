@@ -45,7 +45,7 @@ from waterfill.studies.comparison.rounding import round_to_nearest
 from waterfill.studies.comparison.stored import file_bytes, kept_buffers, run_quantiser, stored
 
 CONTEXT = 16
-REQUEST = Request(Budget(bits=16.0), codecs=SCALAR)
+REQUEST = Request(codecs=SCALAR)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +145,7 @@ def test_rounding_to_nearest(zero: Any) -> None:
 
 
 def test_ours_is_what_pack_writes_and_load_runs(subject: Subject, ids: Tensor, tmp_path: Path) -> None:
-    plan = plan_for(subject, replace(REQUEST, budget=Budget(bits=4.2)))
+    plan = plan_for(subject, Budget(bits=4.2), REQUEST)
     weights: dict[str, Tensor] = {}
     candidate = pack_and_decode(subject, plan, weights.__setitem__)
     waterfill.pack(subject.checkpoint.path, tmp_path / "out", plan=plan)
@@ -174,7 +174,7 @@ def test_ours_stands_beside_every_peer_within_its_bytes(subject: Subject, ids: T
 
 def test_ours_is_planned_for_storage_or_for_memory(subject: Subject, ids: Tensor) -> None:
     rounded = method("rounded", partial(round_to_nearest, bits=2, zero="none"))
-    requests = (Request(Budget(bits=16.0), purpose=purpose) for purpose in ("storage", "memory"))
+    requests = (Request(purpose=purpose) for purpose in ("storage", "memory"))
     storage, memory = (compared(subject, ids, rounded, match=True, request=request) for request in requests)
     assert memory.curve[0].kl > storage.curve[0].kl, "fixed rates lose more for the same bytes"
     assert memory.rows[0].ours_kl != storage.rows[0].ours_kl, "one is not taken for the other where results are kept"
@@ -200,7 +200,7 @@ def test_a_budget_that_no_plan_meets_has_a_row(subject: Subject, ids: Tensor) ->
 def test_the_curve_is_what_plans_promise(subject: Subject) -> None:
     curve = predicted_curve(subject.architecture, subject.sensitivity, REQUEST, bits=(0.1, 2.5, 3, 4, 4.0001))
     assert len(curve) == 3, "what cannot be met is left out, and what repeats"
-    plan = plan_for(subject, replace(REQUEST, budget=Budget(bits=3)))
+    plan = plan_for(subject, Budget(bits=3), REQUEST)
     assert (
         CurvePoint(plan.size_bytes, plan.bits, plan.predicted.kl, plan.predicted.kl_low, plan.predicted.kl_high)
         in curve

@@ -16,7 +16,6 @@ from tests.support import models
 from tests.support.plans import sensitivity_of
 from waterfill.files.architecture import describe
 from waterfill.files.checkpoint import open_checkpoint
-from waterfill.planning.moments import second_moments
 from waterfill.studies.comparison import Subject, Unavailable, ggml, gptq, mixtures, peers
 from waterfill.studies.comparison.stored import Stored
 
@@ -174,7 +173,7 @@ def test_a_mixture_is_charged_for_its_types(subject: Subject) -> None:
 
 
 def test_second_moments_are_those_of_the_inputs(subject: Subject) -> None:
-    found = second_moments(subject)
+    found = subject.moments
     name = "model.layers.1.mlp.down_proj"
     seen: list[Tensor] = []
     handle = subject.model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -183,7 +182,7 @@ def test_second_moments_are_those_of_the_inputs(subject: Subject) -> None:
     handle.remove()
     assert torch.allclose(found[name], seen[0].flatten(0, 1).square().mean(0), rtol=1e-4)
     assert len(found) == 14
-    assert second_moments(subject) is found, "measured once"
+    assert subject.moments is found, "measured once"
 
 
 # ----------------------------------------------------------------------------------------------------- other libraries

@@ -245,9 +245,10 @@ def test_other_models_and_other_plans(build: Any, request_: dict[str, Any], tmp_
     assert made.size_bytes == plan.size_bytes
     again = make_plan(
         "model",
-        facts.architecture_of(plan),
+        plan,
         facts.sensitivity_of(tmp_path / "out", plan),
-        Request(**{"codecs": SCALAR, **request_}),
+        request_["budget"],
+        Request(**{"codecs": SCALAR, **{key: value for key, value in request_.items() if key != "budget"}}),
     )
     assert again.tensors == plan.tensors, "an artifact tells all that planning needs"
     assert (again.size_bytes, again.kept) == (plan.size_bytes, plan.kept)
@@ -288,9 +289,7 @@ def test_all_bytes_are_accounted_for(report: Report, work: Path) -> None:
 def test_the_curve_passes_through_the_plan_when_codecs_are_the_same(report: Report, work: Path) -> None:
     made = facts.sensitivity_of(work / "packed", report.plan)
     saved = api.Sensitivity.load(work / "plan.sensitivity.json")
-    again = api.make_plan(
-        "m", facts.architecture_of(report.plan), made, api.Request(api.Budget(3_000_000), codecs=("higgs-p1-*",))
-    )
+    again = api.make_plan("m", report.plan, made, api.Budget(3_000_000), api.Request(codecs=("higgs-p1-*",)))
     assert abs(again.size_bytes - 3_000_000) < 15_000
     assert again.predicted.kl <= report.plan.predicted.kl * 1.0001, "its codecs are among these"
     # An artifact packed from a saved plan has no sensitivities of its own; the plan's interval tells their errors.

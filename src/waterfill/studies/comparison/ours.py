@@ -9,14 +9,15 @@ from waterfill.base.progress import Step
 from waterfill.codecs import Encoded, get_codec
 from waterfill.files.artifact import RAW, Artifact, open_artifact
 from waterfill.packing.pack import pack_plan
+from waterfill.planning.budget import Budget
 from waterfill.planning.plan import Plan
 from waterfill.planning.planner import Request, make_plan
 from waterfill.studies.comparison.base import Candidate, Method, Put, Subject
 
 
-def plan_for(subject: Subject, request: Request) -> Plan:
+def plan_for(subject: Subject, budget: Budget, request: Request) -> Plan:
     """The plan that `waterfill pack` would carry out."""
-    return make_plan(subject.name, subject.architecture, subject.sensitivity, request)
+    return make_plan(subject.name, subject.architecture, subject.sensitivity, budget, request)
 
 
 def packed(plan: Plan, *, title: str, name: str, progress: Step | None = None) -> Method:

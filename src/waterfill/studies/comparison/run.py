@@ -25,7 +25,7 @@ from waterfill.evaluation import divergence
 from waterfill.files.architecture import parameters_of
 from waterfill.planning.budget import Budget
 from waterfill.planning.estimators import matrix_view
-from waterfill.planning.planner import Request
+from waterfill.planning.planner import USUAL, Request
 from waterfill.studies.comparison.base import OURS, Method, Row, Subject, Unavailable
 from waterfill.studies.comparison.cache import VERSION, Results
 from waterfill.studies.comparison.curve import CurvePoint, predicted_curve
@@ -80,7 +80,7 @@ def compare_methods(
     methods: Sequence[Method],
     ours: Sequence[str] = OURS[:1],
     budgets: Sequence[Budget],
-    request: Request | None = None,
+    request: Request = USUAL,
     match: bool = True,
     batch: int = 1,
     progress: Progress | None = None,
@@ -90,11 +90,10 @@ def compare_methods(
     Args:
         text: name of the text, for the result.
         ours: which of `OURS` to run, at every budget.
-        request: what else our plans are asked for; the budget in it is replaced.
+        request: what else our plans are asked for.
         match: also measure our plan within each peer's bytes.
         progress: called with (what is being done, done, in all).
     """
-    request = request or Request(Budget(bits=16.0))
     bench = _Bench(subject, ids, context, batch, progress)
     packing = step_of(progress, "packing")
     cases = [_budget_case(subject, request, name, budget, packing) for name in ours for budget in budgets]
@@ -130,12 +129,12 @@ def _budget_case(
     subject: Subject, request: Request, name: str, budget: Budget, packing: Callable[[int, int], None] | None
 ) -> Method | Row:
     """One of our methods at a budget, or the row that says why there is no such plan."""
-    request = replace(request, budget=budget, uniform=name == OURS[1])
+    request = replace(request, uniform=name == OURS[1])
     asked = f"{budget.bits:g} bits" if budget.bits is not None else f"{budget.size_bytes:,} bytes"
     said = ("waterfill", "uniform" * request.uniform, "for memory" * (request.purpose == "memory"), asked)
     title = ", ".join(filter(None, said))
     try:
-        return packed(plan_for(subject, request), title=title, name=name, progress=packing)
+        return packed(plan_for(subject, budget, request), title=title, name=name, progress=packing)
     except BudgetError as error:
         return Row(name, title, "waterfill", None, False, problem=first_line(error))
 
@@ -195,9 +194,8 @@ class _Bench:
 
     def matched(self, row: Row, request: Request) -> Row:
         """The row with our own plan beside it, which takes at most its bytes."""
-        request = replace(request, budget=Budget(size_bytes=row.size_bytes), uniform=False)
         try:
-            plan = plan_for(self.subject, request)
+            plan = plan_for(self.subject, Budget(size_bytes=row.size_bytes), replace(request, uniform=False))
         except BudgetError:
             return row
         packing = step_of(self.progress, "packing")

@@ -102,7 +102,6 @@ def compare(
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)
     subject = Subject(name, checkpoint, architecture, original, measured, calibration)
     request = Request(
-        Budget(bits=16.0),
         gain=options.get("gain", "auto"),
         keep=tuple(options.get("keep", ())),
         codecs=tuple(options.get("codecs", ())),

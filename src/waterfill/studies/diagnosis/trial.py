@@ -104,8 +104,8 @@ def _packed(folder: Path) -> Path:
     checkpoint = open_checkpoint(path)
     architecture = describe(checkpoint)
     measured = measure_checkpoint(checkpoint, architecture, None, ProbeOptions(probe="random", sequences=2, length=8))
-    request = Request(Budget(bits=5), codecs=(_CODEC,), uniform=True)
-    pack_plan(make_plan(path.name, architecture, measured, request), checkpoint, architecture, artifact)
+    plan = make_plan(path.name, architecture, measured, Budget(bits=5), Request(codecs=(_CODEC,), uniform=True))
+    pack_plan(plan, checkpoint, architecture, artifact)
     return artifact
 
 
