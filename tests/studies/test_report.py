@@ -32,7 +32,7 @@ from waterfill.planning.planner import Request, make_plan
 from waterfill.studies.comparison import Row
 from waterfill.studies.comparison import study as api_studies
 from waterfill.studies.comparison.cache import Results
-from waterfill.studies.report import Report, Sample, facts, gather, render
+from waterfill.studies.report import Continuation, Report, facts, gather, render
 from waterfill.studies.report.bound import ideal_bits, least_loss, mse_distortion
 from waterfill.studies.report.charts import gap_bits, rows_of, water_level
 from waterfill.studies.report.places import MAX_MARKS, places, units
@@ -186,13 +186,16 @@ def test_names_from_a_model_never_become_markup(report: Report) -> None:
         plan=replace(plan, model=EVIL, tensors=tensors, kept=kept, optimal=EVIL, probe={"kind": "text", "text": EVIL}),
         measured_t2=measured,
         config={EVIL: EVIL},
-        samples=(Sample(EVIL, EVIL, EVIL + "!"),),
+        samples=(Continuation(EVIL, EVIL, EVIL + "!"),),
         peers=(row,),
         text=EVIL,
         commands=(EVIL,),
         versions={EVIL: EVIL},
     )
-    page, plain = Page(render(hostile)), Page(render(replace(report, samples=(Sample("a", "b", "bc"),), peers=(row,))))
+    page, plain = (
+        Page(render(hostile)),
+        Page(render(replace(report, samples=(Continuation("a", "b", "bc"),), peers=(row,)))),
+    )
     assert len(page.all("script")) == len(plain.all("script")) == 1
     assert page.all("img") == []
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
@@ -345,9 +348,9 @@ def test_least_loss_is_the_least(report: Report) -> None:
 
 
 def test_samples_know_where_they_part() -> None:
-    assert Sample("p", "abcd", "abxd").agree == 2
-    assert Sample("p", "ab", "ab").agree == 2
-    assert Sample("p", "", "x").agree == 0
+    assert Continuation("p", "abcd", "abxd").agree == 2
+    assert Continuation("p", "ab", "ab").agree == 2
+    assert Continuation("p", "", "x").agree == 0
 
 
 @pytest.mark.parametrize("codec", ["raw", "lossless"])

@@ -19,8 +19,7 @@ from waterfill.base.arguments import PATH, POSITIVE, SIZE, checked, each
 from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Progress, step_of
 from waterfill.base.writing import write_file
-from waterfill.evaluation import default_context, token_ids
-from waterfill.evaluation import windows as text_windows
+from waterfill.evaluation import default_context, token_ids, windows
 from waterfill.files.architecture import Architecture, describe
 from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.files.original import load_checkpoint, load_tokenizer
@@ -96,7 +95,7 @@ def compare(
     ids = token_ids(tokenizer, text)
     original = load_checkpoint(checkpoint)
     context = default_context(original) if context is None else context
-    ids = text_windows(ids, context)[:max_windows].flatten()
+    ids = windows(ids, context)[:max_windows].flatten()
     calibrated = any(method.calibrated for method in peers)
     measured, calibration = _measured(checkpoint, architecture, original, tokenizer, progress, options, calibrated)
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)

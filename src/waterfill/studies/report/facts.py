@@ -28,7 +28,7 @@ PACKAGES = ("waterfill", "torch", "transformers", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
-class Sample:
+class Continuation:
     """One prompt, continued greedily by both models."""
 
     prompt: str
@@ -63,7 +63,7 @@ class Report:
     ideal_bytes: float  # of the matrices, if each were coded at Shannon's bound for its noise
     divergence: Divergence | None  # measured, where the original and a text were given
     text: str | None  # name of that text
-    samples: tuple[Sample, ...]
+    samples: tuple[Continuation, ...]
     ours: tuple[Row, ...]  # the best plans that `waterfill compare` has measured on this model
     peers: tuple[Row, ...]  # and the other methods
     same_text: bool  # whether it did so on the tokens of `divergence`
@@ -80,7 +80,7 @@ def gather(
     *,
     divergence: Divergence | None = None,
     text: str | None = None,
-    samples: Sequence[Sample] = (),
+    samples: Sequence[Continuation] = (),
     compared: Sequence[Row] = (),
     same_text: bool = False,
     original: bool = False,
