@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from benchmarks.peers.worker import Pass, Products
+from benchmarks.peers.worker import Pass, PeerProducts
 from waterfill.files.ggml import OF_ROWS, Signatures, load_ggml
 from waterfill.files.gguf import TENSOR_TYPES, Entry, write_gguf
 
@@ -87,7 +87,7 @@ def relative_error(kind: str, width: int = 4096) -> float:
     return float(np.square(decoded - weights).sum(dtype=np.float64) / np.square(weights).sum(dtype=np.float64))
 
 
-class Ggml(Products):
+class Ggml(PeerProducts):
     """ggml_mul_mat on the CPU backend: as stored, or in the layout that llama.cpp repacks to; the faster is taken."""
 
     kinds: ClassVar = {

@@ -1,5 +1,6 @@
 """Codecs: matrices to named buffers and back. `get_codec(name)` is the door; `base` is the contract."""
 
+from waterfill.codecs import higgs, levels
 from waterfill.codecs.contract import (
     BufferLayout,
     Codec,
@@ -13,17 +14,15 @@ from waterfill.codecs.contract import (
     register_codec,
 )
 from waterfill.codecs.higgs import Higgs, scale_exponent
-from waterfill.codecs.higgs import higgs as _higgs
 from waterfill.codecs.levels import Levels
-from waterfill.codecs.levels import levels as _levels
 from waterfill.codecs.lossless import LOSSLESS
 from waterfill.codecs.table import TableCodec
+from waterfill.codecs.trellis import codec as trellis_codec
 from waterfill.codecs.trellis.codec import Trellis
-from waterfill.codecs.trellis.codec import trellis as _trellis
 
-register_codec("higgs", _higgs)
-register_codec("levels", _levels)
-register_codec("trellis", _trellis)
+register_codec("higgs", higgs.higgs)
+register_codec("levels", levels.levels)
+register_codec("trellis", trellis_codec.trellis)
 
 __all__ = [
     "LOSSLESS",

@@ -27,7 +27,7 @@ from waterfill.evaluation.efficiency import Efficiency, measure_efficiency
 from waterfill.evaluation.kld_file import KldFile
 from waterfill.evaluation.local_tasks import SUFFIX as TASK_SUFFIX
 from waterfill.evaluation.on_text import (
-    Run,
+    EvaluationRun,
     agreed_ids,
     check_room,
     common_dtype,
@@ -124,7 +124,7 @@ def evaluate(
             "there is nothing to measure; give a text, tasks or efficiency (--text, --tasks, --efficiency)"
         )
     subject = open_subject(model, revision=revision, memory=memory)
-    run = Run(Cache.default() if cache else None, batch, progress)
+    run = EvaluationRun(Cache.default() if cache else None, batch, progress)
     reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision, memory=memory)
     if revision is not None and reference is None and subject.kind != CHECKPOINT:
         raise WaterfillError(f"{model} has no revision {revision!r}, only a hub model has; leave the revision out")
@@ -163,7 +163,9 @@ def _is_kld(against: str | Path | None) -> bool:
 # ---------------------------------------------------------------------------------------------------------- on a text
 
 
-def _on_text(subject: Subject, reference: Subject | None, ids: torch.Tensor, how: Convention, run: Run) -> Evaluation:
+def _on_text(
+    subject: Subject, reference: Subject | None, ids: torch.Tensor, how: Convention, run: EvaluationRun
+) -> Evaluation:
     for each in (subject, reference or subject):
         each.logits = run.batch * how.context
     if reference is not None:
@@ -173,7 +175,7 @@ def _on_text(subject: Subject, reference: Subject | None, ids: torch.Tensor, how
 
 
 def _against_file(
-    subject: Subject, file: str | Path, text: str | Path | None, max_windows: int | None, run: Run
+    subject: Subject, file: str | Path, text: str | Path | None, max_windows: int | None, run: EvaluationRun
 ) -> Evaluation:
     if text is not None:
         raise WaterfillError(f"{file} has its text in it; leave out the other one")
@@ -209,7 +211,7 @@ def _on_tasks(
     reference: Subject | None,
     names: Sequence[str],
     specs: Sequence[Any],
-    run: Run,
+    run: EvaluationRun,
     options: dict[str, Any],
 ) -> Evaluation:
     """What was measured so far, and the scores of both."""
@@ -221,7 +223,12 @@ def _on_tasks(
 
 
 def _tasks(
-    subject: Subject, dtype: torch.dtype | None, names: Sequence[str], specs: Sequence[Any], run: Run, **options: Any
+    subject: Subject,
+    dtype: torch.dtype | None,
+    names: Sequence[str],
+    specs: Sequence[Any],
+    run: EvaluationRun,
+    **options: Any,
 ) -> TaskResults:
     """Answers are kept under a name that says who was asked what, until all are there."""
     journal = None

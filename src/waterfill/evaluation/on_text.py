@@ -3,7 +3,7 @@
     text ──agreed_ids──► token ids ──convention──► windows ──► the reference's predictions: stored, or live ──┐
                                                          └──► the model's ───────────────────────────────────┴──► scores
 
-A `Run` says how anything is measured: where what can be used again is kept, how much at a time, who is told.
+An `EvaluationRun` says how anything is measured: where what can be used again is kept, how much at a time, who is told.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SETTINGS = (native.ISA_VARIABLE, FLOAT_ACTIVATIONS)  # of the environment, that 
 
 
 @dataclass(frozen=True)
-class Run:
+class EvaluationRun:
     """How to measure, whatever it is."""
 
     cache: Cache | None
@@ -74,14 +74,16 @@ def convention_for(subject: Subject, name: str, context: int | None, stride: int
     return convention(name, subject.positions, context=context, stride=stride, bos=bos)
 
 
-def perplexity_of(subject: Subject, ids: torch.Tensor, how: Convention, run: Run) -> Perplexity:
+def perplexity_of(subject: Subject, ids: torch.Tensor, how: Convention, run: EvaluationRun) -> Perplexity:
     """Of a model alone."""
     dtype, step = common_dtype(subject, None), run.step("measuring")
     with run.journal(ids, how, perplexities.COLUMNS, subject.fingerprint, str(dtype)) as journal:
         return measure_perplexity(subject.load(dtype), ids, how, batch=run.batch, progress=step, journal=journal)
 
 
-def divergence_of(reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: Run) -> Divergence:
+def divergence_of(
+    reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: EvaluationRun
+) -> Divergence:
     """Of a model from its reference.
 
     Raises:
@@ -108,7 +110,7 @@ def divergence_of(reference: Subject, subject: Subject, ids: torch.Tensor, how: 
         )
 
 
-def divergence_from_file(subject: Subject, file: KldFile, max_windows: int | None, run: Run) -> Divergence:
+def divergence_from_file(subject: Subject, file: KldFile, max_windows: int | None, run: EvaluationRun) -> Divergence:
     """Of a model from what llama-perplexity has written of another, on the text in that file."""
     how = file.convention(begin_token(subject.tokenizer()))
     ids = file.ids if max_windows is None else how.first_windows(file.ids, max_windows)
@@ -146,7 +148,7 @@ def agreed_ids(subject: Subject, reference: Subject | None, text: Path) -> torch
 
 
 def _known_predictions(
-    reference: Subject, ids: torch.Tensor, how: Convention, run: Run, dtype: torch.dtype | None
+    reference: Subject, ids: torch.Tensor, how: Convention, run: EvaluationRun, dtype: torch.dtype | None
 ) -> ReferenceStore | None:
     """The reference's predictions on disk, computed now as far as they are missing; None where they have no place."""
     if run.cache is None:

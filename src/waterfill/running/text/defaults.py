@@ -13,7 +13,7 @@ from typing import Any
 
 from waterfill.base.errors import UnsupportedError
 from waterfill.base.reading import read_text
-from waterfill.running.text.choose import Rules
+from waterfill.running.text.next_token import Rules
 from waterfill.running.text.sampling import Sampling
 
 GENERATION_FILE, CONFIG_FILE = "generation_config.json", "config.json"

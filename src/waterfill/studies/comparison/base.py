@@ -1,7 +1,7 @@
 """What comparing is made of: methods, what each gives back, and one row of the table per method.
 
-A method takes a `Subject`, gives back its matrices one by one, and says how many bytes store them. Methods are found
-by name (`select`); packages add theirs with `register`.
+A method takes a `StudiedModel`, gives back its matrices one by one, and says how many bytes store them. Methods are
+found by name (`select`); packages add theirs with `register`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Unavailable(Exception):  # noqa: N818  # not an error: it becomes a row of
 
 
 @dataclass(frozen=True)
-class Subject:
+class StudiedModel:
     """The model under study, whole and dense; what is measured and planned on it is done once."""
 
     name: str
@@ -73,7 +73,7 @@ class Method:
     name: str  # as it is asked for
     title: str  # as tables call it
     family: str  # the library
-    run: Callable[[Subject, Put], Candidate]
+    run: Callable[[StudiedModel, Put], Candidate]
     package: str | None = None  # distribution whose version belongs to the result
     calibrated: bool = False  # whether it looks at activations, not at the weights alone
     options: str = ""  # what else decides the result, for the cache

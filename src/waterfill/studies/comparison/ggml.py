@@ -16,8 +16,8 @@ from torch import Tensor
 from waterfill.files.artifact import Buffer
 from waterfill.files.ggml import load_ggml
 from waterfill.files.gguf import TENSOR_TYPES
-from waterfill.studies.comparison.base import Candidate, Method, Put, Subject, Unavailable, register
-from waterfill.studies.comparison.stored import Stored, run_quantiser, stored
+from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable, register
+from waterfill.studies.comparison.stored import QuantisedMatrix, quantised, run_quantiser
 
 TYPES = (
     "Q2_K", "IQ2_S", "IQ3_XXS", "Q3_K", "IQ3_S", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS", "Q4_K", "Q5_0", "Q5_1", "Q5_K",
@@ -48,13 +48,13 @@ def fitting(kind: str, width: int) -> str:
     return "F16" if width % lib.ggml_get_type_traits(TENSOR_TYPES[chosen]).contents.block else chosen
 
 
-def quantise(weight: Tensor, kind: str, importance: Tensor | None = None) -> Stored:
+def quantise(weight: Tensor, kind: str, importance: Tensor | None = None) -> QuantisedMatrix:
     """Encode and decode one matrix; `importance` weighs the errors of its columns, float32 [in]."""
     lib = _ggml()
     rows, width = weight.shape
     chosen = fitting(kind, width)
     if chosen == "F16":
-        return stored(weight.half().float(), {chosen.lower(): Buffer("f16", "F16", (rows, width))})
+        return quantised(weight.half().float(), {chosen.lower(): Buffer("f16", "F16", (rows, width))})
     number = TENSOR_TYPES[chosen]
     codes = torch.empty(rows, lib.ggml_row_size(number, width), dtype=torch.uint8)
     source = weight.to(torch.float32).contiguous()
@@ -65,10 +65,10 @@ def quantise(weight: Tensor, kind: str, importance: Tensor | None = None) -> Sto
         raise Unavailable(f"ggml wrote {written} bytes of {chosen} where {codes.nbytes} were expected")
     decoded = torch.empty(rows, width)
     lib.ggml_get_type_traits(number).contents.to_float(codes.data_ptr(), decoded.data_ptr(), rows * width)
-    return stored(decoded, {chosen.lower(): codes})
+    return quantised(decoded, {chosen.lower(): codes})
 
 
-def run(kind: str, subject: Subject, put: Put, *, weighted: bool = False) -> Candidate:
+def run(kind: str, subject: StudiedModel, put: Put, *, weighted: bool = False) -> Candidate:
     """All matrices in one type."""
     _ggml()
     note = _replaced(kind, subject)
@@ -81,7 +81,7 @@ def run(kind: str, subject: Subject, put: Put, *, weighted: bool = False) -> Can
     return Candidate(result.size_bytes, result.bits, note="; ".join(filter(None, (note, result.note))))
 
 
-def _replaced(kind: str, subject: Subject) -> str:
+def _replaced(kind: str, subject: StudiedModel) -> str:
     """What llama.cpp stores otherwise than it was asked to."""
     matrices = subject.architecture.matrices
     other = [(matrix, fitting(kind, matrix.shape[1])) for matrix in matrices]

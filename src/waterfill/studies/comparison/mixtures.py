@@ -21,7 +21,7 @@ from waterfill.files.artifact import Buffer
 from waterfill.files.ggml import silence
 from waterfill.files.gguf import FILE_TYPES, TENSOR_TYPES, Entry, read_gguf, write_gguf
 from waterfill.planning.estimators import matrix_view
-from waterfill.studies.comparison.base import Candidate, Method, Put, Subject, Unavailable, register
+from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable, register
 from waterfill.studies.comparison.ggml import NAMES, quantise
 from waterfill.studies.comparison.peers import library
 from waterfill.studies.comparison.stored import file_bytes, kept_buffers
@@ -36,7 +36,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-def run(mixture: str, subject: Subject, put: Put, *, weighted: bool = False) -> Candidate:
+def run(mixture: str, subject: StudiedModel, put: Put, *, weighted: bool = False) -> Candidate:
     """Every matrix in the type that llama.cpp chooses for it."""
     chosen = chosen_types(mixture, subject)
     moments = subject.moments if weighted else {}
@@ -58,7 +58,7 @@ def run(mixture: str, subject: Subject, put: Put, *, weighted: bool = False) -> 
     )
 
 
-def chosen_types(mixture: str, subject: Subject) -> dict[str, str]:
+def chosen_types(mixture: str, subject: StudiedModel) -> dict[str, str]:
     """The type of every matrix, by the matrix's name."""
     config = subject.checkpoint.config
     if config.get("model_type") not in MODELS:

@@ -26,7 +26,7 @@ from waterfill.files.architecture import parameters_of
 from waterfill.planning.budget import Budget
 from waterfill.planning.estimators import matrix_view
 from waterfill.planning.planner import USUAL, Request
-from waterfill.studies.comparison.base import OURS, Method, Row, Subject, Unavailable
+from waterfill.studies.comparison.base import OURS, Method, Row, StudiedModel, Unavailable
 from waterfill.studies.comparison.cache import VERSION, Results
 from waterfill.studies.comparison.curve import CurvePoint, predicted_curve
 from waterfill.studies.comparison.ours import packed, plan_for
@@ -72,7 +72,7 @@ class Comparison(Record):
 
 
 def compare_methods(
-    subject: Subject,
+    subject: StudiedModel,
     ids: Tensor,
     *,
     text: str,
@@ -126,7 +126,7 @@ def compare_methods(
 
 
 def _budget_case(
-    subject: Subject, request: Request, name: str, budget: Budget, packing: Callable[[int, int], None] | None
+    subject: StudiedModel, request: Request, name: str, budget: Budget, packing: Callable[[int, int], None] | None
 ) -> Method | Row:
     """One of our methods at a budget, or the row that says why there is no such plan."""
     request = replace(request, uniform=name == OURS[1])
@@ -143,7 +143,7 @@ def _budget_case(
 class _Bench:
     """What all methods are measured on."""
 
-    subject: Subject
+    subject: StudiedModel
     ids: Tensor
     context: int
     batch: int

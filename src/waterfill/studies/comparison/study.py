@@ -31,7 +31,16 @@ from waterfill.planning.options import CHECKS, ProbeOptions
 from waterfill.planning.planner import Request
 from waterfill.planning.probe import probe_tokens, read_text
 from waterfill.planning.sensitivity import Sensitivity, given_sensitivity
-from waterfill.studies.comparison import DEFAULT_BITS, OURS, Comparison, Method, Subject, compare_methods, known, select
+from waterfill.studies.comparison import (
+    DEFAULT_BITS,
+    OURS,
+    Comparison,
+    Method,
+    StudiedModel,
+    compare_methods,
+    known,
+    select,
+)
 from waterfill.studies.comparison.cache import comparisons_folder
 
 # Without the baseline that nobody ships, and without variants of what is there already.
@@ -99,7 +108,7 @@ def compare(
     calibrated = any(method.calibrated for method in peers)
     measured, calibration = _measured(checkpoint, architecture, original, tokenizer, progress, options, calibrated)
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)
-    subject = Subject(name, checkpoint, architecture, original, measured, calibration)
+    subject = StudiedModel(name, checkpoint, architecture, original, measured, calibration)
     request = Request(
         gain=options.get("gain", "auto"),
         keep=tuple(options.get("keep", ())),

@@ -52,7 +52,7 @@ def probabilities(logits: Floats, seen: Sequence[int], rules: Rules) -> Doubles:
     return dense
 
 
-def choose(logits: Floats, seen: Sequence[int], rules: Rules, random: np.random.Generator) -> int:
+def choose_token(logits: Floats, seen: Sequence[int], rules: Rules, random: np.random.Generator) -> int:
     """The id of the next token; arguments and errors are those of `probabilities`."""
     tokens, weights = _candidates(logits, seen, rules)
     return int(tokens[0] if len(tokens) == 1 else tokens[draw(weights, random)])
