@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.peers.worker import Pass, PeerProducts
 from waterfill.files.ggml import OF_ROWS, Signatures, load_ggml
 from waterfill.files.gguf import TENSOR_TYPES, Entry, write_gguf
+from waterfill.files.llama_names import GGUF_NORMS, GGUF_PROJECTIONS
 
 TYPES = ("Q4_0", "Q2_K", "Q3_K", "Q4_K")
 REPACKED = ("Q4_0", "Q4_K", "Q2_K")  # types that ggml has a layout of its own for
@@ -256,19 +257,17 @@ def llama_tensors(shapes: dict[str, Any]) -> Iterator[tuple[str, int, int | None
     """(name, width, rows) of each matrix; rows is None for the weights of a norm."""
     hidden, inner, head = shapes["hidden_size"], shapes["intermediate_size"], shapes["head_dim"]
     queries, keys = head * shapes["num_attention_heads"], head * shapes["num_key_value_heads"]
+    shape_of = {
+        "q": (hidden, queries), "k": (hidden, keys), "v": (hidden, keys), "o": (queries, hidden),
+        "gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden),
+    }  # fmt: skip
     yield "token_embd.weight", hidden, shapes["vocab_size"]
     yield "output_norm.weight", hidden, None
     for layer in range(shapes["num_hidden_layers"]):
-        block = f"blk.{layer}"
-        yield f"{block}.attn_norm.weight", hidden, None
-        yield f"{block}.attn_q.weight", hidden, queries
-        yield f"{block}.attn_k.weight", hidden, keys
-        yield f"{block}.attn_v.weight", hidden, keys
-        yield f"{block}.attn_output.weight", queries, hidden
-        yield f"{block}.ffn_norm.weight", hidden, None
-        yield f"{block}.ffn_gate.weight", hidden, inner
-        yield f"{block}.ffn_up.weight", hidden, inner
-        yield f"{block}.ffn_down.weight", inner, hidden
+        for norm, keys_of in ((GGUF_NORMS["input_norm"], "qkvo"), (GGUF_NORMS["post_norm"], ("gate", "up", "down"))):
+            yield f"blk.{layer}.{norm}.weight", hidden, None
+            for key in keys_of:
+                yield f"blk.{layer}.{GGUF_PROJECTIONS[key]}.weight", *shape_of[key]
 
 
 def metadata_of(shapes: dict[str, Any]) -> dict[str, Any]:

@@ -22,22 +22,10 @@ from safetensors.torch import load_file
 from waterfill.files import gguf
 from waterfill.files.ggml import silence
 from waterfill.files.gguf import ALIGNMENT, FILE_TYPES, TENSOR_TYPES, Entry
+from waterfill.files.llama_names import gguf_name
 
 DTYPES = {"F32": np.float32, "F16": np.float16}
 NORMAL, CONTROL = 1, 3  # kinds of tokens
-
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def main() -> None:
@@ -59,7 +47,10 @@ def write_gguf(model: Path, out: Path, kind: str = "F32", *, add_bos: bool | Non
     config = json.loads((model / "config.json").read_text("utf-8"))
     if config["model_type"] != "llama":
         raise SystemExit(f"{model} is a {config['model_type']}; only Llama models are converted here")
-    tensors = {_ggml_name(name): _rows(name, tensor, config) for name, tensor in _weights(model).items()}
+    weights = _weights(model)
+    if unknown := [name for name in weights if gguf_name(name) is None]:
+        raise SystemExit(f"{model} has a tensor {unknown[0]}; only Llama models are converted here")
+    tensors = {str(gguf_name(name)): _rows(name, tensor, config) for name, tensor in weights.items()}
     metadata = {**_shapes(config), **_vocabulary(model, config, add_bos)}
     written = []
     for name, tensor in tensors.items():
@@ -86,14 +77,6 @@ def quantise(source: Path, out: Path, kind: str, threads: int = 1) -> Path:
 
 def _weights(model: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def _ggml_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    if stem in OTHER_NAMES:
-        return f"{OTHER_NAMES[stem]}.weight"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{LAYER_NAMES[part]}.weight"
 
 
 def _rows(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> np.ndarray:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import math
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-from waterfill.files.architecture import Matrix, parameters_of
+from waterfill.files.architecture import parameters_of
 from waterfill.files.artifact import Buffer
 from waterfill.files.ggml import silence
 from waterfill.files.gguf import FILE_TYPES, TENSOR_TYPES, Entry, read_gguf, write_gguf
+from waterfill.files.llama_names import GGUF_NORMS, GGUF_PROJECTIONS, gguf_name
 from waterfill.planning.estimators import matrix_view
 from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable, register
 from waterfill.studies.comparison.ggml import NAMES, quantise
@@ -29,11 +29,6 @@ from waterfill.studies.comparison.stored import file_bytes, kept_buffers
 MIXTURES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
 MODELS = ("llama", "mistral")  # whose matrices have these names in GGUF files
 WIDTH = 256  # of the miniature: every type's blocks fit
-_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 
 
 def run(mixture: str, subject: StudiedModel, put: Put, *, weighted: bool = False) -> Candidate:
@@ -68,19 +63,11 @@ def chosen_types(mixture: str, subject: StudiedModel) -> dict[str, str]:
     types = _types(FILE_TYPES[mixture], *shape)
     found = {}
     for matrix in subject.architecture.matrices:
-        kind = types.get(gguf_name(matrix), -1)
+        kind = types.get(gguf_name(matrix.name) or "", -1)
         if kind not in NAMES:
             raise Unavailable(f"llama.cpp stores {matrix.name} in a type that is not known here")
         found[matrix.name] = NAMES[kind]
     return found
-
-
-def gguf_name(matrix: Matrix) -> str:
-    """What a matrix is called in a GGUF file."""
-    if matrix.role in ("embedding", "head"):
-        return "token_embd.weight" if matrix.role == "embedding" else "output.weight"
-    match = re.fullmatch(r".*\.(\d+)\.(\w+\.\w+)", matrix.name)
-    return f"blk.{match[1]}.{_NAMES.get(match[2], '')}.weight" if match else ""
 
 
 def _types(ftype: int, layers: int, heads: int, kv_heads: int, output: bool) -> dict[str, int]:
@@ -117,8 +104,8 @@ def _miniature(file: BinaryIO, layers: int, heads: int, kv_heads: int, output: b
     }
     dimensions = {"token_embd": 2, "output_norm": 1, **({"output": 2} if output else {})}
     for layer in range(layers):
-        dimensions |= {f"blk.{layer}.{name}": 1 for name in ("attn_norm", "ffn_norm")}
-        dimensions |= {f"blk.{layer}.{name}": 2 for name in _NAMES.values()}
+        dimensions |= {f"blk.{layer}.{name}": 1 for name in GGUF_NORMS.values()}
+        dimensions |= {f"blk.{layer}.{name}": 2 for name in GGUF_PROJECTIONS.values()}
     entries = [Entry(f"{name}.weight", (WIDTH,) * count, TENSOR_TYPES["F32"]) for name, count in dimensions.items()]
     sizes = [4 * math.prod(entry.shape) for entry in entries]
     write_gguf(file, metadata, [(entry, size, (bytes(size),)) for entry, size in zip(entries, sizes, strict=True)])
