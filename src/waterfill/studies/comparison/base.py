@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from importlib import metadata
 from typing import Any
 
 from torch import Tensor
 
 from waterfill.base.errors import WaterfillError
+from waterfill.base.machine import package_version
 from waterfill.base.records import Record
 from waterfill.files.architecture import Architecture
 from waterfill.files.checkpoint import Checkpoint
@@ -81,10 +81,7 @@ class Method:
     @property
     def version(self) -> str | None:
         """Of its library; None where that is not installed."""
-        try:
-            return metadata.version(self.package) if self.package else None
-        except metadata.PackageNotFoundError:
-            return None
+        return package_version(self.package) if self.package else None
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
+from waterfill.base.machine import package_version
 from waterfill.evaluation import Divergence
 from waterfill.files.artifact import RAW, Artifact
 from waterfill.planning.loss import Coefficients
@@ -134,13 +134,8 @@ def sensitivity_of(path: Path, plan: Plan) -> Sensitivity:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that a result depends on."""
-    found = {"Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {package: package_version(package) for package in PACKAGES}
+    return {"Python": platform.python_version(), **{name: known for name, known in installed.items() if known}}
 
 
 def _best(row: Row, curve: tuple[CurvePoint, ...]) -> bool:
