@@ -313,12 +313,12 @@ def test_failures_become_rows_and_are_tried_again(subject: StudiedModel, ids: Te
     assert said == ["not on this machine", "RuntimeError: boom", "ValueError: ValueError"]
 
 
-# -------------------------------------------------------------------------------------------------------- the registry
+# ---------------------------------------------------------------------------------------------------------- the methods
 
 
 def test_methods_are_selected_by_pattern() -> None:
     assert [found.name for found in select(["hqq-4", "bnb-nf4*"])] == ["bnb-nf4", "bnb-nf4-double", "hqq-4"]
-    assert len(select()) == len(known()) > 40
+    assert len(select()) == len(set(known())) > 40
     with pytest.raises(WaterfillError, match=r"no method matches 'awq\*'; there are "):
         select(["awq*"])
     for found in select():

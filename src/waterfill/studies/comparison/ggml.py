@@ -16,7 +16,7 @@ from torch import Tensor
 from waterfill.files.artifact import Buffer
 from waterfill.files.ggml import load_ggml
 from waterfill.files.gguf import TENSOR_TYPES
-from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable, register
+from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable
 from waterfill.studies.comparison.stored import QuantisedMatrix, quantised, run_quantiser
 
 TYPES = (
@@ -92,19 +92,19 @@ def _replaced(kind: str, subject: StudiedModel) -> str:
     return f"{len(other)} of {len(matrices)} matrices are {chosen}: rows of {width} do not fit {kind}'s blocks"
 
 
-for _kind in TYPES:
-    _name = _kind.lower()
-    register(Method(f"gguf-{_name}", f"GGUF {_kind}", "GGUF", partial(run, _kind), "llama-cpp-python", options="pure"))
-for _kind in TYPES:
-    if _kind not in ("Q8_0",):
-        register(
-            Method(
-                f"gguf-{_kind.lower()}-imatrix",
-                f"GGUF {_kind}, imatrix",
-                "GGUF, imatrix",
-                partial(run, _kind, weighted=True),
-                "llama-cpp-python",
-                calibrated=True,
-                options="pure",
-            )
-        )
+def _method(kind: str, *, weighted: bool) -> Method:
+    return Method(
+        name=f"gguf-{kind.lower()}" + "-imatrix" * weighted,
+        title=f"GGUF {kind}" + ", imatrix" * weighted,
+        family="GGUF" + ", imatrix" * weighted,
+        run=partial(run, kind, weighted=weighted),
+        package="llama-cpp-python",
+        calibrated=weighted,
+        options="pure",
+    )
+
+
+METHODS = (
+    *(_method(kind, weighted=False) for kind in TYPES),
+    *(_method(kind, weighted=True) for kind in TYPES if kind != "Q8_0"),
+)

@@ -23,7 +23,7 @@ from waterfill.files.artifact import Buffer
 from waterfill.files.model_calls import read
 from waterfill.planning.estimators import matrix_view
 from waterfill.planning.moments import module_of
-from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable, register
+from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable
 from waterfill.studies.comparison.peers import library
 from waterfill.studies.comparison.stored import as_it_is, file_bytes, kept_buffers, quantised
 
@@ -135,15 +135,15 @@ def _quietly(function: Callable[..., Any], *arguments: Any, **options: Any) -> A
         return function(*arguments, **options)
 
 
-for _bits in BITS:
-    register(
-        Method(
-            f"gptq-{_bits}",
-            f"GPTQ {_bits} bits",
-            "GPTQ",
-            partial(run, _bits),
-            "gptqmodel",
-            calibrated=True,
-            options=f"group {GROUP}",
-        )
+METHODS = tuple(
+    Method(
+        name=f"gptq-{bits}",
+        title=f"GPTQ {bits} bits",
+        family="GPTQ",
+        run=partial(run, bits),
+        package="gptqmodel",
+        calibrated=True,
+        options=f"group {GROUP}",
     )
+    for bits in BITS
+)

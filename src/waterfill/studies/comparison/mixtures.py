@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from waterfill.files.architecture import parameters_of
 from waterfill.files.artifact import Buffer
@@ -21,7 +20,7 @@ from waterfill.files.ggml import silence
 from waterfill.files.gguf import FILE_TYPES, TENSOR_TYPES, Entry, read_gguf, write_gguf
 from waterfill.files.llama_names import GGUF_NORMS, GGUF_PROJECTIONS, gguf_name
 from waterfill.planning.estimators import matrix_view
-from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable, register
+from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable
 from waterfill.studies.comparison.ggml import NAMES, quantise
 from waterfill.studies.comparison.peers import library
 from waterfill.studies.comparison.stored import file_bytes, kept_buffers
@@ -111,18 +110,17 @@ def _miniature(file: BinaryIO, layers: int, heads: int, kv_heads: int, output: b
     write_gguf(file, metadata, [(entry, size, (bytes(size),)) for entry, size in zip(entries, sizes, strict=True)])
 
 
-for _mixture in MIXTURES:
-    _name = f"gguf-{_mixture.lower()}" + ("-mixed" if _mixture == "Q2_K" else "")
-    _title = f"GGUF {_mixture}" + (" as llama.cpp mixes it" if _mixture == "Q2_K" else "")
-    _options: Mapping[str, Any] = {"package": "llama-cpp-python", "options": "mixture"}
-    register(Method(_name, _title, "GGUF", partial(run, _mixture), **_options))
-    register(
-        Method(
-            f"{_name}-imatrix",
-            f"{_title}, imatrix",
-            "GGUF, imatrix",
-            partial(run, _mixture, weighted=True),
-            calibrated=True,
-            **_options,
-        )
+def _method(mixture: str, *, weighted: bool) -> Method:
+    pure = mixture == "Q2_K"  # which is a type as well
+    return Method(
+        name=f"gguf-{mixture.lower()}" + "-mixed" * pure + "-imatrix" * weighted,
+        title=f"GGUF {mixture}" + " as llama.cpp mixes it" * pure + ", imatrix" * weighted,
+        family="GGUF" + ", imatrix" * weighted,
+        run=partial(run, mixture, weighted=weighted),
+        package="llama-cpp-python",
+        calibrated=weighted,
+        options="mixture",
     )
+
+
+METHODS = tuple(_method(mixture, weighted=weighted) for mixture in MIXTURES for weighted in (False, True))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from waterfill.base.errors import first_line
 from waterfill.files.artifact import Buffer
-from waterfill.studies.comparison.base import Method, Unavailable, register
-from waterfill.studies.comparison.stored import QuantisedMatrix, quantised, run_quantiser
+from waterfill.studies.comparison.base import Method, Unavailable
+from waterfill.studies.comparison.stored import QuantisedMatrix, Quantiser, quantised, run_quantiser
 
 HQQ_GROUP = 64  # its own default
 TORCHAO_GROUP = 32
@@ -135,22 +135,26 @@ def _torchao(weight: Tensor, config: str, **options: object) -> Any:
     return linear.weight.data
 
 
-# ------------------------------------------------------------------------------------------------------------ registry
+# ------------------------------------------------------------------------------------------------------------- methods
 
 
-def _register(name: str, title: str, family: str, package: str, quantiser: Any, options: str = "") -> None:
-    register(Method(name, title, family, partial(run_quantiser, quantiser), package, options=options))
+def _method(name: str, title: str, family: str, package: str, quantiser: Quantiser) -> Method:
+    return Method(name, title, family, partial(run_quantiser, quantiser), package)
 
 
 _BNB = ("bitsandbytes", "bitsandbytes")
-_register("bnb-nf4", "NF4", *_BNB, partial(bnb_4bit, kind="nf4", double=False))
-_register("bnb-nf4-double", "NF4, double quantisation", *_BNB, partial(bnb_4bit, kind="nf4", double=True))
-_register("bnb-fp4", "FP4", *_BNB, partial(bnb_4bit, kind="fp4", double=False))
-_register("bnb-int8", "LLM.int8()", *_BNB, bnb_int8)
-_register("hqq-2-g16", "HQQ 2 bits, groups of 16", "hqq", "hqq", partial(hqq, bits=2, group=16))
-for _bits in (2, 3, 4, 8):
-    _register(f"hqq-{_bits}", f"HQQ {_bits} bits", "hqq", "hqq", partial(hqq, bits=_bits))
-for _kind in ("qint2", "qint4", "qint8", "qfloat8"):
-    _register(f"quanto-{_kind[1:]}", f"quanto {_kind}", "optimum-quanto", "optimum-quanto", partial(quanto, kind=_kind))
-_register("torchao-int4", "torchao int4", "torchao", "torchao", torchao_int4)
-_register("torchao-int8", "torchao int8", "torchao", "torchao", torchao_int8)
+_QUANTO = ("optimum-quanto", "optimum-quanto")
+METHODS = (
+    _method("bnb-nf4", "NF4", *_BNB, partial(bnb_4bit, kind="nf4", double=False)),
+    _method("bnb-nf4-double", "NF4, double quantisation", *_BNB, partial(bnb_4bit, kind="nf4", double=True)),
+    _method("bnb-fp4", "FP4", *_BNB, partial(bnb_4bit, kind="fp4", double=False)),
+    _method("bnb-int8", "LLM.int8()", *_BNB, bnb_int8),
+    _method("hqq-2-g16", "HQQ 2 bits, groups of 16", "hqq", "hqq", partial(hqq, bits=2, group=16)),
+    *(_method(f"hqq-{bits}", f"HQQ {bits} bits", "hqq", "hqq", partial(hqq, bits=bits)) for bits in (2, 3, 4, 8)),
+    *(
+        _method(f"quanto-{kind[1:]}", f"quanto {kind}", *_QUANTO, partial(quanto, kind=kind))
+        for kind in ("qint2", "qint4", "qint8", "qfloat8")
+    ),
+    _method("torchao-int4", "torchao int4", "torchao", "torchao", torchao_int4),
+    _method("torchao-int8", "torchao int8", "torchao", "torchao", torchao_int8),
+)

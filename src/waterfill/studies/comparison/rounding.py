@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from waterfill.files.artifact import Buffer
-from waterfill.studies.comparison.base import Method, register
+from waterfill.studies.comparison.base import Method
 from waterfill.studies.comparison.stored import QuantisedMatrix, quantised, run_quantiser
 
 GROUP = 64
@@ -52,14 +52,13 @@ def _bytes(key: str, bits: int) -> Buffer:
     return Buffer(key, "U8", (-(-bits // 8),))
 
 
-for _bits in BITS:
-    _quantise = partial(round_to_nearest, bits=_bits, zero="integer")
-    register(
-        Method(
-            name=f"rtn-{_bits}",
-            title=f"round to nearest, {_bits} bits",
-            family="round to nearest",
-            run=partial(run_quantiser, _quantise),
-            options=f"group {GROUP}, integer zero",
-        )
+METHODS = tuple(
+    Method(
+        name=f"rtn-{bits}",
+        title=f"round to nearest, {bits} bits",
+        family="round to nearest",
+        run=partial(run_quantiser, partial(round_to_nearest, bits=bits, zero="integer")),
+        options=f"group {GROUP}, integer zero",
     )
+    for bits in BITS
+)
