@@ -80,7 +80,8 @@ def measure_efficiency(
         batch: sequences at a time in the second measurement.
         progress: called with (processes done, processes in all).
 
-    Raises WaterfillError for a bad model, more tokens than it has positions, or a process that failed.
+    Raises:
+        WaterfillError: a bad model, more tokens than it has positions, or a process that failed.
     """
     subject = open_subject(model, revision=revision)
     prompt_tokens, new_tokens = _lengths(subject, prompt_tokens, new_tokens)

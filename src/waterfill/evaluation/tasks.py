@@ -70,7 +70,8 @@ def names_of(tasks: str | Sequence[str]) -> tuple[str, ...]:
 def task_specs(names: Iterable[str]) -> list[str | dict[str, Any]]:
     """What the harness understands: names of its own tasks as they are, presets as theirs, files as configurations.
 
-    Raises WaterfillError for a file that holds no task, or two of one name.
+    Raises:
+        WaterfillError: a file that holds no task, or two of one name.
     """
     specs: list[str | dict[str, Any]] = []
     for name in names:
@@ -103,7 +104,8 @@ def run_tasks(
         journal: file for answers, so that an interrupted run continues; removed at the end.
         progress: called with (kind of request, done, in all).
 
-    Raises WaterfillError where the harness is missing, knows no such task, or cannot get its data.
+    Raises:
+        WaterfillError: the harness is missing, knows no such task, or cannot get its data.
     """
     lm_eval = _harness()
     from lm_eval.tasks import TaskManager

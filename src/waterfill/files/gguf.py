@@ -45,7 +45,9 @@ def write_gguf(
     """Write a container: metadata, and of each tensor its entry, its bytes in all, and these bytes in parts.
 
     Metadata are strings, bools, integers (uint32), floats (float32), and lists of strings or of integers (int32).
-    Raises ValueError where a tensor has other bytes than it was said to have.
+
+    Raises:
+        ValueError: a tensor has more or fewer bytes than it was said to have.
     """
     header, offset = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(metadata))), 0
     for key, value in metadata.items():

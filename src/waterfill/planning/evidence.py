@@ -38,7 +38,8 @@ class Evidence:
 def weigh(matrices: Sequence[PlannedMatrix], found: Mapping[str, Coefficients], tokens: int) -> dict[str, Evidence]:
     """Evidence by name of all matrices of which a probe of `tokens` predicted positions has `found` something.
 
-    Raises WaterfillError when it reached none of them.
+    Raises:
+        WaterfillError: it reached none of them.
     """
     known = [matrix for matrix in matrices if matrix.name in found]
     usual = _Usual(known, found)

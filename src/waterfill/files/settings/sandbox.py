@@ -180,7 +180,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _method(self, called: Any) -> Callable[..., int] | None:
         """How long a text becomes that a method of a value makes; None for what is the template's, or a function.
 
-        Raises SecurityError for anything else.
+        Raises:
+            SecurityError: it is anything else.
         """
         if isinstance(called, self.undefined):
             return None  # and says so as it is called

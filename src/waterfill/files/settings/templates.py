@@ -33,8 +33,9 @@ def conversation_text(template: str, messages: Sequence[Message], special_tokens
     word: so it is given in the first form that they show. `special_tokens` are variables of the template, as
     "bos_token".
 
-    Raises WaterfillError if the template is no Jinja, fails, does more than it may, refuses the conversation, or leaves
-    out what the user says in either form.
+    Raises:
+        WaterfillError: the template is no Jinja, fails, does more than it may, refuses the conversation, or leaves out
+            what the user says in either form.
     """
     program = _Program(template, special_tokens, len(str(messages)))
     if not all(isinstance(said["content"], str) for said in messages):

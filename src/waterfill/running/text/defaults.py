@@ -127,9 +127,12 @@ class Defaults:
 
 
 def read_defaults(path: Path) -> Defaults:
-    """The choices in the directory of an artifact. Raises UnsupportedError for options that the engine does not have.
+    """The choices in the directory of an artifact.
 
     Without generation_config.json transformers takes them from config.json, and so does this.
+
+    Raises:
+        UnsupportedError: options that the engine does not have.
     """
     own = path / GENERATION_FILE
     file = own if own.exists() else path / CONFIG_FILE

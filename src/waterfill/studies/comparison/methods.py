@@ -29,7 +29,8 @@ def known() -> tuple[str, ...]:
 def select(patterns: Sequence[str] | None = None) -> tuple[Method, ...]:
     """Methods whose names match one of the patterns (all of them when there are none), each once, in their order.
 
-    Raises WaterfillError for a pattern that matches nothing.
+    Raises:
+        WaterfillError: a pattern that matches nothing.
     """
     wanted: Iterable[str] = patterns or ("*",)
     chosen = set()

@@ -58,7 +58,10 @@ _CODEC = "higgs-p2-n16"
 def run(ways: dict[str, str]) -> None:
     """Have every way make tokens, and note in `ways` how it went: "right", or why it is not taken here.
 
-    Raises WaterfillError for a way that should be taken and is not, or leads elsewhere; the libraries' own errors too.
+    The libraries' own errors are raised as they are.
+
+    Raises:
+        WaterfillError: a way should be taken and is not, or leads elsewhere.
     """
     with TemporaryDirectory(prefix="waterfill-") as folder:
         artifact = _packed(Path(folder))
