@@ -15,15 +15,15 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
     """The processor's model, or else its kind."""
-    found = None
+    match = None
     try:
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
     except (OSError, subprocess.SubprocessError):
         pass
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def memory_bytes() -> int | None:

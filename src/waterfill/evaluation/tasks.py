@@ -123,7 +123,7 @@ def run_tasks(
         journal.parent.mkdir(parents=True, exist_ok=True)
     try:
         with without_bars():
-            found = lm_eval.simple_evaluate(
+            results = lm_eval.simple_evaluate(
                 model=harness_model(model, tokenizer, batch, progress),
                 tasks=list(specs),
                 task_manager=manager,
@@ -145,7 +145,7 @@ def run_tasks(
         for file in journal.parent.glob(f"{journal.name}*"):
             file.unlink()
     return TaskResults(
-        scores=tuple(_scores(found)),
+        scores=tuple(_scores(results)),
         lm_eval=metadata.version("lm_eval"),
         limit=limit,
         batch=batch,
@@ -154,10 +154,10 @@ def run_tasks(
     )
 
 
-def _scores(found: Mapping[str, Any]) -> Iterable[TaskScore]:
-    for task, figures in {**found["results"], **found.get("groups", {})}.items():
-        counts = found.get("n-samples", {}).get(task, {})
-        version = found.get("versions", {}).get(task)
+def _scores(results: Mapping[str, Any]) -> Iterable[TaskScore]:
+    for task, figures in {**results["results"], **results.get("groups", {})}.items():
+        counts = results.get("n-samples", {}).get(task, {})
+        version = results.get("versions", {}).get(task)
         for key, value in figures.items():
             metric, _, filtered = key.partition(",")
             if key in _COLUMNS or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -169,8 +169,8 @@ def _scores(found: Mapping[str, Any]) -> Iterable[TaskScore]:
                 filter=filtered or "none",
                 value=float(value),
                 stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                higher_is_better=found.get("higher_is_better", {}).get(task, {}).get(metric),
-                shots=found.get("n-shot", {}).get(task),
+                higher_is_better=results.get("higher_is_better", {}).get(task, {}).get(metric),
+                shots=results.get("n-shot", {}).get(task),
                 samples=counts.get("effective"),
                 version=None if version is None else str(version),
             )

@@ -35,15 +35,15 @@ class Evidence:
     like: str | None = None  # the matrices that the rest is taken from, in words or as a pattern of names
 
 
-def weigh(matrices: Sequence[PlannedMatrix], found: Mapping[str, Coefficients], tokens: int) -> dict[str, Evidence]:
-    """Evidence by name of all matrices of which a probe of `tokens` predicted positions has `found` something.
+def weigh(matrices: Sequence[PlannedMatrix], measured: Mapping[str, Coefficients], tokens: int) -> dict[str, Evidence]:
+    """Evidence by name of all matrices that a probe of `tokens` predicted positions has `measured`.
 
     Raises:
         WaterfillError: it reached none of them.
     """
-    known = [matrix for matrix in matrices if matrix.name in found]
-    usual = _Usual(known, found)
-    return {matrix.name: _weighed(matrix, found[matrix.name], tokens, usual) for matrix in known}
+    known = [matrix for matrix in matrices if matrix.name in measured]
+    usual = _Usual(known, measured)
+    return {matrix.name: _weighed(matrix, measured[matrix.name], tokens, usual) for matrix in known}
 
 
 def _weighed(matrix: PlannedMatrix, c: Coefficients, tokens: int, usual: _Usual) -> Evidence:
@@ -58,10 +58,10 @@ def _weighed(matrix: PlannedMatrix, c: Coefficients, tokens: int, usual: _Usual)
 class _Usual:
     """Mean alpha and beta per weight of the matrices that were reached, by every kind that they belong to."""
 
-    def __init__(self, matrices: Sequence[PlannedMatrix], found: Mapping[str, Coefficients]) -> None:
+    def __init__(self, matrices: Sequence[PlannedMatrix], measured: Mapping[str, Coefficients]) -> None:
         gathered: dict[str, list[tuple[float, float]]] = {}
         for matrix in matrices:
-            c, weights = found[matrix.name], math.prod(matrix.shape)
+            c, weights = measured[matrix.name], math.prod(matrix.shape)
             if c.tokens != 0:
                 for kind in _kinds(matrix):
                     gathered.setdefault(kind, []).append((max(c.alpha, 0.0) / weights, max(c.beta, 0.0) / weights))

@@ -146,13 +146,13 @@ def codec_names(
 
 def _states(name: str) -> int:
     """States of "trellis" or "trellis-s8", which stand for every rate; else 0."""
-    found = re.fullmatch(r"trellis(?:-s([0-9]+))?", name)
-    return int(found[1] or STATES) if found else 0
+    match = re.fullmatch(r"trellis(?:-s([0-9]+))?", name)
+    return int(match[1] or STATES) if match else 0
 
 
 def _selected(wanted: Sequence[str], menu: Sequence[str], matrices: int) -> tuple[str, ...]:
     """Codec names, each once: those of the menu that match a pattern or are "fast", others as they are given."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for name in wanted:
         if name == FAST:
             matching = [codec for codec in menu if _is_fast(codec)]
@@ -164,8 +164,8 @@ def _selected(wanted: Sequence[str], menu: Sequence[str], matrices: int) -> tupl
                 raise WaterfillError(f"no codec matches {name!r}; the menu is {', '.join(menu)}")
         else:
             matching = [name]
-        found |= dict.fromkeys(matching)
-    return tuple(found)
+        names |= dict.fromkeys(matching)
+    return tuple(names)
 
 
 def trellis_codecs(states: int, matrices: int = 1) -> list[str]:

@@ -66,7 +66,7 @@ def make_plan(
         WaterfillError: no matrix is left to pack, the sensitivities lack one, or a tie cannot be.
     """
     evidence = weigh(tensors.matrices, sensitivity.tensors, sensitivity.tokens)
-    coefficients = {name: found.coefficients for name, found in evidence.items()}
+    coefficients = {name: entry.coefficients for name, entry in evidence.items()}
     menus = make_menus(tensors, coefficients, request.gain, request.codecs, request.purpose)
     solver = _Solver(menus, kept_plans(tensors, coded_bytes), _ties(menus, request), budget, request.shard_bytes)
     allocation = solver.solve()
@@ -207,7 +207,7 @@ class _Solver:
             allocate(self.menus.choices, payload, ties=self.ties)
             for payload in feasible_bytes(self.menus.choices, ties=self.ties)
         )
-        smallest_bytes, largest_bytes = (self.artifact_bytes(found.choices) for found in (least, most))
+        smallest_bytes, largest_bytes = (self.artifact_bytes(allocation.choices) for allocation in (least, most))
         if limit < smallest_bytes:
             raise BudgetError(
                 f"--size {limit:,} bytes is less than this model needs: the smallest feasible artifact has "
@@ -220,10 +220,10 @@ class _Solver:
         best = least
         around = smallest_bytes - least.size_bytes
         for _ in range(ROUNDS):
-            found = allocate(self.menus.choices, max(limit - around, least.size_bytes), ties=self.ties)
-            settled = self.artifact_bytes(found.choices) - found.size_bytes
-            if found.size_bytes + settled <= limit:
-                best = min(best, found, key=lambda allocation: allocation.loss)
+            trial = allocate(self.menus.choices, max(limit - around, least.size_bytes), ties=self.ties)
+            settled = self.artifact_bytes(trial.choices) - trial.size_bytes
+            if trial.size_bytes + settled <= limit:
+                best = min(best, trial, key=lambda allocation: allocation.loss)
                 if settled >= around:
                     break
             around = settled

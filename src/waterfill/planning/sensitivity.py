@@ -67,11 +67,11 @@ class Sensitivity:
 
 
 def _from_json(data: dict[str, Any]) -> Sensitivity:
-    found: Sensitivity = typed.read(Sensitivity, data)
+    stored: Sensitivity = typed.read(Sensitivity, data)
     old = {name for name, fields in data["tensors"].items() if "tokens" not in fields}  # of before they were counted
     unreached = Coefficients(0.0, 0.0)
-    tensors = {n: replace(c, tokens=0) if n in old and c == unreached else c for n, c in found.tensors.items()}
-    return replace(found, tensors=tensors)
+    tensors = {n: replace(c, tokens=0) if n in old and c == unreached else c for n, c in stored.tensors.items()}
+    return replace(stored, tensors=tensors)
 
 
 def measure(

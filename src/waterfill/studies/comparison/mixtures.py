@@ -60,13 +60,13 @@ def chosen_types(mixture: str, subject: StudiedModel) -> dict[str, str]:
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     shape = (layers, heads, int(config.get("num_key_value_heads") or heads), not subject.architecture.tied_head)
     types = _types(FILE_TYPES[mixture], *shape)
-    found = {}
+    chosen = {}
     for matrix in subject.architecture.matrices:
         kind = types.get(gguf_name(matrix.name) or "", -1)
         if kind not in NAMES:
             raise Unavailable(f"llama.cpp stores {matrix.name} in a type that is not known here")
-        found[matrix.name] = NAMES[kind]
-    return found
+        chosen[matrix.name] = NAMES[kind]
+    return chosen
 
 
 def _types(ftype: int, layers: int, heads: int, kv_heads: int, output: bool) -> dict[str, int]:

@@ -177,10 +177,10 @@ class _Bench:
     def row(self, method: Method) -> Row:
         """Measure a method, unless that was done before; a failure of its library becomes a row that tells it."""
         key = self.key(method)
-        found = self.results.get(key)
-        if found is not None:
-            self.ppl_reference = self.ppl_reference or found.ppl_reference
-            return replace(found, title=method.title)
+        known = self.results.get(key)
+        if known is not None:
+            self.ppl_reference = self.ppl_reference or known.ppl_reference
+            return replace(known, title=method.title)
         row = Row(method.name, method.title, method.family, method.version, method.calibrated)
         try:
             row = self._measure(method, row)
@@ -213,7 +213,7 @@ class _Bench:
                 matrix_view(parameters[matrix.parameter], matrix).copy_(weight)
 
             candidate = method.run(self.subject, put)
-        found = divergence(
+        measured = divergence(
             self.subject.model,
             model,
             self.ids,
@@ -221,17 +221,17 @@ class _Bench:
             batch=self.batch,
             progress=step_of(self.progress, "measuring"),
         )
-        self.ppl_reference = found.ppl_reference
+        self.ppl_reference = measured.ppl_reference
         predicted = candidate.predicted or (None, None, None)
         return replace(
             row,
             size_bytes=candidate.size_bytes,
             bits=candidate.bits,
-            kl=found.kl,
-            kl_stderr=found.kl_stderr,
-            top1_agreement=found.top1_agreement,
-            ppl=found.ppl,
-            ppl_reference=found.ppl_reference,
+            kl=measured.kl,
+            kl_stderr=measured.kl_stderr,
+            top1_agreement=measured.top1_agreement,
+            ppl=measured.ppl,
+            ppl_reference=measured.ppl_reference,
             predicted_kl=predicted[0],
             predicted_low=predicted[1],
             predicted_high=predicted[2],

@@ -174,6 +174,6 @@ def _measured(
     except WaterfillError:
         pass
     step = step_of(progress, MEASURING)
-    found = measure_on(model, checkpoint, architecture, probe, tokens, progress=step)
-    write_file(sensitivity_file, found.to_json())
-    return found, tokens
+    measured = measure_on(model, checkpoint, architecture, probe, tokens, progress=step)
+    write_file(sensitivity_file, measured.to_json())
+    return measured, tokens
