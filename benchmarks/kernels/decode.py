@@ -33,8 +33,8 @@ from waterfill.codecs.integers import native_table
 from waterfill.running.engine.families.llama import LlamaModel
 from waterfill.running.engine.families.llama_spec import EMBEDDING, FINAL_NORM, NORMS, PROJECTIONS, Spec
 from waterfill.running.engine.weights import Resident, kernels
-from waterfill.running.text.choose import Rules
 from waterfill.running.text.generation import Run
+from waterfill.running.text.next_token import Rules
 
 SMALL = LLAMA_3_2_1B | {"num_hidden_layers": 4, "vocab_size": 32768}  # for --quick
 CODECS = {2: ("higgs-p2-n16",), 3: ("higgs-p2-n64",), 4: ("higgs-p1-n16", "higgs-p2-n256")}

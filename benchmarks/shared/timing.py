@@ -43,7 +43,7 @@ NS, GBPS, SHARE = "ns/weight", "GB/s", "share of DRAM"  # figures of a product
 Shape = tuple[int, int]  # (rows, width)
 
 
-class Product(Protocol):
+class TimedProduct(Protocol):
     """Matrix times vectors, over weights that are not in any cache."""
 
     name: str
@@ -183,7 +183,7 @@ def _multiply(library: native.Native, isa: int, matrix: Any, kept: tuple[Any, ..
     library.matmul(isa, matrix, x.data_ptr(), results, dtype=native.FLOAT32, tokens=len(x))
 
 
-def interleave(report: Report, what: str, memory: Memory, products: Sequence[Product], effort: Effort) -> Series:
+def interleave(report: Report, what: str, memory: Memory, products: Sequence[TimedProduct], effort: Effort) -> Series:
     """For every product ns/weight, GB/s, and the share that these are of the bandwidth just before and after."""
 
     def one_round() -> Round:

@@ -92,8 +92,8 @@ class Timed:
 
 def engine_passes(model: Timed, prompt: Sequence[int], tokens: int, drafter: Any) -> Passes:
     """Greedy generation of exactly so many tokens by the engine, of a text of its own."""
-    from waterfill.running.text.choose import Rules
     from waterfill.running.text.generation import Run
+    from waterfill.running.text.next_token import Rules
 
     model.truncate(0)
     model.starts.clear()
@@ -111,7 +111,7 @@ def stream(request: Request) -> Request:
     from waterfill.running.engine.opening import open_model
     from waterfill.running.streaming.residency import choose
     from waterfill.running.streaming.tuning import USUAL
-    from waterfill.running.text.choose import Rules
+    from waterfill.running.text.next_token import Rules
     from waterfill.running.text.speculate import DraftModel, Lookup
 
     drafter: Any = None

@@ -176,7 +176,7 @@ class _Target(NamedTuple):
 
 class _Try(NamedTuple):
     nominal: float  # rate that the step was chosen for
-    coded: stream.Coded
+    coded: stream.CodedLevels
     size_bytes: int
 
 

@@ -14,7 +14,7 @@ from waterfill.base import native
 from waterfill.files.artifact import Artifact, StoredTensor
 from waterfill.files.context import context_length
 from waterfill.running.hf.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, TiedLinear
-from waterfill.running.hf.source import Source
+from waterfill.running.hf.source import StreamedSource
 from waterfill.running.hf.trial import Blank, Trial, try_passes
 from waterfill.running.streaming.chunks import StreamedMatrix
 from waterfill.running.streaming.fit import Fit
@@ -75,7 +75,9 @@ def attach(
         raise
     for path, module in modules.items():
         matrix = matrices[path]
-        module.source = Source(streamer, matrix, power=module.exponent - matrix.exponent)  # models may have scaled it
+        module.source = StreamedSource(
+            streamer, matrix, power=module.exponent - matrix.exponent
+        )  # models may have scaled it
     model.streaming = streamer
     _hold(model, artifact.path, chosen, trial, streamer, tuning.pass_bytes)
     return streamer
