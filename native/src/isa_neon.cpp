@@ -13,7 +13,7 @@ namespace {
 struct Neon {
     static constexpr int bias = 0, lanes = 4;
     static constexpr int pair_bits = 2;
-    static constexpr bool quadruples = false;
+    static constexpr bool quadruples = false, eight_tokens = false;
     static constexpr bool interleaved(int, int) { return false; }
     static constexpr int64_t gemm_tokens = INT64_MAX;
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from waterfill.planning.plan import Plan
     from waterfill.running.engine.engine import Engine
     from waterfill.running.hf.generate import generate
+    from waterfill.running.runner import Runner, open_runner
     from waterfill.studies.comparison import Comparison
     from waterfill.studies.comparison.study import compare
     from waterfill.studies.report import Report
@@ -43,6 +44,7 @@ __all__ = [
     "Inspection",
     "Plan",
     "Report",
+    "Runner",
     "Sealed",
     "WaterfillError",
     "__version__",
@@ -51,6 +53,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "open_runner",
     "pack",
     "plan",
     "report",
@@ -67,9 +70,11 @@ _HOMES = {
     "Engine": "waterfill.running.engine.engine",
     "Plan": "waterfill.planning.plan",
     "Report": "waterfill.studies.report",
+    "Runner": "waterfill.running.runner",
     "Sealed": "waterfill.packing.seal",
     "compare": "waterfill.studies.comparison.study",
     "generate": "waterfill.running.hf.generate",
+    "open_runner": "waterfill.running.runner",
     "report": "waterfill.studies.report.write",
 }
 

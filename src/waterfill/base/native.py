@@ -24,7 +24,7 @@ from waterfill.base.lazy import LazyMapping, torch
 
 ISA_VARIABLE = "WATERFILL_ISA"
 FLOAT_ACTIVATIONS = "WATERFILL_ACTIVATIONS"
-VERSION = 6  # WF_VERSION in native/include/waterfill_native.h
+VERSION = 7  # WF_VERSION in native/include/waterfill_native.h
 _NAME = {"darwin": "libwaterfill_native.dylib", "win32": "libwaterfill_native.dll"}.get(
     sys.platform, "libwaterfill_native.so"
 )
@@ -105,6 +105,18 @@ class LayerView(ctypes.Structure):
     )
 
 
+class SequenceView(ctypes.Structure):
+    """wf_sequence."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("tokens", "position", "capacity")),
+        ("keys", POINTER(c_void_p)),
+        ("values", POINTER(c_void_p)),
+        ("layers", c_int64),
+        ("bytes", c_int64),
+    )
+
+
 PRODUCT = ctypes.CFUNCTYPE(  # wf_product
     None, c_void_p, c_int, c_int, c_int, c_void_p, c_int64, POINTER(c_void_p), POINTER(c_int)
 )
@@ -133,11 +145,12 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
             c_int,
             c_void_p,
             c_int,
+            POINTER(SequenceView),
+            c_int64,
             c_void_p,
             c_int64,
-            *[c_void_p] * 4,
-            c_int64,
-            c_int64,
+            c_void_p,
+            c_void_p,
             Vector,
             c_void_p,
             PRODUCT,
