@@ -23,7 +23,6 @@ from waterfill.codecs.contract import (
     rates_of,
     register_codec,
 )
-from waterfill.codecs.decoded import DecodedCodec
 from waterfill.codecs.higgs import Higgs, scale_exponent
 from waterfill.codecs.levels import Levels
 from waterfill.codecs.lossless import LOSSLESS
@@ -51,7 +50,6 @@ __all__ = [
     "MENUS",
     "BufferLayout",
     "Codec",
-    "DecodedCodec",
     "Encoded",
     "Encoder",
     "Higgs",

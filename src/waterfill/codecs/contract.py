@@ -11,8 +11,8 @@ data-free and instant.
     buffers = codec.to_memory(stored, (4096, 4096), e)       # running: those of `codec.memory`, which is multiplied
     parts = codec.parts((4096, 4096), 1 << 18)               # streaming: what is read and decoded at a time
 
-Whoever uses a codec asks it, and never which one it is. A new one says `layout`, `distortion`, `encode` and `decode`,
-and where it derives from `DecodedCodec` no more than that (docs/design.md, section 4).
+Whoever uses a codec asks it, and never which one it is. A new one has to say `layout`, `distortion`, `encode` and
+`decode`, and does better to say more (docs/design.md, section 4).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ import numpy.typing as npt
 from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
+from waterfill.codecs import decoded
+from waterfill.codecs.hadamard import rotate
 
 Shape = tuple[int, int]  # (out_features, in_features)
 
@@ -57,7 +59,7 @@ class MenuPoint:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A matrix, or with a fixed rate a block of its rows, encoded."""
+    """A matrix, or with a fixed number of bytes per row a block of its rows, encoded."""
 
     shape: Shape
     buffers: Mapping[str, torch.Tensor]
@@ -183,16 +185,36 @@ class Codec(ABC):
     # ------------------------------------------------------------------------------------------------- to be multiplied
 
     @property
-    @abstractmethod
     def memory(self) -> MemoryForm:
         """The form that a matrix is multiplied in, once it is loaded: the codec itself where its codes are."""
+        return get_codec(decoded.FORM).memory
 
-    @abstractmethod
     def to_memory(self, buffers: Mapping[str, torch.Tensor], shape: Shape, exponent: int) -> Mapping[str, torch.Tensor]:
         """Buffers of a matrix, or of a block of its rows -> those of `memory`, with the same exponent; on the CPU.
 
         Raises ArtifactError where they are damaged.
         """
+        decoded.say_once(self.name)
+        in_blocks = all(part.row_bytes for part in self.layout(shape).values())
+        step, parts = max(1, BLOCK_WEIGHTS // shape[1]) if in_blocks else shape[0], []
+        for first in range(0, shape[0], step):
+            last = min(first + step, shape[0])
+            some = self._rows(buffers, shape, first, last) if in_blocks else buffers
+            encoded = Encoded((last - first, shape[1]), some, exponent, noise_power=0.0, power=0.0)
+            parts.append(decoded.rounded(rotate(self.decode(encoded)) * 2.0**-exponent))
+        scales, codes = (torch.cat([part[i] for part in parts]) for i in range(2))
+        return {"scales": scales, "codes": codes}
+
+    def _rows(
+        self, buffers: Mapping[str, torch.Tensor], shape: Shape, first: int, last: int
+    ) -> Mapping[str, torch.Tensor]:
+        """Buffers of rows, of those of a matrix whose rows are of a fixed size."""
+        found = {}
+        for key, part in self.layout(shape).items():
+            flat = buffers[key].contiguous().reshape(-1).view(torch.uint8)
+            some = flat[first * part.row_bytes : last * part.row_bytes].view(buffers[key].dtype)
+            found[key] = some.reshape(-1, *part.shape[1:])
+        return found
 
     def memory_bytes(self, shape: Shape) -> int:
         """What a matrix takes in memory, as it is multiplied."""
