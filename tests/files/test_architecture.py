@@ -73,7 +73,10 @@ def described(path: Path, **options: Any) -> tuple[Checkpoint, Architecture]:
 def failure(path: Path, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         described(path, **options)
-    return str(caught.value)
+    message = str(caught.value)
+    assert "; " in message, "what was given; what to do"
+    assert not message.endswith(".")
+    return message
 
 
 def assert_equals_transformers(path: Path, checkpoint: Checkpoint, architecture: Architecture) -> None:
@@ -398,7 +401,7 @@ def test_unsupported_dtype(tmp_path: Path, dtype: torch.dtype, name: str) -> Non
     tensor = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(path, lambda tensors: tensors | {tensor: tensors[tensor].to(dtype)})
     assert (
-        f"{path / 'model.safetensors'}: tensor {tensor!r} has dtype {name}: expected one of F32, F16, BF16"
+        f"{path / 'model.safetensors'}: tensor {tensor!r} has dtype {name}, which is none of F32, F16, BF16"
         in failure(path)
     )
 
@@ -434,9 +437,9 @@ def test_nan_or_inf_is_refused_when_it_is_read(tmp_path: Path, bad: float) -> No
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "vit", "architectures": ["ViTModel"]}, "describes a ViTModel: expected a causal language"),
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, "describes a ViTModel; give a causal language"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "describes a LlamaForSequenceClassification"),
-        ({"model_type": "home_made", "auto_map": {"AutoConfig": "x.C"}}, "model type 'home_made': expected one that"),
+        ({"model_type": "home_made", "auto_map": {"AutoConfig": "x.C"}}, "model type 'home_made', which transformers"),
         ({"model_type": None}, "model type None"),
         ({"hidden_size": "wide"}, "not a valid llama config"),
         ({"hidden_act": "no such"}, "cannot build this llama model"),
