@@ -107,7 +107,8 @@ class Runner(ABC):
         the text does not fit in memory.
         """
         chosen = replace(sampling or Sampling(), **overrides)
-        return self._within_memory(lambda: self._ask(prompt, chosen))
+        found: Pieces = self._within_memory(lambda: self._ask(prompt, chosen))
+        return found
 
     def generate_many(
         self,
