@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +250,14 @@ def test_a_text_that_has_ended_leaves_and_the_next_one_joins(
     engine: waterfill.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts of other lengths, by an end of text that only some of them come to."""
-    plain = [engine.tokenizer.backend.encode("".join(engine.generate(p, **OPTIONS))).ids for p in PROMPTS]
-    counts = {token: sum(token in ids for ids in plain) for ids in plain for token in ids}
-    end = next(token for token, count in counts.items() if 0 < count < len(PROMPTS))
-    monkeypatch.setattr(engine, "defaults", type(engine.defaults)(engine.defaults.choices, frozenset({end})))
+    plain = []
+    for prompt in PROMPTS:
+        list(engine.generate(prompt, **OPTIONS))
+        used = engine._sequences.take()
+        plain.append(used.ids[-11:])
+        engine._sequences.give_back(used)
+    end = next(token for token in plain[0][3:] if not all(token in ids for ids in plain))
+    monkeypatch.setattr(engine, "defaults", replace(engine.defaults, ends=frozenset({end})))
     single = ["".join(engine.generate(prompt, **OPTIONS)) for prompt in PROMPTS]
     assert len({len(text) for text in single}) > 1
     widths: list[int] = []
@@ -272,6 +277,7 @@ def test_texts_wait_where_memory_is_short(work: Path, monkeypatch: pytest.Monkey
     expected = engine.generate_many(PROMPTS, **OPTIONS).texts()
     monkeypatch.setattr(process, "resident_bytes", lambda: 0)
     working = Working(token=1, activations=1e-6, logits=0)
+    monkeypatch.setattr(KeysValues, "growth_bytes", lambda cache, tokens: 0)
     monkeypatch.setattr(KeysValues, "owed_bytes", property(lambda cache: cache.expected))
     engine.model._limit = Limit(Path("artifact"), 45, working, overhead_bytes=0)  # two of the texts, or so
     widths: list[int] = []
@@ -284,6 +290,7 @@ def test_texts_wait_where_memory_is_short(work: Path, monkeypatch: pytest.Monkey
     assert engine.generate_many(PROMPTS, **OPTIONS).texts() == expected
     assert 1 < max(widths) < len(PROMPTS)
     engine.model._limit = Limit(Path("artifact"), 5, working, overhead_bytes=0)
+    engine._sequences.take()  # which has memory already
     with pytest.raises(MemoryLimitError):
         engine.generate_many(PROMPTS, **OPTIONS)
 

@@ -216,12 +216,15 @@ class Fails(Toy):
 def test_an_error_reaches_the_consumer_after_the_text_before_it(
     tokenizer: Tokenizer, error: type[BaseException]
 ) -> None:
-    model, pieces = Sequences(Fails(20, error)), []
+    model, pieces = Fails(20, error), []
+    sequences = Sequences(model)
     with pytest.raises(error, match="the disk caught fire"):
-        pieces.extend(generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=40))
+        pieces.extend(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=40))
     whole = tokenizer.decode(continued(model, tokenizer.prompt_ids(PROMPT), 40, Rules.greedy()))
     assert "".join(pieces) == whole[: len("".join(pieces))] != ""
-    assert "".join(generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=40)) == whole, "as if nothing was"
+    assert "".join(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=40)) == whole, (
+        "as if nothing was"
+    )
 
 
 def test_two_texts_may_take_turns(model: Toy, tokenizer: Tokenizer) -> None:
