@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from waterfill.running.streaming.tuning import GIVEN, USUAL, Tuning
 _log = logging.getLogger(__name__)
 
 _DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
-LOADING_BYTES = 56 << 20  # what transformers takes beside files and model while it loads them
+LOADING_BYTES = 64 << 20  # what transformers takes beside files and model when it loads the first one
+_LOADED = "transformers.modeling_utils"  # most of that
 
 
 @checked(dtype=_DTYPE, tuning=GIVEN)
@@ -154,7 +156,7 @@ def _loading_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
 def _check_room(path: Path, weights_bytes: int, limit_bytes: int) -> None:
     """Raises MemoryLimitError, before anything is loaded, where weights that have to be in memory do not fit."""
     process.release()
-    needed = process.resident_bytes() + LOADING_BYTES + weights_bytes
+    needed = process.resident_bytes() + weights_bytes + (0 if _LOADED in sys.modules else LOADING_BYTES)
     if needed > limit_bytes:
         smallest = math.ceil(needed / 1e6)
         raise MemoryLimitError(
