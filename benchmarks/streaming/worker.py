@@ -119,7 +119,9 @@ def stream(request: Request) -> Request:
     model = open_model(request["artifact"], verify=False, memory=limit, streamed=not request.get("keep", True) or None)
     load_s = time.perf_counter() - start
     starts = note_passes(model)
-    generations = [vars(engine_passes(model, starts, prompt, request["tokens"], drafter)) for prompt in request["prompts"]]
+    generations = [
+        vars(engine_passes(model, starts, prompt, request["tokens"], drafter)) for prompt in request["prompts"]
+    ]
     answer: Request = {"load_s": load_s, "generations": generations, "summary": None, "stages": None}
     if model.streaming is not None:
         answer["summary"] = model.streaming.summary().to_dict()

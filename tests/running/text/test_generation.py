@@ -222,7 +222,9 @@ def test_an_error_reaches_the_consumer_after_the_text_before_it(
         pieces.extend(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=40))
     whole = tokenizer.decode(continued(model, tokenizer.prompt_ids(PROMPT), 40, Rules.greedy()))
     assert "".join(pieces) == whole[: len("".join(pieces))] != ""
-    assert "".join(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=40)) == whole, "as if nothing was"
+    assert "".join(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=40)) == whole, (
+        "as if nothing was"
+    )
 
 
 def test_two_texts_may_take_turns(model: Toy, tokenizer: Tokenizer) -> None:
