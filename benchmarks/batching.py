@@ -4,8 +4,8 @@
                                                                                            └── streamed below a limit
 
 Every text is greedy and as long as the others. Both ways make the same tokens: a pass over several texts gives the bits
-of a pass over each, and the script ends where it does not. Kept weights of a streamed model are a part of all that the
-limit leaves room for, so that a pass has to read the others.
+of a pass over each, and the script ends where it does not. A streamed model keeps a part of its weights; a pass reads
+the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.shared.make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoin
 from benchmarks.shared.report import Report, median_spread, parse_arguments
 from benchmarks.shared.rounds import Effort, Round, ratios, undisturbed
 from benchmarks.streaming.models import even_sensitivity
-from waterfill.base import process
+from waterfill.base.errors import MemoryLimitError
 from waterfill.running.engine.families.llama import LlamaModel
 from waterfill.running.engine.opening import open_model
 
@@ -35,8 +35,7 @@ PURPOSES = ("memory", "storage")
 TEXTS = 8
 PROMPT_TOKENS, NEW_TOKENS, QUICK_TOKENS = 16, 32, 8
 ROUNDS, QUICK_ROUNDS, PATIENCE_S = 5, 2, 60.0
-KEPT = 0.25  # of the weights that a streamed model has room for, beside its ring and a text
-ROOM_BYTES = 80_000_000  # for these, and for what the process grows by meanwhile
+KEPT = 0.25  # of the weights that a streamed model has room for, beyond the least that it takes
 GOAL = 3.0  # times as many tokens per second
 
 RATE = "tokens/s"
@@ -86,7 +85,7 @@ def measure_artifact(report: Report, artifact: Path, arguments: Namespace) -> li
     size = sum(file.stat().st_size for file in artifact.glob("*.safetensors"))
     rows = []
     for where in ("in memory", "streamed"):
-        limit = None if where == "in memory" else process.resident_bytes() + ROOM_BYTES + int(KEPT * size)
+        limit = None if where == "in memory" else least_bytes(artifact) + int(KEPT * size)
         model = open_model(artifact, memory=limit, streamed=limit is not None, verify=False)
         rows.append(
             [artifact.name, where, size / 1e6, *measure_model(report, f"{artifact.name}, {where}", model, arguments)]
@@ -96,6 +95,15 @@ def measure_artifact(report: Report, artifact: Path, arguments: Namespace) -> li
             model.streaming.close()
         del model
     return rows
+
+
+def least_bytes(artifact: Path) -> int:
+    """Memory that the process needs to stream an artifact."""
+    try:
+        open_model(artifact, memory="1MB", streamed=True, verify=False)
+    except MemoryLimitError as error:
+        return error.smallest_bytes
+    raise SystemExit("a model in 1 MB: the limit is not held")
 
 
 def measure_model(report: Report, what: str, model: LlamaModel, arguments: Namespace) -> list[float]:

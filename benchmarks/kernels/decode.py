@@ -140,7 +140,7 @@ def spec_of(shapes: dict[str, Any]) -> Spec:
         epsilon=1e-5,
         dtype="BF16",
         frequencies=np.ones(shapes["hidden_size"] // shapes["num_attention_heads"] // 2, np.float32),
-        head=EMBEDDING,
+        tied=True,
         vectors=(),
     )
 

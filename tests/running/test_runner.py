@@ -103,6 +103,25 @@ def test_a_conversation_reads_only_what_is_new(work: Path, command: Command, mon
     assert second <= whole - first
 
 
+def test_a_runner_is_asked_in_one_way_whichever_engine_runs(work: Path) -> None:
+    prompts, greedy = ["def read(", "x = 1\nx = 1\nx =", "import os"], {"temperature": 0, "max_new_tokens": 8}
+    found = []
+    for engine in ("native", "transformers"):
+        runner = waterfill.open_runner(work / "packed", lookup=3, engine=engine)
+        assert isinstance(runner, waterfill.Runner)
+        assert runner.streaming is None
+        single = ["".join(runner.generate(prompt, **greedy)) for prompt in prompts]
+        many = runner.generate_many(prompts, **greedy)
+        assert many.texts() == single
+        assert many.stats.tokens == 8 * len(prompts)
+        numbers = [number for number, _ in runner.generate_many(prompts, Sampling(**greedy), together=2)]
+        assert set(numbers) == {0, 1, 2}
+        found.append(single)
+    assert found[0] == found[1]
+    with pytest.raises(WaterfillError, match="engine is 'gpu'; choose one of auto, native, transformers"):
+        waterfill.open_runner(work / "packed", engine="gpu")
+
+
 def test_sampling_has_seeds_and_ranges(work: Path) -> None:
     runner = open_runner(work / "packed", engine="native")
     seeded = ["".join(runner.generate("def", Sampling(max_new_tokens=20, temperature=1.0, seed=s))) for s in (1, 1, 2)]

@@ -307,6 +307,15 @@ def test_leaving_a_batch_gives_its_sequences_back(engine: waterfill.Engine) -> N
     assert engine.generate_many([], **OPTIONS).texts() == []
 
 
+def test_texts_that_are_over_hold_no_memory(engine: waterfill.Engine) -> None:
+    gc.collect()
+    over = [engine.generate(prompt, **OPTIONS) for prompt in PROMPTS]
+    for generation in over:
+        list(generation)
+    assert len(engine.model._sequences) == 1
+    assert all(generation.stats.tokens == 12 for generation in over)
+
+
 def test_the_sequence_of_the_last_text_is_kept_and_no_other(model: LlamaModel) -> None:
     sequences = Sequences(model)
     one, two = sequences.take(), sequences.take()

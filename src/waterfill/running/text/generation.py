@@ -55,7 +55,7 @@ class Generation(Iterator[str]):
     @property
     def speculation(self) -> Speculation | None:
         """What drafts were worth up to now; None if there are none."""
-        return None if self._run.drafter is None else self._run.speculation
+        return self._run.speculation if self._run.speculates else None
 
 
 def generate(
@@ -186,6 +186,7 @@ class Run:
     def __post_init__(self) -> None:
         self.ids, self._random = list(self.ids), default_rng(self.seed)
         self._end = len(self.ids) + self.most
+        self.speculates = self.drafter is not None
 
     @property
     def ended(self) -> bool:
@@ -219,10 +220,12 @@ class Run:
             yield self.take(draft, logits)
 
     def close(self) -> None:
-        """The text is ended: its sequences are free for another."""
+        """The text is ended: its sequences are free for another, and nothing of them is held here any more."""
         self._end = 0
         for lease in self.leases:
             lease.close()
+        self.leases, self.drafter = (), None
+        self.__dict__.pop("sequence", None)
 
 
 def _pieces(tokenizer: Tokenizer, run: Run) -> Generator[str, None, None]:
