@@ -24,7 +24,7 @@ TOLERANCE = 0.003  # of the published t², which are Monte Carlo figures
 
 
 @dataclass(frozen=True)
-class Point:
+class BoundedCode:
     """One grid of the menu."""
 
     codec: Higgs
@@ -58,7 +58,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__, figure={"type": Path, "default": FIGURE, "metavar": "FILE"})
     report = Report("the fixed-rate menu and the Gaussian bound")
     codecs = [codec for codec in map(get_codec, CODECS) if isinstance(codec, Higgs)]
-    points = sorted(map(Point, codecs), key=lambda point: (point.rate_bits, point.codec.p))
+    points = sorted(map(BoundedCode, codecs), key=lambda point: (point.rate_bits, point.codec.p))
     columns = ["codec", "R", *(f"stored at {width}" for width in WIDTHS)]
     columns += ["t²", "2^(-2R)", "ratio", "gap dB", "gap bits"]
     report.table("the menu", columns, [point.row() for point in points], key="menu")
@@ -71,7 +71,7 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def compare_published(report: Report, points: list[Point]) -> None:
+def compare_published(report: Report, points: list[BoundedCode]) -> None:
     """Each grid that was published is matched, and the best ratio at every whole rate is told."""
     published = {(p, n): t2 for p, grids in PUBLISHED_T2.items() for n, t2 in grids.items()}
     excess = {}
@@ -87,7 +87,7 @@ def compare_published(report: Report, points: list[Point]) -> None:
     report.results["best_ratio_at_bits"] = by_rate
 
 
-def draw(points: list[Point], path: Path) -> None:
+def draw(points: list[BoundedCode], path: Path) -> None:
     """Distortion over rate, and the gap to the bound in bits, one line per dimension of the grids."""
     import matplotlib as mpl
     from matplotlib.figure import Figure

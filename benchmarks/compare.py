@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.shared.models import Subject as Opened
-from benchmarks.shared.models import open_subject, split_windows, spread
+from benchmarks.shared.models import OpenedModel, open_model, split_windows, spread
 from benchmarks.shared.report import EXAMPLE_MODEL, REPOSITORY, Report, held_out_text, parse_arguments
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import get_codec
@@ -35,7 +34,16 @@ from waterfill.planning.menu import CODECS
 from waterfill.planning.planner import Request
 from waterfill.planning.probe import Probe, probe_tokens
 from waterfill.planning.sensitivity import Sensitivity, measure
-from waterfill.studies.comparison import DEFAULT_BITS, OURS, Comparison, Method, Row, Subject, compare_methods, select
+from waterfill.studies.comparison import (
+    DEFAULT_BITS,
+    OURS,
+    Comparison,
+    Method,
+    Row,
+    StudiedModel,
+    compare_methods,
+    select,
+)
 from waterfill.studies.comparison.ours import packed, plan_for
 
 FIGURES = REPOSITORY / "docs" / "images"
@@ -50,7 +58,7 @@ FIRST_BITS, LAST_BITS = 2.5, 6.0  # the theorem is asked to hold from here to th
 
 
 @dataclass(frozen=True)
-class Setup:
+class CompareSetup:
     """How much is measured."""
 
     windows: int
@@ -61,8 +69,10 @@ class Setup:
     codecs: tuple[str, ...]  # of our plans; all when empty
 
 
-FULL = Setup(60, 64, CONTEXT, ("*",), DEFAULT_BITS, ())
-QUICK = Setup(2, 4, 128, ("rtn-4", "hqq-4", "bnb-nf4", "gguf-q[34]_k"), (3.0, 4.0), ("higgs-p1-*", "higgs-p2-n16"))
+FULL = CompareSetup(60, 64, CONTEXT, ("*",), DEFAULT_BITS, ())
+QUICK = CompareSetup(
+    2, 4, 128, ("rtn-4", "hqq-4", "bnb-nf4", "gguf-q[34]_k"), (3.0, 4.0), ("higgs-p1-*", "higgs-p2-n16")
+)
 
 
 @dataclass(frozen=True)
@@ -97,9 +107,9 @@ def main() -> None:
         run(setup, None if arguments.quick else arguments.figures, arguments.json)
 
 
-def run(setup: Setup, figures: Path | None, json: Path | None) -> None:
+def run(setup: CompareSetup, figures: Path | None, json: Path | None) -> None:
     report = Report("methods at true bytes, and the theorem under test")
-    opened = open_subject(EXAMPLE_MODEL)
+    opened = open_model(EXAMPLE_MODEL)
     held_out, rest = split_windows(opened.tokenizer, held_out_text(report), CONTEXT)
     ids = spread(held_out, setup.windows).flatten()
     rest = spread(rest, setup.probe_sequences)[:, : setup.probe_length]
@@ -115,21 +125,21 @@ def run(setup: Setup, figures: Path | None, json: Path | None) -> None:
     report.save(json)
 
 
-def study(opened: Opened, sensitivity: Sensitivity, calibration: Tensor | None) -> Subject:
-    return Subject(opened.name, opened.checkpoint, opened.architecture, opened.model, sensitivity, calibration)
+def study(opened: OpenedModel, sensitivity: Sensitivity, calibration: Tensor | None) -> StudiedModel:
+    return StudiedModel(opened.name, opened.checkpoint, opened.architecture, opened.model, sensitivity, calibration)
 
 
-def self_probe(opened: Opened, setup: Setup) -> Sensitivity:
+def self_probe(opened: OpenedModel, setup: CompareSetup) -> Sensitivity:
     """As `waterfill plan` measures by default: on text from the model itself."""
     probe = Probe(sequences=setup.probe_sequences, length=setup.probe_length)
     return measured_on(opened, probe_tokens(opened.model, None, probe), "self")
 
 
-def text_probe(opened: Opened, windows: Tensor) -> Sensitivity:
+def text_probe(opened: OpenedModel, windows: Tensor) -> Sensitivity:
     return measured_on(opened, windows, "text")
 
 
-def measured_on(opened: Opened, tokens: Tensor, kind: str) -> Sensitivity:
+def measured_on(opened: OpenedModel, tokens: Tensor, kind: str) -> Sensitivity:
     about = {"kind": kind, "sequences": len(tokens), "length": tokens.shape[1], "seed": 0}
     matrices = opened.architecture.matrices
     return measure(opened.model, matrices, tokens, fingerprint=opened.checkpoint.fingerprint, probe=about)
@@ -138,7 +148,7 @@ def measured_on(opened: Opened, tokens: Tensor, kind: str) -> Sensitivity:
 # ------------------------------------------------------------------------------------------------------ the comparison
 
 
-def compare(report: Report, subject: Subject, ids: Tensor, setup: Setup) -> Comparison:
+def compare(report: Report, subject: StudiedModel, ids: Tensor, setup: CompareSetup) -> Comparison:
     found = compare_methods(
         subject,
         ids,
@@ -147,7 +157,7 @@ def compare(report: Report, subject: Subject, ids: Tensor, setup: Setup) -> Comp
         methods=select(setup.methods),
         ours=OURS,
         budgets=[Budget(bits=bits) for bits in setup.bits],
-        request=Request(Budget(bits=16.0), codecs=setup.codecs),
+        request=Request(codecs=setup.codecs),
     )
     columns = ["method", "library", "calibrated", "bytes", "bits", "KL", "stderr", "top-1", "ppl", "promised"]
     columns += ["our bytes", "our KL", "ratio", "note"]
@@ -202,7 +212,7 @@ def draw_comparison(found: Comparison, path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the theorem
 
 
-def theorem(report: Report, subject: Subject, ids: Tensor, setup: Setup) -> list[Variant]:
+def theorem(report: Report, subject: StudiedModel, ids: Tensor, setup: CompareSetup) -> list[Variant]:
     """Pack, decode and measure every variant; say in which range of bits predictions hold."""
     cases = list({c[2].options: c for c in [*allotted_cases(subject, setup), *uniform_cases(subject, setup)]}.values())
     found = compare_methods(
@@ -213,7 +223,7 @@ def theorem(report: Report, subject: Subject, ids: Tensor, setup: Setup) -> list
         methods=[method for *_, method in cases],
         ours=(),
         budgets=(),
-        request=Request(Budget(bits=16.0), codecs=setup.codecs),
+        request=Request(codecs=setup.codecs),
         match=False,
     )
     variants = [
@@ -248,19 +258,19 @@ def holds_between(variants: Sequence[Variant]) -> tuple[float | None, float | No
     return (best[0].row.bits, best[-1].row.bits) if best else (None, None)
 
 
-def uniform_cases(subject: Subject, setup: Setup) -> list[tuple[str, str, Method]]:
+def uniform_cases(subject: StudiedModel, setup: CompareSetup) -> list[tuple[str, str, Method]]:
     """One codec for all matrices: some of every family of the menu, from the fewest bits to the most."""
     cases = []
     for family, names in families(setup.codecs).items():
         count = min(PER_FAMILY, len(names))
         for place in range(count):
             name = names[round(place * (len(names) - 1) / max(1, count - 1))]
-            request = Request(Budget(bits=16.0), uniform=True, codecs=(name,))
-            cases.append(("uniform", family, case(subject, request, f"uniform {name}")))
+            request = Request(uniform=True, codecs=(name,))
+            cases.append(("uniform", family, case(subject, Budget(bits=16.0), request, f"uniform {name}")))
     return cases
 
 
-def allotted_cases(subject: Subject, setup: Setup) -> list[tuple[str, str, Method]]:
+def allotted_cases(subject: StudiedModel, setup: CompareSetup) -> list[tuple[str, str, Method]]:
     """Plans at many budgets from the whole menu, and from its largest families alone."""
     menus = [("all", setup.codecs, ALLOTTED_BITS if not setup.codecs else setup.bits)]
     if not setup.codecs:
@@ -268,18 +278,18 @@ def allotted_cases(subject: Subject, setup: Setup) -> list[tuple[str, str, Metho
     cases = []
     for menu, codecs, rates in menus:
         for bits in rates:
-            request = Request(Budget(bits=bits), codecs=codecs)
+            title = f"allotted, {menu}, {bits:g} bits"
             try:
-                cases.append(("allotted", menu, case(subject, request, f"allotted, {menu}, {bits:g} bits")))
+                cases.append(("allotted", menu, case(subject, Budget(bits=bits), Request(codecs=codecs), title)))
             except WaterfillError:
                 continue  # this menu has no plan at this budget
     return cases
 
 
-def case(subject: Subject, request: Request, title: str) -> Method:
+def case(subject: StudiedModel, budget: Budget, request: Request, title: str) -> Method:
     """A plan to pack. Plans that give every matrix the same are one case, whatever they were asked for: what tells them
     apart, `options`, is then the same."""
-    plan = plan_for(subject, request)
+    plan = plan_for(subject, budget, request)
     chosen = blake2b(" ".join(tensor.codec for tensor in plan.tensors).encode(), digest_size=8).hexdigest()
     method = packed(plan, title=title, name=title.replace(" ", "-").replace(",", ""))
     gains = blake2b(repr([tensor.rho for tensor in plan.tensors]).encode(), digest_size=8).hexdigest()

@@ -27,8 +27,9 @@ import torch
 import transformers
 
 from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
+from tests.support.artifact_drafts import write
 from tests.support.artifact_loaders import FindingError, judge
-from tests.support.artifact_mutations import Mutator, write
+from tests.support.artifact_mutations import Mutator
 from tests.support.fuzz_samples import sample_artifacts
 from waterfill.base import process as memory
 

@@ -21,7 +21,7 @@ from benchmarks.shared.models import (
     decoded_copy,
     divergences,
     measure_sensitivity,
-    open_subject,
+    open_model,
     split_windows,
     stored_bits,
     uniform_plan,
@@ -51,7 +51,7 @@ def main() -> None:
 
 def measure_family(report: Report, family: str, path: Path, text: Path, *, context: int, quick: bool) -> None:
     """KL of every gain at every rate; the criterion of this family."""
-    subject = open_subject(path)
+    subject = open_model(path)
     held_out, _ = split_windows(subject.tokenizer, text, context)
     held_out = held_out[: 2048 // context if quick else 60 * 512 // context]
     sequences = 4 if quick else 32

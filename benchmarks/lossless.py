@@ -31,7 +31,7 @@ WITHIN = 1.02
 
 
 @dataclass(frozen=True)
-class Measured:
+class Compressed:
     """One coder on one set of tensors."""
 
     size_bytes: int
@@ -99,7 +99,7 @@ def compare(report: Report, name: str, tensors: Mapping[str, torch.Tensor], repe
     return [*row, *speeds(original, own), *speeds(original, peer)]
 
 
-def speeds(original: int, measured: Measured) -> list[float]:
+def speeds(original: int, measured: Compressed) -> list[float]:
     return [original / measured.encode_s / 1e6, original / measured.decode_s / 1e6]
 
 
@@ -109,7 +109,7 @@ def measure(
     size: Callable[[Any], int],
     decode: Callable[[Any, torch.Tensor], torch.Tensor],
     repetitions: int,
-) -> Measured:
+) -> Compressed:
     """Sizes and best times of all tensors together. Raises RuntimeError if one does not come back to the bit."""
     total, encode_s, decode_s = 0, math.inf, math.inf
     for _ in range(repetitions):
@@ -126,7 +126,7 @@ def measure(
             if not torch.equal(raw(decoded), raw(tensor)):
                 raise RuntimeError(f"{name} did not come back to the bit")
         encode_s, decode_s = min(encode_s, times[0]), min(decode_s, times[1])
-    return Measured(total, encode_s, decode_s)
+    return Compressed(total, encode_s, decode_s)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,13 +19,13 @@ from torch import Tensor
 from benchmarks.shared.models import (
     UNIFORM_CODECS,
     Measured,
-    Subject,
+    OpenedModel,
     allotted_plan,
     chunks,
     decoded_copy,
     divergences,
     measure_sensitivity,
-    open_subject,
+    open_model,
     split_windows,
     spread,
     stored_bits,
@@ -47,7 +47,7 @@ COPIES = 12  # of the model in memory at a time
 
 
 @dataclass(frozen=True)
-class Setup:
+class PredictionSetup:
     """How much is measured."""
 
     windows: int
@@ -58,12 +58,12 @@ class Setup:
     tensor_windows: int
 
 
-FULL = Setup(60, 64, RATES, REGIME_RATES, TENSOR_RATES, 30)
-QUICK = Setup(6, 6, (2.0, 3.25), (1.0,), (2.0,), 4)
+FULL = PredictionSetup(60, 64, RATES, REGIME_RATES, TENSOR_RATES, 30)
+QUICK = PredictionSetup(6, 6, (2.0, 3.25), (1.0,), (2.0,), 4)
 
 
 @dataclass(frozen=True)
-class Point:
+class PlannedPoint:
     """One plan, what each probe predicts for it, and what it costs."""
 
     probe: str  # that made the plan
@@ -88,7 +88,7 @@ def main() -> None:
     setup = QUICK if arguments.quick else FULL
     torch.manual_seed(0)
     report = Report("prediction against measurement")
-    subject = open_subject(EXAMPLE_MODEL)
+    subject = open_model(EXAMPLE_MODEL)
     held_out, probe = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
     held_out = spread(held_out[: FULL.windows], setup.windows)
     sensitivities = {
@@ -106,8 +106,8 @@ def main() -> None:
 
 
 def measure_points(
-    subject: Subject, sensitivities: Mapping[str, Sensitivity], held_out: Tensor, setup: Setup
-) -> list[Point]:
+    subject: OpenedModel, sensitivities: Mapping[str, Sensitivity], held_out: Tensor, setup: PredictionSetup
+) -> list[PlannedPoint]:
     """Every rate, uniform and allotted, planned from `text` and from `self`."""
     plans = []
     for bits in (*setup.regime_rates, *setup.rates):
@@ -122,7 +122,7 @@ def measure_points(
             some, divergences(subject.model, copies, held_out), strict=True
         ):
             predicted = {kind: predict(plan.tensors, measured_on) for kind, measured_on in sensitivities.items()}
-            points.append(Point(probe, shape, bits, plan, predicted, measured))
+            points.append(PlannedPoint(probe, shape, bits, plan, predicted, measured))
     return points
 
 
@@ -131,7 +131,7 @@ def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> float:
     return sum(planned_kl(tensor, sensitivity.tensors[tensor.name], tensor.rho) for tensor in tensors)
 
 
-def report_points(report: Report, points: Sequence[Point]) -> None:
+def report_points(report: Report, points: Sequence[PlannedPoint]) -> None:
     columns = ["bits", "plan", "probe", "stored bits", "predicted", "measured", "stderr", "ratio", "ratio of random"]
     rows = [
         [
@@ -150,7 +150,7 @@ def report_points(report: Report, points: Sequence[Point]) -> None:
     report.table("KL in nats per token; ratio = predicted / measured", columns, rows, key="points")
 
 
-def report_criteria(report: Report, points: Sequence[Point]) -> None:
+def report_criteria(report: Report, points: Sequence[PlannedPoint]) -> None:
     promised = [point for point in points if point.bits in RATES]
     for probe, goal in PROMISED.items():
         worst = max((abs(point.ratio - 1) for point in promised if point.probe == probe), default=None)
@@ -174,7 +174,12 @@ def report_criteria(report: Report, points: Sequence[Point]) -> None:
 
 
 def report_tensors(
-    report: Report, subject: Subject, sensitivity: Sensitivity, held_out: Tensor, setup: Setup, every: bool
+    report: Report,
+    subject: OpenedModel,
+    sensitivity: Sensitivity,
+    held_out: Tensor,
+    setup: PredictionSetup,
+    every: bool,
 ) -> None:
     """KL/t² of one matrix at a time, with the chosen gain, beside the two-term prediction."""
     matrices = subject.architecture.matrices if every else a_few(subject.architecture.matrices)

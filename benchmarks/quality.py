@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.shared.models import Subject, decoded_copy, measure_sensitivity, open_subject, split_windows
+from benchmarks.shared.models import OpenedModel, decoded_copy, measure_sensitivity, open_model, split_windows
 from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
 from waterfill.codecs.grids import available
 from waterfill.evaluation import Divergence, divergence
@@ -46,16 +46,16 @@ PEER_COLUMNS += ["allotted bits", "allotted KL", "allotted ppl"]
 
 
 @dataclass(frozen=True)
-class Bench:
+class QualityBench:
     """What everything is measured on."""
 
-    subject: Subject
+    subject: OpenedModel
     sensitivity: Sensitivity
     ids: Tensor  # int64 [tokens], whole windows
 
     def plan(self, bits: float, *, uniform: bool, codecs: tuple[str, ...] = ()) -> Plan:
-        request = Request(Budget(bits=bits), uniform=uniform, codecs=codecs)
-        return make_plan(self.subject.name, self.subject.architecture, self.sensitivity, request)
+        budget, request = Budget(bits=bits), Request(uniform=uniform, codecs=codecs)
+        return make_plan(self.subject.name, self.subject.architecture, self.sensitivity, budget, request)
 
     def measure(self, plan: Plan) -> Divergence:
         return self.score(decoded_copy(self.subject, plan.tensors))
@@ -68,10 +68,10 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     windows, sequences = (6, 6) if arguments.quick else (60, 32)
     report = Report("quality at equal stored bits")
-    subject = open_subject(EXAMPLE_MODEL)
+    subject = open_model(EXAMPLE_MODEL)
     held_out, _ = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
     sensitivity = measure_sensitivity(subject, "self", sequences, CONTEXT)
-    bench = Bench(subject, sensitivity, held_out[:windows].flatten())
+    bench = QualityBench(subject, sensitivity, held_out[:windows].flatten())
     report.note(
         f"{windows} windows of {CONTEXT} tokens; plans from a probe of {sequences} such, sampled from the model"
     )
@@ -80,7 +80,7 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def compare_peers(report: Report, bench: Bench) -> None:
+def compare_peers(report: Report, bench: QualityBench) -> None:
     """Every peer beside the uniform and the allotted plan of at most its stored bits."""
     rows = []
     ours: dict[float, list[tuple[Plan, Divergence]]] = {}
@@ -106,7 +106,7 @@ def compare_peers(report: Report, bench: Bench) -> None:
     report.note(f"perplexity of the model itself: {report.results['ppl_reference']:.2f}")
 
 
-def compare_allotment(report: Report, bench: Bench) -> None:
+def compare_allotment(report: Report, bench: QualityBench) -> None:
     """What allotting gains over one grid for all, with the whole menu and with scalar grids only."""
     rows = []
     for menu, codecs in (("all grids", ()), ("scalar grids", SCALAR_GRIDS)):
@@ -128,7 +128,7 @@ def compare_allotment(report: Report, bench: Bench) -> None:
 
 
 @torch.no_grad()
-def rounded_copy(subject: Subject, quantiser: Quantiser) -> tuple[torch.nn.Module, float]:
+def rounded_copy(subject: OpenedModel, quantiser: Quantiser) -> tuple[torch.nn.Module, float]:
     """A copy of the subject's model with every matrix quantised, and the stored bits per weight of these matrices."""
     result = copy.deepcopy(subject.model)
     parameters = dict(result.named_parameters())

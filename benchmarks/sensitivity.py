@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from benchmarks.shared.models import Subject, open_subject, split_windows, spread
+from benchmarks.shared.models import OpenedModel, open_model, split_windows, spread
 from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
 from waterfill.planning.loss import Coefficients
 from waterfill.planning.sensitivity import Method, measure
@@ -24,7 +24,7 @@ PART = 2  # sequences per run; a standard error needs two
 
 
 @dataclass(frozen=True)
-class Run:
+class ProbeRun:
     """One estimator on one part of the probe."""
 
     tensors: dict[str, Coefficients]
@@ -35,10 +35,10 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     context, parts = (128, 2) if arguments.quick else (512, 4)
     report = Report("sensitivities: fisher against perturb")
-    subject = open_subject(EXAMPLE_MODEL)
+    subject = open_model(EXAMPLE_MODEL)
     _, probe = split_windows(subject.tokenizer, held_out_text(report), context)
     tokens = spread(probe, PART * parts).split(PART)
-    runs: dict[Method, list[Run]] = {"fisher": [], "perturb": []}
+    runs: dict[Method, list[ProbeRun]] = {"fisher": [], "perturb": []}
     for seed, part in enumerate(tokens):  # interleaved, so that a busy machine slows both
         for method, done in runs.items():
             done.append(run(subject, part, method, seed))
@@ -52,18 +52,18 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def run(subject: Subject, tokens: Tensor, method: Method, seed: int) -> Run:
+def run(subject: OpenedModel, tokens: Tensor, method: Method, seed: int) -> ProbeRun:
     start = time.perf_counter()
     found = measure(subject.model, subject.architecture.matrices, tokens, method=method, seed=seed)
-    return Run(dict(found.tensors), time.perf_counter() - start)
+    return ProbeRun(dict(found.tensors), time.perf_counter() - start)
 
 
-def average(runs: Sequence[Run], coefficient: str) -> dict[str, float]:
+def average(runs: Sequence[ProbeRun], coefficient: str) -> dict[str, float]:
     """α or β of every matrix, averaged over runs."""
     return {name: statistics.fmean(getattr(run.tensors[name], coefficient) for run in runs) for name in runs[0].tensors}
 
 
-def report_agreement(report: Report, fisher: Sequence[Run], perturb: Sequence[Run]) -> None:
+def report_agreement(report: Report, fisher: Sequence[ProbeRun], perturb: Sequence[ProbeRun]) -> None:
     columns = {(c, m): average(runs, c) for c in ("alpha", "beta") for m, runs in (("f", fisher), ("p", perturb))}
     names = list(columns["alpha", "f"])
     rows = [[name, *(columns[c, m][name] for c in ("alpha", "beta") for m in ("f", "p"))] for name in names]

@@ -23,7 +23,7 @@ from waterfill.base.errors import MemoryLimitError
 from waterfill.files.artifact import open_artifact
 from waterfill.planning.budget import Budget
 from waterfill.running.hf.packed import PackedMatrix
-from waterfill.running.streaming import Activations, Storage, StreamedMatrix, Streamer, View
+from waterfill.running.streaming import Activations, Storage, StreamedMatrix, Streamer, Tuning, View
 from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Working, room
 
 TRELLIS, FIXED = "trellis-s8-r3.0000", "higgs-p2-n16"
@@ -53,21 +53,18 @@ from waterfill.files.artifact import open_artifact
 from waterfill.files.artifact import read_bytes
 from waterfill.codecs import LOSSLESS, lossless
 from waterfill.running.streaming import Storage
-from waterfill.running.streaming import StreamedMatrix
 from waterfill.running.streaming import Streamer
 from waterfill.running.streaming import View
-from waterfill.running.streaming import calibration
-from waterfill.running.streaming import chunks
+from waterfill.running.streaming import Tuning
 
 artifact, out, keep, tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-calibration.READING_S = calibration.WORKING_S = 0.0
-chunks.CHUNK_BYTES, chunks.PART_WEIGHTS = 4096, 2048
+tuning = Tuning(chunk_bytes=4096, part_weights=2048, reading_s=0.0, working_s=0.0)
 opened, storage = open_artifact(artifact), Storage()
 packed = [t for t in opened.tensors.values() if t.packed]
-matrices = [StreamedMatrix(tensor, storage, verify=True) for tensor in packed]
+matrices = [tuning.matrix(tensor, storage, verify=True) for tensor in packed]
 told = []
 streamer = Streamer(
-    storage, matrices, (), spare_bytes=keep, limit_bytes=1 << 40, verify=True,
+    storage, matrices, (), spare_bytes=keep, limit_bytes=1 << 40, verify=True, tuning=tuning,
     progress=lambda done, total: told.append((done, total)),
 )
 assert told[-1][0] == told[-1][1] > 0
@@ -176,10 +173,10 @@ def test_a_process_without_torch_computes_the_same_bits(packed: Packed, codec: s
 
 @pytest.fixture
 def streamer(packed: Packed) -> Iterator[Streamer]:
-    storage = Storage()
+    storage, tuning = Storage(), Tuning(reading_s=0.0, working_s=0.0)
     tensors = open_artifact(packed(FIXED)).tensors.values()
     matrices = [StreamedMatrix(t, storage, verify=False) for t in tensors if t.codec == FIXED]
-    opened = Streamer(storage, matrices, (), spare_bytes=0, limit_bytes=1 << 40, verify=False)
+    opened = Streamer(storage, matrices, (), spare_bytes=0, limit_bytes=1 << 40, verify=False, tuning=tuning)
     yield opened
     opened.close()
 
@@ -197,7 +194,7 @@ def test_matrices_of_one_codec_share_the_activations(streamer: Streamer) -> None
         for matrix, y in zip(matrices, expected, strict=True):
             found = np.empty_like(y)
             for chunk in matrix.chunks:
-                streamer.held(chunk).multiply(shared, View.of_array(found), nanoseconds)
+                streamer.on_demand.read(chunk).multiply(shared, View.of_array(found), nanoseconds)
             assert found.tobytes() == y.tobytes()
 
 

@@ -28,11 +28,11 @@ from benchmarks.compressibility.page import draw, write_page
 from benchmarks.compressibility.quantisers import Quantised, Quantiser, quantisers
 from benchmarks.shared.models import (
     Measured,
-    Subject,
+    OpenedModel,
     chunks,
     divergences,
     measure_sensitivity,
-    open_subject,
+    open_model,
     split_windows,
     spread,
 )
@@ -74,7 +74,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Point:
+class RatePoint:
     """One method at one setting."""
 
     name: str
@@ -92,7 +92,7 @@ def main() -> None:
     )
     quick = arguments.quick
     report = Report("compressibility of quantised weights")
-    subject = open_subject(EXAMPLE_MODEL)
+    subject = open_model(EXAMPLE_MODEL)
     held_out, probe = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
     held_out = spread(held_out[:60], QUICK_WINDOWS if quick else WINDOWS)
     sensitivity = measure_sensitivity(subject, "text", QUICK_PROBE if quick else PROBE, CONTEXT, probe)
@@ -118,8 +118,8 @@ def main() -> None:
 
 
 def measure_methods(
-    report: Report, subject: Subject, sensitivity: Sensitivity, held_out: Tensor, methods: Mapping[str, Quantiser]
-) -> list[Point]:
+    report: Report, subject: OpenedModel, sensitivity: Sensitivity, held_out: Tensor, methods: Mapping[str, Quantiser]
+) -> list[RatePoint]:
     """Sizes and loss of every method; the table of sizes."""
     points, rows = [], []
     for some in chunks(list(methods.items()), COPIES):
@@ -133,7 +133,7 @@ def measure_methods(
             assert size.by_coder is not None
             coder = min(size.by_coder, key=lambda coder: size.by_coder[coder])
             best = min(size.by_coder[coder], size.stored)
-            points.append(Point(name, size.stored, best, coder if best < size.stored else "none", loss))
+            points.append(RatePoint(name, size.stored, best, coder if best < size.stored else "none", loss))
             rows.append(size_row(name, size, best))
     columns = ["method", "stored", "codes", "entropy", "scales", "scales coded", *installed(), "saved by the best"]
     shown = [row for row in rows if row[0].startswith(SHOWN)]
@@ -151,7 +151,7 @@ def size_row(name: str, size: Sizes, best: int) -> list[Any]:
 
 
 @torch.no_grad()
-def quantised_copy(subject: Subject, sensitivity: Sensitivity, quantiser: Quantiser) -> tuple[Any, Sizes]:
+def quantised_copy(subject: OpenedModel, sensitivity: Sensitivity, quantiser: Quantiser) -> tuple[Any, Sizes]:
     """A copy of the model with every matrix as the method gives it back, and what it stores."""
     total = Sizes(by_coder=dict.fromkeys(installed(), 0))
 
@@ -163,7 +163,7 @@ def quantised_copy(subject: Subject, sensitivity: Sensitivity, quantiser: Quanti
     return changed_copy(subject, put), total
 
 
-def changed_copy(subject: Subject, put: Callable[[str, Tensor], Tensor]) -> Any:
+def changed_copy(subject: OpenedModel, put: Callable[[str, Tensor], Tensor]) -> Any:
     """A copy of the model whose matrices are what `put(name, matrix)` returns."""
     result = copy.deepcopy(subject.model)
     parameters = dict(result.named_parameters())
@@ -198,10 +198,10 @@ def add_sizes(total: Sizes, found: Quantised) -> None:
 
 
 def measure_joint(
-    report: Report, subject: Subject, sensitivity: Sensitivity, held_out: Tensor, rates: Sequence[float]
-) -> dict[str, list[Point]]:
+    report: Report, subject: OpenedModel, sensitivity: Sensitivity, held_out: Tensor, rates: Sequence[float]
+) -> dict[str, list[RatePoint]]:
     """The trellis at several rates: {how rates are given: points}."""
-    joint: dict[str, list[Point]] = {}
+    joint: dict[str, list[RatePoint]] = {}
     for what, uniform in ((UNIFORM, True), (ALLOTTED, False)):
         points = []
         for some in chunks(rates, COPIES):
@@ -209,7 +209,7 @@ def measure_joint(
             copies = [trellis_copy(subject, plan) for plan in plans]
             for plan, loss in zip(plans, divergences(subject.model, copies, held_out), strict=True):
                 size_bytes = sum(tensor.size_bytes for tensor in plan)
-                points.append(Point(what, size_bytes, size_bytes, "rANS", loss))
+                points.append(RatePoint(what, size_bytes, size_bytes, "rANS", loss))
         weights = sum(tensor.weights for tensor in plan)
         rows = [
             [8 * point.size_bytes / weights, point.size_bytes, point.measured.kl, point.measured.stderr]
@@ -221,13 +221,13 @@ def measure_joint(
     return joint
 
 
-def trellis_plan(subject: Subject, sensitivity: Sensitivity, rate: float, uniform: bool) -> tuple[TensorPlan, ...]:
-    request = Request(budget=Budget(bits=rate), uniform=uniform, codecs=("trellis",))
-    return make_plan(subject.name, subject.architecture, sensitivity, request).tensors
+def trellis_plan(subject: OpenedModel, sensitivity: Sensitivity, rate: float, uniform: bool) -> tuple[TensorPlan, ...]:
+    budget, request = Budget(bits=rate), Request(uniform=uniform, codecs=("trellis",))
+    return make_plan(subject.name, subject.architecture, sensitivity, budget, request).tensors
 
 
 @torch.no_grad()
-def trellis_copy(subject: Subject, plan: Sequence[TensorPlan]) -> Any:
+def trellis_copy(subject: OpenedModel, plan: Sequence[TensorPlan]) -> Any:
     tensors = {tensor.name: tensor for tensor in plan}
 
     def put(name: str, weight: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def trellis_copy(subject: Subject, plan: Sequence[TensorPlan]) -> Any:
 # At equal KL
 
 
-def compare(report: Report, points: Sequence[Point], joint: Mapping[str, Sequence[Point]]) -> None:
+def compare(report: Report, points: Sequence[RatePoint], joint: Mapping[str, Sequence[RatePoint]]) -> None:
     """Bytes of each method, stored and coded, beside those of the joint design with the same KL."""
     rows, ratios = [], {}
     for point in points:
@@ -269,7 +269,7 @@ def compare(report: Report, points: Sequence[Point], joint: Mapping[str, Sequenc
     report.criterion("joint_design_over_best_coded_bytes_at_equal_kl", known[worst], "< 1", known[worst] < 1)
 
 
-def bytes_at(curve: Sequence[Point], kl: float) -> float | None:
+def bytes_at(curve: Sequence[RatePoint], kl: float) -> float | None:
     """Bytes at which the curve has that KL, log KL being taken as linear in bytes; None outside it."""
     kls, sizes = np.array(sorted((point.measured.kl, point.size_bytes) for point in curve)).T
     return float(np.interp(np.log(kl), np.log(kls), sizes)) if kls[0] <= kl <= kls[-1] else None

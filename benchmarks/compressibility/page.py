@@ -19,7 +19,7 @@ MARKERS = {"NF4 g64": "D", "Q4_0": "s"}
 TEMPLATE = Path(__file__).with_suffix(".md")
 
 
-class Point(Protocol):
+class DrawnPoint(Protocol):
     """Of `compressibility.py`."""
 
     name: str
@@ -28,7 +28,7 @@ class Point(Protocol):
     measured: Measured
 
 
-def draw(points: Sequence[Point], joint: Mapping[str, Sequence[Point]], path: Path) -> None:
+def draw(points: Sequence[DrawnPoint], joint: Mapping[str, Sequence[DrawnPoint]], path: Path) -> None:
     """KL over bytes of the matrices."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -54,14 +54,14 @@ def draw(points: Sequence[Point], joint: Mapping[str, Sequence[Point]], path: Pa
     figure.savefig(path, facecolor="white")
 
 
-def draw_family(axes: Any, points: Sequence[Point], label: str, colour: str, marker: str) -> None:
+def draw_family(axes: Any, points: Sequence[DrawnPoint], label: str, colour: str, marker: str) -> None:
     style = {"color": colour, "marker": marker, "markersize": 5}
     points = sorted(points, key=lambda point: point.size_bytes)
     axes.plot(*coordinates(points, coded=False), linestyle=":", linewidth=0.8, markerfacecolor="white", **style)
     axes.plot(*coordinates(points, coded=True), linestyle="-", linewidth=1.0, label=label, **style)
 
 
-def coordinates(points: Sequence[Point], *, coded: bool) -> tuple[list[float], list[float]]:
+def coordinates(points: Sequence[DrawnPoint], *, coded: bool) -> tuple[list[float], list[float]]:
     sizes = [(point.best_bytes if coded else point.size_bytes) / 1e6 for point in points]
     return sizes, [point.measured.kl for point in points]
 

@@ -20,8 +20,9 @@ from lm_eval.tasks import TaskManager
 import waterfill
 from benchmarks.conventions.llama_perplexity import Program, Replica, as_printed, find_program
 from benchmarks.shared.gguf_file import quantise, write_gguf
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, _version, held_out_text, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
 from waterfill.api import load_tokenizer
+from waterfill.base.machine import package_version
 from waterfill.evaluation import Cache, KldFile, convention, divergence, perplexity, token_ids
 from waterfill.evaluation.llamacpp import load_gguf
 from waterfill.evaluation.local_tasks import read_task
@@ -38,7 +39,8 @@ def main() -> None:
     arguments = parse_arguments(__doc__, llama_perplexity=program_option)
     chunks = 8 if arguments.quick else 40
     report = Report("waterfill's figures against llama.cpp's and lm-evaluation-harness's")
-    report.note(", ".join(f"{name} {_version(name)}" for name in ("llama_cpp_python", "lm_eval")))
+    peers = ("llama_cpp_python", "lm_eval")
+    report.note(", ".join(f"{name} {package_version(name) or 'not installed'}" for name in peers))
     text = held_out_text(report)
     with tempfile.TemporaryDirectory() as folder:
         some = Path(folder) / "text.txt"

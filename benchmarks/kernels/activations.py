@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import waterfill
-from benchmarks.shared.models import measure_sensitivity, open_subject, split_windows
+from benchmarks.shared.models import measure_sensitivity, open_model, split_windows
 from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text
 from waterfill.base.native import FLOAT_ACTIVATIONS
 from waterfill.evaluation import divergence
@@ -25,7 +25,7 @@ GOAL = 0.02  # relative change of KL
 def measure_accuracy(report: Report, *, quick: bool) -> None:
     """The example model with one codec for all matrices, and with bits allotted."""
     windows, codecs = (2, CODECS[::3]) if quick else (24, CODECS)
-    subject = open_subject(EXAMPLE_MODEL)
+    subject = open_model(EXAMPLE_MODEL)
     held_out, probe = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
     ids = held_out[:windows].flatten()
     sensitivity = measure_sensitivity(subject, "text", 2 if quick else 16, CONTEXT, probe)

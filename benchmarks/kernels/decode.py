@@ -9,7 +9,6 @@ matrix once; the embedding is read too, since it is the output head.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import mmap
 import tempfile
 import time
@@ -34,8 +33,8 @@ from waterfill.codecs.integers import native_table
 from waterfill.running.engine.families.llama import LlamaModel
 from waterfill.running.engine.families.llama_spec import EMBEDDING, FINAL_NORM, NORMS, PROJECTIONS, Spec
 from waterfill.running.engine.weights import Resident, kernels
-from waterfill.running.text.choose import Rules
 from waterfill.running.text.generation import Run
+from waterfill.running.text.next_token import Rules
 
 SMALL = LLAMA_3_2_1B | {"num_hidden_layers": 4, "vocab_size": 32768}  # for --quick
 CODECS = {2: ("higgs-p2-n16",), 3: ("higgs-p2-n64",), 4: ("higgs-p1-n16", "higgs-p2-n256")}
@@ -108,11 +107,11 @@ class RandomModel:
         """Seconds of the packed products of one token and nothing else, one after the other."""
         x = np.ones((1, max(view.width for view in self.views.values())), np.float32)
         y = np.empty(max(view.rows for view in self.views.values()), np.float32)
-        result = (ctypes.c_void_p * 1)(y.ctypes.data)
+        result = native.addresses_of([y.ctypes.data])
         start = time.perf_counter()
         for view in self.views.values():
-            one = (ctypes.POINTER(native.MatrixView) * 1)(ctypes.pointer(view))
-            self._library.call("matmul", self._isa, one, 1, x.ctypes.data, native.FLOAT32, 1, result)
+            one = native.matrices_of([view])
+            self._library.matmul(self._isa, one, x.ctypes.data, result, dtype=native.FLOAT32, tokens=1)
         return time.perf_counter() - start
 
     def _run(self, prompt: int, tokens: int) -> Iterator[list[int]]:
@@ -122,8 +121,8 @@ class RandomModel:
 
     def _matrix(self, rows: int, width: int) -> native.MatrixView:
         codec, (step, table) = get_codec(self.codec), self._table
-        codes = random_bytes(self._library.codes_bytes(codec.p, codec.n, rows, width))
-        scales = np.full(self._library.scales_count(rows, width), SCALE, np.float16)
+        codes = random_bytes(self._library.codes_bytes(p=codec.p, n=codec.n, rows=rows, width=width))
+        scales = np.full(self._library.scales_count(rows=rows, width=width), SCALE, np.float16)
         self._arrays += [codes, scales]
         places = codes.ctypes.data, scales.ctypes.data, codes.nbytes, scales.size
         return native.MatrixView(rows, width, step, 1.0, table, *places)

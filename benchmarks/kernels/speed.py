@@ -45,8 +45,8 @@ from benchmarks.shared.timing import (
     SHARE,
     ColdProduct,
     Memory,
-    Product,
     Shape,
+    TimedProduct,
     interleave,
     kernels,
     packed_products,
@@ -128,7 +128,7 @@ def effort_of(arguments: argparse.Namespace, rounds: int) -> Effort:
     return Effort(QUICK_ROUNDS if arguments.quick else rounds, arguments.patience)
 
 
-def row_of(product: Product, samples: Mapping[str, list[float]]) -> list[object]:
+def row_of(product: TimedProduct, samples: Mapping[str, list[float]]) -> list[object]:
     figures = [value for figure in (NS, GBPS, SHARE) for value in median_spread(samples[figure])]
     return [product.name, 8 * product.size_bytes / product.weights, *figures]
 
@@ -137,7 +137,7 @@ def compare_peers(report: Report, memory: Memory, arguments: argparse.Namespace)
     """Codecs and peers of comparable bits in the same rounds."""
     with open_peers(report, peers_python(arguments.peers_python), FAMILIES) as processes:
         for shape in SHAPES[:1] if arguments.quick else SHAPES:
-            products: list[Product] = [
+            products: list[TimedProduct] = [
                 packed_products(memory, codec, shape) for codecs in OURS.values() for codec in codecs
             ]
             products += torch_products(shape, memory.size_bytes)
@@ -147,7 +147,7 @@ def compare_peers(report: Report, memory: Memory, arguments: argparse.Namespace)
             report_peers(report, shape, products, samples)
 
 
-def report_peers(report: Report, shape: Shape, products: Sequence[Product], samples: Series) -> None:
+def report_peers(report: Report, shape: Shape, products: Sequence[TimedProduct], samples: Series) -> None:
     size = f"{shape[0]}x{shape[1]}"
     rows = [row_of(product, samples[product.name]) for product in products]
     report.table(f"beside other libraries: cold weights {size} times one vector", COLUMNS, rows, key=f"peers_{size}")
@@ -239,7 +239,7 @@ def rotation(library: native.Native, isa: int, x: torch.Tensor) -> Round:
     for rows in (1, len(x)):
         start = time.perf_counter()
         for _ in range(ROTATIONS):
-            library.rotate(isa, x.data_ptr(), rows, x.shape[1], 0)
+            library.rotate(isa, x.data_ptr(), rows=rows, width=x.shape[1], inverse=False)
         seconds.append(time.perf_counter() - start)
     size_bytes = ROTATIONS * (len(x) - 1) * x.shape[1] * x.element_size()
     return {"rotate": {GBPS: size_bytes / 1e9 / (seconds[1] - seconds[0])}}

@@ -7,36 +7,23 @@ copy, and its time does not depend on the values.
 from __future__ import annotations
 
 import ctypes
-import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from benchmarks.peers.worker import Pass, Products
+from benchmarks.peers.worker import Pass, PeerProducts
+from waterfill.files.ggml import OF_ROWS, Signatures, load_ggml
+from waterfill.files.gguf import TENSOR_TYPES, Entry, write_gguf
+from waterfill.files.llama_names import GGUF_NORMS, GGUF_PROJECTIONS
 
-F32 = 0
-TYPES = {"Q4_0": 2, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12}
+TYPES = ("Q4_0", "Q2_K", "Q3_K", "Q4_K")
 REPACKED = ("Q4_0", "Q4_K", "Q2_K")  # types that ggml has a layout of its own for
 QUANTISED_ROWS = 256
-
-
-class TypeTraits(ctypes.Structure):
-    """The beginning of ggml_type_traits."""
-
-    _fields_ = (
-        ("type_name", c_char_p),
-        ("blck_size", c_int64),
-        ("blck_size_interleave", c_int64),
-        ("type_size", c_size_t),
-        ("is_quantized", c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)),
-    )
 
 
 class InitParams(ctypes.Structure):
@@ -45,7 +32,8 @@ class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
 
-SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+SIGNATURES: Signatures = {
+    **OF_ROWS,
     "ggml_init": (c_void_p, [InitParams]),
     "ggml_free": (None, [c_void_p]),
     "ggml_new_tensor_1d": (c_void_p, [c_void_p, c_int, c_int64]),
@@ -53,9 +41,6 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_mul_mat": (c_void_p, [c_void_p, c_void_p, c_void_p]),
     "ggml_new_graph_custom": (c_void_p, [c_void_p, c_size_t, c_bool]),
     "ggml_build_forward_expand": (None, [c_void_p, c_void_p]),
-    "ggml_row_size": (c_size_t, [c_int, c_int64]),
-    "ggml_quantize_chunk": (c_size_t, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
-    "ggml_get_type_traits": (POINTER(TypeTraits), [c_int]),
     "ggml_backend_alloc_ctx_tensors_from_buft": (c_void_p, [c_void_p, c_void_p]),
     "ggml_backend_buffer_free": (None, [c_void_p]),
     "ggml_backend_tensor_set": (None, [c_void_p, c_void_p, c_size_t, c_size_t]),
@@ -71,33 +56,17 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-class Library:
-    """Functions of libggml*, by their C names."""
-
-    def __init__(self) -> None:
-        spec = find_spec("llama_cpp")
-        if spec is None or spec.origin is None:
-            raise ImportError("No module named 'llama_cpp'")
-        folder = Path(spec.origin).parent / "lib"
-        files = [next(folder.glob(f"*{stem}.*[!0-9]")) for stem in ("ggml-base", "ggml-cpu", "ggml")]
-        self._libraries = [ctypes.CDLL(str(file)) for file in files]
-        for name, (result, arguments) in SIGNATURES.items():
-            function = next(getattr(library, name) for library in self._libraries if hasattr(library, name))
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name, function)
-
-
 @lru_cache(maxsize=1)
 def ggml() -> Any:
-    return Library()
+    return load_ggml(SIGNATURES, ("ggml-base", "ggml-cpu", "ggml"))
 
 
 @lru_cache(maxsize=64)
 def quantised_rows(kind: str, width: int) -> np.ndarray:
     """uint8 `[256, bytes of a row]` of Gaussian weights."""
     lib, weights = ggml(), gaussian_rows(width)
-    codes = np.empty((QUANTISED_ROWS, lib.ggml_row_size(TYPES[kind], width)), np.uint8)
-    lib.ggml_quantize_chunk(TYPES[kind], weights.ctypes.data, codes.ctypes.data, 0, QUANTISED_ROWS, width, None)
+    codes = np.empty((QUANTISED_ROWS, lib.ggml_row_size(TENSOR_TYPES[kind], width)), np.uint8)
+    lib.ggml_quantize_chunk(TENSOR_TYPES[kind], weights.ctypes.data, codes.ctypes.data, 0, QUANTISED_ROWS, width, None)
     return codes
 
 
@@ -106,18 +75,20 @@ def gaussian_rows(width: int) -> np.ndarray:
 
 
 def bits_per_weight(kind: str, width: int = 4096) -> float:
-    return 8 * float(ggml().ggml_row_size(TYPES[kind], width)) / width
+    return 8 * float(ggml().ggml_row_size(TENSOR_TYPES[kind], width)) / width
 
 
 def relative_error(kind: str, width: int = 4096) -> float:
     """|decoded - weights|^2 / |weights|^2 of Gaussian weights."""
     codes, weights = quantised_rows(kind, width), gaussian_rows(width)
     decoded = np.empty_like(weights)
-    ggml().ggml_get_type_traits(TYPES[kind]).contents.to_float(codes.ctypes.data, decoded.ctypes.data, weights.size)
+    ggml().ggml_get_type_traits(TENSOR_TYPES[kind]).contents.to_float(
+        codes.ctypes.data, decoded.ctypes.data, weights.size
+    )
     return float(np.square(decoded - weights).sum(dtype=np.float64) / np.square(weights).sum(dtype=np.float64))
 
 
-class Ggml(Products):
+class Ggml(PeerProducts):
     """ggml_mul_mat on the CPU backend: as stored, or in the layout that llama.cpp repacks to; the faster is taken."""
 
     kinds: ClassVar = {
@@ -138,7 +109,7 @@ class Ggml(Products):
         matrix = np.tile(quantised_rows(kind, width), (-(-rows // QUANTISED_ROWS), 1))[:rows]
         count = -(-cold_bytes // matrix.nbytes)
         return (
-            Graph(TYPES[kind], matrix, width, count, threads, repacked).run,
+            Graph(TENSOR_TYPES[kind], matrix, width, count, threads, repacked).run,
             rows * width * count,
             matrix.nbytes * count,
         )
@@ -158,7 +129,7 @@ class Graph:
         self._buffers = [lib.ggml_backend_alloc_ctx_tensors_from_buft(stored, self._repacking() if repacked else plain)]
         for weight in weights:
             lib.ggml_backend_tensor_set(weight, matrix.ctypes.data, 0, matrix.nbytes)
-        x = lib.ggml_new_tensor_1d(computed, F32, width)
+        x = lib.ggml_new_tensor_1d(computed, TENSOR_TYPES["F32"], width)
         self._graph = lib.ggml_new_graph_custom(computed, 2 * count + 8, False)
         for weight in weights:
             lib.ggml_build_forward_expand(self._graph, lib.ggml_mul_mat(computed, weight, x))
@@ -208,7 +179,7 @@ class LlamaCpp:
         """Write a model of random weights, all matrices of one type, and load it; the bytes of its matrices."""
         path = Path(folder) / f"{kind}.gguf"
         with path.open("wb") as file:
-            size_bytes = write_gguf(file, kind, shapes)
+            size_bytes = write_model(file, kind, shapes)
         self.open(kind, str(path), threads)
         path.unlink()  # mapped by now, if it is wanted
         return {"size_bytes": size_bytes}
@@ -261,53 +232,42 @@ class LlamaCpp:
             raise RuntimeError("llama_decode failed")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A GGUF file: magic, version, counts, metadata, tensor infos, then the tensors, each at a multiple of 32 bytes
-
-
-def write_gguf(file: BinaryIO, kind: str, shapes: dict[str, Any]) -> int:
-    """A model of random weights without a vocabulary; `shapes` as in LlamaConfig. Returns the bytes of its matrices."""
-    tensors = list(llama_tensors(shapes))
-    header, offset = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata_of(shapes)))), 0
-    for key, value in metadata_of(shapes).items():
-        header += text(key) + encoded(value)
-    for name, width, rows in tensors:
-        sizes = [width] if rows is None else [width, rows]
-        header += text(name) + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)
-        header += struct.pack("<IQ", F32 if rows is None else TYPES[kind], offset)
-        offset += padded(tensor_bytes(kind, width, rows))
-    file.write(header + bytes(-len(header) % 32))
-    matrices = 0
-    for _, width, rows in tensors:
-        start = file.tell()
+def write_model(file: BinaryIO, kind: str, shapes: dict[str, Any]) -> int:
+    """A GGUF file of random weights without a vocabulary; `shapes` as in LlamaConfig. Returns its matrices' bytes."""
+    tensors: list[tuple[Entry, int, Iterable[bytes]]] = []
+    for name, width, rows in llama_tensors(shapes):
+        size_bytes = tensor_bytes(kind, width, rows)
         if rows is None:
-            file.write(np.ones(width, np.float32).tobytes())
+            norm = Entry(name, (width,), TENSOR_TYPES["F32"])
+            tensors.append((norm, size_bytes, (np.ones(width, np.float32).tobytes(),)))
         else:
-            block = quantised_rows(kind, width)
-            for first in range(0, rows, len(block)):
-                file.write(block[: rows - first].tobytes())
-            matrices += file.tell() - start
-        file.write(bytes(-(file.tell() - start) % 32))
-    return matrices
+            tensors.append((Entry(name, (rows, width), TENSOR_TYPES[kind]), size_bytes, repeated(kind, width, rows)))
+    write_gguf(file, metadata_of(shapes), tensors)
+    return sum(size_bytes for entry, size_bytes, _ in tensors if len(entry.shape) == 2)
+
+
+def repeated(kind: str, width: int, rows: int) -> Iterator[bytes]:
+    """A matrix, block by block."""
+    block = quantised_rows(kind, width)
+    for first in range(0, rows, len(block)):
+        yield block[: rows - first].tobytes()
 
 
 def llama_tensors(shapes: dict[str, Any]) -> Iterator[tuple[str, int, int | None]]:
     """(name, width, rows) of each matrix; rows is None for the weights of a norm."""
     hidden, inner, head = shapes["hidden_size"], shapes["intermediate_size"], shapes["head_dim"]
     queries, keys = head * shapes["num_attention_heads"], head * shapes["num_key_value_heads"]
+    shape_of = {
+        "q": (hidden, queries), "k": (hidden, keys), "v": (hidden, keys), "o": (queries, hidden),
+        "gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden),
+    }  # fmt: skip
     yield "token_embd.weight", hidden, shapes["vocab_size"]
     yield "output_norm.weight", hidden, None
     for layer in range(shapes["num_hidden_layers"]):
-        block = f"blk.{layer}"
-        yield f"{block}.attn_norm.weight", hidden, None
-        yield f"{block}.attn_q.weight", hidden, queries
-        yield f"{block}.attn_k.weight", hidden, keys
-        yield f"{block}.attn_v.weight", hidden, keys
-        yield f"{block}.attn_output.weight", queries, hidden
-        yield f"{block}.ffn_norm.weight", hidden, None
-        yield f"{block}.ffn_gate.weight", hidden, inner
-        yield f"{block}.ffn_up.weight", hidden, inner
-        yield f"{block}.ffn_down.weight", inner, hidden
+        for norm, keys_of in ((GGUF_NORMS["input_norm"], "qkvo"), (GGUF_NORMS["post_norm"], ("gate", "up", "down"))):
+            yield f"blk.{layer}.{norm}.weight", hidden, None
+            for key in keys_of:
+                yield f"blk.{layer}.{GGUF_PROJECTIONS[key]}.weight", *shape_of[key]
 
 
 def metadata_of(shapes: dict[str, Any]) -> dict[str, Any]:
@@ -330,19 +290,4 @@ def metadata_of(shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensor_bytes(kind: str, width: int, rows: int | None) -> int:
-    return 4 * width if rows is None else rows * int(ggml().ggml_row_size(TYPES[kind], width))
-
-
-def padded(size_bytes: int) -> int:
-    return -(-size_bytes // 32) * 32
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def encoded(value: str | int | float) -> bytes:
-    """Type number and value: 8 a string, 4 an unsigned 32-bit integer, 6 a float."""
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + text(value)
-    return struct.pack("<II", 4, value) if isinstance(value, int) else struct.pack("<If", 6, value)
+    return 4 * width if rows is None else rows * int(ggml().ggml_row_size(TENSOR_TYPES[kind], width))

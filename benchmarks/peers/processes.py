@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.shared.limits import REPOSITORY
+from benchmarks.shared.limits import REPOSITORY, with_source
 from benchmarks.shared.report import Report
 from benchmarks.shared.rounds import own_processes
 from benchmarks.shared.timing import COLD_BYTES, SETTLE_S, ColdProduct, Shape
@@ -46,6 +46,7 @@ class PeerProcess:
         self._process = subprocess.Popen(
             [python, "-m", WORKER, family],
             cwd=REPOSITORY,
+            env=with_source(os.environ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

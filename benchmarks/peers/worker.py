@@ -2,7 +2,8 @@
 
     python -m benchmarks.peers.worker FAMILY        {"call": METHOD, "arguments": {…}} a line ──► {"result": …} a line
 
-It needs numpy and the library it is asked for, nothing of waterfill: any interpreter that has those will do.
+It needs numpy and the library it is asked for, and of waterfill what needs nothing itself (`files.gguf`, `files.ggml`):
+any interpreter that has the former will do.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def seconds_of(run: Pass) -> float:
     return time.perf_counter() - start
 
 
-class Products(ABC):
+class PeerProducts(ABC):
     """Matrix-vector products by name, each with enough distinct weights that every pass reads DRAM."""
 
     kinds: ClassVar[dict[str, Sequence[Any]]]  # name -> the variants of which the fastest is taken
@@ -69,7 +70,7 @@ class Products(ABC):
         """How a report names the variant."""
 
 
-class OnnxRuntime(Products):
+class OnnxRuntime(PeerProducts):
     """MatMulNBits with integer activations (accuracy_level 4), a graph of many nodes: calls cost nothing."""
 
     kinds: ClassVar = {f"onnxruntime {bits} bit": [(bits, group) for group in (128, 32)] for bits in (4, 2)}
@@ -114,7 +115,7 @@ class OnnxRuntime(Products):
         return lambda: session.run(None, feed), rows * width * count, size_bytes * count
 
 
-class OpenVino(Products):
+class OpenVino(PeerProducts):
     """MatMul with u4 weights, zero points and fp16 scales; activations quantised in groups."""
 
     kinds: ClassVar = {"openvino u4": [128]}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import waterfill
-from benchmarks.shared.models import Measured, divergences, measure_sensitivity, open_subject, split_windows, spread
+from benchmarks.shared.models import Measured, divergences, measure_sensitivity, open_model, split_windows, spread
 from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text
 from waterfill.planning.plan import Plan
 
@@ -29,7 +29,7 @@ COLUMNS += ["fixed bytes", "fixed KL", "stderr of fixed", "fixed predicted / mea
 
 
 @dataclass(frozen=True)
-class Artifact:
+class MeasuredArtifact:
     """One that was packed, loaded and measured."""
 
     plan: Plan
@@ -43,7 +43,7 @@ class Artifact:
 
 
 def measure_model(report: Report, quick: bool) -> None:
-    subject = open_subject(EXAMPLE_MODEL)
+    subject = open_model(EXAMPLE_MODEL)
     held_out, probe = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
     held_out = spread(held_out[:WINDOWS], QUICK_WINDOWS if quick else WINDOWS)
     sensitivity = measure_sensitivity(subject, "text", QUICK_PROBE if quick else PROBE, CONTEXT, probe)
@@ -57,7 +57,7 @@ def measure_model(report: Report, quick: bool) -> None:
         models = [waterfill.load(path, dtype=subject.model.dtype) for _, path in packed]
         losses = divergences(subject.model, models, held_out)
         artifacts = [
-            Artifact(plan, weight_bytes(path), loss) for (plan, path), loss in zip(packed, losses, strict=True)
+            MeasuredArtifact(plan, weight_bytes(path), loss) for (plan, path), loss in zip(packed, losses, strict=True)
         ]
     report.note(
         f"{len(held_out)} windows of {CONTEXT} tokens, packed models as they run; bytes are of the weight files"
@@ -74,7 +74,9 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors*"))
 
 
-def report_model(report: Report, bits: Sequence[float], coded: Sequence[Artifact], fixed: Sequence[Artifact]) -> None:
+def report_model(
+    report: Report, bits: Sequence[float], coded: Sequence[MeasuredArtifact], fixed: Sequence[MeasuredArtifact]
+) -> None:
     rows, ratios, saved = [], [], []
     for rate, trellis, grids in zip(bits, coded, fixed, strict=False):
         ratios.append(trellis.measured.kl / grids.measured.kl)
@@ -95,7 +97,7 @@ def report_model(report: Report, bits: Sequence[float], coded: Sequence[Artifact
         report.criterion(f"model_prediction_off_{rate:g}_bits", off, f"<= {PREDICTION_GOAL}", off <= PREDICTION_GOAL)
 
 
-def bytes_at(curve: Sequence[Artifact], kl: float) -> float | None:
+def bytes_at(curve: Sequence[MeasuredArtifact], kl: float) -> float | None:
     """Bytes at which the curve has that KL, log KL being taken as linear in bytes between points; None outside it."""
     points = sorted((point.measured.kl, point.size_bytes) for point in curve)
     kls, sizes = np.array(points).T

@@ -107,13 +107,15 @@ def our_decoders(library: native.Native, bits: int, quick: bool) -> list[Decoder
     assert isinstance(codec, Trellis)
     streams = codec.encode(gaussian(shape)).buffers["streams"]
     layout = codec.levels.layout(shape)
-    codes, scales = torch.empty(layout["codes"].shape, dtype=torch.uint8), torch.empty(layout["scales"].shape).half()
+    codes = torch.empty(layout["codes"].shape, dtype=torch.uint8)
+    arena, levels, scales = streams.numpy(), codes.numpy(), np.empty(layout["scales"].shape, np.uint16)
 
     def decode(isa: int, threads: int) -> None:
         library.set_threads(threads)
-        wide = int(codec.wide)
-        addresses = codes.data_ptr(), scales.data_ptr()
-        if library.trellis_decode(isa, STATES, wide, streams.data_ptr(), streams.numel(), *shape, *addresses):
+        damaged = library.trellis_decode(
+            isa, arena, states=STATES, wide=codec.wide, shape=shape, codes=levels, scales=scales
+        )
+        if damaged is not None:
             raise ValueError("streams that were just encoded are damaged")
 
     stored = 8 * streams.numel() / math.prod(shape)

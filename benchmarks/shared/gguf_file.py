@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-ALIGNMENT = 32
-DTYPES = {"F32": (0, np.float32), "F16": (1, np.float16)}  # ggml's number of a tensor type, and numpy's of its entries
-FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25}
-NORMAL, CONTROL = 1, 3  # kinds of tokens
+from waterfill.files import gguf
+from waterfill.files.ggml import silence
+from waterfill.files.gguf import ALIGNMENT, FILE_TYPES, TENSOR_TYPES, Entry
+from waterfill.files.llama_names import gguf_name
 
-LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+DTYPES = {"F32": np.float32, "F16": np.float16}
+NORMAL, CONTROL = 1, 3  # kinds of tokens
 
 
 def main() -> None:
@@ -58,21 +47,18 @@ def write_gguf(model: Path, out: Path, kind: str = "F32", *, add_bos: bool | Non
     config = json.loads((model / "config.json").read_text("utf-8"))
     if config["model_type"] != "llama":
         raise SystemExit(f"{model} is a {config['model_type']}; only Llama models are converted here")
-    tensors = {_ggml_name(name): _rows(name, tensor, config) for name, tensor in _weights(model).items()}
+    weights = _weights(model)
+    if unknown := [name for name in weights if gguf_name(name) is None]:
+        raise SystemExit(f"{model} has a tensor {unknown[0]}; only Llama models are converted here")
+    tensors = {str(gguf_name(name)): _rows(name, tensor, config) for name, tensor in weights.items()}
     metadata = {**_shapes(config), **_vocabulary(model, config, add_bos)}
-    infos, data, offset = bytearray(), [], 0
+    written = []
     for name, tensor in tensors.items():
-        number, dtype = DTYPES["F32" if tensor.ndim == 1 else kind]
-        stored = tensor.astype(dtype).tobytes()
-        infos += _string(name) + struct.pack(f"<I{tensor.ndim}Q", tensor.ndim, *tensor.shape[::-1])
-        infos += struct.pack("<IQ", number, offset)
-        data.append(stored + bytes(-len(stored) % ALIGNMENT))
-        offset += len(data[-1])
-    header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
-    for key, value in metadata.items():
-        header += _string(key) + _typed(value)
-    header += infos
-    out.write_bytes(header + bytes(-len(header) % ALIGNMENT) + b"".join(data))
+        stored = "F32" if tensor.ndim == 1 else kind
+        data = tensor.astype(DTYPES[stored]).tobytes()
+        written.append((Entry(name, tensor.shape, TENSOR_TYPES[stored]), len(data), (data,)))
+    with out.open("wb") as file:
+        gguf.write_gguf(file, metadata, written)
     return out
 
 
@@ -80,12 +66,10 @@ def quantise(source: Path, out: Path, kind: str, threads: int = 1) -> Path:
     """The GGUF file `source` in one of llama.cpp's types, by llama.cpp itself."""
     import llama_cpp
 
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    silence(llama_cpp.llama_cpp)
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread = FILE_TYPES[kind], threads
     failed = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters))
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))  # before `quiet` goes away
     if failed:
         raise RuntimeError(f"llama.cpp could not write {out.name} as {kind}")
     return out
@@ -93,14 +77,6 @@ def quantise(source: Path, out: Path, kind: str, threads: int = 1) -> Path:
 
 def _weights(model: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def _ggml_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    if stem in OTHER_NAMES:
-        return f"{OTHER_NAMES[stem]}.weight"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{LAYER_NAMES[part]}.weight"
 
 
 def _rows(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> np.ndarray:
@@ -157,25 +133,6 @@ def _vocabulary(model: Path, config: dict[str, Any], add_bos: bool | None) -> di
         "tokenizer.ggml.eos_token_id": config["eos_token_id"],
         "tokenizer.ggml.add_bos_token": begins if add_bos is None else add_bos,
     }
-
-
-def _string(value: str) -> bytes:
-    data = value.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _typed(value: Any) -> bytes:
-    """ggml's number of a value's type, and the value."""
-    if isinstance(value, list):
-        number, entries = (
-            (8, map(_string, value)) if isinstance(value[0], str) else (5, (struct.pack("<i", e) for e in value))
-        )
-        return struct.pack("<IIQ", 9, number, len(value)) + b"".join(entries)
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + _string(value)
-    if isinstance(value, bool):
-        return struct.pack("<I?", 7, value)
-    return struct.pack("<II", 4, value) if isinstance(value, int) else struct.pack("<If", 6, value)
 
 
 if __name__ == "__main__":

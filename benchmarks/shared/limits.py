@@ -17,7 +17,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +31,15 @@ CONTROLLERS_V2 = {"memory": "memory", "read": "io"}
 JOIN = 'for group in $GROUPS_TO_JOIN; do echo $$ > "$group/cgroup.procs" || exit 125; done; exec "$@"'
 SAMPLE_S = 0.02
 PATIENCE_S = 5.0  # for a group to be empty once its command has ended
+
+
+def with_source(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for interpreters that need not have this package: they find it here."""
+    return {**environment, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), *_path(environment)])}
+
+
+def _path(environment: Mapping[str, str]) -> list[str]:
+    return [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
 
 
 class LimitError(Exception):

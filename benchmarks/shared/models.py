@@ -1,6 +1,6 @@
 """Measuring plans on real models without packing them: what the scripts about prediction and gains share.
 
-    open_subject ──► Subject ──► measure_sensitivity ──► make_plan ──► decoded_copy ──► divergences
+    open_model ──► OpenedModel ──► measure_sensitivity ──► make_plan ──► decoded_copy ──► divergences
                                         ▲                                                   ▲
                   split_windows ──── probe windows ─────────────────────────────── held-out windows
 
@@ -57,7 +57,7 @@ UNIFORM_CODECS = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class OpenedModel:
     """A model under study, whole and in float32."""
 
     name: str
@@ -77,10 +77,10 @@ class Measured:
     stderr: float
 
 
-def open_subject(path: Path) -> Subject:
+def open_model(path: Path) -> OpenedModel:
     checkpoint = open_checkpoint(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager").eval()
-    return Subject(path.name, checkpoint, describe(checkpoint), model, AutoTokenizer.from_pretrained(path))
+    return OpenedModel(path.name, checkpoint, describe(checkpoint), model, AutoTokenizer.from_pretrained(path))
 
 
 def split_windows(tokenizer: Any, text: Path, context: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def spread(parts: Tensor, count: int) -> Tensor:
 
 
 def measure_sensitivity(
-    subject: Subject, kind: str, sequences: int, length: int, text: Tensor | None = None, seed: int = 0
+    subject: OpenedModel, kind: str, sequences: int, length: int, text: Tensor | None = None, seed: int = 0
 ) -> Sensitivity:
     """Fisher sensitivities on the probe `kind`; for `text`, on windows spread over those given."""
     if kind == "text":
@@ -115,27 +115,26 @@ def measure_sensitivity(
     )
 
 
-def uniform_plan(subject: Subject, sensitivity: Sensitivity, codec: str, gain: Gain = "auto") -> Plan:
+def uniform_plan(subject: OpenedModel, sensitivity: Sensitivity, codec: str, gain: Gain = "auto") -> Plan:
     """The plan that gives every matrix the same codec."""
-    request = Request(budget=Budget(bits=16.0), gain=gain, uniform=True, codecs=(codec,))
-    return make_plan(subject.name, subject.architecture, sensitivity, request)
+    request = Request(gain=gain, uniform=True, codecs=(codec,))
+    return make_plan(subject.name, subject.architecture, sensitivity, Budget(bits=16.0), request)
 
 
-def stored_bits(subject: Subject, index_bits: float) -> float:
+def stored_bits(subject: OpenedModel, index_bits: float) -> float:
     """Bits per weight that are stored when indices take `index_bits`: those, and 16 bits of scale per row and group."""
     shapes = [matrix.shape for matrix in subject.architecture.matrices]
     scales = sum(rows * len(groups(width)) for rows, width in shapes)
     return index_bits + 16 * scales / sum(map(math.prod, shapes))
 
 
-def allotted_plan(subject: Subject, sensitivity: Sensitivity, bits: float, gain: Gain = "auto") -> Plan:
+def allotted_plan(subject: OpenedModel, sensitivity: Sensitivity, bits: float, gain: Gain = "auto") -> Plan:
     """The plan of least predicted loss at `bits` stored bits per weight."""
-    request = Request(budget=Budget(bits=bits), gain=gain)
-    return make_plan(subject.name, subject.architecture, sensitivity, request)
+    return make_plan(subject.name, subject.architecture, sensitivity, Budget(bits=bits), Request(gain=gain))
 
 
 @torch.no_grad()
-def decoded_copy(subject: Subject, tensors: Sequence[TensorPlan]) -> Any:
+def decoded_copy(subject: OpenedModel, tensors: Sequence[TensorPlan]) -> Any:
     """A dense float32 copy of the subject's model with these matrices as the packed runtime decodes them."""
     result = copy.deepcopy(subject.model)
     parameters = dict(result.named_parameters())

@@ -23,7 +23,6 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import held_out
+from waterfill.base.machine import cpu_name, memory_bytes, package_version
+from waterfill.base.process import usable_cpus
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE_MODEL = REPOSITORY / "examples" / "ref-llama"
@@ -62,14 +63,17 @@ def parse_arguments(description: str | None, **extra: Mapping[str, Any]) -> argp
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and versions: what a figure needs to be compared; no host name and no path."""
     return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": cpu_name(),
+        "cores": usable_cpus(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "transformers", "numpy", "waterfill")},
+        **{
+            package: package_version(package) or "not installed"
+            for package in ("torch", "transformers", "numpy", "waterfill")
+        },
     }
 
 
@@ -191,29 +195,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # Windows has no sysconf
-        return None
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _standard_library_text() -> Path:

@@ -43,7 +43,7 @@ NS, GBPS, SHARE = "ns/weight", "GB/s", "share of DRAM"  # figures of a product
 Shape = tuple[int, int]  # (rows, width)
 
 
-class Product(Protocol):
+class TimedProduct(Protocol):
     """Matrix times vectors, over weights that are not in any cache."""
 
     name: str
@@ -159,36 +159,31 @@ def packed_products(memory: Memory, codec_name: str, shape: Shape, tokens: int =
     codec = get_codec(codec_name)
     assert isinstance(codec, Higgs)
     rows, width = shape
-    codes_bytes = library.codes_bytes(codec.p, codec.n, rows, width)
-    scales = torch.full((library.scales_count(rows, width),), 0.01, dtype=torch.float16)
+    codes_bytes = library.codes_bytes(p=codec.p, n=codec.n, rows=rows, width=width)
+    scales = torch.full((library.scales_count(rows=rows, width=width),), 0.01, dtype=torch.float16)
     places = memory.cut(codes_bytes + scales.nbytes)
     for place in places:  # scales beside the codes: every call reads its own
         ctypes.memmove(place + codes_bytes, scales.data_ptr(), scales.nbytes)
     grid = integer_grid(codec)
     units, points = np.ascontiguousarray(grid.units), codec.array
-    table = library.table_new(isa, codec.p, codec.n, grid.precision, units.ctypes.data, points.ctypes.data)
+    table = library.table_new(isa, precision=grid.precision, units=units, points=points)
     x, y = torch.randn(tokens, width), torch.empty(tokens, rows)
-    results = (ctypes.c_void_p * 1)(y.data_ptr())
+    results = native.addresses_of([y.data_ptr()])
     sizes = codes_bytes, scales.numel()
     views = [
         native.MatrixView(rows, width, grid.step, 1.0, table, place, place + codes_bytes, *sizes) for place in places
     ]
     kept = x, y, results, units, points
-    calls = [partial(_multiply, library.matmul, isa, _pointers(view), kept) for view in views]
+    calls = [partial(_multiply, library, isa, native.matrices_of([view]), kept) for view in views]
     return ColdProduct(codec_name, rows * width * len(calls), (codes_bytes + scales.nbytes) * len(calls), calls)
 
 
-def _pointers(view: native.MatrixView) -> Any:
-    return (ctypes.POINTER(native.MatrixView) * 1)(ctypes.pointer(view))
-
-
-def _multiply(matmul: Callable[..., int], isa: int, view: Any, kept: tuple[Any, ...]) -> None:
+def _multiply(library: native.Native, isa: int, matrix: Any, kept: tuple[Any, ...]) -> None:
     x, _, results, *_ = kept
-    if matmul(isa, view, 1, x.data_ptr(), 0, len(x), results):
-        raise ValueError("wf_matmul refused its arguments")
+    library.matmul(isa, matrix, x.data_ptr(), results, dtype=native.FLOAT32, tokens=len(x))
 
 
-def interleave(report: Report, what: str, memory: Memory, products: Sequence[Product], effort: Effort) -> Series:
+def interleave(report: Report, what: str, memory: Memory, products: Sequence[TimedProduct], effort: Effort) -> Series:
     """For every product ns/weight, GB/s, and the share that these are of the bandwidth just before and after."""
 
     def one_round() -> Round:

@@ -26,8 +26,8 @@ from benchmarks.peers.processes import peers_python
 from benchmarks.shared.limits import LimitError
 from benchmarks.shared.report import Report, median_spread, parse_arguments
 from benchmarks.streaming.faults import measure_faults
-from benchmarks.streaming.models import CODED, FAST, FIXED, KINDS, MODELS, QUICK_MODELS, Artifact, Store
-from benchmarks.streaming.runs import RATES, Bench, Run, key
+from benchmarks.streaming.models import CODED, FAST, FIXED, KINDS, MODELS, QUICK_MODELS, Store, StreamedArtifact
+from benchmarks.streaming.runs import RATES, StreamingBench, WorkerRun, key
 from benchmarks.streaming.speculation import measure_speculation
 from benchmarks.streaming.start import measure_start
 from waterfill.planning.budget import parse_size
@@ -67,7 +67,9 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     memory = arguments.memory if arguments.memory in (None, "none") else parse_size(arguments.memory)
     store = Store(arguments.folder, report)
-    bench = Bench(report, store, arguments.quick, peers_python(arguments.peers_python), arguments.storage, memory)
+    bench = StreamingBench(
+        report, store, arguments.quick, peers_python(arguments.peers_python), arguments.storage, memory
+    )
     names = list(QUICK_MODELS) if arguments.quick else arguments.models
     for section, measure in SECTIONS.items():
         if section in (arguments.only or SECTIONS):
@@ -83,12 +85,12 @@ def megabytes(size_bytes: int | None) -> float | None:
 # Stages
 
 
-def measure_stages(bench: Bench, names: list[str]) -> None:
+def measure_stages(bench: StreamingBench, names: list[str]) -> None:
     rows: list[list[Any]] = []
     for name in names:
         artifact = bench.store.artifact(name, CODED)
         memory = bench.limit(artifact)
-        runs: list[Run] = []
+        runs: list[WorkerRun] = []
         failures = 0
         for storage, rate in bench.rates().items():
             try:
@@ -108,7 +110,7 @@ def measure_stages(bench: Bench, names: list[str]) -> None:
     bench.report.table("time per token, and of each stage alone", columns, rows, key="stages")
 
 
-def stage_figures(bench: Bench, name: str, runs: list[Run]) -> list[Any]:
+def stage_figures(bench: StreamingBench, name: str, runs: list[WorkerRun]) -> list[Any]:
     """A row; the criterion on the time that overlapping leaves."""
     token_s, spread_s = median_spread([run.token_s for run in runs])
     head = [1 / token_s, 1e3 * token_s, 1e3 * spread_s]
@@ -124,7 +126,7 @@ def stage_figures(bench: Bench, name: str, runs: list[Run]) -> list[Any]:
     return [*head, *stages, ratio, spread, summary.get("limiting"), megabytes(summary.get("kept_bytes")), *peaks]
 
 
-def report_memory(bench: Bench, name: str, memory: int, runs: list[Run], failures: int) -> None:
+def report_memory(bench: StreamingBench, name: str, memory: int, runs: list[WorkerRun], failures: int) -> None:
     peak = max((run.peak_bytes for run in runs), default=None)
     bench.report.criterion(
         f"peak_resident_bytes_{name}", peak, f"<= {memory}", peak is not None and peak <= memory and not failures
@@ -135,7 +137,7 @@ def report_memory(bench: Bench, name: str, memory: int, runs: list[Run], failure
 # Entropy-coded beside fixed rates
 
 
-def measure_coded(bench: Bench, names: list[str]) -> None:
+def measure_coded(bench: StreamingBench, names: list[str]) -> None:
     rows: list[list[Any]] = []
     for name in names:
         artifacts = {kind: bench.store.artifact(name, kind) for kind in (QUICK_KINDS if bench.quick else KINDS)}
@@ -158,11 +160,13 @@ def measure_coded(bench: Bench, names: list[str]) -> None:
     bench.report.table("weights of equal predicted loss", columns, rows, key="coded")
 
 
-def coded_round(bench: Bench, artifacts: dict[str, Artifact], rate: float | None, memory: int | None) -> dict[str, Run]:
+def coded_round(
+    bench: StreamingBench, artifacts: dict[str, StreamedArtifact], rate: float | None, memory: int | None
+) -> dict[str, WorkerRun]:
     return {kind: bench.ours(artifact, rate, TOKENS, memory) for kind, artifact in artifacts.items()}
 
 
-def coded_criterion(bench: Bench, name: str, storage: str, rounds: list[dict[str, Run]]) -> None:
+def coded_criterion(bench: StreamingBench, name: str, storage: str, rounds: list[dict[str, WorkerRun]]) -> None:
     """Against the faster of the fixed-rate artifacts. On a fast device equality is enough, within the spread."""
     kinds = [kind for kind in rounds[0] if kind != CODED]
     ratio, spread = min(median_spread([some[kind].token_s / some[CODED].token_s for some in rounds]) for kind in kinds)
@@ -177,7 +181,7 @@ def coded_criterion(bench: Bench, name: str, storage: str, rounds: list[dict[str
 # Peers
 
 
-def measure_peers(bench: Bench, names: list[str]) -> None:
+def measure_peers(bench: StreamingBench, names: list[str]) -> None:
     rows: list[list[Any]] = []
     for name in names:
         artifacts = {kind: bench.store.artifact(name, kind) for kind in ((CODED,) if bench.quick else (CODED, FAST))}
@@ -215,7 +219,7 @@ def measure_peers(bench: Bench, names: list[str]) -> None:
     bench.report.table("under the same limits, more memory where a peer was killed", columns, rows, key="peers")
 
 
-def peer_requests(bench: Bench, name: str) -> dict[str, tuple[dict[str, Any], float, float | None]]:
+def peer_requests(bench: StreamingBench, name: str) -> dict[str, tuple[dict[str, Any], float, float | None]]:
     """{peer: (request, bits per weight, relative error)} of all that can be run here."""
     store = bench.store
     peers: dict[str, tuple[dict[str, Any], float, float | None]] = {}
@@ -247,14 +251,14 @@ def llama_cpp(file: Path, mode: str) -> dict[str, Any]:
     return {"peer": "llama.cpp", "model": str(file), "mode": mode}
 
 
-def peer_figures(run: Run, ours: Run) -> list[Any]:
+def peer_figures(run: WorkerRun, ours: WorkerRun) -> list[Any]:
     token_s, spread_s = run.token_s, median_spread(run.seconds)[1]
     passes = run.answer.get("generations", [run.answer])[0]["seconds"]
     memory = [megabytes(run.peak_bytes), megabytes(run.peaks.anonymous), megabytes(run.memory_bytes)]
     return [token_s, spread_s, token_s / ours.token_s, passes[0], *memory]
 
 
-def peer_criterion(bench: Bench, peer: str, name: str, storage: str, ratio: float) -> None:
+def peer_criterion(bench: StreamingBench, peer: str, name: str, storage: str, ratio: float) -> None:
     goals = {"accelerate": ACCELERATE_GOAL} | {f"llama.cpp {kind}": LLAMA_CPP_GOAL for kind in COMPARABLE}
     if peer in goals and not bench.quick:
         goal = goals[peer]

@@ -71,16 +71,13 @@ class Bed:
         import torch
 
         import waterfill
-        from waterfill.running.streaming import calibration, chunks, storage, streamer
         from waterfill.running.streaming.residency import Residency
+        from waterfill.running.streaming.tuning import Tuning
 
-        calibration.READING_S = calibration.WORKING_S = 0.0
-        chunks.CHUNK_BYTES = CHUNK_BYTES
-        streamer.choose = lambda *_: Residency((), (), 1.0)  # type: ignore[assignment]
+        tuning = Tuning(chunk_bytes=CHUNK_BYTES, reading_s=0.0, working_s=0.0, choose=lambda *_: Residency((), (), 1.0))
         self.file = artifact / "model.safetensors"
         self.size = self.file.stat().st_size
-        self._storage = storage
-        self.model = waterfill.load(artifact, streamed=True)
+        self.model = waterfill.load(artifact, streamed=True, tuning=tuning)
         self.prompt = torch.arange(8)[None] + 40
         self.expected = self.generate()
 
@@ -91,17 +88,18 @@ class Bed:
     @contextmanager
     def reads(self, spoil: Callable[[Callable[..., int], Any], int]) -> Iterator[None]:
         """`spoil(read, arguments)` in the place of one read, at random; the others are as ever."""
-        original, left = self._storage._read_at, [random.randrange(1, 100)]
+        storage = self.model.streaming.storage
+        original, left = storage.read_at, [random.randrange(1, 100)]
 
         def read(*arguments: Any) -> int:
             left[0] -= 1
             return spoil(original, arguments) if left[0] == 0 else original(*arguments)
 
-        self._storage._read_at = read
+        storage.read_at = read
         try:
             yield
         finally:
-            self._storage._read_at = original
+            storage.read_at = original
 
 
 @contextmanager
@@ -192,7 +190,7 @@ def full_disk(bed: Bed) -> Iterator[None]:
     log.setLevel(logging.DEBUG)
     sys.stderr = Full()  # type: ignore[assignment]
     try:
-        bed.model.streaming._shed(1 << 62)
+        bed.model.streaming.make_room(1 << 62)
         log.info("%s", bed.model.streaming.line)
         yield
     finally:

@@ -51,7 +51,7 @@ Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Artifact:
+class StreamedArtifact:
     """One that was packed."""
 
     path: Path
@@ -70,13 +70,13 @@ class Store:
     def checkpoint(self, name: str) -> Path:
         return self._made(f"{name}-bf16", lambda path: make_checkpoint(path, shapes_of(name)))
 
-    def artifact(self, name: str, kind: str) -> Artifact:
+    def artifact(self, name: str, kind: str) -> StreamedArtifact:
         def make(path: Path) -> None:
             waterfill.pack(self.checkpoint(name), path, plan=self._plan(name, kind))
 
         return self._opened(self._made(f"{name}-{kind}-{BITS:g}", make))
 
-    def example(self, draft: bool = False) -> Artifact:
+    def example(self, draft: bool = False) -> StreamedArtifact:
         """The example model as it is streamed, or as its own draft."""
         options: dict[str, Any] = {"bits": EXAMPLE_BITS, **EXAMPLE_PROBE}
         if draft:
@@ -122,11 +122,11 @@ class Store:
             partial.rename(path)
         return path
 
-    def _opened(self, path: Path) -> Artifact:
+    def _opened(self, path: Path) -> StreamedArtifact:
         stored = waterfill.inspect(path, verify=False)
         weights = sum(tensor.weights for tensor in stored.plan.tensors)
         noise = math.fsum(tensor.weights * stored.measured_t2.get(tensor.name, 0) for tensor in stored.plan.tensors)
-        return Artifact(path, stored.size_bytes, stored.plan.bits, noise / weights)
+        return StreamedArtifact(path, stored.size_bytes, stored.plan.bits, noise / weights)
 
 
 def shapes_of(name: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@
     llama.cpp     a GGUF file, mapped; or read whole, with direct I/O or without
     gguf          writes such a file of random weights, and measures the error of its type
 
-A JSON object on standard input, one JSON line as answer. It needs the library that it is asked for, nothing of
-waterfill: any interpreter that has those will do.
+A JSON object on standard input, one JSON line as answer. It needs the library that it is asked for, and of
+waterfill what needs nothing itself (`files.gguf`, `files.ggml`): any interpreter that has the library will do.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def llama_cpp(request: Request) -> Request:
 
 
 def gguf(request: Request) -> Request:
-    from benchmarks.peers.ggml import bits_per_weight, relative_error, write_gguf
+    from benchmarks.peers.ggml import bits_per_weight, relative_error, write_model
 
     kind = request["kind"]
     with Path(request["out"]).open("wb") as file:
-        write_gguf(file, kind, request["shapes"])
+        write_model(file, kind, request["shapes"])
     return {"bits": bits_per_weight(kind), "t2": relative_error(kind)}
 
 

@@ -1,7 +1,7 @@
 """Runs for `streaming.py`: a worker under limits of memory and of reading, with nothing of its files in the page cache.
 
-Bench.ours(artifact, rate, …) ──► streaming.worker ──┐
-Bench.peer(request, …)        ──► stream_peers.py  ──┴─ run_limited ──► Run: answer, seconds of a token, peaks
+StreamingBench.ours(artifact, rate, …) ──► streaming.worker ──┐
+StreamingBench.peer(request, …)        ──► streaming.peers ──┴─ run_limited ──► WorkerRun: answer, seconds, peaks
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.shared.limits import LimitError, Limits, Outcome, Peaks, enforcement, evict, run_limited
+from benchmarks.shared.limits import LimitError, Limits, Outcome, Peaks, enforcement, evict, run_limited, with_source
 from benchmarks.shared.report import Report
-from benchmarks.streaming.models import Artifact, Store
+from benchmarks.streaming.models import Store, StreamedArtifact
 from waterfill.planning.budget import format_size
 
 RATES = {"device": None, "0.5 GB/s": 0.5e9, "0.2 GB/s": 0.2e9}  # bytes a second that may be read
@@ -33,7 +33,7 @@ LARGEST_MEMORY = 16e9
 
 
 @dataclass(frozen=True)
-class Run:
+class WorkerRun:
     """One worker that answered."""
 
     answer: dict[str, Any]
@@ -53,7 +53,7 @@ class Run:
 
 
 @dataclass
-class Bench:
+class StreamingBench:
     """How workers are run, and what is known of artifacts."""
 
     report: Report
@@ -74,7 +74,7 @@ class Bench:
         names = [name for name in self.storages if RATES[name] is None or not self._refused["read"]]
         return {name: RATES[name] for name in (names[-1:] if self.quick else names)}
 
-    def limit(self, *artifacts: Artifact, **request: Any) -> int | None:
+    def limit(self, *artifacts: StreamedArtifact, **request: Any) -> int | None:
         """The memory that all of them are run in; `request` as for `ours`."""
         if self.memory == "none":
             return None
@@ -85,22 +85,22 @@ class Bench:
 
     def ours(
         self,
-        artifact: Artifact,
+        artifact: StreamedArtifact,
         rate: float | None,
         tokens: int,
         memory: int | None,
         prompts: Sequence[Sequence[int]] = (PROMPT,),
         **request: Any,
-    ) -> Run:
+    ) -> WorkerRun:
         """Raises LimitError if it is killed or fails."""
         request |= {"artifact": str(artifact.path), "memory": memory, "prompts": prompts}
         request["tokens"] = tokens + WARM_PASSES
         outcome = self._outcome("benchmarks.streaming.worker", sys.executable, request, [artifact.path], rate, memory)
         answer = _checked(outcome)
         seconds = [s for generation in answer["generations"] for s in generation["seconds"][WARM_PASSES:]]
-        return Run(answer, seconds, outcome.peaks, memory)
+        return WorkerRun(answer, seconds, outcome.peaks, memory)
 
-    def peer(self, request: dict[str, Any], rate: float | None, tokens: int, memory: int | None) -> Run:
+    def peer(self, request: dict[str, Any], rate: float | None, tokens: int, memory: int | None) -> WorkerRun:
         """A peer, with more memory whenever it is killed or does not end; it begins with what it is known to need,
         `least_memory` of the request. Raises LimitError if it fails."""
         memory = None if memory is None else max(memory, request.get("least_memory", 0))
@@ -114,14 +114,14 @@ class Bench:
             starved = memory is not None and (outcome.killed or outcome.timed_out)
             if not starved or memory * MORE_MEMORY > LARGEST_MEMORY:
                 answer = _checked(outcome)
-                return Run(answer, answer["seconds"][WARM_PASSES:], outcome.peaks, memory)
+                return WorkerRun(answer, answer["seconds"][WARM_PASSES:], outcome.peaks, memory)
             memory = int(memory * MORE_MEMORY)
 
     def prepare(self, request: dict[str, Any]) -> dict[str, Any]:
         """A peer's answer to a request that writes files: without limits."""
         return _checked(self._run("benchmarks.streaming.peers", self.peers_python, request, Limits()))
 
-    def _smallest(self, artifact: Artifact, request: dict[str, Any]) -> int:
+    def _smallest(self, artifact: StreamedArtifact, request: dict[str, Any]) -> int:
         """The least memory that an artifact can be streamed in, as the refusal of one byte says."""
         known = artifact.path, *request.items()
         if known not in self._known:
@@ -153,7 +153,7 @@ class Bench:
         return self._run(module, python, request, limits, timeout_s)
 
     def _run(self, module: str, python: str, request: Any, limits: Limits, timeout_s: float = TIMEOUT_S) -> Outcome:
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment = {**with_source(os.environ), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         command = [python, "-m", module]
         return run_limited(command, limits, request=request, env=environment, timeout_s=timeout_s)
 

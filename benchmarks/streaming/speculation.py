@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.shared.limits import LimitError
 from benchmarks.shared.report import EXAMPLE_MODEL, held_out_text
-from benchmarks.streaming.runs import Bench, Run, key
+from benchmarks.streaming.runs import StreamingBench, WorkerRun, key
 
 PASS_S, QUICK_PASS_S = 0.2, 0.05
 PROMPTS, QUICK_PROMPTS = 4, 1
@@ -22,7 +22,7 @@ TOKENS, QUICK_TOKENS = 96, 24
 LOOKUP = 8  # tokens guessed at a time
 
 
-def measure_speculation(bench: Bench) -> None:
+def measure_speculation(bench: StreamingBench) -> None:
     report, quick = bench.report, bench.quick
     artifact, draft = bench.store.example(), bench.store.example(draft=True)
     ways: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ def measure_speculation(bench: Bench) -> None:
     rate = artifact.size_bytes / (QUICK_PASS_S if quick else PASS_S)
     text_prompts = prompts(bench, QUICK_PROMPTS if quick else PROMPTS)
     report.note(f"speculation: {artifact.bits:.3g} bits, the draft {draft.bits:.3g}; read at {rate / 1e6:.3g} MB/s")
-    runs: dict[str, Run] = {}
+    runs: dict[str, WorkerRun] = {}
     for way, options in ways.items():
         try:
             runs[way] = bench.ours(artifact, rate, tokens, memory, text_prompts, keep=False, **options)
@@ -59,7 +59,7 @@ def measure_speculation(bench: Bench) -> None:
     report.table(f"{len(plain[2])} texts of {PROMPT_TOKENS} tokens continued", columns, rows, key="speculation")
 
 
-def figures(run: Run) -> tuple[int, float, list[list[int]]]:
+def figures(run: WorkerRun) -> tuple[int, float, list[list[int]]]:
     """(passes, seconds, tokens) of all generations but the first, which warms up; prompts' passes are counted."""
     generations = run.answer["generations"][1:]
     passes = sum(len(generation["seconds"]) for generation in generations)
@@ -67,7 +67,7 @@ def figures(run: Run) -> tuple[int, float, list[list[int]]]:
     return passes, seconds, [generation["ids"] for generation in generations]
 
 
-def prompts(bench: Bench, count: int) -> list[list[int]]:
+def prompts(bench: StreamingBench, count: int) -> list[list[int]]:
     """Stretches spread over the held-out text, and before them one to warm up with."""
     text = held_out_text(bench.report).read_text("utf-8")[: 1 << 18]
     ids = AutoTokenizer.from_pretrained(EXAMPLE_MODEL)(text, verbose=False)["input_ids"]

@@ -6,14 +6,14 @@ import sys
 
 from benchmarks.shared.limits import LimitError, Limits, run_limited
 from benchmarks.shared.report import median_spread
-from benchmarks.streaming.runs import Bench
+from benchmarks.streaming.runs import StreamingBench
 
 ENGINES = ("native", "transformers")
 TIMES, QUICK_TIMES = 5, 1
 TIMEOUT_S = 300.0
 
 
-def measure_start(bench: Bench) -> None:
+def measure_start(bench: StreamingBench) -> None:
     """Seconds from the shell to the end of a text of one token, and the memory of the process."""
     artifact, report = bench.store.example(), bench.report
     rows = []

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -92,8 +92,8 @@ class Timed:
 
 def engine_passes(model: Timed, prompt: Sequence[int], tokens: int, drafter: Any) -> Passes:
     """Greedy generation of exactly so many tokens by the engine, of a text of its own."""
-    from waterfill.running.text.choose import Rules
     from waterfill.running.text.generation import Run
+    from waterfill.running.text.next_token import Rules
 
     model.truncate(0)
     model.starts.clear()
@@ -107,9 +107,11 @@ def stream(request: Request) -> Request:
 
     `keep` false streams everything, however much memory is left: what a small model needs to stand for a large one.
     """
-    importlib.import_module("waterfill.running.engine.generation")  # before memory is looked at
+    importlib.import_module("waterfill.running.text.generation")  # before memory is looked at
     from waterfill.running.engine.opening import open_model
-    from waterfill.running.text.choose import Rules
+    from waterfill.running.streaming.residency import choose
+    from waterfill.running.streaming.tuning import USUAL
+    from waterfill.running.text.next_token import Rules
     from waterfill.running.text.speculate import DraftModel, Lookup
 
     drafter: Any = None
@@ -117,14 +119,12 @@ def stream(request: Request) -> Request:
         drafter = Lookup(request["lookup"])
     if request.get("draft"):
         drafter = DraftModel(open_model(request["draft"], verify=False), Rules.greedy())
-    if not request.get("keep", True):
-        from waterfill.running.streaming import streamer
-
-        choose = streamer.choose
-        streamer.choose = lambda chunks, _, speeds: choose(chunks, 0, speeds)
-    limit = request["memory"]
+    keep = request.get("keep", True)
+    tuning = USUAL if keep else replace(USUAL, choose=lambda chunks, _, speeds: choose(chunks, 0, speeds))
     start = time.perf_counter()
-    model = open_model(request["artifact"], verify=False, memory=limit, streamed=not request.get("keep", True) or None)
+    model = open_model(
+        request["artifact"], verify=False, memory=request["memory"], streamed=None if keep else True, tuning=tuning
+    )
     load_s = time.perf_counter() - start
     timed = Timed(model)
     generations = [vars(engine_passes(timed, prompt, request["tokens"], drafter)) for prompt in request["prompts"]]
@@ -133,7 +133,7 @@ def stream(request: Request) -> Request:
         answer["summary"] = model.streaming.summary().to_dict()
         answer["peak_bytes"] = peak_bytes()  # measuring the stages takes memory of its own
         if request.get("stages"):
-            from waterfill.running.streaming import measure_stages
+            from benchmarks.streaming.measure import measure_stages
 
             answer["stages"] = measure_stages(model.streaming, lambda: model.forward([1]))
         model.streaming.close()

@@ -1,8 +1,9 @@
-/* The C interface of waterfill's native library. waterfill/native.py is its only caller.
+/* The C interface of waterfill's native library. native_signatures.py is its mirror in Python, and says by a hash of
+ * this file which one it mirrors; native_calls.py is the only caller.
  *
- * Functions return 0, or a negative number for arguments that cannot be: callers check theirs first, in words. Whatever may
- * come from a file is given with its size, and refused where the shapes beside it ask for more; activations and results are
- * the caller's own, as large as those shapes say. */
+ * Functions return 0, or a negative number for arguments that cannot be: callers check theirs first, in words. Whatever
+ * may come from a file is given with its size, and refused where the shapes beside it ask for more; activations and
+ * results are the caller's own, as large as those shapes say. */
 #pragma once
 
 #include <stdint.h>
@@ -17,23 +18,26 @@ extern "C" {
 #define WF_EXPORT __attribute__((visibility("default")))
 #endif
 
-#define WF_VERSION 6
-
 typedef struct wf_table wf_table;
 
 typedef struct {
     int64_t rows, width;
-    float step;             /* value of one unit of the table, times 2^exponent */
-    float unit;             /* 2^exponent */
+    float step; /* value of one unit of the table, times 2^exponent */
+    float unit; /* 2^exponent */
     const wf_table* table;
-    const uint8_t* codes;   /* in the kernels' layout: wf_arrange */
-    const uint16_t* scales; /* fp16, in the kernels' layout */
+    const uint8_t* codes;              /* in the kernels' layout: wf_arrange */
+    const uint16_t* scales;            /* fp16, in the kernels' layout */
     int64_t codes_bytes, scales_count; /* that there are */
 } wf_matrix;
 
 enum { WF_FLOAT32 = 0, WF_BFLOAT16 = 1, WF_FLOAT16 = 2 };
 
-WF_EXPORT int wf_version(void);
+/* Which header the library was built from: the first 16 hexadecimal digits of this file's SHA-256, without carriage
+ * returns. */
+WF_EXPORT const char* wf_header(void);
+
+/* Bytes of a structure of this header by its name, "wf_matrix"; -1: there is none. */
+WF_EXPORT int64_t wf_sizeof(const char* structure);
 
 /* Instruction sets, best first: name of number i, or NULL when there are no more. They include what this build lacks
  * and what this machine cannot run; wf_usable says which can be used. */
@@ -77,33 +81,50 @@ typedef struct {
     int64_t count;
 } wf_vector;
 
-/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `dtype` is that of norms and
- * biases, `cache_dtype` that of keys and values: WF_FLOAT32 or WF_BFLOAT16. The norms of heads and biases may be missing. */
+/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `heads` are a multiple of
+ * `kv_heads`, `head_dim` is even and at most 512. Matrices are [rows][width] and vectors [count], where q is
+ * heads * head_dim, kv is kv_heads * head_dim, and inner the rows of `gate`. */
 typedef struct {
     int64_t hidden, heads, kv_heads, head_dim;
-    float epsilon, scaling;
-    int dtype, cache_dtype;
-    const wf_matrix *q, *k, *v, *o, *gate, *up, *down;
-    wf_vector input_norm, post_norm, q_norm, k_norm, q_bias, k_bias, v_bias, o_bias;
+    float epsilon;         /* of the norms */
+    float scaling;         /* of the scores, before the softmax */
+    int dtype;             /* of norms and biases: WF_FLOAT32 or WF_BFLOAT16 */
+    int cache_dtype;       /* of keys and values: the same two */
+    const wf_matrix* q;    /* [q][hidden] */
+    const wf_matrix* k;    /* [kv][hidden] */
+    const wf_matrix* v;    /* [kv][hidden] */
+    const wf_matrix* o;    /* [hidden][q] */
+    const wf_matrix* gate; /* [inner][hidden] */
+    const wf_matrix* up;   /* [inner][hidden] */
+    const wf_matrix* down; /* [hidden][inner] */
+    wf_vector input_norm;  /* [hidden], before the attention */
+    wf_vector post_norm;   /* [hidden], behind it */
+    wf_vector q_norm;      /* [head_dim], of each head; may be missing, as may all that follow */
+    wf_vector k_norm;      /* [head_dim] */
+    wf_vector q_bias;      /* [q] */
+    wf_vector k_bias;      /* [kv] */
+    wf_vector v_bias;      /* [kv] */
+    wf_vector o_bias;      /* [hidden] */
 } wf_layer;
 
-/* The caller's own products, where matrices are not in memory: `count` matrices of a layer, from `first` on in the order of
- * wf_layer, each times x [tokens][width] -> y[i] [tokens][rows]. Unless it sets *status to 0 the pass ends. It is not what it
- * returns: an interpreter that is interrupted as it is called back returns anything. */
-typedef void (*wf_product)(void* context, int layer, int first, int count, const float* x, int64_t tokens, float* const* y,
-                           int* status);
+/* The caller's own products, where matrices are not in memory: `count` matrices of a layer, from `first` on in the
+ * order of wf_layer, each times x [tokens][width] -> y[i] [tokens][rows]. Unless it sets *status to 0 the pass ends. It
+ * is not what it returns: an interpreter that is interrupted as it is called back returns anything. */
+typedef void (*wf_product)(void* context, int layer, int first, int count, const float* x, int64_t tokens,
+                           float* const* y, int* status);
 enum { WF_UNANSWERED = -100 }; /* *status before */
 
-/* Consecutive tokens of one text through all layers: hidden states [tokens][hidden] in place, then normalised to `out` by
- * `final_norm`, of the first layer's dtype. cosine and sine [tokens][head_dim]. keys[i] and values[i] are layer i's cache,
- * [kv_heads][capacity][head_dim], of which `position` positions are filled and `tokens` more are written. With `product`
- * matrices need no more than their shapes; the status that it set, but for 0, is returned. */
-WF_EXPORT int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens, const float* cosine,
-                            const float* sine, void* const* keys, void* const* values, int64_t capacity, int64_t position,
-                            wf_vector final_norm, float* out, wf_product product, void* context);
+/* Consecutive tokens of one text through all layers: hidden states [tokens][hidden] in place, then normalised to `out`
+ * by `final_norm`, of the first layer's dtype. cosine and sine [tokens][head_dim]. keys[i] and values[i] are layer i's
+ * cache, [kv_heads][capacity][head_dim], of which `position` positions are filled and `tokens` more are written. With
+ * `product` matrices need no more than their shapes; the status that it set, but for 0, is returned. */
+WF_EXPORT int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens,
+                            const float* cosine, const float* sine, void* const* keys, void* const* values,
+                            int64_t capacity, int64_t position, wf_vector final_norm, float* out, wf_product product,
+                            void* context);
 
-/* One token through one layer, everything of its `dtype`, the cache too: hidden states in and out [hidden], cosine and sine
- * [head_dim]. */
+/* One token through one layer, everything of its `dtype`, the cache too: hidden states in and out [hidden], cosine and
+ * sine [head_dim]. */
 WF_EXPORT int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* cosine, const void* sine,
                               void* keys, void* values, int64_t capacity, int64_t position, void* out);
 
@@ -119,18 +140,19 @@ WF_EXPORT int64_t wf_rans_encode(const uint8_t* symbols, int64_t count, int lane
 WF_EXPORT int wf_rans_decode(int isa, const uint8_t* in, int64_t bytes, int lanes, const uint16_t* frequencies,
                              int64_t count, uint8_t* out);
 
-/* The path of the trellis code nearest to x [count], in units in which levels are 4j + 1 or their negatives (4j with one
- * state), least <= j <= most: out [count] are the levels. */
+/* The path of the trellis code nearest to x [count], in units in which levels are 4j + 1 or their negatives (4j with
+ * one state), least <= j <= most: out [count] are the levels. */
 WF_EXPORT int wf_trellis_search(int isa, int states, const float* x, int64_t count, int lanes, int least, int most,
                                 int16_t* out);
 
-/* All streams of a matrix -> levels plus 128 as bytes, or `wide` plus 32768 in two bytes, [rows][width], and fp16 scales
- * [rows][groups]. -3 - i: stream i is damaged, or what follows the last one is not zeros. */
+/* All streams of a matrix -> levels plus 128 as bytes, or `wide` plus 32768 in two bytes, [rows][width], and fp16
+ * scales [rows][groups]. -3 - i: stream i is damaged, or what follows the last one is not zeros. */
 WF_EXPORT int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows,
                                     int64_t width, uint8_t* codes, uint16_t* scales);
 
-/* Consecutive rows of a matrix, in one of three forms: streams as an artifact has them (`states` > 0), codes as an artifact
- * has them (`row_bytes` > 0; `word_indices` and `word_bytes` as in wf_arrange), or codes and scales in the kernels' layout. */
+/* Consecutive rows of a matrix, in one of three forms: streams as an artifact has them (`states` > 0), codes as an
+ * artifact has them (`row_bytes` > 0; `word_indices` and `word_bytes` as in wf_arrange), or codes and scales in the
+ * kernels' layout. */
 typedef struct {
     int64_t rows, width;
     int64_t part_rows;      /* of each part but the last: those of a stream, or any multiple of 4 */
@@ -139,8 +161,8 @@ typedef struct {
     const uint8_t* data;    /* streams, or codes */
     const uint16_t* scales; /* of codes */
     int states, wide;
-    const uint32_t* ends;   /* of each part, in bytes from `data`; of codes only where `sums` are given */
-    uint64_t* sums;         /* NULL, or wf_checksums of its parts when they were first read; 0, and then set: not read yet */
+    const uint32_t* ends; /* of each part, in bytes from `data`; of codes only where `sums` are given */
+    uint64_t* sums; /* NULL, or wf_checksums of its parts when they were first read; 0, and then set: not read yet */
     int word_indices, word_bytes;
     int64_t row_bytes;
     int64_t data_bytes, scales_count, parts; /* that there are; `parts` are those of `ends`, and of `sums` */
@@ -162,33 +184,42 @@ typedef struct {
 } wf_task;
 
 /* Sets *count to how many of the tasks, from the first on, may begin; called only in the caller's
- * thread, while others work. `finished` of them, from the first on, are done with. With `wait` there is nothing left to do: it had
- * better wait until there is. Less than it said before, or nothing: there will be no more. */
+ * thread, while others work. `finished` of them, from the first on, are done with. With `wait` there is nothing left to
+ * do: it had better wait until there is. Less than it said before, or nothing: there will be no more. */
 typedef void (*wf_ready)(void* context, int64_t finished, int wait, int64_t* count);
 
-/* All tasks; with `ready` NULL they may begin at once. y of `dtype`. Nanoseconds of all threads are added to nanoseconds[0],
- * checksums and decoding, and [1], multiplying. 1: `ready` ended it. -3 - n: a part is not what it should be, number
- * n / 2 % 2^31 of task n / 2^32: it is damaged or, for odd n, not what it was when it was first read. */
-WF_EXPORT int64_t wf_multiply_chunks(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready,
-                                     void* context, int64_t* nanoseconds);
+/* The first part that is not what it should be. */
+typedef struct {
+    int64_t task; /* its number among those that were given; 0 where there is one chunk */
+    int64_t part; /* its number in the chunk */
+    int changed;  /* 1: it is not what it was when it was first read; 0: it is damaged */
+} wf_flaw;
+enum { WF_ENDED = 1, WF_FLAWED = -3 };
 
-/* A chunk -> the kernels' layout. -3 - 2i: stream i is damaged. */
-WF_EXPORT int64_t wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t* scales);
+/* All tasks; with `ready` NULL they may begin at once. y of `dtype`. Nanoseconds of all threads are added to
+ * nanoseconds[0], checksums and decoding, and [1], multiplying. WF_ENDED: `ready` ended it. WF_FLAWED: *flaw says which
+ * part. */
+WF_EXPORT int wf_multiply_chunks(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready, void* context,
+                                 int64_t* nanoseconds, wf_flaw* flaw);
 
-/* sums[i], never 0, of the bytes between ends[i - 1], or 0, and ends[i], of `bytes` in all, to find out that they were read
- * otherwise than before; the same for every instruction set, and not part of any format. */
-WF_EXPORT int wf_checksums(int isa, const uint8_t* data, int64_t bytes, const uint32_t* ends, int64_t count, uint64_t* sums);
+/* A chunk -> the kernels' layout. WF_FLAWED: *flaw says which part. */
+WF_EXPORT int wf_chunk_decode(int isa, const wf_chunk* chunk, uint8_t* codes, uint16_t* scales, wf_flaw* flaw);
 
-/* Floating-point numbers of `item_bytes` bytes, 2 or 4, exactly: `count` numbers -> one stream per 2^18 of them, stream i
- * at out + i * capacity, its length in sizes[i]. `capacity` is what wf_lossless_capacity says, or more. */
+/* sums[i], never 0, of the bytes between ends[i - 1], or 0, and ends[i], of `bytes` in all, to find out that they were
+ * read otherwise than before; the same for every instruction set, and not part of any format. */
+WF_EXPORT int wf_checksums(int isa, const uint8_t* data, int64_t bytes, const uint32_t* ends, int64_t count,
+                           uint64_t* sums);
+
+/* Floating-point numbers of `item_bytes` bytes, 2 or 4, exactly: `count` numbers -> one stream per 2^18 of them, stream
+ * i at out + i * capacity, its length in sizes[i]. `capacity` is what wf_lossless_capacity says, or more. */
 WF_EXPORT int64_t wf_lossless_capacity(int item_bytes);
 WF_EXPORT int wf_lossless_encode(int item_bytes, const uint8_t* numbers, int64_t count, uint8_t* out, int64_t capacity,
                                  int64_t* sizes);
 
-/* All streams, each behind the one before, of so many bytes each and `bytes` in all -> `count` numbers. -3 - i: stream i is
- * damaged. */
-WF_EXPORT int64_t wf_lossless_decode(int isa, int item_bytes, const uint8_t* streams, int64_t bytes, const uint32_t* sizes,
-                                     int64_t count, uint8_t* numbers);
+/* All streams, each behind the one before, of so many bytes each and `bytes` in all -> `count` numbers. -3 - i: stream
+ * i is damaged. */
+WF_EXPORT int64_t wf_lossless_decode(int isa, int item_bytes, const uint8_t* streams, int64_t bytes,
+                                     const uint32_t* sizes, int64_t count, uint8_t* numbers);
 
 #ifdef __cplusplus
 }

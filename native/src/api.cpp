@@ -1,118 +1,36 @@
-// The exported functions: choice of instruction set, checks, tables and layouts.
+// The exported functions but for chunks and entropy coding: instruction sets, threads, tables, products, layers.
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <vector>
 
 #include "../include/waterfill_native.h"
 #include "arrange.hpp"
-#include "half.hpp"
 #include "isa.hpp"
-#include "layout.hpp"
 #include "layer.hpp"
+#include "layout.hpp"
 #include "matrix.hpp"
 #include "pool.hpp"
 #include "product.hpp"
 #include "sound.hpp"
-
-#if defined(__aarch64__) && defined(__linux__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
+#include "table.hpp"
 
 using namespace waterfill;
 
-namespace {
+const char* wf_header(void) { return WF_HEADER; }
 
-struct Isa {
-    const char* name;
-    const Functions* (*functions)();
-};
-
-const Isa kIsas[] = {
-    {"avx512vbmi", avx512vbmi_functions}, {"avx512", avx512_functions}, {"avx2", avx2_functions},
-    {"neon", neon_functions},             {"scalar", scalar_functions},
-};
-constexpr int kIsaCount = int(sizeof kIsas / sizeof kIsas[0]);
-
-bool machine_has(int isa) {
-#if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512vnni");
-    if (isa == 0) return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
-    if (isa == 1) return avx512;
-    if (isa == 2) return avx2;
-#elif defined(__aarch64__) && defined(__APPLE__)
-    if (isa == 3) return true;
-#elif defined(__aarch64__) && defined(__linux__)
-    if (isa == 3) return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
-#endif
-    return isa == kIsaCount - 1;
+int64_t wf_sizeof(const char* structure) {
+    const struct {
+        const char* name;
+        size_t bytes;
+    } all[] = {{"wf_matrix", sizeof(wf_matrix)}, {"wf_vector", sizeof(wf_vector)}, {"wf_layer", sizeof(wf_layer)},
+               {"wf_chunk", sizeof(wf_chunk)},   {"wf_task", sizeof(wf_task)},     {"wf_flaw", sizeof(wf_flaw)}};
+    for (const auto& [name, bytes] : all)
+        if (!std::strcmp(name, structure)) return int64_t(bytes);
+    return -1;
 }
 
-void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const float* points, int bias) {
-    Table& v = t.view;
-    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {}, nullptr, nullptr, false};
-    while (v.entry < p * precision / 8) v.entry *= 2;
-    const int rounded = 1 << v.bits, period = std::max(256, rounded), size = precision / 8;
-    t.entries.resize(size_t(period) * size_t(v.entry) + 8);
-    for (int i = 0; i < period; ++i)
-        for (int k = 0; k < p; ++k) {
-            const int value = units[std::min(i % rounded, n - 1) * p + k] + v.bias;
-            uint8_t* to = t.entries.data() + i * v.entry + k * size;
-            to[0] = uint8_t(value);
-            if (size == 2) to[1] = uint8_t(value >> 8);
-        }
-    v.entries = t.entries.data();
-    for (int k = 0; k < p && n <= 256 && precision == 8; ++k) {
-        t.bytes[k].resize(256);
-        for (int i = 0; i < 256; ++i) t.bytes[k][size_t(i)] = t.entries[size_t(i * v.entry + k)];
-        v.bytes[k] = t.bytes[k].data();
-    }
-    if (p == 1 && n <= 256 && precision == 16) {
-        t.words.resize(256);
-        std::memcpy(t.words.data(), v.entries, 512);
-        v.words = t.words.data();
-    }
-    t.points.assign(points, points + size_t(n) * size_t(p));
-    v.points = t.points.data();
-}
+const char* wf_isa(int isa) { return isa_name(isa); }
 
-// Levels that are their own codes, less half their number: there is no table.
-bool is_direct(int p, int n, int precision) { return p == 1 && n == 1 << precision; }
-
-void fill_direct(wf_table& t, int precision, int bias) {
-    t.view = {1, 1 << precision, precision, precision, bias, precision / 8, nullptr, {}, nullptr, nullptr, true};
-}
-
-// A scalar grid as one of pairs: two codes side by side index it, so that each byte that is loaded and shifted serves
-// twice as many weights.
-void fill_with_pairs(wf_table& t, int n, const int16_t* units, const float* points, int bias) {
-    const int bits = bits_of(n), count = 1 << 2 * bits;
-    std::vector<int16_t> pair_units;
-    std::vector<float> pair_points;
-    for (int code = 0; code < count; ++code)
-        for (int k = 0; k < 2; ++k) {
-            const int one = std::min(code >> k * bits & ((1 << bits) - 1), n - 1);
-            pair_units.push_back(units[one]);
-            pair_points.push_back(points[one]);
-        }
-    fill(t, 2, count, 8, pair_units.data(), pair_points.data(), bias);
-    t.paired = n;
-}
-
-}  // namespace
-
-const Functions* waterfill::functions(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].functions() : nullptr; }
-
-int wf_version(void) { return WF_VERSION; }
-
-const char* wf_isa(int isa) { return isa >= 0 && isa < kIsaCount ? kIsas[isa].name : nullptr; }
-
-int wf_usable(int isa) { return isa >= 0 && isa < kIsaCount && machine_has(isa) && functions(isa); }
+int wf_usable(int isa) { return isa_usable(isa); }
 
 int wf_set_threads(int count) {
     set_threads(count);
@@ -133,18 +51,7 @@ int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inverse) {
 
 wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* units, const float* points) {
     const Functions* f = functions(isa);
-    if (!f || p < 1 || p > 4 || n < 2 || (precision != 8 && precision != 16)) return nullptr;
-    const bool direct = is_direct(p, n, precision);
-    if (n > 4096 && !direct) return nullptr;
-    std::unique_ptr<wf_table> made(new (std::nothrow) wf_table);
-    if (!made) return nullptr;
-    if (direct)
-        fill_direct(*made, precision, precision == 8 ? f->bias : 0);
-    else if (p == 1 && precision == 8 && bits_of(n) <= f->pair_bits)
-        fill_with_pairs(*made, n, units, points, f->bias);
-    else
-        fill(*made, p, n, precision, units, points, precision == 8 ? f->bias : 0);
-    return made.release();
+    return f ? new_table(*f, p, n, precision, units, points) : nullptr;
 }
 
 void wf_table_free(wf_table* table) { delete table; }
@@ -172,7 +79,8 @@ int wf_arrange(int isa, const wf_matrix* stored, int word_indices, int word_byte
     const int64_t per_task = most(1, kTaskWeights / (kTile * width));
     parallel(ceil_div(tiles, per_task), [&](int64_t task) {
         const int64_t first = task * per_task;
-        arrange_tiles(*f, m, first, least(tiles, first + per_task), codes + first * tile_bytes, scales + first * kTile * groups);
+        arrange_tiles(*f, m, first, least(tiles, first + per_task), codes + first * tile_bytes,
+                      scales + first * kTile * groups);
     });
     return 0;
 }

@@ -1,5 +1,5 @@
-// A chunk at a time: its codes side by side as bytes or 16-bit numbers, then whole planes of them. Words of 64 bits hold
-// several codes, which any compiler turns into the vectors that it has.
+// A chunk at a time: its codes side by side as bytes or 16-bit numbers, then whole planes of them. Words of 64 bits
+// hold several codes, which any compiler turns into the vectors that it has.
 #include "arrange.hpp"
 
 #include <algorithm>
@@ -27,9 +27,9 @@ constexpr uint64_t every(int bits) { return bits == 64 ? 1 : ~uint64_t(0) / ((ui
 // What is the same for all rows.
 struct Way {
     const StoredRows& m;
-    int n;        // of the codes that are stored
-    int paired;   // bits of each where two of them make a code of the table, else 0
-    bool runs;    // even columns before odd ones: ordered_column
+    int n;       // of the codes that are stored
+    int paired;  // bits of each where two of them make a code of the table, else 0
+    bool runs;   // even columns before odd ones: ordered_column
     int64_t count, chunks;
 };
 
@@ -82,7 +82,8 @@ void clamp(const Way& way, Number (&code)[kChunk]) {
     const Number last = Number(way.n - 1);
     if (way.paired) {
         for (Number& c : code) {
-            const int low = std::min<int>(c & ((1 << way.paired) - 1), last), high = std::min<int>(c >> way.paired, last);
+            const int low = std::min<int>(c & ((1 << way.paired) - 1), last),
+                      high = std::min<int>(c >> way.paired, last);
             c = Number(low | high << way.paired);
         }
     } else {
@@ -108,7 +109,9 @@ void put_planes(const Code<BITS> (&code)[kChunk], uint8_t* out) {
         put_planes<BITS - 8>(upper, out + kChunk);
     } else {
         constexpr Planes at = planes_of(BITS);
-        auto part = [&](int first, int shift, int mask) { return load(code + first) >> shift & every(8) * uint64_t(mask); };
+        auto part = [&](int first, int shift, int mask) {
+            return load(code + first) >> shift & every(8) * uint64_t(mask);
+        };
         if constexpr (at.at8 >= 0) std::memcpy(out, code, kChunk);
         if constexpr (at.at4 >= 0)
             for (int i = 0; i < 64; i += kWord) store(out + at.at4 + i, part(i, 0, 15) | part(64 + i, 0, 15) << 4);
@@ -119,15 +122,16 @@ void put_planes(const Code<BITS> (&code)[kChunk], uint8_t* out) {
                                             part(96 + i, shift, 3) << 6);
             }
         if constexpr (at.at1 >= 0)
-            for (int i = 0; i < kChunk; i += kWord)  // the product gathers the lowest bits of all bytes in the highest byte
+            for (int i = 0; i < kChunk;
+                 i += kWord)  // the product gathers the lowest bits of all bytes in the highest byte
                 out[at.at1 + i / 8] = uint8_t(part(i, BITS - 1, 1) * 0x0102040810204080 >> 56);
     }
 }
 
 // The digits of a row of radix words, and zeros up to the end of its last chunk.
 //
-// A word over n^digits is a fraction, and times n its whole part is the highest digit. Fractions of 64 bits are rounded up
-// by a few units at most and words have at most 56 bits: the lowest digit still comes out right.
+// A word over n^digits is a fraction, and times n its whole part is the highest digit. Fractions of 64 bits are rounded
+// up by a few units at most and words have at most 56 bits: the lowest digit still comes out right.
 const uint16_t* radix_row(const Way& way, const uint8_t* row) {
     using Wide = unsigned __int128;
     const int digits = way.m.word_indices, bytes = way.m.word_bytes;
@@ -205,9 +209,10 @@ void arrange_levels(const Way& way, const uint8_t* row, uint8_t* out) {
 using ArrangeRow = void (*)(const Way& way, const uint8_t* row, uint8_t* out);
 
 ArrangeRow row_function(const Table& t) {
-    static constexpr ArrangeRow by_bits[] = {
-        nullptr,        arrange_row<1>, arrange_row<2>, arrange_row<3>,  arrange_row<4>,  arrange_row<5>, arrange_row<6>,
-        arrange_row<7>, arrange_row<8>, arrange_row<9>, arrange_row<10>, arrange_row<11>, arrange_row<12>};
+    static constexpr ArrangeRow by_bits[] = {nullptr,        arrange_row<1>, arrange_row<2>,  arrange_row<3>,
+                                             arrange_row<4>, arrange_row<5>, arrange_row<6>,  arrange_row<7>,
+                                             arrange_row<8>, arrange_row<9>, arrange_row<10>, arrange_row<11>,
+                                             arrange_row<12>};
     return !t.direct ? by_bits[t.bits] : t.bits == 8 ? arrange_levels<8> : arrange_levels<16>;
 }
 
@@ -221,15 +226,21 @@ void arrange_tiles(const Functions& f, const StoredRows& m, int64_t first_tile, 
                    uint16_t* scales) {
     const Table& t = m.table->view;
     const int paired = m.table->paired;
-    const Way way{m, paired ? paired : t.n, paired ? bits_of(paired) : 0, t.p == 1 && f.order(t) > 1,
-                  codes_per_row(m.width, paired ? 1 : t.p), chunks_per_row(m.width, t.p)};
+    const Way way{m,
+                  paired ? paired : t.n,
+                  paired ? bits_of(paired) : 0,
+                  t.p == 1 && f.order(t) > 1,
+                  codes_per_row(m.width, paired ? 1 : t.p),
+                  chunks_per_row(m.width, t.p)};
     const ArrangeRow arrange = row_function(t);
     const int64_t groups = groups_of(m.width), bytes = planes_of(t.bits).bytes;
-    for (int64_t tile = first_tile; tile < last_tile; ++tile, codes += way.chunks * kTile * bytes, scales += groups * kTile)
+    for (int64_t tile = first_tile; tile < last_tile;
+         ++tile, codes += way.chunks * kTile * bytes, scales += groups * kTile)
         for (int r = 0; r < kTile; ++r) {
             const int64_t row = tile * kTile + r;
             const bool exists = row < m.rows;
-            for (int64_t g = 0; g < groups; ++g) scales[g * kTile + r] = exists ? m.scales[row * groups + g] : uint16_t(0);
+            for (int64_t g = 0; g < groups; ++g)
+                scales[g * kTile + r] = exists ? m.scales[row * groups + g] : uint16_t(0);
             if (exists)
                 arrange(way, m.codes + row * m.row_bytes, codes + r * bytes);
             else

@@ -4,11 +4,10 @@
 // what undoes it.
 #pragma once
 
-#include <immintrin.h>
-
 #include <type_traits>
 
 #include "gemm_avx512.hpp"
+#include "intrinsics.hpp"
 #include "kernels.hpp"
 #include "levels_avx512.hpp"
 #include "rans_avx512.hpp"
@@ -72,8 +71,7 @@ struct Avx512 {
             std::memcpy(bits, chunk + at.at1, 16);
             for (int half = 0; half < 2; ++half) {
                 const __m512i clean = masked(index[half], (1 << (BITS - 1)) - 1);
-                index[half] =
-                    _mm512_mask_add_epi8(clean, bits[half], clean, _mm512_set1_epi8(char(1 << (BITS - 1))));
+                index[half] = _mm512_mask_add_epi8(clean, bits[half], clean, _mm512_set1_epi8(char(1 << (BITS - 1))));
             }
         } else if constexpr (!VBMI) {
             for (int half = 0; half < 2; ++half) index[half] = masked(index[half], (1 << below) - 1);
@@ -138,7 +136,10 @@ struct Avx512 {
     struct Separate {
         Permuted<BITS> first, second, third, fourth;  // those beyond P are never looked at
         explicit Separate(const waterfill::Table& t)
-            : first(t.bytes[0]), second(t.bytes[P > 1]), third(t.bytes[P > 2 ? 2 : 0]), fourth(t.bytes[P > 2 ? 3 : 0]) {}
+            : first(t.bytes[0]),
+              second(t.bytes[P > 1]),
+              third(t.bytes[P > 2 ? 2 : 0]),
+              fourth(t.bytes[P > 2 ? 3 : 0]) {}
         void look_up(const Bytes (&index)[2], Bytes (&value)[2 * P]) const {
             for (int half = 0; half < 2; ++half) {
                 value[half * P] = first(index[half]);
@@ -174,8 +175,10 @@ struct Avx512 {
     static Acc dot(Acc acc, Bytes w, const int8_t* x) { return accumulate<int8_t>(acc, w, load(x)); }
     static Acc dot_words(Acc acc, Bytes w, const int16_t* x) { return accumulate<int16_t>(acc, w, load(x)); }
     static void reduce(const Acc (&acc)[kTile], int32_t (&sum)[kTile]) {
-        const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[0], acc[1]), _mm512_unpackhi_epi32(acc[0], acc[1]));
-        const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(acc[2], acc[3]), _mm512_unpackhi_epi32(acc[2], acc[3]));
+        const __m512i ab =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(acc[0], acc[1]), _mm512_unpackhi_epi32(acc[0], acc[1]));
+        const __m512i cd =
+            _mm512_add_epi32(_mm512_unpacklo_epi32(acc[2], acc[3]), _mm512_unpackhi_epi32(acc[2], acc[3]));
         const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
         const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(sum),
@@ -190,8 +193,8 @@ struct Avx512 {
     static Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
     static uint32_t less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 
-    static bool decode_rows(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width, int64_t first,
-                            int64_t last) {
+    static bool decode_rows(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width,
+                            int64_t first, int64_t last) {
         return decode_rows_avx512<VBMI>(readers, places, count, width, first, last);
     }
     static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,

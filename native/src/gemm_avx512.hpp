@@ -4,8 +4,7 @@
 //     12 tokens x 32 rows of accumulators; activations are broadcast four bytes at a time, lanes are rows
 #pragma once
 
-#include <immintrin.h>
-
+#include "intrinsics.hpp"
 #include "kernels.hpp"
 
 namespace waterfill {

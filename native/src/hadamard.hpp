@@ -15,11 +15,11 @@ namespace {
 
 template <int W>
 struct Lanes;
-#define WF_LANES(W)                                                   \
-    template <>                                                       \
-    struct Lanes<W> {                                                 \
-        typedef float F __attribute__((vector_size(4 * W)));          \
-        typedef int32_t I __attribute__((vector_size(4 * W)));        \
+#define WF_LANES(W)                                                                 \
+    template <>                                                                     \
+    struct Lanes<W> {                                                               \
+        typedef float F __attribute__((vector_size(4 * W)));                        \
+        typedef int32_t I __attribute__((vector_size(4 * W)));                      \
         typedef float U __attribute__((vector_size(4 * W), aligned(4), may_alias)); \
     }
 WF_LANES(4);
@@ -43,12 +43,12 @@ struct Hadamard {
         I sign;
 #if defined(__clang__) || __GNUC__ >= 12
         if constexpr (W == 16)
-            swapped = __builtin_shufflevector(v, v, 0 ^ HALF, 1 ^ HALF, 2 ^ HALF, 3 ^ HALF, 4 ^ HALF, 5 ^ HALF, 6 ^ HALF,
-                                              7 ^ HALF, 8 ^ HALF, 9 ^ HALF, 10 ^ HALF, 11 ^ HALF, 12 ^ HALF, 13 ^ HALF,
-                                              14 ^ HALF, 15 ^ HALF);
+            swapped = __builtin_shufflevector(v, v, 0 ^ HALF, 1 ^ HALF, 2 ^ HALF, 3 ^ HALF, 4 ^ HALF, 5 ^ HALF,
+                                              6 ^ HALF, 7 ^ HALF, 8 ^ HALF, 9 ^ HALF, 10 ^ HALF, 11 ^ HALF, 12 ^ HALF,
+                                              13 ^ HALF, 14 ^ HALF, 15 ^ HALF);
         else if constexpr (W == 8)
-            swapped = __builtin_shufflevector(v, v, 0 ^ HALF, 1 ^ HALF, 2 ^ HALF, 3 ^ HALF, 4 ^ HALF, 5 ^ HALF, 6 ^ HALF,
-                                              7 ^ HALF);
+            swapped = __builtin_shufflevector(v, v, 0 ^ HALF, 1 ^ HALF, 2 ^ HALF, 3 ^ HALF, 4 ^ HALF, 5 ^ HALF,
+                                              6 ^ HALF, 7 ^ HALF);
         else
             swapped = __builtin_shufflevector(v, v, 0 ^ HALF, 1 ^ HALF, 2 ^ HALF, 3 ^ HALF);
 #else

@@ -3,20 +3,16 @@
 #include "matrix.hpp"
 
 #if defined(__AVX2__)
-#include <immintrin.h>
-
+#include "intrinsics.hpp"
 #include "kernels.hpp"
 #include "levels_avx2.hpp"
+#include "plain.hpp"
 
 namespace waterfill {
 namespace {
 
-struct Avx2 {
-    static constexpr int bias = 0, lanes = 8;
-    static constexpr int pair_bits = 2;
-    static constexpr bool quadruples = false;
-    static constexpr bool interleaved(int, int) { return false; }
-    static constexpr int64_t gemm_tokens = INT64_MAX;
+struct Avx2 : Plain {
+    static constexpr int lanes = 8;
 
     struct Bytes {
         __m256i low, high;
@@ -122,16 +118,14 @@ struct Avx2 {
         return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     }
     static Acc dot(Acc acc, Bytes w, const int8_t* x) {
-        return _mm256_add_epi32(acc,
-                                _mm256_add_epi32(products(w.low, load256(x)), products(w.high, load256(x + 32))));
+        return _mm256_add_epi32(acc, _mm256_add_epi32(products(w.low, load256(x)), products(w.high, load256(x + 32))));
     }
     static Acc dot_words(Acc acc, Bytes w, const int16_t* x) {
-        return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(w.low, load256(x)),
-                                                      _mm256_madd_epi16(w.high, load256(x + 16))));
+        return _mm256_add_epi32(
+            acc, _mm256_add_epi32(_mm256_madd_epi16(w.low, load256(x)), _mm256_madd_epi16(w.high, load256(x + 16))));
     }
     static void reduce(const Acc (&acc)[kTile], int32_t (&sum)[kTile]) {
-        const __m256i pairs =
-            _mm256_hadd_epi32(_mm256_hadd_epi32(acc[0], acc[1]), _mm256_hadd_epi32(acc[2], acc[3]));
+        const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(acc[0], acc[1]), _mm256_hadd_epi32(acc[2], acc[3]));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(sum),
                          _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
     }
@@ -152,8 +146,8 @@ struct Avx2 {
         return uint32_t(low | _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ)) << 8);
     }
 
-    static bool decode_rows(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width, int64_t first,
-                            int64_t last) {
+    static bool decode_rows(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width,
+                            int64_t first, int64_t last) {
         return decode_rows_avx2(readers, places, count, width, first, last);
     }
     static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
@@ -161,10 +155,6 @@ struct Avx2 {
         const int64_t done = lanes == kMostLanes ? decode_avx2(t, x, at, end, count, out) : 0;
         return decode_plain(t, lanes, x, at, end, count - done, out + done);
     }
-
-    static int64_t gemm_scratch_bytes(int64_t, int64_t) { return 0; }
-    template <class K>
-    static void gemm(const Matrix&, const Prepared&, int64_t, int64_t, float*, uint8_t*) {}
 };
 
 }  // namespace

@@ -6,16 +6,13 @@
 #include <arm_neon.h>
 
 #include "kernels.hpp"
+#include "plain.hpp"
 
 namespace waterfill {
 namespace {
 
-struct Neon {
-    static constexpr int bias = 0, lanes = 4;
-    static constexpr int pair_bits = 2;
-    static constexpr bool quadruples = false;
-    static constexpr bool interleaved(int, int) { return false; }
-    static constexpr int64_t gemm_tokens = INT64_MAX;
+struct Neon : Plain {
+    static constexpr int lanes = 4;
 
     using Bytes = uint8x16x4_t;
     using Acc = int32x4_t;
@@ -115,7 +112,9 @@ struct Neon {
         for (int i = 0; i < 4; ++i) a.val[i] = operation(a.val[i], b.val[i]);
         return a;
     }
-    static Floats load_floats(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+    static Floats load_floats(const float* p) {
+        return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
+    }
     static void store_floats(float* p, Floats f) {
         for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, f.val[i]);
     }
@@ -134,15 +133,6 @@ struct Neon {
         for (int i = 0; i < 4; ++i) mask |= vaddvq_u32(vandq_u32(vcltq_f32(a.val[i], b.val[i]), bits)) << (4 * i);
         return mask;
     }
-    static bool decode_rows(LevelReader* const*, const LevelPlace*, int, int64_t, int64_t, int64_t) { return false; }
-    static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
-                               int64_t count, uint8_t* out) {
-        return decode_plain(t, lanes, x, at, end, count, out);
-    }
-
-    static int64_t gemm_scratch_bytes(int64_t, int64_t) { return 0; }
-    template <class K>
-    static void gemm(const Matrix&, const Prepared&, int64_t, int64_t, float*, uint8_t*) {}
 };
 
 }  // namespace

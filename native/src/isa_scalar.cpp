@@ -1,15 +1,12 @@
 // Portable C++: the definition that the vector code must equal, and the path of machines without it.
 #include "kernels.hpp"
+#include "plain.hpp"
 
 namespace waterfill {
 namespace {
 
-struct Scalar {
-    static constexpr int bias = 0, lanes = 4;
-    static constexpr int pair_bits = 2;
-    static constexpr bool quadruples = false;
-    static constexpr bool interleaved(int, int) { return false; }
-    static constexpr int64_t gemm_tokens = INT64_MAX;
+struct Scalar : Plain {
+    static constexpr int lanes = 4;
 
     struct Bytes {
         uint8_t at[64];
@@ -90,15 +87,6 @@ struct Scalar {
         for (int i = 0; i < 16; ++i) mask |= uint32_t(a.at[i] < b.at[i]) << i;
         return mask;
     }
-    static bool decode_rows(LevelReader* const*, const LevelPlace*, int, int64_t, int64_t, int64_t) { return false; }
-    static bool decode_symbols(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
-                               int64_t count, uint8_t* out) {
-        return decode_plain(t, lanes, x, at, end, count, out);
-    }
-
-    static int64_t gemm_scratch_bytes(int64_t, int64_t) { return 0; }
-    template <class K>
-    static void gemm(const Matrix&, const Prepared&, int64_t, int64_t, float*, uint8_t*) {}
 };
 
 }  // namespace

@@ -11,60 +11,44 @@
 //     anything else             decode_tile: four rows to a buffer, then dots_from_buffer or the instruction set's gemm
 #pragma once
 
-#include <cmath>
 #include <cstring>
-#include <type_traits>
 
 #include "checksum.hpp"
+#include "decode.hpp"
 #include "hadamard.hpp"
 #include "half.hpp"
 #include "layer_math.hpp"
 #include "layout.hpp"
 #include "matrix.hpp"
+#include "prepare.hpp"
 #include "rans.hpp"
 #include "trellis.hpp"
 
 namespace waterfill {
 namespace {
 
-constexpr int kAhead = 4096;         // bytes: codes are fetched before they are needed, across pages too
+constexpr int kAhead = 4096;          // bytes: codes are fetched before they are needed, across pages too
 constexpr int64_t kExactWords = 512;  // products of 2047 * 2047 that surely fit an int32 sum
 
 template <class Isa>
-struct Kernels {
+struct Kernels : Decoding<Isa> {
+    using Base = Decoding<Isa>;
+    using Base::decode_tile;
+    using Base::from_codes;
     using Bytes = typename Isa::Bytes;
     using Acc = typename Isa::Acc;
-
-    static bool from_codes(const Table& t) {
-        if (t.direct) return true;
-        if (t.precision != 8 || t.bits > 8) return false;
-        return t.p == 1 ? t.bits <= 4 : t.p == 2 || (t.p == 4 && t.bits >= 3 && Isa::quadruples);
-    }
-    static bool from_words(const Table& t) { return t.precision == 16 && t.p == 1 && t.bits >= 5 && t.bits <= 8; }
-    static int order(const Table& t) {
-        if (t.direct || Isa::interleaved(t.bits, t.p) || !(from_codes(t) || from_words(t))) return 1;
-        return t.p == 4 ? 4 : 2;
-    }
 
     template <class Element>
     static const Element* row(const Prepared& x, int64_t t) {
         return reinterpret_cast<const Element*>(x.data) + t * x.padded;
     }
 
-    // Levels of 8 bits are what a table of them would give.
-    struct Direct {
-        explicit Direct(const Table&) {}
-        void look_up(const Bytes (&index)[2], Bytes (&value)[2]) const { value[0] = index[0], value[1] = index[1]; }
-    };
-    template <int BITS, int P>
-    using TableOf = std::conditional_t<BITS == 8 && P == 1, Direct, typename Isa::template Table<BITS, P>>;
-
     // --- few tokens, byte tables -------------------------------------------------------------------------------
 
     template <int BITS, int P, int TOKENS>
     static void tile_from_codes(const Matrix& m, int64_t tile, const Prepared& x, int64_t token, float* y) {
         constexpr int bytes = planes_of(BITS).bytes;
-        const TableOf<BITS, P> table(*m.table);
+        const typename Base::template TableOf<BITS, P> table(*m.table);
         const int64_t chunks = chunks_per_row(m.width, P), groups = x.groups;
         const uint8_t* code = m.codes + tile * chunks * kTile * bytes;
         const uint16_t* scale = m.scales + tile * groups * kTile;
@@ -180,117 +164,6 @@ struct Kernels {
             std::memcpy(y + (token + t) * m.rows + row, out + t * kTile, size_t(rows) * sizeof(float));
     }
 
-    // --- decoding to a buffer ----------------------------------------------------------------------------------
-
-    template <int BITS, int P>
-    static void decode_bytes(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
-        constexpr int bytes = planes_of(BITS).bytes;
-        const TableOf<BITS, P> table(*m.table);
-        const int64_t chunks = chunks_per_row(m.width, P);
-        const uint8_t* code = m.codes + tile * chunks * kTile * bytes;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk)
-            for (int r = 0; r < kTile; ++r, code += bytes) {
-                Bytes index[2], value[2 * P];
-                Isa::template codes<BITS>(code, index);
-                table.look_up(index, value);
-                for (int k = 0; k < 2 * P; ++k) Isa::store(out + r * stride + chunk * kChunk * P + 64 * k, value[k]);
-            }
-    }
-
-    template <int P>
-    static void decode_vectors(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
-        switch (m.table->bits) {
-            case 1: return decode_bytes<1, P>(m, tile, out, stride);
-            case 2: return decode_bytes<2, P>(m, tile, out, stride);
-            case 3: return decode_bytes<3, P>(m, tile, out, stride);
-            case 4: return decode_bytes<4, P>(m, tile, out, stride);
-            case 5: return decode_bytes<5, P>(m, tile, out, stride);
-            case 6: return decode_bytes<6, P>(m, tile, out, stride);
-            case 7: return decode_bytes<7, P>(m, tile, out, stride);
-            default: return decode_bytes<8, P>(m, tile, out, stride);
-        }
-    }
-
-    template <int BITS>
-    static void decode_words(const Matrix& m, int64_t tile, int16_t* out, int64_t stride) {
-        constexpr int bytes = planes_of(BITS).bytes;
-        const typename Isa::template WordTable<BITS> table(*m.table);
-        const int64_t chunks = chunks_per_row(m.width, 1);
-        const uint8_t* code = m.codes + tile * chunks * kTile * bytes;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk)
-            for (int r = 0; r < kTile; ++r, code += bytes) {
-                Bytes index[2];
-                Isa::template codes<BITS>(code, index);
-                table.look_up(index, out + r * stride + chunk * kChunk);
-            }
-    }
-
-    static void copy_words(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
-        const int64_t chunks = chunks_per_row(m.width, 1);
-        const uint8_t* code = m.codes + tile * chunks * kTile * 2 * kChunk;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk)
-            for (int r = 0; r < kTile; ++r, code += 2 * kChunk)
-                std::memcpy(out + r * stride + chunk * 2 * kChunk, code, 2 * kChunk);
-    }
-
-    // Any grid: entries of ENTRY bytes copied one by one, USED of which count. Codes are read four at a time: loads are
-    // what limits this.
-    template <int ENTRY, int USED>
-    static void decode_entries(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
-        const Planes planes = planes_of(m.table->bits);
-        const int64_t chunks = chunks_per_row(m.width, m.table->p);
-        const uint8_t* chunk = m.codes + tile * chunks * kTile * planes.bytes;
-        const uint8_t* entries = m.table->entries;
-        for (int64_t c = 0; c < chunks; ++c)
-            for (int r = 0; r < kTile; ++r, chunk += planes.bytes) {
-                uint8_t* to = out + r * stride + c * kChunk * USED;
-                alignas(64) uint16_t index[kChunk];
-                chunk_codes(chunk, planes, index);
-                for (int i = 0; i < kChunk; i += 4, to += 4 * USED) {
-                    uint64_t four;
-                    std::memcpy(&four, index + i, 8);
-                    std::memcpy(to, entries + (four & 0xffff) * ENTRY, ENTRY);
-                    std::memcpy(to + USED, entries + (four >> 16 & 0xffff) * ENTRY, ENTRY);
-                    std::memcpy(to + 2 * USED, entries + (four >> 32 & 0xffff) * ENTRY, ENTRY);
-                    std::memcpy(to + 3 * USED, entries + (four >> 48) * ENTRY, ENTRY);
-                }
-            }
-    }
-
-    // Four rows as integers in the order of the prepared activations; `stride` in bytes.
-    static void decode_tile(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
-        if (from_codes(*m.table)) {
-            if (m.table->p == 1) switch (m.table->bits) {
-                    case 1: return decode_bytes<1, 1>(m, tile, out, stride);
-                    case 2: return decode_bytes<2, 1>(m, tile, out, stride);
-                    case 3: return decode_bytes<3, 1>(m, tile, out, stride);
-                    case 4: return decode_bytes<4, 1>(m, tile, out, stride);
-                    case 8: return decode_bytes<8, 1>(m, tile, out, stride);
-                    case 16: return copy_words(m, tile, out, stride);
-                }
-            if constexpr (Isa::quadruples)
-                if (m.table->p == 4) return decode_vectors<4>(m, tile, out, stride);
-            return decode_vectors<2>(m, tile, out, stride);
-        }
-        if (m.table->precision == 16 && m.table->p == 1) {
-            auto* words = reinterpret_cast<int16_t*>(out);
-            switch (m.table->bits) {
-                case 5: return decode_words<5>(m, tile, words, stride / 2);
-                case 6: return decode_words<6>(m, tile, words, stride / 2);
-                case 7: return decode_words<7>(m, tile, words, stride / 2);
-                case 8: return decode_words<8>(m, tile, words, stride / 2);
-            }
-        }
-        switch (m.table->p * m.table->precision / 8) {
-            case 1: return decode_entries<1, 1>(m, tile, out, stride);
-            case 2: return decode_entries<2, 2>(m, tile, out, stride);
-            case 3: return decode_entries<4, 3>(m, tile, out, stride);
-            case 4: return decode_entries<4, 4>(m, tile, out, stride);
-            case 6: return decode_entries<8, 6>(m, tile, out, stride);
-            default: return decode_entries<8, 8>(m, tile, out, stride);
-        }
-    }
-
     // --- products from the buffer --------------------------------------------------------------------------------
 
     // Sums of one group, `positions` long, for four rows and one token, as exact as float sums of exact parts can be.
@@ -324,10 +197,11 @@ struct Kernels {
             for (int64_t g = 0; g < x.groups; ++g) {
                 const int64_t from = g * kGroup, to = g + 1 < x.groups ? from + kGroup : x.padded;
                 float sum[kTile];
-                group_sums<Element>(rows + from * int64_t(sizeof(Element)), stride, row<Element>(x, t) + from, to - from,
-                                    sizeof(Element) == 1 ? x.corrections[t * x.groups + g] : 0, sum);
+                group_sums<Element>(rows + from * int64_t(sizeof(Element)), stride, row<Element>(x, t) + from,
+                                    to - from, sizeof(Element) == 1 ? x.corrections[t * x.groups + g] : 0, sum);
                 const uint16_t* scale = m.scales + (tile * x.groups + g) * kTile;
-                for (int r = 0; r < kTile; ++r) out[r] += sum[r] * (half_to_float(scale[r]) * m.step * x.scales[t * x.groups + g]);
+                for (int r = 0; r < kTile; ++r)
+                    out[r] += sum[r] * (half_to_float(scale[r]) * m.step * x.scales[t * x.groups + g]);
             }
             scatter(m, out, tile, t, 1, y);
         }
@@ -367,101 +241,30 @@ struct Kernels {
             through_buffer(m, x, first_tile, last_tile, y, scratch);
     }
 
-    // --- activations and rows ----------------------------------------------------------------------------------
-
-    template <int ORDER, class Element>
-    static void in_runs(const Element (&from)[kUnit], Element* to) {
-        for (int64_t block = 0; block < kUnit; block += 64 * ORDER)
-            for (int k = 0; k < ORDER; ++k)
-                for (int64_t i = 0; i < 64; ++i) to[block + 64 * k + i] = from[block + ORDER * i + k];
-    }
-
-    template <class Element>
-    static void quantise_row(const float* row, int64_t width, int order, int bias, Element* out, float* scales,
-                             int32_t* corrections) {
-        constexpr float limit = sizeof(Element) == 1 ? 127.0f : 2047.0f;
-        constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest whole number, ties to even
-        for (int64_t g = 0; g < groups_of(width); ++g) {
-            const int64_t start = g * kGroup, stop = group_stop(width, g);
-            uint32_t magnitude = 0;  // compared as integers, where NaN is largest
-            for (int64_t i = start; i < stop; ++i) {
-                const uint32_t bits = float_to_bits(row[i]) & 0x7fffffff;
-                magnitude = magnitude > bits ? magnitude : bits;
-            }
-            const float largest = bits_to_float(magnitude);
-            const bool usable = largest > 1e-30f && magnitude < 0x7f800000;
-            scales[g] = usable ? largest / limit : magnitude < 0x7f800000 ? 0.0f : NAN;
-            const float by = usable ? limit / largest : 0.0f;
-            int32_t sum = 0;
-            const int64_t end = ceil_div(stop, kUnit) * kUnit;
-            for (int64_t block = start; block < end; block += kUnit) {
-                Element whole[kUnit] = {};
-                const int64_t count = least(kUnit, stop - block);
-                if (usable)
-                    for (int64_t i = 0; i < count; ++i) {
-                        const int32_t value = int32_t((row[block + i] * by + round) - round);
-                        whole[i] = Element(value);
-                        sum += value;
-                    }
-                switch (order) {
-                    case 2: in_runs<2>(whole, out + block); break;
-                    case 4: in_runs<4>(whole, out + block); break;
-                    default: std::memcpy(out + block, whole, sizeof whole);
-                }
-            }
-            corrections[g] = -bias * sum;
-        }
-    }
-
-    static void quantise(const float* row, int64_t width, int order, int precision, int bias, void* out,
-                         float* scales, int32_t* corrections) {
-        if (precision == 8)
-            quantise_row(row, width, order, bias, static_cast<int8_t*>(out), scales, corrections);
-        else
-            quantise_row(row, width, order, 0, static_cast<int16_t*>(out), scales, corrections);
-    }
-
-    static int level_at(const Table& t, const uint8_t* chunk, int64_t i) {
-        if (t.precision == 8) return t.bias ? chunk[i] - t.bias : int8_t(chunk[i]);
-        return int16_t(uint16_t(chunk[2 * i] | chunk[2 * i + 1] << 8));
-    }
-
-    static void decode_row(const Matrix& m, int64_t row, float* out) {
-        const Table& t = *m.table;
-        const Planes planes = planes_of(t.bits);
-        const int64_t chunks = chunks_per_row(m.width, t.p), tile = row / kTile, groups = groups_of(m.width);
-        const uint16_t* scale = m.scales + tile * groups * kTile + row % kTile;
-        const int in_order = t.p == 1 ? order(t) : 1;
-        const int last = t.n - 1;
-        for (int64_t c = 0; c < chunks; ++c) {
-            const uint8_t* chunk = m.codes + ((tile * chunks + c) * kTile + row % kTile) * planes.bytes;
-            if (t.direct) {
-                const int64_t start = c * kChunk, stop = least(start + kChunk, m.width);
-                const float by = half_to_float(scale[least(start / kGroup, groups - 1) * kTile]) * m.unit;
-                for (int64_t i = start; i < stop; ++i) out[i] = float(level_at(t, chunk, i - start)) * by;
-                continue;
-            }
-            uint16_t code[kChunk];
-            chunk_codes(chunk, planes, code);
-            for (int64_t i = 0; i < kChunk; ++i) {
-                const float* point = t.points + (code[i] < last ? code[i] : last) * t.p;
-                for (int k = 0; k < t.p; ++k) {
-                    int64_t column = (c * kChunk + i) * t.p + k;
-                    if (in_order > 1) column = ordered_column(column, in_order);
-                    if (column >= m.width) continue;
-                    const int64_t g = least(column / kGroup, groups - 1);
-                    out[column] = point[k] * (half_to_float(scale[g * kTile]) * m.unit);
-                }
-            }
-        }
-    }
-
     static const Functions* functions(const char* name) {
-        static const Functions table = {name, Isa::bias, Isa::pair_bits, order,     rotate_row<Isa::lanes>, quantise,
-                                        scratch_bytes, multiply,  decode_row, dot16,
-                                        rms_norm,      swiglu,    attend,
-                                        Isa::decode_symbols, Isa::decode_rows, walk_narrow, walk_lanes<int16_t>, Search<Isa>::run,
-                                        checksum};
+        static const Functions table = [name] {
+            Functions f{};
+            f.name = name;
+            f.bias = Isa::bias;
+            f.pair_bits = Isa::pair_bits;
+            f.order = Base::order;
+            f.rotate = rotate_row<Isa::lanes>;
+            f.quantise = quantise;
+            f.scratch_bytes = scratch_bytes;
+            f.multiply = multiply;
+            f.decode_row = Base::decode_row;
+            f.dot = dot16;
+            f.rms_norm = rms_norm;
+            f.swiglu = swiglu;
+            f.attend = attend;
+            f.decode_symbols = Isa::decode_symbols;
+            f.decode_rows = Isa::decode_rows;
+            f.walk = walk_narrow;
+            f.walk_wide = walk_lanes<int16_t>;
+            f.search = Search<Isa>::run;
+            f.checksum = checksum;
+            return f;
+        }();
         return &table;
     }
 };

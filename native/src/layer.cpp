@@ -21,7 +21,8 @@ const float* floats(const void* x, int dtype, int64_t count) {  // in memory tha
 }
 
 // [tokens][heads][head_dim]: normalised where the model does that, then rotated by position (half against half).
-void place(const Functions& f, const wf_layer& layer, const wf_vector& norm, const Pass& pass, int64_t count, float* heads) {
+void place(const Functions& f, const wf_layer& layer, const wf_vector& norm, const Pass& pass, int64_t count,
+           float* heads) {
     const int64_t d = layer.head_dim, half = d / 2;
     const float* weight = norm.numbers ? floats(norm.numbers, layer.dtype, d) : nullptr;
     for (int64_t t = 0; t < pass.tokens; ++t) {
@@ -37,9 +38,10 @@ void place(const Functions& f, const wf_layer& layer, const wf_vector& norm, con
     }
 }
 
-void attention(const Functions& f, const wf_layer& layer, const Pass& pass, const float* q, const float* k, const float* v,
-               void* keys, void* values, float* mixed) {
-    const int64_t d = layer.head_dim, shared = layer.heads / layer.kv_heads, number = layer.cache_dtype == WF_FLOAT32 ? 4 : 2;
+void attention(const Functions& f, const wf_layer& layer, const Pass& pass, const float* q, const float* k,
+               const float* v, void* keys, void* values, float* mixed) {
+    const int64_t d = layer.head_dim, shared = layer.heads / layer.kv_heads,
+                  number = layer.cache_dtype == WF_FLOAT32 ? 4 : 2;
     const int64_t q_size = layer.heads * d, kv_size = layer.kv_heads * d, positions = pass.position + pass.tokens;
     auto head = [&](void* cache, int64_t h) { return static_cast<uint8_t*>(cache) + h * pass.capacity * d * number; };
     for (int64_t h = 0; h < layer.kv_heads; ++h)
@@ -52,8 +54,17 @@ void attention(const Functions& f, const wf_layer& layer, const Pass& pass, cons
     auto task = [&](int64_t i) {
         const int64_t h = i % layer.kv_heads, first = i / layer.kv_heads * kAttentionTokens;
         const int64_t tokens = least(kAttentionTokens, pass.tokens - first), at = first * q_size + h * shared * d;
-        const Attention one{d, shared, tokens, pass.position + first + 1, q_size, layer.scaling,
-                            layer.cache_dtype != WF_FLOAT32, head(keys, h), head(values, h), q + at, mixed + at};
+        const Attention one{d,
+                            shared,
+                            tokens,
+                            pass.position + first + 1,
+                            q_size,
+                            layer.scaling,
+                            layer.cache_dtype != WF_FLOAT32,
+                            head(keys, h),
+                            head(values, h),
+                            q + at,
+                            mixed + at};
         f.attend(one, scratch_floats(kScores, tokens * shared * (one.positions + tokens - 1)));
     };
     if (positions * pass.tokens * q_size < (1 << 16))  // not worth waking a thread
@@ -73,7 +84,8 @@ void normalise(const Functions& f, const float* x, int64_t rows, int64_t width, 
     each_row(rows, width, [&](int64_t r) { f.rms_norm(x + r * width, w, epsilon, width, y + r * width); });
 }
 
-int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass& pass, float* x, void* keys, void* values) {
+int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass& pass, float* x, void* keys,
+              void* values) {
     const int64_t tokens = pass.tokens, hidden = layer.hidden, inner = layer.gate->rows;
     const int64_t q_size = layer.heads * layer.head_dim, kv_size = layer.kv_heads * layer.head_dim;
     float* memory = scratch_floats(kLayer, tokens * (hidden + 2 * q_size + 2 * kv_size + 2 * inner));

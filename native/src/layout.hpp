@@ -101,8 +101,7 @@ inline void chunk_codes(const uint8_t* chunk, Planes p, uint16_t (&code)[kChunk]
     }
     if (p.at2 >= 0) {
         for (int part = 0; part < 4; ++part)
-            for (int i = 0; i < 32; ++i)
-                code[32 * part + i] |= uint16_t((chunk[p.at2 + i] >> (2 * part) & 3) << shift);
+            for (int i = 0; i < 32; ++i) code[32 * part + i] |= uint16_t((chunk[p.at2 + i] >> (2 * part) & 3) << shift);
         shift += 2;
     }
     if (p.at1 >= 0)

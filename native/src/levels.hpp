@@ -1,15 +1,15 @@
-// Streams of narrow levels, from words to rows in the kernels' layout in one pass over them, several side by side: a step
-// of one stream waits for the one before it, and the others fill the pause.
+// Streams of narrow levels, from words to rows in the kernels' layout in one pass over them, several side by side: a
+// step of one stream waits for the one before it, and the others fill the pause.
 //
-// `Table` is what one stream is decoded with, `Table::Lanes` what its steps change: states of 32 lanes, which a step takes
-// one symbol of each further.
+// `Table` is what one stream is decoded with, `Table::Lanes` what its steps change: states of 32 lanes, which a step
+// takes one symbol of each further.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <cstring>
 
-#include "entropy.hpp"
+#include "coding.hpp"
 #include "layout.hpp"
 
 namespace waterfill {

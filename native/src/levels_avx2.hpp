@@ -1,8 +1,7 @@
 // Streams of narrow levels with AVX2: levels.hpp. One at a time, since the tables of two would fill the first cache.
 #pragma once
 
-#include <immintrin.h>
-
+#include "intrinsics.hpp"
 #include "levels.hpp"
 #include "rans_avx2.hpp"
 
@@ -43,7 +42,8 @@ struct LevelLanes {
         const __m256i negative = _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_and_si256(state, _mm256_set1_epi8(1)));
         const __m256i odd = _mm256_cmpeq_epi8(_mm256_and_si256(level, four), four);
         const __m256i shifted = _mm256_and_si256(_mm256_srli_epi16(state, 1), _mm256_set1_epi8(127));
-        const __m256i changed = _mm256_xor_si256(_mm256_and_si256(negative, code.h0_h1), _mm256_and_si256(odd, code.h1));
+        const __m256i changed =
+            _mm256_xor_si256(_mm256_and_si256(negative, code.h0_h1), _mm256_and_si256(odd, code.h1));
         state = _mm256_xor_si256(shifted, changed);
         return _mm256_sub_epi8(_mm256_xor_si256(level, negative), negative);
     }
@@ -61,8 +61,8 @@ struct LevelTable {
     }
 };
 
-inline bool decode_rows_avx2(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width, int64_t first,
-                             int64_t last) {
+inline bool decode_rows_avx2(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width,
+                             int64_t first, int64_t last) {
     for (int i = 0; i < count; ++i)
         if (!steps_fit(*readers[i], width)) return false;
     for (int i = 0; i < count; ++i) decode_rows_of<LevelTable, 1>(readers + i, places + i, width, first, last);

@@ -1,10 +1,9 @@
 // Streams of narrow levels with AVX-512: levels.hpp. Upper and lower halves of the states have a register each, and
-// everything is done in 16 bits: x = freq * (x / 4096) + k is a 16-bit product of two halves and a carry. Tables by bucket
-// (rans.hpp) give levels at once.
+// everything is done in 16 bits: x = freq * (x / 4096) + k is a 16-bit product of two halves and a carry. Tables by
+// bucket (rans.hpp) give levels at once.
 #pragma once
 
-#include <immintrin.h>
-
+#include "intrinsics.hpp"
 #include "levels.hpp"
 
 namespace waterfill {
@@ -65,8 +64,8 @@ struct LevelLanes {
         const __m512i index = t.index(low, slot);
         const __m512i frequency = t.pick(index, t.frequency);  // times 16
         const __m512i upper_slot = _mm512_and_si512(low, _mm512_set1_epi16(int16_t(~(kSlots - 1))));
-        const __m512i added = _mm512_add_epi16(_mm512_add_epi16(slot, t.pick(index, t.start)),
-                                               _mm512_mulhi_epu16(frequency, upper_slot));
+        const __m512i added =
+            _mm512_add_epi16(_mm512_add_epi16(slot, t.pick(index, t.start)), _mm512_mulhi_epu16(frequency, upper_slot));
         low = _mm512_add_epi16(_mm512_mullo_epi16(frequency, high), added);
         high = _mm512_mulhi_epu16(frequency, high);
         const __mmask32 carry = _mm512_cmplt_epu16_mask(low, added);

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "entropy.hpp"
+#include "coding.hpp"
 #include "product.hpp"
 #include "stream.hpp"
 
@@ -171,7 +171,8 @@ struct Step {
     const uint16_t* slots;
 };
 
-// `rans_encode` of stream.hpp to the same bytes, several times as fast: no division, and no branch on whether a word leaves.
+// `rans_encode` of stream.hpp to the same bytes, several times as fast: no division, and no branch on whether a word
+// leaves.
 int64_t encode_fast(const uint8_t* symbols, int64_t count, int lanes, const uint16_t* frequencies, uint8_t* out) {
     RansTable table;
     if (!make_table(frequencies, table)) return -1;
@@ -260,7 +261,8 @@ int64_t encode_exact(const uint8_t* numbers, int item_bytes, int64_t count, uint
     return at - out;
 }
 
-bool decode_exact(const Functions& f, const uint8_t* in, int64_t bytes, int item_bytes, int64_t count, uint8_t* numbers) {
+bool decode_exact(const Functions& f, const uint8_t* in, int64_t bytes, int item_bytes, int64_t count,
+                  uint8_t* numbers) {
     if (bytes < 1 || in[0] >> item_bytes) return false;
     const int coded = in[0];
     const uint8_t *at = in + 1, *end = in + bytes, *plane[kMostPlanes];

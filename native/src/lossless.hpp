@@ -16,6 +16,7 @@ int64_t exact_capacity(int item_bytes, int64_t count);
 int64_t encode_exact(const uint8_t* numbers, int item_bytes, int64_t count, uint8_t* out);
 
 // False unless `in` is exactly a stream of so many numbers.
-bool decode_exact(const Functions& f, const uint8_t* in, int64_t bytes, int item_bytes, int64_t count, uint8_t* numbers);
+bool decode_exact(const Functions& f, const uint8_t* in, int64_t bytes, int item_bytes, int64_t count,
+                  uint8_t* numbers);
 
 }  // namespace waterfill

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "entropy.hpp"
+#include "coding.hpp"
 
 namespace waterfill {
 
@@ -24,11 +24,11 @@ struct Table {
 
 struct Matrix {
     int64_t rows, width;
-    float step;               // value of a table unit times the tensor's power of two
-    float unit;               // the tensor's power of two
+    float step;  // value of a table unit times the tensor's power of two
+    float unit;  // the tensor's power of two
     const Table* table;
-    const uint8_t* codes;     // layout.hpp
-    const uint16_t* scales;   // fp16
+    const uint8_t* codes;    // layout.hpp
+    const uint16_t* scales;  // fp16
 };
 
 // Rotated activations as integers of 8 or 16 bits, with a scale and a correction for each token and group.
@@ -57,7 +57,7 @@ struct Attention {
 struct Functions {
     const char* name;
     int bias;
-    int pair_bits;  // codes of scalars up to so many bits are looked up in pairs
+    int pair_bits;               // codes of scalars up to so many bits are looked up in pairs
     int (*order)(const Table&);  // of the activations: layout.hpp
     void (*rotate)(float* row, int64_t width, bool inverse);
     // One row of `width` floats -> `padded` integers; scales and corrections [groups].
@@ -75,15 +75,16 @@ struct Functions {
     // rans.hpp, trellis.hpp.
     bool (*decode_symbols)(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
                            int64_t count, uint8_t* out);
-    // Rows from `first` to `last` of up to kTogether streams side by side, in one go where this is possible; else false.
+    // Rows from `first` to `last` of up to kTogether streams side by side, in one go where this is possible; else
+    // false.
     bool (*decode_rows)(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width, int64_t first,
                         int64_t last);
     // Symbols to levels, from the trellis's states [lanes] on.
     void (*walk)(const Walk& w, int lanes, uint8_t* state, int64_t count, const uint8_t* symbols, int8_t* out);
-    void (*walk_wide)(const Walk& w, int lanes, uint8_t* state, int64_t count, const uint8_t* symbols, const uint8_t* raw,
-                      int16_t* out);
-    void (*search)(const TrellisCode& code, int lanes, int64_t count, const float* x, int least, int most, uint8_t* scratch,
-                   int16_t* out);
+    void (*walk_wide)(const Walk& w, int lanes, uint8_t* state, int64_t count, const uint8_t* symbols,
+                      const uint8_t* raw, int16_t* out);
+    void (*search)(const TrellisCode& code, int lanes, int64_t count, const float* x, int least, int most,
+                   uint8_t* scratch, int16_t* out);
     uint64_t (*checksum)(const uint8_t* data, int64_t bytes);
 };
 

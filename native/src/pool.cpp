@@ -117,7 +117,8 @@ void in_all_threads(const std::function<void()>& work) {
     // In any other thread OpenMP would start a second team, and then let both sleep between two pieces of work.
     if (const Team shared = team.load(); shared && std::this_thread::get_id() == team_owner) {
         auto call = [](void* data) { (*static_cast<const std::function<void()>*>(data))(); };
-        shared(call, const_cast<std::function<void()>*>(&work), unsigned(chosen), 0);  // 0: as many as OpenMP has been told
+        shared(call, const_cast<std::function<void()>*>(&work), unsigned(chosen),
+               0);  // 0: as many as OpenMP has been told
         return;
     }
     const int helpers = (chosen ? chosen : default_threads()) - 1;

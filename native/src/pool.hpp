@@ -1,5 +1,6 @@
-// Threads: in the thread that handed it over those of the process's OpenMP runtime, so that two pools do not fight for the
-// same cores; elsewhere our own, which stay awake briefly: a matrix takes a tenth of a millisecond, waking a thread half.
+// Threads: in the thread that handed it over those of the process's OpenMP runtime, so that two pools do not fight for
+// the same cores; elsewhere our own, which stay awake briefly: a matrix takes a tenth of a millisecond, waking a thread
+// half.
 #pragma once
 
 #include <atomic>
@@ -9,7 +10,7 @@
 #include <mutex>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include "intrinsics.hpp"
 #endif
 
 namespace waterfill {

@@ -52,7 +52,8 @@ void fetch_ahead(const Part& part, int64_t unit, const std::atomic<bool>& ready)
     const int64_t tile = tile_code_bytes(*part.matrix.table, part.matrix.width), from = unit * kUnitTiles * tile;
     const int64_t bytes = least(kMostBytes, tiles_of(part.matrix.rows) * tile - from);
     for (int64_t at = 0; at < bytes && !ready.load(std::memory_order_acquire); at += kLine * kLinesAtOnce)
-        for (int64_t line = 0; line < kLinesAtOnce; ++line) __builtin_prefetch(part.matrix.codes + from + at + line * kLine, 0, 2);
+        for (int64_t line = 0; line < kLinesAtOnce; ++line)
+            __builtin_prefetch(part.matrix.codes + from + at + line * kLine, 0, 2);
     while (!ready.load(std::memory_order_acquire)) relax();
 }
 
@@ -162,7 +163,9 @@ void from_float(const float* x, int dtype, int64_t to, int64_t count, void* out)
         for (int64_t i = 0; i < count; ++i) half[i] = float_to_half(x[i]);
 }
 
-int64_t each_row_tasks(int64_t rows, int64_t width) { return ceil_div(rows, std::max<int64_t>(1, kRowTaskNumbers / width)); }
+int64_t each_row_tasks(int64_t rows, int64_t width) {
+    return ceil_div(rows, std::max<int64_t>(1, kRowTaskNumbers / width));
+}
 
 void each_row(int64_t rows, int64_t width, const std::function<void(int64_t)>& work) {
     const int64_t block = std::max<int64_t>(1, kRowTaskNumbers / width);

@@ -3,25 +3,17 @@
 
 #include <cstdint>
 #include <functional>
-#include <vector>
 
 #include "../include/waterfill_native.h"
 #include "matrix.hpp"
-
-struct wf_table {
-    waterfill::Table view;
-    std::vector<uint8_t> entries, bytes[4];
-    std::vector<int16_t> words;
-    std::vector<float> points;
-    int paired = 0;  // points of the grid of scalars that was made one of pairs, or 0
-};
+#include "table.hpp"
 
 namespace waterfill {
 
 Matrix view(const wf_matrix& m);
 
-// y[i] = x W_i^T for matrices of one width, x [tokens][width] and y[i] [tokens][rows_i] of `dtype`. The rotation of x is
-// shared, and its integers among matrices of the same form.
+// y[i] = x W_i^T for matrices of one width, x [tokens][width] and y[i] [tokens][rows_i] of `dtype`. The rotation of x
+// is shared, and its integers among matrices of the same form.
 void products(const Functions& f, const wf_matrix* const* matrices, int count, const void* x, int dtype, int64_t tokens,
               void* const* y);
 
@@ -48,8 +40,23 @@ void from_float(const float* x, int dtype, int64_t to, int64_t count, void* out)
 
 // Memory that a thread keeps, 64-byte aligned, since allocating a megabyte would cost more than a small product.
 enum Scratch {
-    kRotated, kIntegers, kIntegerScales, kCorrections, kDecoded, kIndices, kSums, kToken, kLayer, kConstants, kScores, kSymbols,
-    kLevels, kPartCodes, kPartScales, kPartSums, kScratchSlots
+    kRotated,
+    kIntegers,
+    kIntegerScales,
+    kCorrections,
+    kDecoded,
+    kIndices,
+    kSums,
+    kToken,
+    kLayer,
+    kConstants,
+    kScores,
+    kSymbols,
+    kLevels,
+    kPartCodes,
+    kPartScales,
+    kPartSums,
+    kScratchSlots
 };
 uint8_t* scratch(Scratch slot, int64_t bytes);
 void release_scratch();

@@ -1,21 +1,34 @@
 // Range asymmetric numeral systems (Duda, arXiv 1311.2540), static 12-bit tables by the alias method.
 //
-// Symbol i of a stream belongs to lane i mod lanes. Every lane is a coder of its own, with a state x in [2^16, 2^32);
-// all lanes share one sequence of 16-bit words:
+// READ FIRST: three things that surprise.
+//   - A stream is decoded in the order of its symbols, and so it is encoded from the last symbol to the first: the
+//   states
+//     that a decoder starts from, which are read first, are what the encoder ends with. A decoder has to end with 2^16.
+//   - The encoder finds its words backwards: the last one that it gives off is the first one that a decoder reads.
+//   - All lanes share one sequence of words, with nothing that says whose a word is: in each step those lanes whose
+//   states
+//     fall below 2^16 take the next ones, in the order of the lanes.
 //
+// Symbol i of a stream belongs to lane i mod lanes. Every lane is a coder of its own, with a state x in [2^16, 2^32):
+//
+//     bytes: the states, 4 bytes each, then the words, 2 bytes each, all little-endian
 //     slot = x mod 4096;  symbol, freq, k = table[slot];  x = freq * (x / 4096) + k;  if x < 2^16: x = x * 2^16 + word
 //
-// The alias method (Vose 1991) cuts the 4096 slots into equal buckets, each shared by at most two symbols, so that a table
-// of 16 or 32 buckets fits vector registers and needs no gather.
+// The alias method (Vose 1991) cuts the 4096 slots into equal buckets, each shared by at most two symbols, so that a
+// table of 16 or 32 buckets fits vector registers and needs no gather.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "entropy.hpp"
+#include "coding.hpp"
 
 namespace waterfill {
 namespace {
+
+// The most that a step of all lanes can take, a word for each: what has to be there before vector code, which loads
+// words before it knows how many are needed, decodes a step.
+constexpr int64_t kStepBytes = 2 * kMostLanes;
 
 inline uint32_t word_at(const uint8_t* p) { return uint32_t(p[0]) | uint32_t(p[1]) << 8; }
 
@@ -55,10 +68,11 @@ inline void unpack_raw(const uint8_t* raw, int64_t first, int bits, int lanes, i
 
 // Levels of `count / LANES` steps of a trellis in LANES lanes, from their states on.
 //
-// A level is a number p = 4j + 1, its sign the state's: so both unions of the code have the same probabilities, and symbols
-// are decoded without knowing the state. The path bit says which of its union's two subsets p lies in.
+// A level is a number p = 4j + 1, its sign the state's: so both unions of the code have the same probabilities, and
+// symbols are decoded without knowing the state. The path bit says which of its union's two subsets p lies in.
 template <int LANES, class Level>
-inline void walk(const Walk& w, uint8_t* states, int64_t count, const uint8_t* symbols, const uint8_t* raw, Level* out) {
+inline void walk(const Walk& w, uint8_t* states, int64_t count, const uint8_t* symbols, const uint8_t* raw,
+                 Level* out) {
     uint8_t state[LANES];
     std::memcpy(state, states, LANES);
     int16_t low[LANES] = {};
@@ -68,7 +82,8 @@ inline void walk(const Walk& w, uint8_t* states, int64_t count, const uint8_t* s
         if (sizeof(Level) == 2 && w.raw_bits) unpack_raw(raw, i, w.raw_bits, LANES, low);
         Level level[LANES];
         for (int lane = 0; lane < LANES; ++lane) {
-            const Level j = Level(Level(symbols[lane] - w.center) * (sizeof(Level) == 2 ? 1 << w.raw_bits : 1) + low[lane]);
+            const Level j =
+                Level(Level(symbols[lane] - w.center) * (sizeof(Level) == 2 ? 1 << w.raw_bits : 1) + low[lane]);
             const uint8_t z0 = state[lane] & 1, z1 = uint8_t((j ^ z0) & 1);
             level[lane] = Level((Level(4 * j + offset) ^ Level(-z0)) + z0);
             state[lane] = uint8_t((state[lane] >> 1) ^ (uint8_t(-z0) & h0) ^ (uint8_t(-z1) & h1));

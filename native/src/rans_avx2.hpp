@@ -1,8 +1,7 @@
 // rANS in 32 lanes, four registers of states.
 #pragma once
 
-#include <immintrin.h>
-
+#include "intrinsics.hpp"
 #include "rans.hpp"
 
 namespace waterfill {
@@ -61,7 +60,7 @@ inline int64_t decode_avx2(const RansTable& t, uint32_t* x, const uint8_t*& from
     const uint8_t* at = from;
     for (int k = 0; k < 4; ++k) lane[k] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * k));
     int64_t done = 0;
-    for (; done < count && end - at >= 80; done += kMostLanes)
+    for (; done < count && end - at >= kStepBytes; done += kMostLanes)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + done), decode_lanes(t.slots, lane, at));
     for (int k = 0; k < 4; ++k) _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + 8 * k), lane[k]);
     from = at;

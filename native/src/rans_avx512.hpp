@@ -1,8 +1,7 @@
 // rANS in 32 lanes, two registers of states. Tables of up to 32 buckets are looked up in registers, others by gathers.
 #pragma once
 
-#include <immintrin.h>
-
+#include "intrinsics.hpp"
 #include "rans.hpp"
 
 namespace waterfill {
@@ -56,11 +55,12 @@ __m512i decode_lanes(const Table& table, __m512i x, const uint8_t*& at, uint8_t*
 }
 
 template <class Table>
-int64_t decode_32(const Table& table, uint32_t* x, const uint8_t*& from, const uint8_t* end, int64_t count, uint8_t* out) {
+int64_t decode_32(const Table& table, uint32_t* x, const uint8_t*& from, const uint8_t* end, int64_t count,
+                  uint8_t* out) {
     __m512i low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 16);
     const uint8_t* at = from;
     int64_t done = 0;
-    for (; done < count && end - at >= 64; done += 32) {
+    for (; done < count && end - at >= kStepBytes; done += 32) {
         low = decode_lanes(table, low, at, out + done);
         high = decode_lanes(table, high, at, out + done + 16);
     }

@@ -31,7 +31,8 @@ bool holds_arranged(const wf_table* table, int64_t rows, int64_t width, const vo
                     const void* scales, int64_t scales_count) {
     if (!table || !codes || !scales || !possible(rows, width)) return false;
     const int64_t tiles = tiles_of(rows);
-    return tiles <= codes_bytes / tile_code_bytes(table->view, width) && tiles <= scales_count / (kTile * groups_of(width));
+    return tiles <= codes_bytes / tile_code_bytes(table->view, width) &&
+           tiles <= scales_count / (kTile * groups_of(width));
 }
 
 bool holds_stored(const StoredRows& m, int64_t codes_bytes, int64_t scales_count) {
@@ -55,15 +56,20 @@ bool sound(const wf_matrix& m) {
 bool holds(const wf_vector& v, int64_t count) { return v.numbers && v.count == count; }
 
 bool sound(const wf_layer& l, bool shapes_only) {
-    if (l.kv_heads < 1 || l.heads < 1 || l.heads % l.kv_heads || l.head_dim < 2 || l.head_dim > kMostHeadDim || l.head_dim % 2)
+    if (l.kv_heads < 1 || l.heads < 1 || l.heads % l.kv_heads || l.head_dim < 2 || l.head_dim > kMostHeadDim ||
+        l.head_dim % 2)
         return false;
     if (l.dtype == WF_FLOAT16 || l.cache_dtype == WF_FLOAT16 || !possible(l.heads, l.head_dim)) return false;
     const int64_t q = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
     const struct {
         const wf_matrix* matrix;
         int64_t rows, width;
-    } matrices[] = {{l.q, q, l.hidden},           {l.k, kv, l.hidden},           {l.v, kv, l.hidden},
-                    {l.o, l.hidden, q},           {l.up, l.gate->rows, l.hidden}, {l.gate, l.up->rows, l.hidden},
+    } matrices[] = {{l.q, q, l.hidden},
+                    {l.k, kv, l.hidden},
+                    {l.v, kv, l.hidden},
+                    {l.o, l.hidden, q},
+                    {l.up, l.gate->rows, l.hidden},
+                    {l.gate, l.up->rows, l.hidden},
                     {l.down, l.hidden, l.up->rows}};
     for (const auto& [matrix, rows, width] : matrices) {
         if (matrix->rows != rows || matrix->width != width || !possible(rows, width)) return false;
@@ -72,8 +78,8 @@ bool sound(const wf_layer& l, bool shapes_only) {
     const struct {
         const wf_vector& vector;
         int64_t count;
-    } optional[] = {{l.q_norm, l.head_dim}, {l.k_norm, l.head_dim}, {l.q_bias, q}, {l.k_bias, kv}, {l.v_bias, kv},
-                    {l.o_bias, l.hidden}};
+    } optional[] = {{l.q_norm, l.head_dim}, {l.k_norm, l.head_dim}, {l.q_bias, q},
+                    {l.k_bias, kv},         {l.v_bias, kv},         {l.o_bias, l.hidden}};
     for (const auto& [vector, count] : optional)
         if (vector.numbers && vector.count != count) return false;
     return holds(l.input_norm, l.hidden) && holds(l.post_norm, l.hidden);

@@ -1,5 +1,5 @@
-// Whether the memory that a caller gives holds what the shapes beside it say: sizes come from files, which may lie. Checked
-// once per call; nothing behind these checks asks again.
+// Whether the memory that a caller gives holds what the shapes beside it say: sizes come from files, which may lie.
+// Checked once per call; nothing behind these checks asks again.
 #pragma once
 
 #include <cstdint>

@@ -16,9 +16,14 @@ constexpr int64_t kStreamWeights = 1 << 18;
 constexpr int64_t kLaneWeights = 4096;  // a lane costs two bytes and the choice of its first state
 
 // Ungerboeck (1987), table I: h0 and h1 without their last bits, which are 1 and 0.
-const TrellisCode kCodes[] = {{1, 0, 0},           {4, 05 >> 1, 02 >> 1},    {8, 013 >> 1, 04 >> 1},
-                              {16, 023 >> 1, 04 >> 1}, {32, 045 >> 1, 010 >> 1}, {64, 0103 >> 1, 024 >> 1},
-                              {128, 0235 >> 1, 0126 >> 1}, {256, 0515 >> 1, 0362 >> 1}};
+const TrellisCode kCodes[] = {{1, 0, 0},
+                              {4, 05 >> 1, 02 >> 1},
+                              {8, 013 >> 1, 04 >> 1},
+                              {16, 023 >> 1, 04 >> 1},
+                              {32, 045 >> 1, 010 >> 1},
+                              {64, 0103 >> 1, 024 >> 1},
+                              {128, 0235 >> 1, 0126 >> 1},
+                              {256, 0515 >> 1, 0362 >> 1}};
 
 int buckets_of(int symbols) {
     int bits = 4;
@@ -303,7 +308,8 @@ bool decode_levels(const Functions& f, const StreamShape& s, LevelReader& r, con
 void pad_rows(int64_t rows, int64_t width, int64_t item, const LevelPlace& to) {
     for (int64_t row = rows; to.padded && row % kTile; ++row)
         for (int64_t c = 0; c < chunks_per_row(width, 1); ++c)
-            std::memset(to.codes + row / kTile * to.tile + row % kTile * to.row + c * to.chunk, 0, size_t(kChunk * item));
+            std::memset(to.codes + row / kTile * to.tile + row % kTile * to.row + c * to.chunk, 0,
+                        size_t(kChunk * item));
 }
 
 }  // namespace
@@ -337,7 +343,8 @@ void read_streams(const Functions& f, const StreamShape& s, const StreamPart* pa
         const StreamPart& part = parts[i];
         const int64_t done = together ? rows : 0;
         if (r.good && !s.wide && done < part.rows) f.decode_rows(&alone, &part.to, 1, s.width, done, part.rows);
-        if (r.good && r.left) r.good = s.wide ? decode_levels<int16_t>(f, s, r, part) : decode_levels<int8_t>(f, s, r, part);
+        if (r.good && r.left)
+            r.good = s.wide ? decode_levels<int16_t>(f, s, r, part) : decode_levels<int8_t>(f, s, r, part);
         good[i] = r.good && ended(r.at, r.end, r.x, r.lanes);
         if (good[i]) pad_rows(part.rows, s.width, s.wide ? 2 : 1, part.to);
     }

@@ -15,8 +15,8 @@ bool make_table(const uint16_t* frequencies, RansTable& table);
 // The code with that many states (1, 4, 8 … 256), or null.
 const TrellisCode* trellis_code(int states);
 
-// Symbols -> lanes' states, 4 bytes each, and words; returns their bytes, or -1 if `capacity` is too small or a symbol has
-// no frequency.
+// Symbols -> lanes' states, 4 bytes each, and words; returns their bytes, or -1 if `capacity` is too small or a symbol
+// has no frequency.
 int64_t rans_encode(const uint8_t* symbols, int64_t count, int lanes, const uint16_t* frequencies, uint8_t* out,
                     int64_t capacity);
 

@@ -2,29 +2,20 @@
 //
 // The caller's thread opens tasks, as the chunks they multiply arrive; all threads take parts of open tasks. They meet
 // once, behind the last task: at the end of every chunk all would wait for the slowest.
+#include "tasks.hpp"
+
 #include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <thread>
-#include <vector>
 
-#include "../include/waterfill_native.h"
 #include "arrange.hpp"
 #include "chunk.hpp"
-#include "isa.hpp"
 #include "pool.hpp"
-#include "product.hpp"
 
-using namespace waterfill;
-
-struct wf_activations {
-    std::vector<uint8_t> memory;
-    Prepared view;
-    Form form;
-};
-
+namespace waterfill {
 namespace {
 
 int64_t nanoseconds(std::chrono::steady_clock::time_point from, std::chrono::steady_clock::time_point to) {
@@ -46,7 +37,7 @@ class Tasks {
         : f_(f), tasks_(tasks), count_(count), dtype_(dtype), workers_(threads()), states_(new State[size_t(count)]) {}
 
     // Returns what wf_multiply_chunks is to.
-    int64_t run(wf_ready ready, void* context) {
+    int run(wf_ready ready, void* context, wf_flaw* flaw) {
         const std::thread::id caller = std::this_thread::get_id();
         if (!ready) asking_ = false, open(count_);
         if (!ready && unbegun_ <= 1)
@@ -54,7 +45,8 @@ class Tasks {
         else
             in_all_threads([&] { std::this_thread::get_id() == caller ? lead(ready, context) : help(); });
         if (refused_) return refused_;
-        return least_flaw_ < INT64_MAX ? status_of(least_flaw_) : int64_t(ended_);
+        if (const int status = flaw_status(least_flaw_, flaw)) return status;
+        return ended_ ? WF_ENDED : 0;
     }
 
     std::atomic<int64_t> decoding_ns{0}, multiplying_ns{0};
@@ -69,7 +61,7 @@ class Tasks {
     void lead(wf_ready ready, void* context) {
         for (int64_t finished = 0, told = 0;;) {
             while (finished < open_ && !states_[finished].left.load(std::memory_order_acquire)) ++finished;
-            if (least_flaw_ < INT64_MAX) close();
+            if (least_flaw_ < kNoFlaw) close();
             const bool hungry = open_ < count_ && unbegun_ < 2 * kTogether * workers_;
             if (asking_ && (hungry || finished > told)) {
                 told = finished;
@@ -127,8 +119,8 @@ class Tasks {
         news_.tell();
     }
 
-    // Takes parts that nobody has begun; false where there are none now. Towards the end they are fewer at a time, so that
-    // no thread is busy long after the others.
+    // Takes parts that nobody has begun; false where there are none now. Towards the end they are fewer at a time, so
+    // that no thread is busy long after the others.
     bool begin(Share& share) {
         std::lock_guard<std::mutex> lock(mutex_);
         while (at_ < open_ && states_[at_].begun == states_[at_].parts) ++at_;
@@ -170,16 +162,19 @@ class Tasks {
     // Parts -> codes and scales side by side; false where one is not what it should be.
     bool decode(const Share& share, uint8_t* codes, uint16_t* scales, Step step) {
         const wf_chunk& c = *tasks_[share.task].chunk;
-        PartPlace places[kTogether];
+        PartPlace places[kTogether] = {};
         bool good[kTogether], all = true;
         for (int i = 0; i < share.parts; ++i) places[i] = {codes + i * step.codes, scales + i * step.scales};
         decode_parts(f_, c, share.first, share.parts, places, good);
         for (int i = 0; i < share.parts; ++i) {
             const int64_t part = share.first + i;
-            const uint64_t sum = c.sums ? checksum_of(f_, c.data, c.ends, part) : 0;  // of bytes that are in the cache now
+            const uint64_t sum =
+                c.sums ? checksum_of(f_, c.data, c.ends, part) : 0;  // of bytes that are in the cache now
             const bool changed = c.sums && c.sums[part] && c.sums[part] != sum;
-            if (changed || !good[i]) all = false, lower(least_flaw_, flaw(share.task, part, changed));
-            else if (c.sums) c.sums[part] = sum;
+            if (changed || !good[i])
+                all = false, lower(least_flaw_, flaw_number(share.task, part, changed));
+            else if (c.sums)
+                c.sums[part] = sum;
         }
         return all;
     }
@@ -191,7 +186,8 @@ class Tasks {
         const Matrix m{rows, c.width, c.step, c.unit, &c.table->view, codes, scales};
         float* sums = scratch_floats(kPartSums, x.tokens * rows);
         f_.multiply(m, x, 0, tiles_of(rows), sums, scratch(kDecoded, f_.scratch_bytes(m, x)));
-        for (int64_t t = 0; t < x.tokens; ++t) from_float(sums + t * rows, dtype_, t * task.stride + first, rows, task.y);
+        for (int64_t t = 0; t < x.tokens; ++t)
+            from_float(sums + t * rows, dtype_, t * task.stride + first, rows, task.y);
     }
 
     const Functions& f_;
@@ -205,37 +201,34 @@ class Tasks {
     int64_t open_ = 0, at_ = 0;        // tasks that may begin; the first of them that has parts to begin
     std::atomic<int64_t> unbegun_{0};  // parts
     std::atomic<bool> closed_{false};
-    std::atomic<int64_t> least_flaw_{INT64_MAX};
+    std::atomic<int64_t> least_flaw_{kNoFlaw};
     bool asking_ = true, ended_ = false;
-    int64_t refused_ = 0;
+    int refused_ = 0;
 };
 
 }  // namespace
 
-wf_activations* wf_activations_new(int isa, const wf_table* table, const void* x, int dtype, int64_t tokens, int64_t width) {
-    const Functions* f = functions(isa);
-    if (!f || tokens < 1 || width < 1 || dtype < 0 || dtype > 2) return nullptr;
+wf_activations* new_activations(const Functions& f, const Table& table, const void* x, int dtype, int64_t tokens,
+                                int64_t width) {
     std::unique_ptr<wf_activations> made(new (std::nothrow) wf_activations);
     if (!made) return nullptr;
-    made->form = form_of(*f, table->view);
+    made->form = form_of(f, table);
     const int64_t data = tokens * padded_width(width) * made->form.precision / 8, parts = tokens * groups_of(width);
-    made->memory.resize(size_t(data + 8 * parts + 128));
+    made->memory.resize(size_t(data + 8 * parts + 128));  // and what aligns data and scales to 64 bytes
     uint8_t* at = made->memory.data();
     at += (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64;
     auto* scales = reinterpret_cast<float*>(at + (data + 63) / 64 * 64);
-    made->view = quantise(*f, rotated(*f, x, dtype, tokens, width), tokens, width, made->form, at, scales,
+    made->view = quantise(f, rotated(f, x, dtype, tokens, width), tokens, width, made->form, at, scales,
                           reinterpret_cast<int32_t*>(scales + parts));
     return made.release();
 }
 
-void wf_activations_free(wf_activations* x) { delete x; }
-
-int64_t wf_multiply_chunks(int isa, const wf_task* tasks, int64_t count, int dtype, wf_ready ready, void* context,
-                    int64_t* nanoseconds) {
-    const Functions* f = functions(isa);
-    if (!f || count < 1 || dtype < 0 || dtype > 2) return -1;
-    Tasks all(*f, tasks, count, dtype);
-    const int64_t status = all.run(ready, context);
+int run_tasks(const Functions& f, const wf_task* tasks, int64_t count, int dtype, wf_ready ready, void* context,
+              int64_t* nanoseconds, wf_flaw* flaw) {
+    Tasks all(f, tasks, count, dtype);
+    const int status = all.run(ready, context, flaw);
     nanoseconds[0] += all.decoding_ns, nanoseconds[1] += all.multiplying_ns;
     return status;
 }
+
+}  // namespace waterfill

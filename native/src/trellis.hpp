@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "entropy.hpp"
+#include "coding.hpp"
 #include "layout.hpp"
 
 namespace waterfill {
@@ -47,8 +47,8 @@ struct Search {
     }
     static int floor_half(int n) { return n >= 0 ? n / 2 : -((1 - n) / 2); }
 
-    static void run(const TrellisCode& code, int lanes, int64_t count, const float* x, int least, int most, uint8_t* scratch,
-                    int16_t* out) {
+    static void run(const TrellisCode& code, int lanes, int64_t count, const float* x, int least, int most,
+                    uint8_t* scratch, int16_t* out) {
         const int64_t steps = count / lanes;
         const int states = code.states;
         if (states == 1) {

@@ -2,13 +2,13 @@
 
 The main path, in call order:
 
-    plan = waterfill.plan("org/model", size="2.5GB")      # api.py: architecture.describe, sensitivity.measure, planner
-    waterfill.pack("org/model", "out", plan=plan)         # pack.py: rows → codecs → artifact
-    model = waterfill.load("out")                         # hf.py: a transformers model that runs from its codes
-    waterfill.generate(model, tokenizer, "Once upon")     # runtime/generate.py
-    waterfill.evaluate("out", "org/model", "text.txt")    # evaluate/: prediction beside measurement
-    waterfill.report("out", original="org/model")         # report/: one page that says it all
-    waterfill.compare("org/model", "text.txt")            # compare/: beside other methods, at equal bytes
+    plan = waterfill.plan("org/model", size="2.5GB")      # files/architecture, planning/
+    waterfill.pack("org/model", "out", plan=plan)         # packing/, codecs/: rows → artifact
+    model = waterfill.load("out")                         # running/: runs from its codes
+    waterfill.generate(model, tokenizer, "Once upon")     # running/hf, or without: Engine
+    waterfill.evaluate("out", "org/model", "text.txt")    # evaluation/: prediction, measured
+    waterfill.report("out", original="org/model")         # studies/report/: one page of all
+    waterfill.compare("org/model", "text.txt")            # studies/comparison/: equal bytes
 
 Importing waterfill also teaches transformers to load artifacts with `AutoModelForCausalLM.from_pretrained("out")`. It
 imports neither torch nor transformers: the verbs do when they are used, and the plug-in joins transformers when that is
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from waterfill.running.hf.generate import generate
     from waterfill.studies.comparison import Comparison
     from waterfill.studies.comparison.study import compare
+    from waterfill.studies.diagnosis.doctor import diagnose
     from waterfill.studies.report import Report
     from waterfill.studies.report.write import report
 
@@ -47,6 +48,7 @@ __all__ = [
     "WaterfillError",
     "__version__",
     "compare",
+    "diagnose",
     "evaluate",
     "generate",
     "inspect",
@@ -63,6 +65,7 @@ _HOMES = {
         ("Evaluation", "Inspection", "evaluate", "inspect", "load", "pack", "plan", "seal", "sensitivity"),
         "waterfill.api",
     ),
+    "diagnose": "waterfill.studies.diagnosis.doctor",
     "Comparison": "waterfill.studies.comparison",
     "Engine": "waterfill.running.engine.engine",
     "Plan": "waterfill.planning.plan",

@@ -19,7 +19,7 @@ from waterfill.base.errors import BudgetError, WaterfillError
 from waterfill.base.progress import Progress
 from waterfill.base.writing import prepare_file, write_file
 from waterfill.evaluation.evaluate import Evaluation, evaluate
-from waterfill.files.architecture import Architecture, Kept, Matrix, describe
+from waterfill.files.architecture import Architecture, describe
 from waterfill.files.artifact import check_target, open_artifact
 from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.files.original import load_tokenizer
@@ -157,12 +157,12 @@ def _plan(
     if options.get("lossless"):
         _check_alone(options)
         architecture = _describe(checkpoint, EVERYTHING)
-        sizes = _coded_bytes(checkpoint, architecture.kept, progress)
+        sizes = _coded_bytes(checkpoint, architecture, progress)
         lossless = make_lossless_plan(name, architecture, checkpoint.fingerprint, sizes)
         return replace(lossless, unused=_unused(checkpoint, architecture)), None, architecture
     size = options.get("size")
+    budget = Budget(None if size is None else parse_size(size), options.get("bits"), options.get("max_kl"))
     request = Request(
-        budget=Budget(None if size is None else parse_size(size), options.get("bits"), options.get("max_kl")),
         gain=options.get("gain", "auto"),
         keep=tuple(options.get("keep", ())),
         ties=tuple(options.get("tie", ())),
@@ -177,8 +177,8 @@ def _plan(
         measured = measure_checkpoint(checkpoint, architecture, progress, cast(ProbeOptions, options))
     else:
         measured = given_sensitivity(given, checkpoint)
-    sizes = _coded_bytes(checkpoint, architecture.kept, progress)
-    made = make_plan(name, architecture, measured, request, sizes)
+    sizes = _coded_bytes(checkpoint, architecture, progress)
+    made = make_plan(name, architecture, measured, budget, request, sizes)
     return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture
 
 
@@ -222,9 +222,11 @@ def _check_alone(options: PlanOptions) -> None:
         )
 
 
-def _coded_bytes(checkpoint: Checkpoint, kept: Sequence[Kept], progress: Progress | None) -> CodedBytes:
+def _coded_bytes(checkpoint: Checkpoint, architecture: Architecture, progress: Progress | None) -> CodedBytes:
     """Sizes of losslessly coded tensors, found by coding them; with progress over those that are surely asked for."""
-    total, done = sum(math.prod(tensor.shape) for tensor in kept), 0
+    kept = {tensor.name: tensor for tensor in architecture.kept}
+    matrices = {matrix.name: matrix for matrix in architecture.matrices}
+    total, done = sum(math.prod(tensor.shape) for tensor in kept.values()), 0
 
     def step(count: int) -> None:
         nonlocal done
@@ -232,7 +234,7 @@ def _coded_bytes(checkpoint: Checkpoint, kept: Sequence[Kept], progress: Progres
         if progress:
             progress("coding what is kept", done, total)
 
-    def size(tensor: Kept | Matrix) -> int | None:
-        return coded_bytes(checkpoint, tensor, step if isinstance(tensor, Kept) else None)
+    def size(name: str) -> int | None:
+        return coded_bytes(checkpoint, kept[name], step) if name in kept else coded_bytes(checkpoint, matrices[name])
 
     return size

@@ -39,6 +39,7 @@ WRONG: dict[str, list[Any]] = {
     "size": [True, [3], 3 + 0j, float("nan"), float("inf"), 10**400],
     "revision": ["", 3, ["main"]],
     "function": [3, "print"],
+    "tuning": [None, 3, {"slots": 4}],
 }
 KIND = {
     **dict.fromkeys(("size", "memory"), "size"),
@@ -54,6 +55,7 @@ KIND = {
     "seed": "seed",
     "revision": "revision",
     "progress": "function",
+    "tuning": "tuning",
 }
 # Function, usual arguments in order, their names, the TypedDict of its options, and its other options.
 FUNCTIONS: list[tuple[Callable[..., Any], dict[str, Any], Any, str]] = [
@@ -61,8 +63,8 @@ FUNCTIONS: list[tuple[Callable[..., Any], dict[str, Any], Any, str]] = [
     (waterfill.pack, {"model": "MODEL", "out": "out"}, PlanOptions, "plan overwrite progress"),
     (waterfill.sensitivity, {"model": "MODEL"}, ProbeOptions, "keep progress"),
     (waterfill.inspect, {"artifact": "MODEL"}, None, "verify"),
-    (waterfill.load, {"artifact": "MODEL"}, None, "verify memory streamed logits"),
-    (waterfill.Engine, {"artifact": "MODEL"}, None, "verify memory streamed"),
+    (waterfill.load, {"artifact": "MODEL"}, None, "verify memory streamed logits tuning"),
+    (waterfill.Engine, {"artifact": "MODEL"}, None, "verify memory streamed tuning"),
     (
         waterfill.evaluate,
         {"model": "MODEL"},

@@ -87,12 +87,12 @@ def test_other_errors_are_shown_as_before(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.skipif(native.library() is None, reason=NOT_BUILT)
-def test_a_streamed_generation_ends_at_every_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_streamed_generation_ends_at_every_interrupt(tmp_path: Path) -> None:
     """Most of the time Python is in callbacks of the library, or frees what they held."""
-    streams.quick(monkeypatch, chunk_bytes=8192, part_weights=8192)
     models.tiny_llama(tmp_path / "model", layers=1, tokenizer=True)
     waterfill.pack(tmp_path / "model", tmp_path / "packed", bits=4.0, probe="random", sequences=2, length=8)
-    engine = waterfill.Engine(tmp_path / "packed", streamed=True)
+    tuning = streams.quick(chunk_bytes=8192, part_weights=8192)
+    engine = waterfill.Engine(tmp_path / "packed", streamed=True, tuning=tuning)
     assert not hasattr(Activations, "__del__"), "where an interrupt would be dropped"
 
     def text() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import waterfill
-from tests.support.artifact_mutations import make_special
+from tests.support.artifact_drafts import make_special
 from tests.support.fuzz_samples import FIXED, pack_mixed
 from tests.support.models import tiny_llama
 from waterfill.base.errors import WaterfillError

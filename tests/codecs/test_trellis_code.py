@@ -18,9 +18,7 @@ from waterfill.codecs.trellis.measure_curves import measure
 def native_search(isa: str, x: np.ndarray, states: int, lanes: int, least: int, most: int) -> np.ndarray:
     assert LIBRARY is not None
     x, out = np.ascontiguousarray(x, np.float32), np.empty(len(x), np.int16)
-    LIBRARY.call(
-        "trellis_search", LIBRARY.isas[isa], states, x.ctypes.data, len(x), lanes, least, most, out.ctypes.data
-    )
+    LIBRARY.trellis_search(LIBRARY.isas[isa], x, out, states=states, lanes=lanes, least=least, most=most)
     return out
 
 

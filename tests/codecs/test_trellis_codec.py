@@ -43,7 +43,7 @@ def native_levels(codec: Trellis, isa: str, data: np.ndarray, shape: Shape) -> t
     codes = np.zeros(math.prod(shape) * item, np.uint8)
     scales = np.zeros((shape[0], len(groups(shape[1]))), np.float16)
     source = np.ascontiguousarray(data)
-    status = LIBRARY.trellis_decode(
+    status = LIBRARY.raw.wf_trellis_decode(
         LIBRARY.isas[isa], codec.states, int(codec.wide), source.ctypes.data, len(source), *shape,
         codes.ctypes.data, scales.ctypes.data,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.commands import Command
 from waterfill.base.errors import WaterfillError
-from waterfill.evaluation.efficiency import Efficiency, efficiency
+from waterfill.evaluation.efficiency import Efficiency, measure_efficiency
 from waterfill.evaluation.subjects import open_subject
 
 module: Any = sys.modules["waterfill.evaluation.efficiency"]
@@ -38,11 +38,11 @@ def test_a_packed_model(command: Command, work: Path, ref_llama: Path) -> None:
 
 def test_sizes_that_do_not_fit(ref_llama: Path) -> None:
     with pytest.raises(WaterfillError, match=r"1000 \+ 128 tokens were asked for, but the model has 1024 positions"):
-        efficiency(ref_llama, prompt_tokens=1000, new_tokens=128)
+        measure_efficiency(ref_llama, prompt_tokens=1000, new_tokens=128)
     with pytest.raises(WaterfillError, match="0 tokens to read and 128 to write"):
-        efficiency(ref_llama, prompt_tokens=0)
+        measure_efficiency(ref_llama, prompt_tokens=0)
     with pytest.raises(WaterfillError, match="a batch of 0 sequences"):
-        efficiency(ref_llama, batch=0)
+        measure_efficiency(ref_llama, batch=0)
 
 
 def test_default_lengths_fit_the_model(ref_llama: Path) -> None:

@@ -22,7 +22,7 @@ from waterfill import api
 from waterfill.base.errors import WaterfillError
 from waterfill.base.records import flattened
 from waterfill.evaluation import default_context, divergence, perplexity, scoring, subjects, token_ids, windows
-from waterfill.evaluation import evaluate as evaluation
+from waterfill.evaluation.on_text import agreed_ids
 from waterfill.evaluation.subjects import open_subject
 
 CONTEXT = 16
@@ -265,7 +265,7 @@ def test_models_without_a_tokenizer(family: Callable[[Path], Path], tmp_path: Pa
     text = tmp_path / "text.txt"
     text.write_text("def f(x): return x")
     assert torch.equal(
-        evaluation._ids(open_subject(path), open_subject(ref_llama), text),
+        agreed_ids(open_subject(path), open_subject(ref_llama), text),
         token_ids(api.load_tokenizer(ref_llama), text),
     )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.artifact_drafts import read, write
 from tests.support.artifact_loaders import LOADERS, judge
-from tests.support.artifact_mutations import Mutator, read, write
+from tests.support.artifact_mutations import Mutator
 from tests.support.fuzz_samples import sample_artifacts
 
 CASES = range(1000, 1006)
@@ -20,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch, transformers
 from tests.support.artifact_loaders import judge
-from tests.support.artifact_mutations import Mutator, write
+from tests.support.artifact_drafts import write
+from tests.support.artifact_mutations import Mutator
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 transformers.utils.logging.disable_progress_bar()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ from tests.support.kernel_samples import (
     stored,
 )
 from waterfill import kernels
-from waterfill.base import native
+from waterfill.base import native, native_signatures
 from waterfill.base.dtypes import TORCH_DTYPES
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import TableCodec, get_codec, hadamard
@@ -122,7 +123,7 @@ def test_rotation_of_any_shape(isa: str, width: int, rows: int, inverse: bool) -
     assert LIBRARY is not None
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(width))
     y = x.clone()
-    LIBRARY.call("rotate", LIBRARY.isas[isa], y.data_ptr(), rows, width, int(inverse))
+    LIBRARY.rotate(LIBRARY.isas[isa], y.data_ptr(), rows=rows, width=width, inverse=inverse)
     assert same_bits(y, hadamard._transform_in_torch(x, inverse=inverse))
 
 
@@ -249,30 +250,56 @@ def test_a_library_that_cannot_be_loaded_is_one_warning(
     file = tmp_path / "libwaterfill_native.so"
     file.write_bytes({"text": b"not a library" * 9, "empty": b"", "another library": b""}[damage])
     monkeypatch.setattr(native, "find", lambda: Path(_ctypes.__file__) if damage == "another library" else file)
-    assert re.search("invalid ELF header|file too short|not a mach-o|wf_version|procedure", without_library(caplog))
+    assert re.search(
+        "invalid ELF header|file too short|not a mach-o|has no version, this waterfill needs", without_library(caplog)
+    )
 
 
 @needs_native
 def test_a_library_of_another_version_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = native.VERSION
-    monkeypatch.setattr(native, "VERSION", found + 1)
+    found = native_signatures.HEADER
+    monkeypatch.setattr(native_signatures, "HEADER", "0123456789abcdef")
     assert without_library(caplog).endswith(
-        f"has version {found}, this waterfill needs {found + 1}; install waterfill again"
+        f"has version {found}, this waterfill needs 0123456789abcdef; install waterfill again"
     )
+
+
+@needs_native
+def test_a_library_with_structures_of_other_sizes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Longer(ctypes.Structure):
+        _fields_ = (*native.Task._fields_, ("more", ctypes.c_int64))
+
+    monkeypatch.setitem(native_signatures.STRUCTURES, "wf_task", Longer)
+    size = ctypes.sizeof(native.Task)
+    assert without_library(caplog).endswith(
+        f"has {size} bytes in a wf_task, this waterfill needs {size + 8}; install waterfill again"
+    )
+
+
+@needs_native
+def test_arrays_of_another_dtype_or_size_are_refused() -> None:
+    assert LIBRARY is not None
+    scalar, x, out = LIBRARY.isas["scalar"], np.zeros(64, np.float32), np.empty(64, np.int16)
+    how = {"states": 8, "lanes": 1, "least": -2, "most": 1}
+    LIBRARY.trellis_search(scalar, x, out, **how)
+    for wrong in ((x.astype(np.float64), out), (x[::2], out), (x, out[:63]), (x, out.view(np.uint16))):
+        with pytest.raises(ValueError, match=r"give it (float32|int16), \d+ numbers or more, one behind the other$"):
+            LIBRARY.trellis_search(scalar, *wrong, **how)
 
 
 @needs_native
 def test_impossible_arguments_are_refused_not_obeyed() -> None:
     assert LIBRARY is not None
     scalar = LIBRARY.isas["scalar"]
-    for arguments in ((99, 0, 1, 1, 0), (-1, 0, 1, 1, 0), (scalar, 0, -1, 4, 0), (scalar, 0, 1, 0, 0)):
+    for isa, rows, width in ((99, 1, 1), (-1, 1, 1), (scalar, -1, 4), (scalar, 1, 0)):
         with pytest.raises(ValueError, match="wf_rotate refused its arguments"):
-            LIBRARY.call("rotate", *arguments)
-    points = torch.zeros(2, 5)
-    assert LIBRARY.table_new(scalar, 5, 2, 8, points.data_ptr(), points.data_ptr()) is None
-    assert ctypes.sizeof(native.MatrixView) == 8 + 8 + 4 + 4 + 3 * ctypes.sizeof(ctypes.c_void_p) + 8 + 8
+            LIBRARY.rotate(isa, 0, rows=rows, width=width, inverse=False)
+    with pytest.raises(MemoryError, match="a grid of 2 points in 5 dimensions"):
+        LIBRARY.table_new(scalar, precision=8, units=np.zeros((2, 5), np.int16), points=np.zeros((2, 5), np.float32))
 
 
 @needs_native

@@ -166,12 +166,16 @@ def test_original_and_artifact_are_not_held_side_by_side(wide: Path, tmp_path: P
 
 @needs_native
 def test_what_leaves_no_room_for_a_text_is_streamed_from_then_on(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    streams.quick(monkeypatch)
     runner, greedy = open_runner(wide, Options(memory="64GB")), Sampling(max_new_tokens=4, temperature=0)
     assert runner.streaming is None
     expected = "".join(runner.generate("def", greedy))
-    limit: Any = runner._model.model._limit  # type: ignore[attr-defined]
-    monkeypatch.setattr(limit, "_limit_bytes", 0)
+    admit = Limit.admit
+
+    def once(limit: Limit, text: int, prompt: int, **_: Any) -> None:
+        monkeypatch.setattr(Limit, "admit", admit)
+        Limit(limit.path, 0, limit.working, overhead_bytes=0).admit(text, prompt)
+
+    monkeypatch.setattr(Limit, "admit", once)
     assert "".join(runner.generate("def", greedy)) == expected
     assert runner.streaming is not None
     runner.streaming.close()
@@ -298,16 +302,15 @@ KINDS: dict[str, dict[str, Any]] = {  # and whether a text may be read in pieces
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_model_streams(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    streams.quick(monkeypatch)
-    monkeypatch.setattr("waterfill.running.streaming.limit.PASS_BYTES", 1)
+def test_every_kind_of_model_streams(kind: str, tmp_path: Path) -> None:
     options = dict(KINDS[kind])
     pieces = options.pop("pieces")
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **options})
     model_class = getattr(transformers, f"{kind}ForCausalLM")
     checkpoint = models._save(tmp_path / "model", model_class, config, torch.float32, 1, False, 0)
     waterfill.pack(checkpoint, tmp_path / "packed", plan=plan_for(checkpoint, budget=Budget(bits=5.0)))
-    resident, streamed = waterfill.load(tmp_path / "packed"), streams.load(tmp_path / "packed")
+    resident = waterfill.load(tmp_path / "packed")
+    streamed = streams.load(tmp_path / "packed", tuning=streams.quick(pass_bytes=1))
     assert streamed.memory_limit.pieces == pieces
     tokens = torch.randint(1, 256, (1, 40), generator=torch.Generator().manual_seed(0))
     wanted: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}

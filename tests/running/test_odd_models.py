@@ -9,8 +9,8 @@ import pytest
 
 import waterfill
 from tests.support import family_check
-from waterfill import api
 from waterfill.base.errors import WaterfillError
+from waterfill.planning import measuring
 
 PROBE: Any = {"sequences": 2, "length": 8}
 
@@ -31,6 +31,6 @@ def test_errors_of_our_own_stay_what_they_are(llama: Path, monkeypatch: pytest.M
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr(api, "measure", broken)
+    monkeypatch.setattr(measuring, "measure", broken)
     with pytest.raises(ZeroDivisionError):
         waterfill.sensitivity(llama, probe="random", **PROBE)

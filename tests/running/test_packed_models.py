@@ -162,7 +162,6 @@ def test_no_initialisation_reaches_what_the_artifact_holds(
     how: str, packed: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = packed("gemma", "coded" if how == "streamed" else how)[1]
-    streams.quick(monkeypatch)
     load = streams.load if how == "streamed" else waterfill.load
     expected = scores(load(artifact))
     original = transformers.GemmaPreTrainedModel._init_weights
@@ -216,9 +215,7 @@ def test_a_vision_tower_loads(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- weights that are scaled
 
 
-def test_rwkv_divides_its_weights_and_multiplies_them_back(
-    packed: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rwkv_divides_its_weights_and_multiplies_them_back(packed: Callable[..., tuple[Path, Path]]) -> None:
     checkpoint, artifact = packed("rwkv", "fixed")
     model = waterfill.load(artifact, dtype=torch.float32)
     value = model.rwkv.blocks[3].feed_forward.value
@@ -230,11 +227,10 @@ def test_rwkv_divides_its_weights_and_multiplies_them_back(
     assert torch.equal(value.weight.clone(), before)
 
 
-def test_a_streamed_matrix_is_scaled_as_a_resident_one_is(
-    packed: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    streams.quick(monkeypatch, streams.mixed)
-    resident, streamed = (load(packed("llama")[1], dtype=torch.float16) for load in (waterfill.load, streams.load))
+def test_a_streamed_matrix_is_scaled_as_a_resident_one_is(packed: Callable[..., tuple[Path, Path]]) -> None:
+    artifact = packed("llama")[1]
+    resident = waterfill.load(artifact, dtype=torch.float16)
+    streamed = streams.load(artifact, streams.mixed, dtype=torch.float16)
     x = torch.randn(3, 64).to(torch.float16)
     for model in (resident, streamed):
         model.model.embed_tokens.weight.mul_(2**3)
@@ -305,10 +301,7 @@ def test_a_module_of_any_class_may_be_tied(packed: Callable[..., tuple[Path, Pat
     assert torch.equal(copy.deepcopy(module)(x), module(x))
 
 
-def test_every_module_says_its_dtype_and_device(
-    packed: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    streams.quick(monkeypatch)
+def test_every_module_says_its_dtype_and_device(packed: Callable[..., tuple[Path, Path]]) -> None:
     artifact = packed("olmo")[1]
     outputs = []
     for model in (waterfill.load(artifact), streams.load(artifact)):
@@ -358,9 +351,6 @@ def test_a_layout_of_another_machine_is_refused(packed: Callable[..., tuple[Path
 
 
 @pytest.mark.parametrize("copied", [pickle.dumps, copy.deepcopy])
-def test_a_streamed_model_is_not_copied(
-    copied: Callable[[Any], Any], packed: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    streams.quick(monkeypatch)
+def test_a_streamed_model_is_not_copied(copied: Callable[[Any], Any], packed: Callable[..., tuple[Path, Path]]) -> None:
     with pytest.raises(WaterfillError, match="streamed model cannot be copied or pickled; load its artifact"):
         copied(streams.load(packed("llama")[1]))

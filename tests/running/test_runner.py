@@ -112,7 +112,7 @@ def test_the_command_imports_neither_torch_nor_transformers(work: Path) -> None:
     script = (
         "import sys\n"
         "sys.argv = ['waterfill', 'generate', sys.argv[1], '-p', 'def', '--json', '--max-new-tokens', '3']\n"
-        "from waterfill.cli import main; main()\n"
+        "from waterfill.cli.main import main; main()\n"
         "print(sorted({'torch', 'transformers', 'safetensors.torch', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -16,9 +16,8 @@ from tests.support import models
 from tests.support.plans import sensitivity_of
 from waterfill.files.architecture import describe
 from waterfill.files.checkpoint import open_checkpoint
-from waterfill.planning.moments import second_moments
-from waterfill.studies.comparison import Subject, Unavailable, ggml, gptq, mixtures, peers
-from waterfill.studies.comparison.stored import Stored
+from waterfill.studies.comparison import StudiedModel, Unavailable, ggml, gptq, mixtures, peers
+from waterfill.studies.comparison.stored import QuantisedMatrix
 
 ROWS, WIDTH = 64, 512
 
@@ -29,7 +28,7 @@ def weight() -> Tensor:
 
 
 @pytest.fixture
-def subject(tmp_path: Path) -> Subject:
+def subject(tmp_path: Path) -> StudiedModel:
     path = models.tiny_llama(tmp_path / "llama", hidden=256, intermediate=384, tied=True)
     checkpoint = open_checkpoint(path)
     architecture = describe(checkpoint)
@@ -37,10 +36,10 @@ def subject(tmp_path: Path) -> Subject:
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokens = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(1))
-    return Subject("tiny", checkpoint, architecture, model, sensitivity_of(architecture), tokens)
+    return StudiedModel("tiny", checkpoint, architecture, model, sensitivity_of(architecture), tokens)
 
 
-def t2(result: Stored, weight: Tensor) -> float:
+def t2(result: QuantisedMatrix, weight: Tensor) -> float:
     assert result.weight.dtype == torch.float32
     assert result.weight.shape == weight.shape
     return float((result.weight - weight).square().sum() / weight.square().sum())
@@ -102,7 +101,7 @@ def test_rows_that_do_not_fit_blocks_are_stored_as_llama_cpp_does(kind: str, wid
 
 
 @pytest.mark.usefixtures("_ggml")
-def test_gguf_of_a_model_says_what_did_not_fit(subject: Subject) -> None:
+def test_gguf_of_a_model_says_what_did_not_fit(subject: StudiedModel) -> None:
     weights: dict[str, Tensor] = {}
     plain = ggml.run("Q4_K", subject, weights.__setitem__)
     assert set(weights) == {matrix.name for matrix in subject.architecture.matrices}
@@ -117,7 +116,7 @@ def test_gguf_of_a_model_says_what_did_not_fit(subject: Subject) -> None:
 @pytest.mark.usefixtures("_ggml")
 def test_mixtures_are_llama_cpps_own(ref_llama: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(ref_llama)
-    subject = Subject("ref", checkpoint, describe(checkpoint), None, None)  # type: ignore[arg-type]
+    subject = StudiedModel("ref", checkpoint, describe(checkpoint), None, None)  # type: ignore[arg-type]
     types = mixtures.chosen_types("Q4_K_M", subject)
     assert types.pop("model.embed_tokens") == "Q6_K", "it is the head too"
     large = {name for name, kind in types.items() if kind == "Q6_K"}
@@ -128,7 +127,7 @@ def test_mixtures_are_llama_cpps_own(ref_llama: Path, tmp_path: Path) -> None:
     assert set(small.values()) == {"Q3_K", "Q6_K"}
     other = open_checkpoint(models.tiny_gpt2(tmp_path / "gpt2"))
     with pytest.raises(Unavailable, match="llama and mistral models"):
-        mixtures.chosen_types("Q4_K_M", Subject("gpt2", other, describe(other), None, None))  # type: ignore[arg-type]
+        mixtures.chosen_types("Q4_K_M", StudiedModel("gpt2", other, describe(other), None, None))  # type: ignore[arg-type]
 
 
 def test_the_callback_that_llama_cpp_logs_through_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +156,7 @@ def test_the_callback_that_llama_cpp_logs_through_stays(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("_ggml")
-def test_a_mixture_is_charged_for_its_types(subject: Subject) -> None:
+def test_a_mixture_is_charged_for_its_types(subject: StudiedModel) -> None:
     weights: dict[str, Tensor] = {}
     found = mixtures.run("Q4_K_M", subject, weights.__setitem__)
     assert len(weights) == 15
@@ -173,8 +172,8 @@ def test_a_mixture_is_charged_for_its_types(subject: Subject) -> None:
     assert found.size_bytes > payload
 
 
-def test_second_moments_are_those_of_the_inputs(subject: Subject) -> None:
-    found = second_moments(subject)
+def test_second_moments_are_those_of_the_inputs(subject: StudiedModel) -> None:
+    found = subject.moments
     name = "model.layers.1.mlp.down_proj"
     seen: list[Tensor] = []
     handle = subject.model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -183,7 +182,7 @@ def test_second_moments_are_those_of_the_inputs(subject: Subject) -> None:
     handle.remove()
     assert torch.allclose(found[name], seen[0].flatten(0, 1).square().mean(0), rtol=1e-4)
     assert len(found) == 14
-    assert second_moments(subject) is found, "measured once"
+    assert subject.moments is found, "measured once"
 
 
 # ----------------------------------------------------------------------------------------------------- other libraries
@@ -240,7 +239,7 @@ def test_torchao(weight: Tensor) -> None:
     assert 4.5 <= 8 * four.size_bytes / weight.numel() <= 5.0
 
 
-def test_gptq(subject: Subject) -> None:
+def test_gptq(subject: StudiedModel) -> None:
     pytest.importorskip("gptqmodel")
     weights: dict[str, Tensor] = {}
     candidate = gptq.run(4, subject, weights.__setitem__)
@@ -271,7 +270,7 @@ class _Solver:
         return (self.module.weight.data * 0.5,)
 
 
-def test_gptq_goes_layer_by_layer(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gptq_goes_layer_by_layer(subject: StudiedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     _Solver.seen = {}
     library = type("L", (), {"GPTQ": _Solver, "QuantizeConfig": dict})
     monkeypatch.setattr(gptq, "library", lambda *_: library)

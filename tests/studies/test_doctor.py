@@ -19,7 +19,7 @@ from tests.cli.test_cli import documented, shape
 from tests.support.commands import Command
 from tests.support.kernel_samples import ISAS, NOT_BUILT, nothing_decided, one_thread
 from waterfill import kernels
-from waterfill.base import native
+from waterfill.base import native, native_signatures
 from waterfill.base.errors import UnsupportedError
 from waterfill.kernels.layer import DecoderLayer
 from waterfill.running.engine.families.llama import LlamaModel
@@ -124,11 +124,11 @@ def test_why_there_is_no_library(
     if damage == "missing":
         file, reason = None, r"it was not built; install waterfill again where there are CMake and a C\+\+ compiler"
     elif damage == "of another kind":
-        file, reason = Path(_ctypes.__file__), "wf_version|procedure"
+        file, reason = Path(_ctypes.__file__), "has no version, this waterfill needs"
     elif damage == "of another version":
         if not ISAS:
             pytest.skip(NOT_BUILT)
-        monkeypatch.setattr(native, "VERSION", 99)
+        monkeypatch.setattr(native_signatures, "HEADER", "99")
         file, reason = native.find(), r"this waterfill needs 99; install waterfill again"
     monkeypatch.setattr(native, "find", lambda: file)
     monkeypatch.setattr(doctor, "_try_ways", lambda ways: None)  # takes seconds without the library

@@ -30,9 +30,8 @@ from waterfill.planning.budget import Budget, format_size
 from waterfill.planning.plan import TensorPlan
 from waterfill.planning.planner import Request, make_plan
 from waterfill.studies.comparison import Row
-from waterfill.studies.comparison import study as api_studies
 from waterfill.studies.comparison.cache import Results
-from waterfill.studies.report import Report, Sample, facts, gather, render
+from waterfill.studies.report import Continuation, Report, facts, gather, render, write
 from waterfill.studies.report.bound import ideal_bits, least_loss, mse_distortion
 from waterfill.studies.report.charts import gap_bits, rows_of, water_level
 from waterfill.studies.report.places import MAX_MARKS, places, units
@@ -186,13 +185,16 @@ def test_names_from_a_model_never_become_markup(report: Report) -> None:
         plan=replace(plan, model=EVIL, tensors=tensors, kept=kept, optimal=EVIL, probe={"kind": "text", "text": EVIL}),
         measured_t2=measured,
         config={EVIL: EVIL},
-        samples=(Sample(EVIL, EVIL, EVIL + "!"),),
+        samples=(Continuation(EVIL, EVIL, EVIL + "!"),),
         peers=(row,),
         text=EVIL,
         commands=(EVIL,),
         versions={EVIL: EVIL},
     )
-    page, plain = Page(render(hostile)), Page(render(replace(report, samples=(Sample("a", "b", "bc"),), peers=(row,))))
+    page, plain = (
+        Page(render(hostile)),
+        Page(render(replace(report, samples=(Continuation("a", "b", "bc"),), peers=(row,)))),
+    )
     assert len(page.all("script")) == len(plain.all("script")) == 1
     assert page.all("img") == []
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
@@ -245,9 +247,10 @@ def test_other_models_and_other_plans(build: Any, request_: dict[str, Any], tmp_
     assert made.size_bytes == plan.size_bytes
     again = make_plan(
         "model",
-        facts.architecture_of(plan),
+        plan,
         facts.sensitivity_of(tmp_path / "out", plan),
-        Request(**{"codecs": SCALAR, **request_}),
+        request_["budget"],
+        Request(**{"codecs": SCALAR, **{key: value for key, value in request_.items() if key != "budget"}}),
     )
     assert again.tensors == plan.tensors, "an artifact tells all that planning needs"
     assert (again.size_bytes, again.kept) == (plan.size_bytes, plan.kept)
@@ -288,9 +291,7 @@ def test_all_bytes_are_accounted_for(report: Report, work: Path) -> None:
 def test_the_curve_passes_through_the_plan_when_codecs_are_the_same(report: Report, work: Path) -> None:
     made = facts.sensitivity_of(work / "packed", report.plan)
     saved = api.Sensitivity.load(work / "plan.sensitivity.json")
-    again = api.make_plan(
-        "m", facts.architecture_of(report.plan), made, api.Request(api.Budget(3_000_000), codecs=("higgs-p1-*",))
-    )
+    again = api.make_plan("m", report.plan, made, api.Budget(3_000_000), api.Request(codecs=("higgs-p1-*",)))
     assert abs(again.size_bytes - 3_000_000) < 15_000
     assert again.predicted.kl <= report.plan.predicted.kl * 1.0001, "its codecs are among these"
     # An artifact packed from a saved plan has no sensitivities of its own; the plan's interval tells their errors.
@@ -346,9 +347,9 @@ def test_least_loss_is_the_least(report: Report) -> None:
 
 
 def test_samples_know_where_they_part() -> None:
-    assert Sample("p", "abcd", "abxd").agree == 2
-    assert Sample("p", "ab", "ab").agree == 2
-    assert Sample("p", "", "x").agree == 0
+    assert Continuation("p", "abcd", "abxd").agree == 2
+    assert Continuation("p", "ab", "ab").agree == 2
+    assert Continuation("p", "", "x").agree == 0
 
 
 @pytest.mark.parametrize("codec", ["raw", "lossless"])
@@ -454,11 +455,11 @@ def test_the_page_says_whether_methods_were_measured_on_its_text(full: Report, t
     for name in ("other", "another"):
         results.put({"method": name, "text": "another text", "context": 64}, replace(row, method=name))
     ids = torch.arange(9 * 64)
-    compared, same = api_studies._compared(full.plan.fingerprint, ids, 64)
+    compared, same = write._compared(full.plan.fingerprint, ids, 64)
     assert ([found.method for found in compared], same) == (["another", "other"], False)
     digest = blake2b(ids.numpy().tobytes(), digest_size=8).hexdigest()
     results.put({"method": "here", "text": digest, "context": 64}, replace(row, method="here"))
-    compared, same = api_studies._compared(full.plan.fingerprint, ids, 64)
+    compared, same = write._compared(full.plan.fingerprint, ids, 64)
     assert ([found.method for found in compared], same) == (["here"], True)
     assert "but on another text than this model" in Page(render(full)).text
     assert "on the same text" in " ".join(Page(render(replace(full, same_text=True))).text.split())

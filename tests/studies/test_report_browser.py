@@ -15,7 +15,7 @@ from waterfill import api
 from waterfill.files.artifact import open_artifact
 from waterfill.planning.budget import format_size
 from waterfill.studies.comparison import Row
-from waterfill.studies.report import Report, Sample, gather, render
+from waterfill.studies.report import Continuation, Report, gather, render
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
@@ -44,7 +44,7 @@ def page_file(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         open_artifact(path, verify=False), api.read_plan(path), json.loads((path / "config.json").read_text())
     )
     row = Row("hqq-4", "HQQ 4 bits", "hqq", "1", False, 3_800_000, 4.5, 0.006, 0.0001)
-    samples = (Sample("def f(", "x" * 400, "x" * 300 + "y"), Sample("long", "word " * 80, "word " * 80))
+    samples = (Continuation("def f(", "x" * 400, "x" * 300 + "y"), Continuation("long", "word " * 80, "word " * 80))
     file = tmp_path_factory.mktemp("browser") / "report.html"
     file.write_text(render(replace(report, peers=(row,), samples=samples)), "utf-8")
     return file

@@ -71,3 +71,8 @@ def build(
 
 def directory_bytes(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of what is in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())

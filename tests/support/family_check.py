@@ -31,7 +31,7 @@ from waterfill.codecs import LOSSLESS, Encoded, get_codec, lossless
 from waterfill.files.architecture import describe
 from waterfill.files.artifact import RAW, open_artifact
 from waterfill.files.checkpoint import open_checkpoint
-from waterfill.running.streaming import calibration
+from waterfill.running.streaming import Tuning
 
 FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 BITS = 5.0
@@ -153,10 +153,10 @@ class _Check:
     def streamed(self, purpose: str) -> None:
         with self.stage(f"streamed, for {purpose}"):
             resident = waterfill.load(self.root / purpose, dtype=torch.float32)
-            with mock.patch.multiple(calibration, READING_S=0.0, WORKING_S=0.0):
-                model = waterfill.load(self.root / purpose, dtype=torch.float32, streamed=True)
-                self.compare(logits(model), logits(resident))
-                assert (expected := generated(resident)[0]) is None or torch.equal(generated(model)[0], expected)
+            quick = Tuning(reading_s=0.0, working_s=0.0)
+            model = waterfill.load(self.root / purpose, dtype=torch.float32, streamed=True, tuning=quick)
+            self.compare(logits(model), logits(resident))
+            assert (expected := generated(resident)[0]) is None or torch.equal(generated(model)[0], expected)
 
     def compare(self, found: torch.Tensor, expected: torch.Tensor) -> None:
         assert expected.isfinite().all(), "the original's logits are not finite"

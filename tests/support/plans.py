@@ -39,17 +39,17 @@ def sensitivity_of(architecture: Architecture, *, seed: int = 0, **changed: Any)
 def planned(architecture: Architecture, sensitivity: Sensitivity | None = None, **options: Any) -> Plan:
     """A plan; `size_bytes`, `bits` and `max_kl` make its budget."""
     budget = Budget(**{key: options.pop(key) for key in ("size_bytes", "bits", "max_kl") if key in options})
-    return make_plan("m", architecture, sensitivity or sensitivity_of(architecture), Request(budget, **options))
+    return make_plan("m", architecture, sensitivity or sensitivity_of(architecture), budget, Request(**options))
 
 
-def plan_for(checkpoint: Path, codecs: Sequence[str] = SCALAR, **request: Any) -> Plan:
+def plan_for(checkpoint: Path, codecs: Sequence[str] = SCALAR, *, budget: Budget, **request: Any) -> Plan:
     """A plan from made-up sensitivities, which costs no pass of the model."""
     opened = open_checkpoint(checkpoint)
     architecture = describe(opened, request.get("keep", ()))
     names = [matrix.name for matrix in architecture.matrices]
     coefficients = {name: Coefficients(0.01 + 0.001 * i, 0.1, 0.001, 0.01) for i, name in enumerate(names)}
     measured = Sensitivity(opened.fingerprint, "fisher", {"kind": "self"}, 3.0, 100, coefficients)
-    return make_plan("model", architecture, measured, Request(codecs=tuple(codecs), **request))
+    return make_plan("model", architecture, measured, budget, Request(codecs=tuple(codecs), **request))
 
 
 def codecs_of(plan: Plan) -> dict[str, str]:

@@ -81,11 +81,11 @@ def _judge_rans(case: Case, library: Native | None) -> str:
             source, out = _Guarded(len(data), low), _Guarded(count, low)
             source.write(data)
             table = frequencies.ctypes.data
-            status = library.rans_decode(number, source.address, len(data), lanes, table, count, out.address)
+            status = library.raw.wf_rans_decode(number, source.address, len(data), lanes, table, count, out.address)
             _same(f"rans {isa}", expected, None if status else out.read(), status)
     if library and expected is not None:
         symbols, out = np.frombuffer(expected, np.uint8), np.empty(4 * lanes + 2 * count, np.uint8)
-        size = library.rans_encode(
+        size = library.raw.wf_rans_encode(
             symbols.ctypes.data, count, lanes, frequencies.ctypes.data, out.ctypes.data, len(out)
         )
         if out[: max(size, 0)].tobytes() != data:
@@ -110,7 +110,7 @@ def _judge_trellis(case: Case, library: Native | None) -> str:
         for low in (False, True):
             source, out, out_scales = _Guarded(len(case.data), low), _Guarded(sizes[0], low), _Guarded(sizes[1], low)
             source.write(case.data)
-            status = library.trellis_decode(
+            status = library.raw.wf_trellis_decode(
                 number, states, wide, source.address, len(case.data), rows, width, out.address, out_scales.address
             )
             got = None if status else out.read() + out_scales.read()

@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import waterfill
 from waterfill.base import process
-from waterfill.running.streaming import calibration, chunks, streamer
-from waterfill.running.streaming.residency import Residency, Speeds
+from waterfill.running.streaming.chunks import Chunk
+from waterfill.running.streaming.residency import Residency
+from waterfill.running.streaming.tuning import Tuning
 
-Keep = Callable[[Any], Residency]
+Keep = Callable[[Sequence[Chunk]], Residency]
 
 
-def nothing(sequence: Any) -> Residency:
+def nothing(sequence: Sequence[Chunk]) -> Residency:
     return Residency((), (), 1.0)
 
 
-def coded(sequence: Any) -> Residency:
+def coded(sequence: Sequence[Chunk]) -> Residency:
     return Residency(tuple(sequence), (), 1.0)
 
 
-def decoded(sequence: Any) -> Residency:
+def decoded(sequence: Sequence[Chunk]) -> Residency:
     return Residency((), tuple(sequence), 1.0)
 
 
-def mixed(sequence: Any) -> Residency:
+def mixed(sequence: Sequence[Chunk]) -> Residency:
     """A third of each kind, in turn."""
     return Residency(tuple(sequence[1::3]), tuple(sequence[2::3]), 1.0)
 
 
-def quick(
-    monkeypatch: pytest.MonkeyPatch, keep: Keep = nothing, chunk_bytes: int = 4096, part_weights: int = 2048
-) -> None:
+def quick(keep: Keep = nothing, *, chunk_bytes: int = 4096, part_weights: int = 2048, **others: Any) -> Tuning:
     """Streams of many small chunks. Entropy-coded parts are as large as they were packed."""
-    monkeypatch.setattr(calibration, "READING_S", 0.0)
-    monkeypatch.setattr(calibration, "WORKING_S", 0.0)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(chunks, "PART_WEIGHTS", part_weights)
-    monkeypatch.setattr(streamer, "choose", lambda sequence, budget, speeds: keep(sequence))
+    return Tuning(
+        chunk_bytes=chunk_bytes,
+        part_weights=part_weights,
+        reading_s=0.0,
+        working_s=0.0,
+        choose=lambda sequence, budget, speeds: keep(sequence),
+        **others,
+    )
 
 
-def load(artifact: Path, spare_bytes: int = 200_000_000, **options: Any) -> Any:
-    """A streamed model, whatever its size."""
-    return waterfill.load(artifact, memory=process.resident_bytes() + spare_bytes, streamed=True, **options)
-
-
-__all__ = ["Speeds", "coded", "decoded", "load", "mixed", "nothing", "quick"]
+def load(artifact: Path, keep: Keep = nothing, *, tuning: Tuning | None = None, **options: Any) -> Any:
+    """A streamed model, whatever its size, of which chunks are kept as `keep` says."""
+    memory = process.resident_bytes() + 200_000_000
+    return waterfill.load(artifact, memory=memory, streamed=True, tuning=tuning or quick(keep), **options)

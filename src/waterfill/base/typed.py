@@ -39,7 +39,8 @@ Magnitude = Annotated[float, Range(0, 1e12)]  # sums and products of such number
 def load(path: Path, what: str, version: int, make: Callable[[dict[str, Any]], T]) -> T:
     """What `make` makes of the JSON object in a file, less its version; `make` raises ValueError for a bad one.
 
-    Raises WaterfillError if the file is not `what` of this version, or cannot be read.
+    Raises:
+        WaterfillError: the file is not `what` of this version, or cannot be read.
     """
     try:
         data = json.loads(read_text(path))
@@ -55,7 +56,11 @@ def load(path: Path, what: str, version: int, make: Callable[[dict[str, Any]], T
 
 def read(kind: Any, value: Any, where: str = "") -> Any:
     """`value`, of parsed JSON, as an instance of `kind`: a dataclass, str, bool, int, float, a union or Literal of
-    such, a tuple or a mapping by names. `where` is its place in the file. Raises ValueError if it is none."""
+    such, a tuple or a mapping by names. `where` is its place in the file.
+
+    Raises:
+        ValueError: it is no such value.
+    """
     if is_dataclass(kind):
         return _read_record(kind, value, where)
     origin, parts = get_origin(kind), get_args(kind)

@@ -25,8 +25,10 @@ def prepare_file(path: Path) -> None:
 def write_file(path: Path, content: str | bytes) -> None:
     """Put content into a file: beside it, flushed, and renamed, so that a full disk or a kill leaves what was there.
 
-    Links stay links. A device, or a pipe that somebody reads, is written to as it is. Raises WaterfillError where it
-    cannot be.
+    Links stay links. A device, or a pipe that somebody reads, is written to as it is.
+
+    Raises:
+        WaterfillError: it cannot be written.
     """
     prepare_file(path)
     with _writing(path):

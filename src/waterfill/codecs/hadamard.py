@@ -122,7 +122,7 @@ def rotate_natively(x: torch.Tensor, *, inverse: bool) -> torch.Tensor | None:
     assert library is not None
     result = x.clone(memory_format=torch.contiguous_format)
     width = x.shape[-1]
-    library.call("rotate", library.isas[isa], result.data_ptr(), x.numel() // width, width, int(inverse))
+    library.rotate(library.isas[isa], result.data_ptr(), rows=x.numel() // width, width=width, inverse=inverse)
     return result
 
 

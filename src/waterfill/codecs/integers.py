@@ -72,9 +72,4 @@ def _native_table(codec_name: str, isa: str) -> tuple[float, int]:
     assert library is not None
     grid, points = integer_grid(codec), np.ascontiguousarray(codec.array)
     units = np.ascontiguousarray(grid.units)
-    table = library.table_new(
-        library.isas[isa], codec.p, codec.n, grid.precision, units.ctypes.data, points.ctypes.data
-    )
-    if not table:
-        raise MemoryError(f"no memory for the table of {codec_name}")
-    return grid.step, int(table)
+    return grid.step, library.table_new(library.isas[isa], precision=grid.precision, units=units, points=points)

@@ -59,15 +59,7 @@ def encode_streams(numbers: Iterable[torch.Tensor]) -> Iterator[bytes]:
         if room is None or len(room) < parts:
             room = np.empty((parts, capacity), np.uint8)
         sizes = np.empty(parts, np.int64)
-        library.call(
-            "lossless_encode",
-            item_bytes,
-            block.data_ptr(),
-            block.numel(),
-            room.ctypes.data,
-            capacity,
-            sizes.ctypes.data,
-        )
+        library.lossless_encode(block.view(torch.uint8).numpy(), room, sizes, item_bytes=item_bytes)
         for row, size in zip(room, sizes.tolist(), strict=False):
             yield row[:size].tobytes()
 
@@ -125,10 +117,9 @@ def _decode(data: Bytes, count: int, item_bytes: int) -> Bytes:
     elif count:
         library = native.library()
         assert library is not None
-        places = (data.ctypes.data + start, len(data) - start, sizes.ctypes.data)
-        status = library.lossless_decode(library.isas[isa], item_bytes, *places, count, out.ctypes.data)
-        if status:
-            raise _damaged(f"stream {-3 - status}")
+        damaged = library.lossless_decode(library.isas[isa], data[start:], sizes, out, item_bytes=item_bytes)
+        if damaged is not None:
+            raise _damaged(f"stream {damaged}")
     return out
 
 

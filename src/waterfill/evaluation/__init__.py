@@ -9,9 +9,9 @@ of a run under way. Results are frozen dataclasses with `to_dict`, `to_json` and
 
 from waterfill.base.records import Estimate, Record
 from waterfill.evaluation.conventions import CONVENTIONS, Convention, convention
-from waterfill.evaluation.divergence import Divergence, divergence
+from waterfill.evaluation.divergences import Divergence, divergence
 from waterfill.evaluation.kld_file import KldFile
-from waterfill.evaluation.perplexity import Perplexity, perplexity
+from waterfill.evaluation.perplexities import Perplexity, perplexity
 from waterfill.evaluation.store import Cache, ReferenceStore, evaluation_key
 from waterfill.evaluation.text import begin_token, default_context, token_ids, windows
 

@@ -96,7 +96,9 @@ def convention(
     """The convention of a name, with its usual context, or `limit`, the model's number of positions, if that is less.
 
     `bos` is the token that the tokenizer begins texts with, if it does (`text.begin_token`); only `llama.cpp` asks.
-    Raises WaterfillError for an unknown name, or a stride that is impossible or not asked for.
+
+    Raises:
+        WaterfillError: an unknown name, or a stride that is impossible or not asked for.
     """
     if name not in CONVENTIONS:
         raise WaterfillError(f"{name!r} is no convention; choose one of {', '.join(CONVENTIONS)}")

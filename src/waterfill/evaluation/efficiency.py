@@ -1,6 +1,6 @@
 """What it takes to run a model: bytes, memory at three points, time to the first token, tokens per second, energy.
 
-efficiency(model) ──► a process per batch size: `python -m waterfill.evaluation.efficiency`, task ──► figures
+measure_efficiency(model) ──► a process per batch size: `python -m waterfill.evaluation.efficiency`, task ──► figures
 
 Each process is fresh, so that its peak memory is that of one model running once. Prompts are random tokens, and
 generation is greedy and does not stop early: speed depends on neither.
@@ -63,7 +63,7 @@ class Efficiency(Record):
     dtype: str  # of the activations
 
 
-def efficiency(
+def measure_efficiency(
     model: str | Path,
     *,
     prompt_tokens: int | None = None,
@@ -80,7 +80,8 @@ def efficiency(
         batch: sequences at a time in the second measurement.
         progress: called with (processes done, processes in all).
 
-    Raises WaterfillError for a bad model, more tokens than it has positions, or a process that failed.
+    Raises:
+        WaterfillError: a bad model, more tokens than it has positions, or a process that failed.
     """
     subject = open_subject(model, revision=revision)
     prompt_tokens, new_tokens = _lengths(subject, prompt_tokens, new_tokens)

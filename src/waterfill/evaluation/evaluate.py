@@ -7,11 +7,7 @@ open_subject ──► text: tokens ──► reference's predictions (stored, o
 
 from __future__ import annotations
 
-import gc
-import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -19,43 +15,33 @@ from typing import Any
 
 import torch
 
-from waterfill.base import native, process
 from waterfill.base.ambient import own_torch_modes
 from waterfill.base.arguments import checked, choice
-from waterfill.base.errors import MemoryLimitError, WaterfillError
-from waterfill.base.native import FLOAT_ACTIVATIONS
-from waterfill.base.progress import Progress, Step, step_of
+from waterfill.base.errors import WaterfillError
+from waterfill.base.progress import Progress
+from waterfill.base.records import Record
 from waterfill.base.version import __version__
-from waterfill.evaluation import (
-    Cache,
-    Convention,
-    Divergence,
-    KldFile,
-    Perplexity,
-    Record,
-    ReferenceStore,
-    begin_token,
-    convention,
-    divergence,
-    evaluation_key,
-    perplexity,
-    token_ids,
-)
-from waterfill.evaluation.conventions import CONVENTIONS
-from waterfill.evaluation.divergence import COLUMNS as DIVERGENCE_COLUMNS
-from waterfill.evaluation.efficiency import Efficiency
-from waterfill.evaluation.efficiency import efficiency as run_efficiency
-from waterfill.evaluation.journal import Journal
+from waterfill.evaluation.conventions import CONVENTIONS, Convention
+from waterfill.evaluation.divergences import Divergence
+from waterfill.evaluation.efficiency import Efficiency, measure_efficiency
+from waterfill.evaluation.kld_file import KldFile
 from waterfill.evaluation.local_tasks import SUFFIX as TASK_SUFFIX
-from waterfill.evaluation.perplexity import COLUMNS as PERPLEXITY_COLUMNS
-from waterfill.evaluation.subjects import CHECKPOINT, GGUF, PACKED, Subject, open_subject
+from waterfill.evaluation.on_text import (
+    EvaluationRun,
+    agreed_ids,
+    check_room,
+    common_dtype,
+    convention_for,
+    divergence_from_file,
+    divergence_of,
+    perplexity_of,
+)
+from waterfill.evaluation.perplexities import Perplexity
+from waterfill.evaluation.store import Cache
+from waterfill.evaluation.subjects import CHECKPOINT, PACKED, Subject, open_subject
 from waterfill.evaluation.tasks import EFFICIENCY, TaskResults, names_of, run_tasks, task_specs
 from waterfill.planning.plan import PLAN_FILE, read_plan
-from waterfill.running.streaming.fit import memory_bytes
 
-_convention = convention  # `evaluate` has a parameter of that name
-
-TOKENISING_BYTES = 200  # of memory for a byte of text; 160 to 171 are measured
 KLD_SUFFIX = ".kld"
 
 
@@ -130,68 +116,74 @@ def evaluate(
     Raises:
         WaterfillError: a bad model, text or option, or two models that do not go together.
     """
-    names = names_of(tasks)
-    if not names and tasks not in ((), []):
-        raise WaterfillError(f"tasks is {tasks!r}, which names none; give names, presets or files of JSON lines")
-    efficiency = efficiency or EFFICIENCY in names
+    names = _names(tasks)
     specs = task_specs(names)
+    efficiency = efficiency or EFFICIENCY in names
     if text is None and not specs and not efficiency and not _is_kld(against):
         raise WaterfillError(
             "there is nothing to measure; give a text, tasks or efficiency (--text, --tasks, --efficiency)"
         )
     subject = open_subject(model, revision=revision, memory=memory)
-    run = _Run(Cache.default() if cache else None, batch, progress)
+    run = EvaluationRun(Cache.default() if cache else None, batch, progress)
     reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision, memory=memory)
     if revision is not None and reference is None and subject.kind != CHECKPOINT:
         raise WaterfillError(f"{model} has no revision {revision!r}, only a hub model has; leave the revision out")
     measured = Evaluation(size_bytes=subject.size_bytes)
-    if _is_kld(against):
-        if text is not None:
-            raise WaterfillError(f"{against} has its text in it; leave out the other one")
-        file = KldFile(Path(str(against)))
-        measured = _compared(subject, _against_file(subject, file, max_windows, run))
+    if against is not None and reference is None:
+        measured = _against_file(subject, against, text, max_windows, run)
     elif text is not None:
-        _check_room(Path(text), memory)
-        ids = _ids(subject, reference, Path(text))  # before minutes of loading
-        how = _how(reference or subject, convention, context, stride)
-        if max_windows is not None:
-            ids = how.first_windows(ids, max_windows)
-        for each in (subject, reference or subject):
-            each.logits = batch * how.context
+        check_room(Path(text), memory)
+        ids = agreed_ids(subject, reference, Path(text))  # before minutes of loading
+        how = convention_for(reference or subject, convention, context, stride)
+        ids = ids if max_windows is None else how.first_windows(ids, max_windows)
         measured = _on_text(subject, reference, ids, how, run)
     if specs:
         options = {"shots": shots, "limit": limit, "chat_template": chat_template}
-        dtype = _dtype(subject, reference)
-        asked, original = (
-            None if each is None else _tasks(each, dtype, names, specs, run, **options) for each in (subject, reference)
-        )
-        measured = replace(measured, tasks=asked, tasks_reference=original)
+        measured = _on_tasks(measured, subject, reference, names, specs, run, options)
     if efficiency:
-        measured = replace(
-            measured,
-            efficiency=run_efficiency(
-                model,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                revision=revision,
-                progress=run.step("running"),
-            ),
+        step = run.step("running")
+        figures = measure_efficiency(
+            model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, revision=revision, progress=step
         )
+        measured = replace(measured, efficiency=figures)
     return measured
 
 
-def _on_text(subject: Subject, reference: Subject | None, ids: torch.Tensor, how: Convention, run: _Run) -> Evaluation:
-    if reference is not None:
-        return _compared(subject, _divergence(reference, subject, ids, how, run))
-    alone = _perplexity(subject, ids, how, run)
-    return Evaluation(subject.size_bytes, alone.ppl, context=alone.context, tokens=alone.tokens, perplexity=alone)
+def _names(tasks: str | Sequence[str]) -> tuple[str, ...]:
+    names = names_of(tasks)
+    if not names and tasks not in ((), []):
+        raise WaterfillError(f"tasks is {tasks!r}, which names none; give names, presets or files of JSON lines")
+    return names
 
 
 def _is_kld(against: str | Path | None) -> bool:
     return against is not None and Path(against).suffix == KLD_SUFFIX
 
 
+# ---------------------------------------------------------------------------------------------------------- on a text
+
+
+def _on_text(
+    subject: Subject, reference: Subject | None, ids: torch.Tensor, how: Convention, run: EvaluationRun
+) -> Evaluation:
+    for each in (subject, reference or subject):
+        each.logits = run.batch * how.context
+    if reference is not None:
+        return _compared(subject, divergence_of(reference, subject, ids, how, run))
+    alone = perplexity_of(subject, ids, how, run)
+    return Evaluation(subject.size_bytes, alone.ppl, context=alone.context, tokens=alone.tokens, perplexity=alone)
+
+
+def _against_file(
+    subject: Subject, file: str | Path, text: str | Path | None, max_windows: int | None, run: EvaluationRun
+) -> Evaluation:
+    if text is not None:
+        raise WaterfillError(f"{file} has its text in it; leave out the other one")
+    return _compared(subject, divergence_from_file(subject, KldFile(Path(file)), max_windows, run))
+
+
 def _compared(subject: Subject, measured: Divergence) -> Evaluation:
+    """With the prediction beside the measurement, where there is one."""
     known = subject.kind == PACKED and (subject.path / PLAN_FILE).exists()
     predicted = read_plan(subject.path).predicted if known else None
     return Evaluation(
@@ -210,145 +202,33 @@ def _compared(subject: Subject, measured: Divergence) -> Evaluation:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- on a text
-
-
-@dataclass(frozen=True)
-class _Run:
-    """How to measure, whatever it is."""
-
-    cache: Cache | None
-    batch: int
-    progress: Progress | None
-
-    def step(self, what: str) -> Step | None:
-        return step_of(self.progress, what)
-
-    @contextmanager
-    def journal(self, ids: torch.Tensor, how: Convention, columns: int, *whose: str) -> Iterator[Journal | None]:
-        """Where scores go until a run is complete; it goes then, and stays after an interruption. What else decides
-        scores is part of its name."""
-        if self.cache is None:
-            yield None
-            return
-        settings = [f"{name}={os.environ.get(name)}" for name in _SETTINGS]
-        key = evaluation_key(ids, how, __version__, torch.__version__, *settings, *whose)
-        journal = Journal(self.cache.journal_path(key), columns)
-        yield journal
-        journal.remove()
-
-
-_SETTINGS = (native.ISA_VARIABLE, FLOAT_ACTIVATIONS)
-
-
-def _dtype(subject: Subject, reference: Subject | None) -> torch.dtype | None:
-    """What both are measured in: the subject's, so that it has one perplexity, alone and beside its reference."""
-    return reference.dtype() if subject.kind == GGUF and reference is not None else subject.dtype()
-
-
-def _perplexity(subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Perplexity:
-    dtype = _dtype(subject, None)
-    with run.journal(ids, how, PERPLEXITY_COLUMNS, subject.fingerprint, str(dtype)) as journal:
-        return perplexity(
-            subject.load(dtype),
-            ids,
-            **_arguments(how),
-            batch=run.batch,
-            progress=run.step("measuring"),
-            journal=journal,
-        )
-
-
-def _divergence(reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: _Run) -> Divergence:
-    dtype = _dtype(subject, reference)
-    known = _stored(reference, ids, how, run, dtype)
-    if known is None and reference.limited:
-        raise WaterfillError(
-            f"{reference.path} and {subject.path} are not held below a limit of memory side by side: the predictions "
-            "of the first have to be kept on disk; leave out --no-cache, give the cache more room, or leave out memory"
-        )
-    form, kept = ("live", None) if known is None else (known.form, known.kept)
-    whose = (reference.fingerprint, form, str(kept), subject.fingerprint, str(dtype))
-    with run.journal(ids, how, DIVERGENCE_COLUMNS, *whose) as journal:
-        return divergence(
-            reference.load(dtype) if known is None else known,
-            subject.load(dtype),
-            ids,
-            **_arguments(how),
-            batch=run.batch,
-            progress=run.step("measuring"),
-            journal=journal,
-        )
-
-
-def _stored(
-    reference: Subject, ids: torch.Tensor, how: Convention, run: _Run, dtype: torch.dtype | None
-) -> ReferenceStore | None:
-    """The reference's predictions on disk, computed now as far as they are missing; None where they have no place."""
-    if run.cache is None:
-        return None
-    store = run.cache.reference(evaluation_key(ids, how, torch.__version__, reference.fingerprint, str(dtype)))
-    cut = how.cut(ids)
-    if store.complete(cut):
-        return store
-    filled = store.fill(reference.load(dtype), cut, how, batch=run.batch, progress=run.step("reading the original"))
-    gc.collect()  # the original goes before the model comes
-    return store if filled else None
-
-
-def _against_file(subject: Subject, file: KldFile, max_windows: int | None, run: _Run) -> Divergence:
-    how = file.convention(begin_token(subject.tokenizer()))
-    ids = file.ids if max_windows is None else how.first_windows(file.ids, max_windows)
-    progress = run.step("measuring")
-    return divergence(
-        file, subject.load(_dtype(subject, None)), ids, **_arguments(how), batch=run.batch, progress=progress
-    )
-
-
-def _how(subject: Subject, name: str, context: int | None, stride: int | None) -> Convention:
-    bos = begin_token(subject.tokenizer()) if name == "llama.cpp" else None
-    return _convention(name, subject.positions, context=context, stride=stride, bos=bos)
-
-
-def _arguments(how: Convention) -> dict[str, Any]:
-    """A convention as the arguments of `perplexity` and `divergence`."""
-    return {"convention": how.name, "context": how.context, "stride": how.stride, "bos": how.bos}
-
-
-def _check_room(text: Path, memory: str | float | None) -> None:
-    """Raises MemoryLimitError where a text, which is tokenised as a whole, takes more than the process may have."""
-    limit, size_bytes = memory_bytes(memory), text.stat().st_size if text.is_file() else 0
-    smallest = math.ceil((process.resident_bytes() + TOKENISING_BYTES * size_bytes) / 1e6)
-    if limit is not None and 1e6 * smallest > limit:
-        raise MemoryLimitError(
-            f"{limit / 1e6:.0f} MB are too little for {text}: tokenising it takes {smallest} MB at least; "
-            "give more, or a shorter text",
-            smallest_bytes=1_000_000 * smallest,
-        )
-
-
-def _ids(subject: Subject, reference: Subject | None, text: Path) -> torch.Tensor:
-    """Token ids of a text, on which the tokenizers of a model and of its reference have to agree."""
-    if reference is None:
-        return token_ids(subject.tokenizer(), text)
-    ids = token_ids(reference.tokenizer(), text)
-    try:
-        tokenizer = subject.tokenizer()
-    except WaterfillError:
-        return ids  # the model may have got its tokenizer after it was packed
-    if not torch.equal(ids, token_ids(tokenizer, text)):
-        raise WaterfillError(
-            f"{subject.path} and {reference.path} have tokenizers that cut {text} into different tokens; "
-            "give the model that the artifact was packed from"
-        )
-    return ids
-
-
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
+def _on_tasks(
+    measured: Evaluation,
+    subject: Subject,
+    reference: Subject | None,
+    names: Sequence[str],
+    specs: Sequence[Any],
+    run: EvaluationRun,
+    options: dict[str, Any],
+) -> Evaluation:
+    """What was measured so far, and the scores of both."""
+    dtype = common_dtype(subject, reference)
+    scores, original = (
+        None if each is None else _tasks(each, dtype, names, specs, run, **options) for each in (subject, reference)
+    )
+    return replace(measured, tasks=scores, tasks_reference=original)
+
+
 def _tasks(
-    subject: Subject, dtype: torch.dtype | None, names: Sequence[str], specs: Sequence[Any], run: _Run, **options: Any
+    subject: Subject,
+    dtype: torch.dtype | None,
+    names: Sequence[str],
+    specs: Sequence[Any],
+    run: EvaluationRun,
+    **options: Any,
 ) -> TaskResults:
     """Answers are kept under a name that says who was asked what, until all are there."""
     journal = None

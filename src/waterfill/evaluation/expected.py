@@ -36,8 +36,11 @@ class Scores(NamedTuple):
 
 
 def score(expected: Expected, logits: Tensor, targets: Tensor) -> Tensor:
-    """`Scores` as one tensor, float64 [columns, targets], of a model's logits [targets, vocab]. Raises WaterfillError
-    where one of the two is not finite."""
+    """`Scores` as one tensor, float64 [columns, targets], of a model's logits [targets, vocab].
+
+    Raises:
+        WaterfillError: one of the two is not finite.
+    """
     rows = rows_in_scratch(logits.shape[-1], ROW_ENTRY_BYTES)
     known: Sequence[Expected] = expected.rows(rows)
     pieces = zip(known, logits.split(rows), targets.split(rows), strict=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.std import tqdm
 
 from waterfill.evaluation.llamacpp import GgufModel
+from waterfill.files.context import context_length
 
 AT_A_TIME = 32  # requests between two reports of progress
 USUAL_LENGTH = 2048  # tokens at a time, of models that do not say
@@ -92,7 +93,7 @@ class Gguf(_Reporting, TemplateLM):  # type: ignore[misc]
     def __init__(self, model: GgufModel, tokenizer: Any, progress: Callable[[str, int, int], None] | None) -> None:
         TemplateLM.__init__(self)
         self.model, self.tokenizer, self.progress = model, tokenizer, progress
-        self.max_length = model.config.max_position_embeddings or USUAL_LENGTH
+        self.max_length = context_length(model.config) or USUAL_LENGTH
 
     @property
     def eot_token_id(self) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from waterfill.base.errors import WaterfillError
+from waterfill.files.ggml import silence
 
 SUFFIX = ".gguf"
 MICRO_BATCH = 512  # tokens that llama.cpp computes at a time
@@ -224,14 +225,6 @@ def _token(number: int) -> int | None:
 
 def _padded(tokens: int) -> int:
     return -(-tokens // 256) * 256  # what llama.cpp would make of it
-
-
-@cache
-def silence(api: Any) -> Any:
-    """Keep llama.cpp from logging. Returns the callback, which it calls for as long as the process lives."""
-    quiet = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(quiet, ctypes.c_void_p(0))
-    return quiet
 
 
 @cache

@@ -16,7 +16,11 @@ _PERCENTILES = ("minimum", "0.1", "1", "5", "10", "median", "90", "95", "99", "9
 
 def plot_kl_against_size(evaluations: Mapping[str, Evaluation]) -> Any:
     """KL divergence with its error (logarithmic) against bytes of weight files, one point per label; predictions, where
-    there are any, as hollow points with their interval. Raises WaterfillError where there is nothing to draw."""
+    there are any, as hollow points with their interval.
+
+    Raises:
+        WaterfillError: there is nothing to draw.
+    """
     known = {label: each for label, each in evaluations.items() if each.kl is not None}
     if not known:
         raise WaterfillError("none of the evaluations has a KL divergence; evaluate against the original model")

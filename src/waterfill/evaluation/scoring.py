@@ -16,7 +16,7 @@ from waterfill.base.errors import WaterfillError, unknown_token
 from waterfill.base.progress import Step
 from waterfill.evaluation.conventions import Convention, Window, batches, stacked
 from waterfill.evaluation.journal import Journal
-from waterfill.evaluation.text import positions
+from waterfill.files.context import context_length
 from waterfill.files.model_calls import read, read_on
 
 Score = Callable[[Sequence[Window]], list[Tensor]]
@@ -64,7 +64,7 @@ def window_logits(model: Any, some: Sequence[Window], how: Convention) -> list[T
 
 def prepare(model: Any, cut: Sequence[Window]) -> None:
     """Put a model into evaluation mode. Raises WaterfillError when it cannot read the windows."""
-    context, limit = max(len(window.ids) for window in cut), positions(model)
+    context, limit = max(len(window.ids) for window in cut), context_length(model.config)
     if limit is not None and context > limit:
         raise WaterfillError(f"a context of {context} tokens was asked for, but the model has {limit}; choose fewer")
     highest = max(int(window.ids.max()) for window in cut)

@@ -53,8 +53,11 @@ class Cache:
 
     @classmethod
     def default(cls) -> Cache:
-        """The user's cache folder, or WATERFILL_CACHE; as much as WATERFILL_CACHE_SIZE says. Raises WaterfillError for
-        a size that is none."""
+        """The user's cache folder, or WATERFILL_CACHE; as much as WATERFILL_CACHE_SIZE says.
+
+        Raises:
+            WaterfillError: that is no size.
+        """
         limit = os.environ.get(LIMIT_VARIABLE)
         return cls(cache_folder(), parse_size(limit) if limit else LIMIT_BYTES)
 

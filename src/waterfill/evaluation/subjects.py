@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from waterfill.base.dtypes import WEIGHT_DTYPES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.reading import read_small, read_text
 from waterfill.evaluation.llamacpp import SUFFIX, GgufModel, GgufTokenizer
-from waterfill.evaluation.text import positions
 from waterfill.files.artifact import open_artifact
 from waterfill.files.artifact.manifest import MANIFEST
 from waterfill.files.checkpoint import CONFIG, QUANT_METHOD, open_checkpoint
+from waterfill.files.context import context_length
 from waterfill.files.original import load_tokenizer, measuring_dtype, model_of
 from waterfill.running.loading import load, load_checkpoint_in
 
@@ -130,7 +129,7 @@ class GgufSubject(Subject):
         super().__init__()
         self._model = GgufModel(path)  # mapped: costs little until it computes
         self.path, self.size_bytes, self.weights = path, self._model.size_bytes, self._model.weights
-        self.positions = positions(self._model)
+        self.positions = context_length(self._model.config)
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -178,4 +177,4 @@ def _positions(path: Path) -> int | None:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise WaterfillError(f"transformers does not know the model of {path} ({error}); check its {CONFIG}") from error
-    return positions(SimpleNamespace(config=config))
+    return context_length(config)

@@ -70,7 +70,8 @@ def names_of(tasks: str | Sequence[str]) -> tuple[str, ...]:
 def task_specs(names: Iterable[str]) -> list[str | dict[str, Any]]:
     """What the harness understands: names of its own tasks as they are, presets as theirs, files as configurations.
 
-    Raises WaterfillError for a file that holds no task, or two of one name.
+    Raises:
+        WaterfillError: a file that holds no task, or two of one name.
     """
     specs: list[str | dict[str, Any]] = []
     for name in names:
@@ -103,7 +104,8 @@ def run_tasks(
         journal: file for answers, so that an interrupted run continues; removed at the end.
         progress: called with (kind of request, done, in all).
 
-    Raises WaterfillError where the harness is missing, knows no such task, or cannot get its data.
+    Raises:
+        WaterfillError: the harness is missing, knows no such task, or cannot get its data.
     """
     lm_eval = _harness()
     from lm_eval.tasks import TaskManager
@@ -121,7 +123,7 @@ def run_tasks(
         journal.parent.mkdir(parents=True, exist_ok=True)
     try:
         with without_bars():
-            found = lm_eval.simple_evaluate(
+            results = lm_eval.simple_evaluate(
                 model=harness_model(model, tokenizer, batch, progress),
                 tasks=list(specs),
                 task_manager=manager,
@@ -143,7 +145,7 @@ def run_tasks(
         for file in journal.parent.glob(f"{journal.name}*"):
             file.unlink()
     return TaskResults(
-        scores=tuple(_scores(found)),
+        scores=tuple(_scores(results)),
         lm_eval=metadata.version("lm_eval"),
         limit=limit,
         batch=batch,
@@ -152,10 +154,10 @@ def run_tasks(
     )
 
 
-def _scores(found: Mapping[str, Any]) -> Iterable[TaskScore]:
-    for task, figures in {**found["results"], **found.get("groups", {})}.items():
-        counts = found.get("n-samples", {}).get(task, {})
-        version = found.get("versions", {}).get(task)
+def _scores(results: Mapping[str, Any]) -> Iterable[TaskScore]:
+    for task, figures in {**results["results"], **results.get("groups", {})}.items():
+        counts = results.get("n-samples", {}).get(task, {})
+        version = results.get("versions", {}).get(task)
         for key, value in figures.items():
             metric, _, filtered = key.partition(",")
             if key in _COLUMNS or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -167,8 +169,8 @@ def _scores(found: Mapping[str, Any]) -> Iterable[TaskScore]:
                 filter=filtered or "none",
                 value=float(value),
                 stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                higher_is_better=found.get("higher_is_better", {}).get(task, {}).get(metric),
-                shots=found.get("n-shot", {}).get(task),
+                higher_is_better=results.get("higher_is_better", {}).get(task, {}).get(metric),
+                shots=results.get("n-shot", {}).get(task),
                 samples=counts.get("effective"),
                 version=None if version is None else str(version),
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from waterfill.base import reading
 from waterfill.base.errors import WaterfillError
+from waterfill.files.context import context_length
 from waterfill.files.settings.tokenizing import in_words
 
 USUAL_CONTEXT = 2048  # of the published WikiText-2 figures
@@ -40,14 +41,8 @@ def begin_token(tokenizer: Any) -> int | None:
 
 
 def default_context(model: Any) -> int:
-    """Tokens per window when none are asked for: 2048, or the model's number of positions if it has fewer."""
-    return min(USUAL_CONTEXT, positions(model) or USUAL_CONTEXT)
-
-
-def positions(model: Any) -> int | None:
-    """The longest sequence that the model's configuration allows, in tokens; None when it states none."""
-    count = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(count) if count else None
+    """Tokens per window when none are asked for: 2048, or the model's context if that is less, and stated."""
+    return min(USUAL_CONTEXT, context_length(model.config) or USUAL_CONTEXT)
 
 
 def windows(ids: Tensor, context: int) -> Tensor:

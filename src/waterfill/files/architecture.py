@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from waterfill.base.errors import CheckpointError
 from waterfill.files.checkpoint import Checkpoint, check_finite
 from waterfill.files.experts import fused_experts
-from waterfill.files.skeleton import Part, Stored, build_skeleton, locate, shape_of, superfluous
+from waterfill.files.skeleton import ModelTensor, Part, build_skeleton, locate, shape_of, superfluous
 
 # A smaller matrix saves fewer bytes than its scales and its entries in the artifact cost, give or take.
 MIN_IN_FEATURES = 32
@@ -32,12 +32,12 @@ MIN_WEIGHTS = 1024
 
 Role = Literal["linear", "embedding", "head", "expert"]
 
-Kept: TypeAlias = Stored
+Kept: TypeAlias = ModelTensor
 """A tensor that stays as it is stored."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowRun:
     """A run of a matrix's rows as the checkpoint holds it: tensor `source`, or `source[expert]` where that is 3-D, from
     its row `start` on. It is `[rows, in]`, or `[in, rows]` where `transposed`."""
 
@@ -63,7 +63,7 @@ class Matrix:
     shape: tuple[int, int]
     dtype: str
     role: Role
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowRun, ...]
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def _roles(model: Any) -> dict[str, tuple[Role, bool]]:
     return roles
 
 
-def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bool) -> list[Matrix]:
+def _matrices(checkpoint: Checkpoint, tensor: ModelTensor, role: Role, transposed: bool) -> list[Matrix]:
     """The matrices that a parameter consists of: one, or one per expert; none if they are too small to be worth it."""
     *_, rows, columns = tensor.shape
     shape = (columns, rows) if transposed else (rows, columns)
@@ -166,8 +166,8 @@ def _matrices(checkpoint: Checkpoint, tensor: Stored, role: Role, transposed: bo
 
 
 def _pieces(
-    checkpoint: Checkpoint, tensor: Stored, parts: tuple[Part, ...], expert: int | None, transposed: bool
-) -> tuple[Piece, ...]:
+    checkpoint: Checkpoint, tensor: ModelTensor, parts: tuple[Part, ...], expert: int | None, transposed: bool
+) -> tuple[RowRun, ...]:
     if (transposed or expert is not None) and not (len(parts) == 1 and parts[0].whole):
         source = parts[0].source
         raise CheckpointError(
@@ -177,7 +177,7 @@ def _pieces(
         )
     row_axis = -1 if transposed else -2
     return tuple(
-        Piece(part.source, expert, transposed, shape_of(checkpoint, part)[row_axis], part.start) for part in parts
+        RowRun(part.source, expert, transposed, shape_of(checkpoint, part)[row_axis], part.start) for part in parts
     )
 
 

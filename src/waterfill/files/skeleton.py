@@ -1,6 +1,6 @@
 """The model without its weights, and where on disk each of its tensors lies.
 
-    checkpoint ──► build_skeleton ──► transformers model on the meta device ──► locate ──► Stored per tensor, in order
+    checkpoint ──► build_skeleton ──► transformers model on the meta device ──► locate ──► ModelTensors, in order
 
 Names on disk are not always the model's: prefixes come and go, and many mixtures of experts store one 2-D tensor per
 expert where the model has one fused 3-D parameter. transformers' own conversion tables say how one follows from the
@@ -54,7 +54,7 @@ _COMPARED_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Stored:
+class ModelTensor:
     """A tensor of the model by its state-dict name, with its shape there, its safetensors dtype and its sources."""
 
     name: str
@@ -107,7 +107,7 @@ def _check_causal(checkpoint: Checkpoint, config: Any) -> None:
         )
 
 
-def locate(model: Any, checkpoint: Checkpoint) -> tuple[tuple[Stored, ...], tuple[str, ...], tuple[str, ...]]:
+def locate(model: Any, checkpoint: Checkpoint) -> tuple[tuple[ModelTensor, ...], tuple[str, ...], tuple[str, ...]]:
     """Parameters and persistent buffers of a skeleton in execution order, the checkpoint tensors that it does not use,
     and its buffers that the checkpoint lacks, which the model sets itself.
 
@@ -239,7 +239,7 @@ def _blocks(checkpoint: Checkpoint, part: Part) -> Iterator[torch.Tensor]:
         yield checkpoint.read(part.source, slice(start, min(start + _COMPARED_ROWS, stop)))
 
 
-def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, groups: Groups) -> Stored:
+def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, groups: Groups) -> ModelTensor:
     """`groups` as the place of `tensor`, if they have its shape and one dtype that a parameter, or buffer, may have."""
     permitted = WEIGHT_DTYPES if isinstance(tensor, nn.Parameter) else tuple(ITEM_BYTES)
     infos = [[checkpoint.tensors[part.source] for part in group] for group in groups]
@@ -263,7 +263,7 @@ def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, group
             f"{name!r}, does not lead to the shape {list(tensor.shape)} that {CONFIG} calls for: expected the config "
             "and all weights of one model."
         )
-    return Stored(name, tuple(tensor.shape), first.dtype, groups)
+    return ModelTensor(name, tuple(tensor.shape), first.dtype, groups)
 
 
 def shape_of(checkpoint: Checkpoint, part: Part) -> tuple[int, ...]:

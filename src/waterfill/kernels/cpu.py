@@ -8,14 +8,13 @@ the same in torch). `WATERFILL_ACTIVATIONS=float` keeps them, for exactness, muc
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
 from waterfill.base.native import DTYPES as LAZY_DTYPES
-from waterfill.base.native import MatrixView, Native, library
+from waterfill.base.native import MatrixView, Native, addresses_of, library, matrices_of
 from waterfill.base.native import float_activations as float_activations
 from waterfill.codecs import MemoryForm
 from waterfill.codecs.indices import radix_word
@@ -29,20 +28,20 @@ def arrange(packed: Packed, isa: str) -> Packed:
     """A matrix as stored -> in the layout of an instruction set, in new memory of about the same size."""
     native, (out_features, width) = _native(), packed.shape
     codec = packed.codec
-    codes = torch.empty(native.codes_bytes(codec.p, codec.n, out_features, width), dtype=torch.uint8)
-    scales = torch.empty(native.scales_count(out_features, width), dtype=torch.float16)
+    codes_bytes = native.codes_bytes(p=codec.p, n=codec.n, rows=out_features, width=width)
+    codes = torch.empty(codes_bytes, dtype=torch.uint8)
+    scales = torch.empty(native.scales_count(rows=out_features, width=width), dtype=torch.float16)
     from_scales, from_codes = packed.scales.contiguous(), packed.codes.contiguous()  # alive until they are read
     stored = _view(from_scales, from_codes, codec, packed.exponent, packed.shape, isa)
     count, width_bytes = radix_word(codec.n) or (0, 0)
-    native.call(
-        "arrange",
+    native.arrange(
         native.isas[isa],
         stored,
-        count,
-        width_bytes,
-        codec.row_bytes(width),
-        codes.data_ptr(),
-        scales.data_ptr(),
+        word_indices=count,
+        word_bytes=width_bytes,
+        row_bytes=codec.row_bytes(width),
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
     )
     return Packed(codec, scales, codes, packed.exponent, packed.shape, isa)
 
@@ -66,12 +65,11 @@ def matmul_many(x: torch.Tensor, matrices: Sequence[Packed]) -> list[torch.Tenso
     views = [view_of(packed) for packed in matrices]
     if exact:
         for view, y in zip(views, outputs, strict=True):
-            native.call("matmul_float", isa, view, x.data_ptr(), DTYPES[x.dtype], x.shape[0], y.data_ptr())
+            places = x.data_ptr(), y.data_ptr()
+            native.matmul_float(isa, view, *places, dtype=DTYPES[x.dtype], tokens=x.shape[0])
         return outputs
-    count = len(matrices)
-    pointers = (ctypes.POINTER(MatrixView) * count)(*(ctypes.pointer(view) for view in views))
-    results = (ctypes.c_void_p * count)(*(y.data_ptr() for y in outputs))
-    native.call("matmul", isa, pointers, count, x.data_ptr(), DTYPES[x.dtype], x.shape[0], results)
+    results = addresses_of([y.data_ptr() for y in outputs])
+    native.matmul(isa, matrices_of(views), x.data_ptr(), results, dtype=DTYPES[x.dtype], tokens=x.shape[0])
     return outputs
 
 
@@ -84,7 +82,7 @@ def rows(packed: Packed, ids: torch.Tensor, *, rotated: bool = False) -> torch.T
         raise IndexError(f"row {int(ids.min())} or {int(ids.max())} is outside a matrix of {out_features} rows")
     out = torch.empty(len(ids), width, dtype=torch.float32)
     isa = native.isas[packed.layout]
-    native.call("rows", isa, view_of(packed), ids.data_ptr(), len(ids), int(rotated), out.data_ptr())
+    native.rows(isa, view_of(packed), ids.data_ptr(), out.data_ptr(), count=len(ids), rotated=rotated)
     return out
 
 

@@ -50,7 +50,6 @@ class DecoderLayer:
             **{name: ctypes.pointer(view) for name, view in self._views.items()},
             **{name: Vector(vector.data_ptr(), vector.numel()) for name, vector in vectors.items()},
         )
-        self._reference = ctypes.byref(self._layer)
         self._native, self._isa = native, native.isas[matrices["q"].layout]
         self.head_dim, self.dtype = head_dim, dtype
 
@@ -68,17 +67,16 @@ class DecoderLayer:
         """
         out = torch.empty_like(hidden)
         cosine, sine = rotary
-        self._native.call(
-            "decode_layer",
+        self._native.decode_layer(
             self._isa,
-            self._reference,
+            self._layer,
             hidden.data_ptr(),
-            cosine.data_ptr(),
-            sine.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[2],
-            position,
             out.data_ptr(),
+            cosine=cosine.data_ptr(),
+            sine=sine.data_ptr(),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            capacity=keys.shape[2],
+            position=position,
         )
         return out

@@ -61,7 +61,10 @@ def allocate(menus: Sequence[Sequence[Choice]], budget_bytes: int, *, ties: Sequ
 
     `ties` are groups of tensors (indices into `menus`) that must take the same menu index: menus of one length, and no
     tensor in two groups. An exact result never loses more than that of a smaller budget.
-    Raises BudgetError if the smallest choices exceed the budget, WaterfillError for an unusable menu or tie.
+
+    Raises:
+        BudgetError: the smallest choices exceed the budget.
+        WaterfillError: a menu or tie is unusable.
     """
     return _Task.of(menus, ties).allocate(budget_bytes)
 

@@ -36,7 +36,8 @@ class Budget:
 def parse_size(text: str | float) -> int:
     """'2.5GB', '800 MiB', '1e9', 10**9 -> bytes. kB, MB and GB are powers of 1000; KiB, MiB and GiB of 1024.
 
-    Raises BudgetError for anything else.
+    Raises:
+        BudgetError: it is anything else.
     """
     written = text if isinstance(text, str) else str(text)
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", written)

@@ -25,7 +25,7 @@ _PRODUCTS = {"linear": (0, 1), "embedding": (0, 1), "matmul": (0, 1), "mm": (0, 
 
 
 @dataclass(frozen=True)
-class Sample:
+class ProbePass:
     """One pass: raw estimates per tensor, and how many tokens came by it."""
 
     alpha: dict[str, float]
@@ -34,7 +34,7 @@ class Sample:
     nll: float
 
 
-def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
+def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> ProbePass:
     """Gradients of one sampled labelling of `part`, int64 `[sequences, length]`; their parameters must require them."""
     alpha: dict[str, float] = {}
     beta: dict[str, float] = {}
@@ -70,7 +70,7 @@ def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gene
     for matrix in matrices:  # no gradient comes to what no token came by
         alpha.setdefault(matrix.name, 0.0)
         beta.setdefault(matrix.name, 0.0)
-    return Sample(alpha, beta, arrivals.tokens(beta, positions), nll)
+    return ProbePass(alpha, beta, arrivals.tokens(beta, positions), nll)
 
 
 class _Arrivals(TorchFunctionMode):
@@ -113,7 +113,7 @@ def check_probabilities(p: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def perturb_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> Sample:
+def perturb_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> ProbePass:
     """KL on `part`, int64 `[sequences, length]`, as one matrix after the other is disturbed."""
     parameters = parameters_of(model)
     with _Arrivals(parameters, matrices) as arrivals:
@@ -124,7 +124,7 @@ def perturb_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, gen
         weight = matrix_view(parameters[matrix.parameter], matrix)
         alpha[matrix.name], beta[matrix.name] = _perturb(model, part, reference, weight, generator)
     nll = -float(reference.gather(1, part[:, 1:].reshape(-1, 1)).mean())
-    return Sample(alpha, beta, arrivals.tokens(beta, len(reference)), nll)
+    return ProbePass(alpha, beta, arrivals.tokens(beta, len(reference)), nll)
 
 
 def _perturb(

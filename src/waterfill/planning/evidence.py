@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from waterfill.base.errors import WaterfillError
-from waterfill.files.architecture import Matrix
+from waterfill.planning.inventory import PlannedMatrix
 from waterfill.planning.loss import Coefficients
 
 HALF = 64  # tokens that make a measurement count as much as the prior, of a matrix that few of all tokens reach
@@ -35,17 +35,18 @@ class Evidence:
     like: str | None = None  # the matrices that the rest is taken from, in words or as a pattern of names
 
 
-def weigh(matrices: Sequence[Matrix], found: Mapping[str, Coefficients], tokens: int) -> dict[str, Evidence]:
-    """Evidence by name of all matrices of which a probe of `tokens` predicted positions has `found` something.
+def weigh(matrices: Sequence[PlannedMatrix], measured: Mapping[str, Coefficients], tokens: int) -> dict[str, Evidence]:
+    """Evidence by name of all matrices that a probe of `tokens` predicted positions has `measured`.
 
-    Raises WaterfillError when it reached none of them.
+    Raises:
+        WaterfillError: it reached none of them.
     """
-    known = [matrix for matrix in matrices if matrix.name in found]
-    usual = _Usual(known, found)
-    return {matrix.name: _weighed(matrix, found[matrix.name], tokens, usual) for matrix in known}
+    known = [matrix for matrix in matrices if matrix.name in measured]
+    usual = _Usual(known, measured)
+    return {matrix.name: _weighed(matrix, measured[matrix.name], tokens, usual) for matrix in known}
 
 
-def _weighed(matrix: Matrix, c: Coefficients, tokens: int, usual: _Usual) -> Evidence:
+def _weighed(matrix: PlannedMatrix, c: Coefficients, tokens: int, usual: _Usual) -> Evidence:
     if c.tokens is None or c.tokens >= tokens:
         return Evidence(c)
     share = c.tokens / (c.tokens + HALF * (1 - c.tokens / tokens))
@@ -57,10 +58,10 @@ def _weighed(matrix: Matrix, c: Coefficients, tokens: int, usual: _Usual) -> Evi
 class _Usual:
     """Mean alpha and beta per weight of the matrices that were reached, by every kind that they belong to."""
 
-    def __init__(self, matrices: Sequence[Matrix], found: Mapping[str, Coefficients]) -> None:
+    def __init__(self, matrices: Sequence[PlannedMatrix], measured: Mapping[str, Coefficients]) -> None:
         gathered: dict[str, list[tuple[float, float]]] = {}
         for matrix in matrices:
-            c, weights = found[matrix.name], math.prod(matrix.shape)
+            c, weights = measured[matrix.name], math.prod(matrix.shape)
             if c.tokens != 0:
                 for kind in _kinds(matrix):
                     gathered.setdefault(kind, []).append((max(c.alpha, 0.0) / weights, max(c.beta, 0.0) / weights))
@@ -68,7 +69,7 @@ class _Usual:
             kind: [math.fsum(v) / len(v) for v in zip(*all_, strict=True)] for kind, all_ in gathered.items()
         }
 
-    def of(self, matrix: Matrix) -> tuple[float, float, str]:
+    def of(self, matrix: PlannedMatrix) -> tuple[float, float, str]:
         """alpha, beta, and the closest kind that they are of."""
         kind = next((kind for kind in _kinds(matrix) if kind in self._means), None)
         if kind is None:
@@ -81,7 +82,7 @@ class _Usual:
         return alpha * weights, beta * weights, kind
 
 
-def _kinds(matrix: Matrix) -> Iterator[str]:
+def _kinds(matrix: PlannedMatrix) -> Iterator[str]:
     """From the closest to the widest."""
     parts = matrix.name.split(".")
     for i in reversed(range(len(parts))):

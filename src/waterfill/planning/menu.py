@@ -16,11 +16,11 @@ from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import GRIDS, LOSSLESS, MENUS, MenuPoint, Rates, get_codec, rates_of
 from waterfill.codecs.integers import register_table
-from waterfill.files.architecture import Architecture, Kept, Matrix
 from waterfill.files.artifact import RAW
 from waterfill.files.artifact.format import is_packed
 from waterfill.files.artifact.header import reserved_bytes
 from waterfill.planning.allocate import Choice
+from waterfill.planning.inventory import Inventory, KeptTensor, PlannedMatrix
 from waterfill.planning.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
 from waterfill.planning.plan import KeptPlan, TensorPlan, kept_spec
 
@@ -37,7 +37,7 @@ PURPOSES: Mapping[Purpose, tuple[str, ...]] = {purpose: MENUS[purpose] for purpo
 class Menus:
     """One menu per matrix, in execution order."""
 
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[PlannedMatrix, ...]
     coefficients: tuple[Coefficients, ...]
     points: tuple[tuple[MenuPoint, ...], ...]
     choices: tuple[tuple[Choice, ...], ...]
@@ -79,15 +79,15 @@ class Menus:
 
 
 def make_menus(
-    architecture: Architecture,
+    tensors: Inventory,
     coefficients: Mapping[str, Coefficients],
     gain: Gain,
     codecs: Sequence[str] | None = None,
     purpose: Purpose = "storage",
 ) -> Menus:
     """Menus of all matrices, of the codecs that `codec_names` finds."""
-    matrices = architecture.matrices
-    names = codec_names(architecture, codecs, purpose)
+    matrices = tuple(tensors.matrices)
+    names = codec_names(tensors, codecs, purpose)
     if not matrices:
         raise WaterfillError("no matrix of the model is left to be packed; keep fewer tensors")
     missing = [matrix.name for matrix in matrices if matrix.name not in coefficients]
@@ -117,17 +117,17 @@ def make_menus(
 
 
 def codec_names(
-    architecture: Architecture, codecs: Sequence[str] | None = None, purpose: Purpose = "storage"
+    tensors: Inventory, codecs: Sequence[str] | None = None, purpose: Purpose = "storage"
 ) -> tuple[str, ...]:
     """What a matrix may be given: `codecs` (names, patterns, "fast", "trellis"), or what serves the purpose and `raw`,
     the matrix as it is. WaterfillError for a codec that is unknown or cannot be.
 
     `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed.
     """
-    fused = any(matrix.expert is not None for matrix in architecture.matrices)
+    fused = any(matrix.role == "expert" for matrix in tensors.matrices)
     raw = () if fused else (RAW,)
     wanted = tuple(codecs or (*PURPOSES[purpose], *raw))
-    names = _selected(wanted, (*CODECS, *raw), len(architecture.matrices))
+    names = _selected(wanted, (*CODECS, *raw), len(tensors.matrices))
     if fused and RAW in names:
         raise WaterfillError("a fused parameter cannot be packed in part, so experts cannot be raw; keep them instead")
     for name in set(names) - {RAW}:
@@ -137,7 +137,7 @@ def codec_names(
 
 def _selected(wanted: Sequence[str], menu: Sequence[str], matrices: int) -> tuple[str, ...]:
     """Codec names, each once: those of the menu that match a pattern or are "fast", others as they are given."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for name in wanted:
         if name == FAST:
             matching = [codec for codec in menu if _is_fast(codec)]
@@ -149,8 +149,8 @@ def _selected(wanted: Sequence[str], menu: Sequence[str], matrices: int) -> tupl
                 raise WaterfillError(f"no codec matches {name!r}; the menu is {', '.join(menu)}")
         else:
             matching = [name]
-        found |= dict.fromkeys(matching)
-    return tuple(found)
+        names |= dict.fromkeys(matching)
+    return tuple(names)
 
 
 def _names(rates: Rates, matrices: int) -> list[str]:
@@ -172,15 +172,15 @@ def _is_fast(name: str) -> bool:
     return codec.memory is codec and register_table(codec.memory)
 
 
-def _point(codec: str, matrix: Matrix) -> MenuPoint:
+def _point(codec: str, matrix: PlannedMatrix) -> MenuPoint:
     if codec != RAW:
         return get_codec(codec).menu_point(matrix.shape)
     item_bytes = ITEM_BYTES[matrix.dtype]
     return MenuPoint(RAW, item_bytes * math.prod(matrix.shape), 8.0 * item_bytes, 0.0)
 
 
-CodedBytes = Callable[[Kept | Matrix], int | None]
-"""How many bytes a tensor takes when it is coded losslessly; None if it cannot be."""
+CodedBytes = Callable[[str], int | None]
+"""How many bytes the tensor of a name takes when it is coded losslessly; None if it cannot be."""
 
 
 def planned_kl(tensor: TensorPlan, coefficients: Coefficients, rho: float) -> float:
@@ -191,22 +191,22 @@ def planned_kl(tensor: TensorPlan, coefficients: Coefficients, rho: float) -> fl
     return predicted_kl(coefficients, codec.distortion(tensor.shape), rho, codec.along(tensor.shape))
 
 
-def kept_plans(architecture: Architecture, coded_bytes: CodedBytes | None = None) -> tuple[KeptPlan, ...]:
+def kept_plans(tensors: Inventory, coded_bytes: CodedBytes | None = None) -> tuple[KeptPlan, ...]:
     """The tensors that stay as they are: coded losslessly where that saves bytes, raw without `coded_bytes`."""
-    return tuple(_kept_plan(kept, coded_bytes(kept) if coded_bytes else None) for kept in architecture.kept)
+    return tuple(_kept_plan(kept, coded_bytes(kept.name) if coded_bytes else None) for kept in tensors.kept)
 
 
-def _kept_plan(kept: Kept, coded: int | None) -> KeptPlan:
+def _kept_plan(kept: KeptTensor, coded: int | None) -> KeptPlan:
     raw = KeptPlan(kept.name, kept.shape, kept.dtype, ITEM_BYTES[kept.dtype] * math.prod(kept.shape))
     return replace(raw, codec=LOSSLESS, size_bytes=coded) if coded is not None and _saves(raw, coded) else raw
 
 
-def coded_where_smaller(plan: TensorPlan, matrix: Matrix, coded_bytes: CodedBytes) -> TensorPlan:
+def coded_where_smaller(plan: TensorPlan, coded_bytes: CodedBytes) -> TensorPlan:
     """A matrix that is to stay as it is, coded losslessly where that saves bytes; any other as it was planned."""
     if plan.codec != RAW:
         return plan
     raw = KeptPlan(plan.parameter, plan.stored_shape, plan.dtype, plan.size_bytes)
-    coded = coded_bytes(matrix)
+    coded = coded_bytes(plan.name)
     if coded is None or not _saves(raw, coded):
         return plan
     return replace(plan, codec=LOSSLESS, size_bytes=coded, rate_bits=8 * coded / plan.weights)

@@ -145,6 +145,11 @@ class Plan:
     unused: tuple[Unused, ...] = ()
 
     @property
+    def matrices(self) -> tuple[TensorPlan, ...]:
+        """The planned matrices: a plan is all that another plan needs to know of a model (`inventory`)."""
+        return self.tensors
+
+    @property
     def lossless(self) -> bool:
         """Whether every bit of the model is kept."""
         return "lossless" in self.budget

@@ -1,6 +1,6 @@
 """Make the plan: menus from codecs and sensitivities, an allocation under the budget, the predicted loss.
 
-    architecture + sensitivity ──► one menu per matrix ──► allocate ──► Plan
+    inventory + sensitivity ──► one menu per matrix ──► allocate ──► Plan
 
 A byte budget counts whole files, headers included, and headers depend a little on what is chosen; so the budget for the
 matrices is what the last choice's headers leave, until that settles.
@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from waterfill.base.errors import BudgetError, WaterfillError
-from waterfill.files.architecture import Architecture
 from waterfill.files.artifact import SHARD_BYTES, lay_out
 from waterfill.planning.allocate import Allocation, allocate, certificate, feasible_bytes, smallest
 from waterfill.planning.budget import Budget
 from waterfill.planning.evidence import weigh
+from waterfill.planning.inventory import Inventory
 from waterfill.planning.loss import Coefficients, Gain
 from waterfill.planning.menu import CodedBytes, Menus, Purpose, coded_where_smaller, kept_plans, make_menus, planned_kl
 from waterfill.planning.plan import KeptPlan, Plan, Prediction, TensorPlan
@@ -36,9 +36,8 @@ ROUNDS = 8  # of settling headers against choices; two or three are enough in pr
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks of a plan, beside the model."""
+    """What the user asks of a plan, beside the model and the budget."""
 
-    budget: Budget
     gain: Gain = "auto"
     keep: tuple[str, ...] = ()
     ties: tuple[str, ...] = ()  # each "PATTERN,PATTERN": matching matrices of one parent module share a codec
@@ -48,11 +47,15 @@ class Request:
     shard_bytes: int = SHARD_BYTES
 
 
+USUAL = Request()
+
+
 def make_plan(
     model: str,
-    architecture: Architecture,
+    tensors: Inventory,
     sensitivity: Sensitivity,
-    request: Request,
+    budget: Budget,
+    request: Request = USUAL,
     coded_bytes: CodedBytes | None = None,
 ) -> Plan:
     """The plan of least predicted loss within the budget. With `coded_bytes`, what stays as it is is coded losslessly
@@ -62,39 +65,38 @@ def make_plan(
         BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
         WaterfillError: no matrix is left to pack, the sensitivities lack one, or a tie cannot be.
     """
-    evidence = weigh(architecture.matrices, sensitivity.tensors, sensitivity.tokens)
-    coefficients = {name: found.coefficients for name, found in evidence.items()}
-    menus = make_menus(architecture, coefficients, request.gain, request.codecs, request.purpose)
-    solver = _Solver(menus, kept_plans(architecture, coded_bytes), _ties(menus, request), request)
+    evidence = weigh(tensors.matrices, sensitivity.tensors, sensitivity.tokens)
+    coefficients = {name: entry.coefficients for name, entry in evidence.items()}
+    menus = make_menus(tensors, coefficients, request.gain, request.codecs, request.purpose)
+    solver = _Solver(menus, kept_plans(tensors, coded_bytes), _ties(menus, request), budget, request.shard_bytes)
     allocation = solver.solve()
-    tensors = solver.refined(allocation)
+    planned = solver.refined(allocation)
     if coded_bytes is not None:
-        pairs = zip(tensors, menus.matrices, strict=True)
-        tensors = tuple(coded_where_smaller(tensor, matrix, coded_bytes) for tensor, matrix in pairs)
-    optimal = _how_good(allocation, tensors, menus.tensors(allocation.choices))
-    tensors = tuple(replace(t, measured=evidence[t.name].measured, like=evidence[t.name].like) for t in tensors)
+        planned = tuple(coded_where_smaller(tensor, coded_bytes) for tensor in planned)
+    optimal = _how_good(allocation, planned, menus.tensors(allocation.choices))
+    planned = tuple(replace(t, measured=evidence[t.name].measured, like=evidence[t.name].like) for t in planned)
     return Plan(
         model=model,
         fingerprint=sensitivity.fingerprint,
-        budget={key: value for key, value in vars(request.budget).items() if value is not None},
+        budget={key: value for key, value in vars(budget).items() if value is not None},
         gain=request.gain,
         probe={"method": sensitivity.method, **sensitivity.probe},
         keep=request.keep,
         shard_bytes=request.shard_bytes,
-        size_bytes=solver.bytes_of(tensors),
-        bits=8 * sum(tensor.size_bytes for tensor in tensors) / menus.weights,
-        predicted=predict(tensors, sensitivity),
-        tensors=tensors,
+        size_bytes=solver.bytes_of(planned),
+        bits=8 * sum(tensor.size_bytes for tensor in planned) / menus.weights,
+        predicted=predict(planned, sensitivity),
+        tensors=planned,
         kept=solver.kept,
         optimal=optimal,
     )
 
 
 def make_lossless_plan(
-    model: str, architecture: Architecture, fingerprint: str, coded_bytes: CodedBytes, shard_bytes: int = SHARD_BYTES
+    model: str, tensors: Inventory, fingerprint: str, coded_bytes: CodedBytes, shard_bytes: int = SHARD_BYTES
 ) -> Plan:
-    """The plan that keeps every bit, of an architecture all of whose tensors are kept (`EVERYTHING`)."""
-    kept = kept_plans(architecture, coded_bytes)
+    """The plan that keeps every bit, of a model all of whose tensors are kept (`EVERYTHING`)."""
+    kept = kept_plans(tensors, coded_bytes)
     return Plan(
         model=model,
         fingerprint=fingerprint,
@@ -154,10 +156,11 @@ class _Solver:
     menus: Menus
     kept: tuple[KeptPlan, ...]
     ties: tuple[tuple[int, ...], ...]
-    request: Request
+    budget: Budget
+    shard_bytes: int
 
     def solve(self) -> Allocation:
-        budget = self.request.budget
+        budget = self.budget
         if budget.max_kl is not None:
             return smallest(self.menus.choices, budget.max_kl, ties=self.ties)
         if budget.bits is not None:
@@ -167,7 +170,7 @@ class _Solver:
 
     def refined(self, allocation: Allocation) -> tuple[TensorPlan, ...]:
         """The allocation with the rates that a menu cannot name."""
-        budget, chosen = self.request.budget, allocation.choices
+        budget, chosen = self.budget, allocation.choices
         if budget.max_kl is not None:
             return self.menus.plans(refine(self.menus, chosen, self.ties, max_kl=budget.max_kl))
         if budget.bits is not None:
@@ -184,7 +187,7 @@ class _Solver:
     def bytes_of(self, tensors: Sequence[TensorPlan]) -> int:
         """The same, of plans."""
         specs = [*(kept.spec() for kept in self.kept), *(tensor.spec() for tensor in tensors)]
-        return lay_out(specs, shard_bytes=self.request.shard_bytes).size_bytes
+        return lay_out(specs, shard_bytes=self.shard_bytes).size_bytes
 
     def _within_payload(self, limit: int, asked: str) -> Allocation:
         least, most = feasible_bytes(self.menus.choices, ties=self.ties)
@@ -204,7 +207,7 @@ class _Solver:
             allocate(self.menus.choices, payload, ties=self.ties)
             for payload in feasible_bytes(self.menus.choices, ties=self.ties)
         )
-        smallest_bytes, largest_bytes = (self.artifact_bytes(found.choices) for found in (least, most))
+        smallest_bytes, largest_bytes = (self.artifact_bytes(allocation.choices) for allocation in (least, most))
         if limit < smallest_bytes:
             raise BudgetError(
                 f"--size {limit:,} bytes is less than this model needs: the smallest feasible artifact has "
@@ -217,10 +220,10 @@ class _Solver:
         best = least
         around = smallest_bytes - least.size_bytes
         for _ in range(ROUNDS):
-            found = allocate(self.menus.choices, max(limit - around, least.size_bytes), ties=self.ties)
-            settled = self.artifact_bytes(found.choices) - found.size_bytes
-            if found.size_bytes + settled <= limit:
-                best = min(best, found, key=lambda allocation: allocation.loss)
+            trial = allocate(self.menus.choices, max(limit - around, least.size_bytes), ties=self.ties)
+            settled = self.artifact_bytes(trial.choices) - trial.size_bytes
+            if trial.size_bytes + settled <= limit:
+                best = min(best, trial, key=lambda allocation: allocation.loss)
                 if settled >= around:
                     break
             around = settled

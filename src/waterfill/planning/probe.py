@@ -17,6 +17,7 @@ import torch
 from waterfill.base import reading
 from waterfill.base.errors import WaterfillError, unknown_token
 from waterfill.base.progress import Step
+from waterfill.files.context import context_length
 from waterfill.files.model_calls import read_on
 from waterfill.files.settings.tokenizing import in_words
 from waterfill.planning.estimators import check_probabilities
@@ -56,7 +57,7 @@ class Probe:
 
 def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Step | None = None) -> torch.Tensor:
     """int64 `[sequences, length]`, deterministic for a seed. `tokenizer` is needed for text only."""
-    length = min(probe.length, max_positions(model.config))
+    length = min(probe.length, context_length(model.config) or probe.length)
     if probe.kind == "self":
         return _sample(model, probe.sequences, length, _generator(probe), progress)
     vocabulary = _vocabulary(model)
@@ -77,16 +78,6 @@ def _vocabulary(model: Any) -> int:
     rows = [len(model.get_input_embeddings().weight)]
     head = model.get_output_embeddings()
     return min(rows if head is None else [*rows, len(head.weight)])
-
-
-def max_positions(config: Any) -> int:
-    """The model's context length in tokens (unbounded when its configuration states none)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 1 << 30
 
 
 @torch.no_grad()  # not inference mode: the tokens are an input of the backward passes that follow

@@ -36,13 +36,13 @@ from waterfill.base.progress import Step
 from waterfill.base.typed import Count, Range
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.files.checkpoint import Checkpoint
-from waterfill.planning.estimators import Sample, fisher_pass, perturb_pass
+from waterfill.planning.estimators import ProbePass, fisher_pass, perturb_pass
 from waterfill.planning.loss import Coefficients
 
 Method = Literal["fisher", "perturb"]
 
 VERSION = 1
-PASSES: Mapping[Method, Callable[..., Sample]] = MappingProxyType({"fisher": fisher_pass, "perturb": perturb_pass})
+PASSES: Mapping[Method, Callable[..., ProbePass]] = MappingProxyType({"fisher": fisher_pass, "perturb": perturb_pass})
 SENSITIVITY_FILE = "waterfill-sensitivity.json"
 
 
@@ -67,11 +67,11 @@ class Sensitivity:
 
 
 def _from_json(data: dict[str, Any]) -> Sensitivity:
-    found: Sensitivity = typed.read(Sensitivity, data)
+    stored: Sensitivity = typed.read(Sensitivity, data)
     old = {name for name, fields in data["tensors"].items() if "tokens" not in fields}  # of before they were counted
     unreached = Coefficients(0.0, 0.0)
-    tensors = {n: replace(c, tokens=0) if n in old and c == unreached else c for n, c in found.tensors.items()}
-    return replace(found, tensors=tensors)
+    tensors = {n: replace(c, tokens=0) if n in old and c == unreached else c for n, c in stored.tensors.items()}
+    return replace(stored, tensors=tensors)
 
 
 def measure(
@@ -127,7 +127,7 @@ def measure(
     return Sensitivity(fingerprint, method, dict(probe or {}), nll, positions, tensors)
 
 
-def _check_finite(sample: Sample) -> None:
+def _check_finite(sample: ProbePass) -> None:
     figures = {"the model's loss on the probe": sample.nll}
     for key, values in (("alpha", sample.alpha), ("beta", sample.beta)):
         figures |= {f"{key} of {name}": value for name, value in values.items()}

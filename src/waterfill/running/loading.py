@@ -21,14 +21,15 @@ from waterfill.files.checkpoint import Checkpoint, warn_of_adapter
 from waterfill.files.original import check_generation, from_pretrained, load_original
 from waterfill.running.hf.plugin import Caller, called_by
 from waterfill.running.streaming.fit import Fit, fit, kept_size, memory_bytes, packed_names
+from waterfill.running.streaming.tuning import GIVEN, USUAL, Tuning
 
 _log = logging.getLogger(__name__)
 
 _DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
-LOADING_BYTES = 72 << 20  # what transformers takes beside files and model while it loads them
+LOADING_BYTES = 56 << 20  # what transformers takes beside files and model while it loads them
 
 
-@checked(dtype=_DTYPE)
+@checked(dtype=_DTYPE, tuning=GIVEN)
 def load(
     artifact: str | Path,
     *,
@@ -37,6 +38,7 @@ def load(
     memory: str | float | None = None,
     streamed: bool | None = None,
     logits: int = 1,
+    tuning: Tuning = USUAL,
 ) -> Any:
     """The packed model as a transformers model, ready for `generate` and pipelines; its weights stay packed.
 
@@ -49,6 +51,7 @@ def load(
         memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None.
         streamed: whether to stream; None streams what does not fit.
         logits: positions that logits are wanted of at a time, to reckon with where memory is short.
+        tuning: sizes and times of streaming; other ones are for tests and benchmarks.
 
     Raises:
         ArtifactError: torn, altered or of an unknown version.
@@ -66,26 +69,29 @@ def load(
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
     warn_of_adapter(path)
     try:
-        return _load(opened, dtype, chosen, verify=verify, logits=logits)
+        return _load(opened, dtype, chosen, verify=verify, logits=logits, tuning=tuning)
     except MemoryLimitError:
         if chosen.streamed or streamed is not None or not packed_names(opened):
             raise
     gc.collect()  # what did not fit, before it is loaded again
-    return _load(opened, dtype, fit(opened, memory, streamed=True), verify=False, logits=logits)
+    chosen = fit(opened, memory, streamed=True)
+    return _load(opened, dtype, chosen, verify=False, logits=logits, tuning=tuning)
 
 
-def _load(opened: Artifact, dtype: torch.dtype | None, chosen: Fit, *, verify: bool, logits: int) -> Any:
+def _load(
+    opened: Artifact, dtype: torch.dtype | None, chosen: Fit, *, verify: bool, logits: int, tuning: Tuning
+) -> Any:
     with called_by(Caller(verified=True, streamed=chosen.streamed)):
         model = _packed_model(opened.path, dtype, tensors=len(opened.tensors))
     model.streaming = model.memory_limit = None
     if chosen.streamed:
         from waterfill.running.hf.attach import attach
 
-        attach(model, opened, chosen, verify=verify, logits=logits)
+        attach(model, opened, chosen, verify=verify, logits=logits, tuning=tuning)
     elif chosen.binding:
         from waterfill.running.hf.attach import hold
 
-        hold(model, opened.path, chosen, logits=logits)
+        hold(model, opened.path, chosen, logits=logits, tuning=tuning)
     return model
 
 

@@ -103,8 +103,9 @@ def ids(count: int = 40) -> list[int]:
     return np.random.default_rng(count).integers(0, 97, count).tolist()  # type: ignore[no-any-return]
 
 
-def streamed(path: Path, spare_bytes: int = 200_000_000, **options: Any) -> LlamaModel:
-    return open_model(path, memory=process.resident_bytes() + spare_bytes, streamed=True, **options)
+def streamed(path: Path, keep: streams.Keep = streams.nothing) -> LlamaModel:
+    memory = process.resident_bytes() + 200_000_000
+    return open_model(path, memory=memory, streamed=True, tuning=streams.quick(keep))
 
 
 @torch.inference_mode()
@@ -165,11 +166,8 @@ def test_checkpoints_of_half_precision(packed: Packed, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("keep", KEEPS, ids=lambda keep: keep.__name__)
-def test_streamed_logits_are_those_of_the_resident_model(
-    packed: Packed, codec: str, keep: streams.Keep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    streams.quick(monkeypatch, keep)
-    resident, model = open_model(packed(codec=codec)), streamed(packed(codec=codec))
+def test_streamed_logits_are_those_of_the_resident_model(packed: Packed, codec: str, keep: streams.Keep) -> None:
+    resident, model = open_model(packed(codec=codec)), streamed(packed(codec=codec), keep)
     assert model.streaming is not None
     assert np.array_equal(resident.forward(ids(), logits=40), model.forward(ids(), logits=40))
     assert np.array_equal(resident.forward([1]), model.forward([1]))
@@ -254,10 +252,9 @@ def test_a_matrix_that_was_kept_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [-1, -2])
-def test_damage_is_found_and_the_model_can_go_on(packed: Packed, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+def test_damage_is_found_and_the_model_can_go_on(packed: Packed, place: int) -> None:
     """In the head, or in a layer, whose exception comes through the library's call of a callback. The next pass starts
     afresh."""
-    streams.quick(monkeypatch)
     model = streamed(packed())
     assert model.streaming is not None
     before = model.forward([1, 2, 3])
@@ -276,7 +273,6 @@ def test_damage_is_found_and_the_model_can_go_on(packed: Packed, monkeypatch: py
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_as_the_library_calls_back(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes before the callback's first line can catch it: the pass ends, and is not taken for whole."""
-    streams.quick(monkeypatch)
     multiply, calls = Streamed._multiply, list[int]()
 
     def interrupted(self: Streamed, *given: Any) -> None:
@@ -309,23 +305,22 @@ def test_digests_are_compared(packed: Packed, tmp_path: Path, memory: str | None
         open_model(copy, memory=memory, streamed=memory is not None)
 
 
-def test_too_little_memory_says_how_much_is_needed(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    streams.quick(monkeypatch)
+def test_too_little_memory_says_how_much_is_needed(packed: Packed) -> None:
+    tuning = streams.quick()
     with pytest.raises(MemoryLimitError, match=r"1 MB are too little .* streamed, it takes \d+ MB at least") as raised:
-        open_model(packed(), memory="1MB")
-    model = open_model(packed(), memory=raised.value.smallest_bytes + 8_000_000, streamed=True)
+        open_model(packed(), memory="1MB", tuning=tuning)
+    model = open_model(packed(), memory=raised.value.smallest_bytes + 8_000_000, streamed=True, tuning=tuning)
     assert model.forward(ids()).shape == (1, 97)
     assert model.streaming is not None
     model.streaming.close()
 
 
 def test_kept_weights_make_room_for_long_prompts_and_come_back(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    streams.quick(monkeypatch, streams.mixed)
-    model, tokens = streamed(packed()), ids(100)
+    model, tokens = streamed(packed(), streams.mixed), ids(100)
     streaming = model.streaming
     assert streaming is not None
     kept, before = streaming.summary().kept_bytes, model.forward(tokens, logits=3)
-    taken = streaming._limit_bytes - kept // 2
+    taken = streaming.limit_bytes - kept // 2
     each = kept // 100  # so that a hundred tokens take half of what is kept
     monkeypatch.setattr(process, "resident_bytes", lambda: taken)
     assert model._limit is not None

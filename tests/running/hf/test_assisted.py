@@ -65,11 +65,9 @@ def telling(model: Any, draft: Any) -> tuple[torch.Tensor, dict[tuple[int, ...],
 
 
 @pytest.mark.parametrize("way", ["draft", "lookup"])
-def test_samples_follow_the_models_own_distribution(
-    artifacts: tuple[Path, Path], way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    streams.quick(monkeypatch, streams.decoded)
-    model, draft = streams.load(artifacts[0], dtype=torch.float32), waterfill.load(artifacts[1], dtype=torch.float32)
+def test_samples_follow_the_models_own_distribution(artifacts: tuple[Path, Path], way: str) -> None:
+    model = streams.load(artifacts[0], streams.decoded, dtype=torch.float32)
+    draft = waterfill.load(artifacts[1], dtype=torch.float32)
     model.generation_config.eos_token_id = draft.generation_config.eos_token_id = None
     prompt, chances = telling(model, draft)
     options = drafted_by(draft) if way == "draft" else {"prompt_lookup_num_tokens": 3}

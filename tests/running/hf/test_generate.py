@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from waterfill.base.errors import WaterfillError
-from waterfill.running.hf.generate import Generation, Sampling, generate
+from waterfill.running.hf.generate import HfGeneration, Sampling, generate
 from waterfill.running.loading import check_generation
 
 PROMPT = "def read_file(path):\n"
@@ -160,7 +160,7 @@ def test_an_error_of_the_model_reaches_the_consumer_after_the_text_before_it(mod
     assert whole.startswith("".join(pieces))
 
 
-def first_piece(generation: Generation) -> str:
+def first_piece(generation: HfGeneration) -> str:
     for piece in generation:
         return piece
     raise AssertionError("no text was generated")

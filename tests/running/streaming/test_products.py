@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ import numpy.typing as npt
 import pytest
 
 import waterfill
-from tests.support import models, streams
+from tests.support import models
 from tests.support.plans import plan_for
 from waterfill.base import native
 from waterfill.base.errors import ArtifactError
 from waterfill.files.artifact import open_artifact
 from waterfill.planning.budget import Budget
-from waterfill.running.streaming.chunks import Chunk, ChunkData, StreamedMatrix
+from waterfill.running.streaming.chunks import Chunk, ChunkData
 from waterfill.running.streaming.products import Held, Product, Products
 from waterfill.running.streaming.storage import Slot, Storage
+from waterfill.running.streaming.tuning import Tuning
 from waterfill.running.streaming.view import Activations, View
 
 pytestmark = pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off")
@@ -75,9 +76,12 @@ class Case:
     """The matrices of a layer that multiply the same x."""
 
     def __init__(self, artifact: Path) -> None:
-        tensors = open_artifact(artifact, verify=False).tensors
+        tensors, tuning = (
+            open_artifact(artifact, verify=False).tensors,
+            Tuning(chunk_bytes=200_000, part_weights=1 << 16),
+        )
         names = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in (0, 1) for kind in ("gate", "up")]
-        self.matrices = [StreamedMatrix(tensors[name], Storage(), verify=False) for name in names]
+        self.matrices = [tuning.matrix(tensors[name], Storage(), verify=False) for name in names]
         self.x = np.random.default_rng(3).standard_normal((3, 512)).astype(np.float32)
         self.nanoseconds = np.zeros(2, np.int64)
 
@@ -104,8 +108,7 @@ class Case:
 
 
 @pytest.fixture
-def case(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    streams.quick(monkeypatch, chunk_bytes=200_000, part_weights=1 << 16)
+def case(artifact: Path) -> Case:
     return Case(artifact)
 
 
@@ -146,15 +149,19 @@ def test_an_interrupt_as_the_library_calls_back(
     case: Case, call: int, several_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes before the callback's first line can catch it: the library gets no answer."""
-    ready, calls = Products._ready, list[int]()
+    ready, calls = native.READY, list[int]()
 
-    def interrupted(self: Products, *given: Any) -> None:
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        ready(self, *given)
+    def interrupting(callback: Callable[..., None]) -> Any:
+        def interrupted(*given: Any) -> None:
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            callback(*given)
 
-    monkeypatch.setattr(Products, "_ready", interrupted)
+        return ready(interrupted)
+
+    monkeypatch.setattr(native, "READY", interrupting)
     with pytest.raises(KeyboardInterrupt):
         case.run(Source(2))
+    monkeypatch.undo()
     assert all(np.array_equal(*pair) for pair in zip(case.run(Source(2)), case.whole(), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 import time
@@ -17,10 +18,9 @@ from hypothesis import strategies as st
 
 from waterfill.base import process
 from waterfill.base.errors import ArtifactError, WaterfillError
-from waterfill.running.streaming import storage as storing
 from waterfill.running.streaming.ahead import ReadAhead
 from waterfill.running.streaming.residency import Speeds, choose
-from waterfill.running.streaming.storage import BLOCK_BYTES, Region, Slot, Storage, make_slots
+from waterfill.running.streaming.storage import BLOCK_BYTES, Region, Slot, Storage, make_slots, read_at
 
 SIZE = 300_777
 
@@ -49,15 +49,11 @@ def test_any_region_is_read(file: Path, offset: int, size: int, direct: bool) ->
 
 @given(data=st.data())
 def test_short_reads_are_gone_on_with(file: Path, data: st.DataObject) -> None:
-    whole = storing._read_at
-
     def short(descriptor: int, memory: memoryview, offset: int) -> int:
-        return whole(descriptor, memory[: max(4096, data.draw(st.integers(1, len(memory))))], offset)
+        return read_at(descriptor, memory[: max(4096, data.draw(st.integers(1, len(memory))))], offset)
 
-    storage = Storage()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storing, "_read_at", short)
-        assert storage.read(Region(file, 12_345, 60_000)) == file.read_bytes()[12_345:72_345]
+    storage = Storage(read_at=short)
+    assert storage.read(Region(file, 12_345, 60_000)) == file.read_bytes()[12_345:72_345]
     storage.close()
 
 
@@ -68,28 +64,27 @@ def test_files_that_end_early_are_named(file: Path, storage: Storage) -> None:
         storage.read(Region(file, SIZE + 9000, 10))
 
 
-def test_failing_reads_are_named(file: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_reads_are_named(file: Path, storage: Storage) -> None:
     def fail(*_: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(storing, "_read_at", fail)
+    storage.read_at = fail
     with pytest.raises(ArtifactError, match=rf"{file}: cannot read 10 bytes at byte 5 \(Input/output error\); check"):
         storage.read(Region(file, 5, 10))
     with pytest.raises(ArtifactError, match="cannot read"):
         storage.read(Region(file.with_name("absent"), 0, 10))
 
 
-def test_where_direct_reads_are_refused_ordinary_ones_do(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, storage = storing._read_at, Storage()
+def test_where_direct_reads_are_refused_ordinary_ones_do(file: Path) -> None:
     direct: list[int] = []
 
     def refuse(descriptor: int, memory: memoryview, offset: int) -> int:
-        if descriptor == storage._files.get((file, True)):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0):
             direct.append(descriptor)
             raise OSError(errno.EINVAL, "refused")
-        return whole(descriptor, memory, offset)
+        return read_at(descriptor, memory, offset)
 
-    monkeypatch.setattr(storing, "_read_at", refuse)
+    storage = Storage(read_at=refuse)
     for _ in range(2):
         assert storage.read(Region(file, 100, 5000)) == file.read_bytes()[100:5100]
     assert len(direct) <= 1, "it is not asked again"

@@ -10,8 +10,8 @@ import pytest
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 
-from waterfill.running.text.choose import Rules
 from waterfill.running.text.defaults import _HARMLESS, _LIBRARY, _OFF, Defaults, UnsupportedError, read_defaults
+from waterfill.running.text.next_token import Rules
 from waterfill.running.text.sampling import Sampling
 
 

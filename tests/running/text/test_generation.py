@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.toys import Toy
 from waterfill.base.errors import WaterfillError
 from waterfill.running.hf import generate as runtime
-from waterfill.running.text.choose import Rules, choose
 from waterfill.running.text.defaults import Defaults, read_defaults
 from waterfill.running.text.generation import Generation, generate
+from waterfill.running.text.next_token import Rules, choose_token
 from waterfill.running.text.sampling import Sampling
 from waterfill.running.text.tokenizer import Tokenizer
 from waterfill.running.text.tokenizer_files import load_tokenizer
@@ -42,7 +42,7 @@ def continued(toy: Toy, ids: Sequence[int], count: int, rules: Rules, seed: int 
     """Ids that follow, chosen one by one without any cache."""
     text, random = list(ids), np.random.default_rng(seed)
     for _ in range(count):
-        text.append(choose(toy.logits(text), text, rules, random))
+        text.append(choose_token(toy.logits(text), text, rules, random))
     return text[len(ids) :]
 
 

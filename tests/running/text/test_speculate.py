@@ -17,8 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from tests.support.toys import Toy
-from waterfill.running.text.choose import Rules, probabilities
 from waterfill.running.text.generation import generate
+from waterfill.running.text.next_token import Rules, probabilities
 from waterfill.running.text.speculate import Draft, DraftModel, Lookup, verify
 from waterfill.running.text.tokenizer import Tokenizer
 

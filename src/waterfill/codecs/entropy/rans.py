@@ -40,10 +40,8 @@ def encode(symbols: Symbols, lanes: int, frequencies: Frequencies) -> bytes:
     if library is None:
         return _encode(symbols, lanes, frequencies)
     out = np.empty(4 * lanes + 2 * len(symbols), np.uint8)
-    size = library.rans_encode(
-        symbols.ctypes.data, len(symbols), lanes, frequencies.ctypes.data, out.ctypes.data, len(out)
-    )
-    if size < 0:
+    size = library.rans_encode(symbols, out, lanes=lanes, frequencies=frequencies)
+    if size is None:
         raise ValueError("a symbol has no frequency, or the table does not sum to 4096")
     return out[:size].tobytes()
 
@@ -56,16 +54,7 @@ def decode(data: bytes | memoryview, lanes: int, frequencies: Frequencies, count
     library = native.library()
     assert library is not None
     source, out = np.frombuffer(data, np.uint8), np.empty(count, np.uint8)
-    status = library.rans_decode(
-        library.isas[isa],
-        source.ctypes.data,
-        len(source),
-        lanes,
-        frequencies.ctypes.data,
-        count,
-        out.ctypes.data,
-    )
-    if status:
+    if not library.rans_decode(library.isas[isa], source, out, lanes=lanes, frequencies=frequencies):
         raise DamagedError("the coded symbols are damaged")
     return out
 

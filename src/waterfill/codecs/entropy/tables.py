@@ -24,7 +24,8 @@ Counts = npt.NDArray[np.int64]  # [symbols]
 def from_counts(counts: Counts) -> Frequencies:
     """Frequencies with the shortest code for these counts; a symbol that occurs gets at least 1.
 
-    Raises ValueError on more than 256 symbols, or on none that occurs.
+    Raises:
+        ValueError: there are more than 256 symbols, or none that occurs.
     """
     total = int(counts.sum())
     if len(counts) > MOST_SYMBOLS or total <= 0:
@@ -97,7 +98,8 @@ def _gaussian(parameter: int, symbols: int, center: int, offset: int) -> tuple[i
 def gaussian(parameter: int, symbols: int, center: int, offset: int) -> Frequencies:
     """Frequencies of levels p = 4 (symbol - center) + offset whose probability is (parameter / 2^32)^(p^2).
 
-    Raises ValueError where that is so flat that rounding leaves the likeliest nothing, as in no code of a Gaussian.
+    Raises:
+        ValueError: it is so flat that rounding leaves the likeliest nothing, as in no code of a Gaussian.
     """
     table = np.zeros(MOST_SYMBOLS, np.uint16)
     table[:symbols] = _gaussian(parameter, symbols, center, offset)

@@ -55,9 +55,7 @@ def search(x: Floats, states: int, lanes: int, least: int, most: int) -> Levels:
     library = native.library()
     assert library is not None
     x, out = np.ascontiguousarray(x, np.float32), np.empty(len(x), np.int16)
-    library.call(
-        "trellis_search", library.isas[isa], states, x.ctypes.data, len(x), lanes, least, most, out.ctypes.data
-    )
+    library.trellis_search(library.isas[isa], x, out, states=states, lanes=lanes, least=least, most=most)
     return out
 
 

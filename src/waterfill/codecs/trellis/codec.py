@@ -122,18 +122,17 @@ class Trellis(Codec):
             return codes, scales
         library = native.library()
         assert library is not None
-        status = library.trellis_decode(
+        damaged = library.trellis_decode(
             library.isas[isa],
-            self.states,
-            int(self.wide),
-            data.data_ptr(),
-            data.numel(),
-            *shape,
-            codes.data_ptr(),
-            scales.data_ptr(),
+            data.numpy(),
+            states=self.states,
+            wide=self.wide,
+            shape=shape,
+            codes=codes.numpy(),
+            scales=scales.numpy().view(np.uint16),
         )
-        if status:
-            raise _damaged(-3 - status)
+        if damaged is not None:
+            raise _damaged(damaged)
         return codes, scales
 
 
@@ -177,7 +176,7 @@ class _Target(NamedTuple):
 
 class _Try(NamedTuple):
     nominal: float  # rate that the step was chosen for
-    coded: stream.Coded
+    coded: stream.CodedLevels
     size_bytes: int
 
 

@@ -76,7 +76,7 @@ def scale_values(codes: npt.NDArray[Any], unit: float) -> npt.NDArray[np.float16
         return np.where(codes > 0, scale, np.float32(0)).astype(np.float16)
 
 
-class Coded(NamedTuple):
+class CodedLevels(NamedTuple):
     """A stream but for its unit and scales, which follow from it."""
 
     flags: int
@@ -87,7 +87,7 @@ class Coded(NamedTuple):
     values: npt.NDArray[np.float64]  # of every symbol that was coded, what the decoder multiplies with the scale
 
 
-def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spacing: float) -> Coded:
+def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spacing: float) -> CodedLevels:
     """Code levels that were found for x.
 
     Args:
@@ -128,7 +128,7 @@ def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spaci
         with_table = True
     tables = explicit if with_table else struct.pack("<I", parameter)
     raw = pack_fields(j & ((1 << raw_bits) - 1), raw_bits)
-    return Coded(
+    return CodedLevels(
         flags=WITH_TABLE * with_table | WITH_LEVELS * bool(with_levels) | raw_bits << 4,
         symbols=symbols,
         center=center,
@@ -138,7 +138,7 @@ def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spaci
     )
 
 
-def write(coded: Coded, unit: float, scale_codes: npt.NDArray[Any], scale_bits: int) -> bytes:
+def write(coded: CodedLevels, unit: float, scale_codes: npt.NDArray[Any], scale_bits: int) -> bytes:
     """The stream's bytes."""
     head = HEADER.pack(coded.flags, coded.symbols - 1, coded.center, scale_bits, unit)
     return head + pack_fields(scale_codes.reshape(-1), scale_bits) + coded.tables + coded.payload
@@ -151,7 +151,7 @@ def read(
 
     Raises DamagedError.
     """
-    source = _Source(memoryview(data))
+    source = _ByteReader(memoryview(data))
     flags, symbols, center, scale_bits, unit = HEADER.unpack(source.take(HEADER_BYTES))
     symbols, raw_bits = symbols + 1, flags >> 4
     with_table, with_levels = bool(flags & WITH_TABLE), bool(flags & WITH_LEVELS)
@@ -199,7 +199,7 @@ def read(
     return found[: rows * width].reshape(rows, width), scales
 
 
-class _Source:
+class _ByteReader:
     def __init__(self, data: memoryview) -> None:
         self._data, self._at = data, 0
 

@@ -3,9 +3,9 @@
     source ──► nodes ──`_Meter`──► nodes that count what repeats and weigh what grows ──► Jinja's code ──► text
 
 Jinja's own sandbox keeps templates from Python's internals, not from `'a' * 10**10`, from loops in loops or from lists
-that hold one another 2^60 times. Here nothing is done without being paid for from a `Budget`: the body of a loop, macro
-or block by its nodes, each time; what is made by its weight, as a tree; what may grow beyond its arguments, before it
-is made. No clock and no process is needed, so a template that passes on one machine passes on all.
+that hold one another 2^60 times. Here nothing is done without being paid for from a `StepBudget`: the body of a loop,
+macro or block by its nodes, each time; what is made by its weight, as a tree; what may grow beyond its arguments,
+before it is made. No clock and no process is needed, so a template that passes on one machine passes on all.
 """
 
 # ruff: noqa: N802, N805, N815 - Jinja's own names: visitors are called after the nodes that they visit
@@ -37,7 +37,7 @@ _TICK, _WEIGH, _CONCAT = "#tick", "#weigh", "#concat"  # filters that `_Meter` p
 _LEFT_OUT = frozenset(["pprint", "striptags", "urlize", "wordwrap", "xmlattr"])  # for pages, with loops of their own
 
 
-class Budget:
+class StepBudget:
     """What a template may still do. `work` is in nodes of a template; values weigh one each, text by its length."""
 
     def __init__(self, *, work: int, most_text: int) -> None:
@@ -87,7 +87,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
-    def __init__(self, budget: Budget, functions: Mapping[str, Callable[..., Any]], **options: Any) -> None:
+    def __init__(self, budget: StepBudget, functions: Mapping[str, Callable[..., Any]], **options: Any) -> None:
         super().__init__(optimized=False, finalize=budget.weigh, **options)
         self.budget = budget
         del self.globals["lipsum"]
@@ -180,7 +180,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _method(self, called: Any) -> Callable[..., int] | None:
         """How long a text becomes that a method of a value makes; None for what is the template's, or a function.
 
-        Raises SecurityError for anything else.
+        Raises:
+            SecurityError: it is anything else.
         """
         if isinstance(called, self.undefined):
             return None  # and says so as it is called
@@ -263,7 +264,7 @@ def _tick(node: nodes.Node) -> nodes.Filter:
 class _Format:
     """`str.format` of a text, within bounds."""
 
-    def __init__(self, method: Callable[..., str], text: str, budget: Budget) -> None:
+    def __init__(self, method: Callable[..., str], text: str, budget: StepBudget) -> None:
         self._method, self._text, self._budget = method, text, budget
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:

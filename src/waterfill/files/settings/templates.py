@@ -19,7 +19,7 @@ from jinja2.utils import Namespace
 
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.files.settings.messages import Message, refused
-from waterfill.files.settings.sandbox import CHARACTERS, MOST_SOURCE, BoundedEnvironment, Budget
+from waterfill.files.settings.sandbox import CHARACTERS, MOST_SOURCE, BoundedEnvironment, StepBudget
 
 WORK, WORK_EACH = 2_000_000, 256  # steps of a template, and more for each few characters of a conversation
 MOST_TEXT, MOST_TIMES = 1 << 20, 16  # characters of any text it makes, and more for each of a conversation
@@ -33,8 +33,9 @@ def conversation_text(template: str, messages: Sequence[Message], special_tokens
     word: so it is given in the first form that they show. `special_tokens` are variables of the template, as
     "bos_token".
 
-    Raises WaterfillError if the template is no Jinja, fails, does more than it may, refuses the conversation, or leaves
-    out what the user says in either form.
+    Raises:
+        WaterfillError: the template is no Jinja, fails, does more than it may, refuses the conversation, or leaves out
+            what the user says in either form.
     """
     program = _Program(template, special_tokens, len(str(messages)))
     if not all(isinstance(said["content"], str) for said in messages):
@@ -64,7 +65,9 @@ class _Program:
 
     def __init__(self, template: str, special_tokens: Mapping[str, str], characters: int) -> None:
         self._variables = {"tools": None, "documents": None, "add_generation_prompt": True, **special_tokens}
-        budget = Budget(work=WORK + WORK_EACH * characters // CHARACTERS, most_text=MOST_TEXT + MOST_TIMES * characters)
+        budget = StepBudget(
+            work=WORK + WORK_EACH * characters // CHARACTERS, most_text=MOST_TEXT + MOST_TIMES * characters
+        )
         with _in_words():
             if len(template) > MOST_SOURCE:
                 raise TemplateError(f"it has more than {MOST_SOURCE} characters")
@@ -90,7 +93,7 @@ def _in_words() -> Iterator[None]:
         raise WaterfillError(f"the model's chat template fails ({first_line(error)}); change it") from error
 
 
-def _environment(budget: Budget) -> BoundedEnvironment:
+def _environment(budget: StepBudget) -> BoundedEnvironment:
     functions: dict[str, Callable[..., Any]] = {
         "raise_exception": _raise,
         "strftime_now": _now,

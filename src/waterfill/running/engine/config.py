@@ -19,11 +19,12 @@ import numpy.typing as npt
 
 from waterfill.base.errors import UnsupportedError
 from waterfill.base.native import MOST_HEAD_DIM
+from waterfill.files.llama_names import LAYER_CLASSES
 from waterfill.running.text.defaults import OPTIONS
 
 Fields = Mapping[str, Any]
 
-KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # whose layers are those of native/src/layer.cpp
+KINDS = frozenset(LAYER_CLASSES)  # whose layers are those of native/src/layer.cpp
 MOST, MOST_LAYERS = 1 << 40, 1 << 12  # of any number, so that all of them are safe to reckon with, and of layers
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _BIASES = ("q_bias", "k_bias", "v_bias", "o_bias")

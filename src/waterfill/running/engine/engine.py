@@ -12,6 +12,7 @@ from waterfill.files.settings.messages import Message
 from waterfill.running.engine.families.llama_spec import read_spec
 from waterfill.running.engine.opening import open_model
 from waterfill.running.streaming.streamer import Streamer
+from waterfill.running.streaming.tuning import GIVEN, USUAL, Tuning
 from waterfill.running.text.defaults import read_defaults
 from waterfill.running.text.generation import Generation, generate
 from waterfill.running.text.sampling import Sampling
@@ -29,6 +30,7 @@ class Engine:
         memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None.
         streamed: whether weights come from storage for every token; None streams what does not fit.
         verify: compare every byte with its digest first.
+        tuning: sizes and times of streaming; other ones are for tests and benchmarks.
 
     Raises:
         UnsupportedError: a model that takes transformers (`waterfill.load`), or no native library; says why.
@@ -36,7 +38,7 @@ class Engine:
         WaterfillError: `memory` is not a size, or too small for the model even when it is streamed.
     """
 
-    @checked()
+    @checked(tuning=GIVEN)
     def __init__(
         self,
         artifact: str | Path,
@@ -44,6 +46,7 @@ class Engine:
         memory: str | float | None = None,
         streamed: bool | None = None,
         verify: bool = True,
+        tuning: Tuning = USUAL,
     ) -> None:
         opened = open_artifact(Path(artifact), verify=False)
         if verify:
@@ -51,7 +54,7 @@ class Engine:
         read_spec(opened)  # what takes transformers is found before any weights are read
         self.defaults = read_defaults(opened.path)
         self.tokenizer = load_tokenizer(opened.path)
-        self.model = open_model(opened, memory=memory, streamed=streamed, verify=verify)
+        self.model = open_model(opened, memory=memory, streamed=streamed, verify=verify, tuning=tuning)
 
     @property
     def streaming(self) -> Streamer | None:

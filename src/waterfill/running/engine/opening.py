@@ -15,11 +15,11 @@ from waterfill.files.artifact import RAW, Artifact, open_artifact, read_bytes
 from waterfill.running.engine.families.llama import LlamaModel, working
 from waterfill.running.engine.families.llama_spec import EMBEDDING, PROJECTIONS, Spec, read_spec
 from waterfill.running.engine.weights import Floats, Resident, Streamed
-from waterfill.running.streaming.chunks import StreamedMatrix
 from waterfill.running.streaming.fit import Fit, fit, packed_names
-from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, PASS_BYTES, Limit, held_bytes, room
+from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Limit, held_bytes, room
 from waterfill.running.streaming.storage import Storage
 from waterfill.running.streaming.streamer import Streamer
+from waterfill.running.streaming.tuning import USUAL, Tuning
 
 OVERHEAD_BYTES = 12 << 20  # what the interpreter and the C library take beyond what is counted
 
@@ -31,6 +31,7 @@ def open_model(
     streamed: bool | None = None,
     verify: bool = True,
     logits: int = 1,
+    tuning: Tuning = USUAL,
 ) -> LlamaModel:
     """The packed model, without torch and transformers; the arguments are those of `waterfill.load`.
 
@@ -58,9 +59,16 @@ def open_model(
     packed = packed_names(artifact)
     vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
     if chosen.streamed:
-        return _streamed(artifact, spec, vectors, chosen, verify=verify, logits=logits)
-    limit = Limit(artifact.path, chosen.limit_bytes, texts, overhead_bytes=OVERHEAD_BYTES, binding=chosen.binding)
-    width = texts.widest(min(PASS_BYTES, chosen.spare_bytes // 4), context)
+        return _streamed(artifact, spec, vectors, chosen, verify=verify, logits=logits, tuning=tuning)
+    limit = Limit(
+        artifact.path,
+        chosen.limit_bytes,
+        texts,
+        overhead_bytes=OVERHEAD_BYTES,
+        binding=chosen.binding,
+        pass_bytes=tuning.pass_bytes,
+    )
+    width = texts.widest(min(tuning.pass_bytes, chosen.spare_bytes // 4), context)
     weights = Resident.load(artifact, spec, verify=verify)
     return LlamaModel(spec, weights, vectors, pass_tokens=width, limit=limit)
 
@@ -75,12 +83,19 @@ def _floats(artifact: Artifact, name: str, verify: bool) -> Floats:
 
 
 def _streamed(
-    artifact: Artifact, spec: Spec, vectors: dict[str, Floats], chosen: Fit, *, verify: bool, logits: int
+    artifact: Artifact,
+    spec: Spec,
+    vectors: dict[str, Floats],
+    chosen: Fit,
+    *,
+    verify: bool,
+    logits: int,
+    tuning: Tuning,
 ) -> LlamaModel:
     texts, storage = working(spec), Storage()
     try:
         matrices = {
-            name: StreamedMatrix(artifact.tensors[name], storage, verify=verify) for name in packed_names(artifact)
+            name: tuning.matrix(artifact.tensors[name], storage, verify=verify) for name in packed_names(artifact)
         }
         spare = room(
             artifact.path,
@@ -90,6 +105,7 @@ def _streamed(
             held=held_bytes() + OVERHEAD_BYTES,
             context=spec.positions,
             logits=logits,
+            slots=tuning.slots,
         )
         order = [f"model.layers.{layer}.{name}" for layer in range(spec.layers) for name in PROJECTIONS.values()]
         order.append(spec.head)
@@ -100,6 +116,7 @@ def _streamed(
             spare_bytes=spare,
             limit_bytes=chosen.limit_bytes - OVERHEAD_BYTES // 2,
             verify=verify,
+            tuning=tuning,
         )
     except BaseException:
         storage.close()
@@ -111,12 +128,13 @@ def _streamed(
         overhead_bytes=OVERHEAD_BYTES,
         streamer=streamer,
         binding=chosen.binding,
+        pass_bytes=tuning.pass_bytes,
     )
     return LlamaModel(
         spec,
         Streamed(streamer, matrices, spec),
         vectors,
-        pass_tokens=texts.widest(PASS_BYTES, LEAST_CONTEXT),
+        pass_tokens=texts.widest(tuning.pass_bytes, LEAST_CONTEXT),
         streaming=streamer,
         limit=limit,
     )

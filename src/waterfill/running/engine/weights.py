@@ -6,7 +6,6 @@ Streamed   a callback for every product; chunks come from a `Streamer`
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -77,15 +76,14 @@ class Resident:
     def rows(self, ids: npt.NDArray[np.int64]) -> Floats:
         view = self._views[EMBEDDING]
         found = np.empty((len(ids), view.width), np.float32)
-        self._library.call("rows", self._isa, view, ids.ctypes.data, len(ids), 0, found.ctypes.data)
+        self._library.rows(self._isa, view, ids.ctypes.data, found.ctypes.data, count=len(ids), rotated=False)
         return found
 
     def logits(self, x: Floats) -> Floats:
         view = self._views[self._head]
         y = np.empty((len(x), view.rows), np.float32)
-        results = (ctypes.c_void_p * 1)(y.ctypes.data)
-        matrices = (ctypes.POINTER(native.MatrixView) * 1)(ctypes.pointer(view))
-        self._library.call("matmul", self._isa, matrices, 1, x.ctypes.data, native.FLOAT32, len(x), results)
+        matrices, results = native.matrices_of([view]), native.addresses_of([y.ctypes.data])
+        self._library.matmul(self._isa, matrices, x.ctypes.data, results, dtype=native.FLOAT32, tokens=len(x))
         return y
 
     def expect(self, status: int) -> None:

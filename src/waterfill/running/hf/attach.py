@@ -12,25 +12,30 @@ from tqdm.auto import tqdm
 
 from waterfill.base import native
 from waterfill.files.artifact import Artifact, StoredTensor
+from waterfill.files.context import context_length
 from waterfill.running.hf.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, TiedLinear
-from waterfill.running.hf.source import Source
+from waterfill.running.hf.source import StreamedSource
 from waterfill.running.hf.trial import Blank, Trial, try_passes
 from waterfill.running.streaming.chunks import StreamedMatrix
 from waterfill.running.streaming.fit import Fit
 from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, OVERHEAD_BYTES, Limit, held_bytes, room
 from waterfill.running.streaming.storage import Storage
 from waterfill.running.streaming.streamer import Streamer
+from waterfill.running.streaming.tuning import USUAL, Tuning
 
 LONGEST = 1 << 17  # tokens of a prompt, unless `runtime.generate` is told how many there are
 
 
-def attach(model: Any, artifact: Artifact, chosen: Fit, *, verify: bool, logits: int = 1) -> Streamer:
+def attach(
+    model: Any, artifact: Artifact, chosen: Fit, *, verify: bool, logits: int = 1, tuning: Tuning = USUAL
+) -> Streamer:
     """Stream every packed matrix of a model that was installed with `streamed`, within a limit.
 
     Args:
         chosen: what the process may take.
         verify: compare the matrices with their digests first.
         logits: positions whose logits are computed at a time; more than one where text is scored.
+        tuning: sizes and times of streaming.
 
     Raises:
         MemoryLimitError: the limit is below what the model needs at least.
@@ -42,17 +47,16 @@ def attach(model: Any, artifact: Artifact, chosen: Fit, *, verify: bool, logits:
     trial = try_passes(model)
     storage = Storage()
     try:
-        matrices = {
-            path: StreamedMatrix(tensor, storage, verify=verify) for path, tensor in _tensors(modules, artifact)
-        }
+        matrices = {path: tuning.matrix(tensor, storage, verify=verify) for path, tensor in _tensors(modules, artifact)}
         spare = room(
             artifact.path,
             matrices.values(),
             chosen.limit_bytes,
             trial.working,
             held=held_bytes() + OVERHEAD_BYTES,
-            context=_context(model),
+            context=context_length(model.config),
             logits=logits,
+            slots=tuning.slots,
         )
         sequence, others = _order(model, modules, matrices)
         with tqdm(unit="B", unit_scale=True, desc="reading weights", delay=1, leave=False, disable=None) as bar:
@@ -64,27 +68,30 @@ def attach(model: Any, artifact: Artifact, chosen: Fit, *, verify: bool, logits:
                 limit_bytes=chosen.limit_bytes - OVERHEAD_BYTES // 2,
                 verify=verify,
                 progress=partial(_show, bar),
+                tuning=tuning,
             )
     except BaseException:
         storage.close()
         raise
     for path, module in modules.items():
         matrix = matrices[path]
-        module.source = Source(streamer, matrix, power=module.exponent - matrix.exponent)  # models may have scaled it
+        module.source = StreamedSource(
+            streamer, matrix, power=module.exponent - matrix.exponent
+        )  # models may have scaled it
     model.streaming = streamer
-    _hold(model, artifact.path, chosen, trial, streamer)
+    _hold(model, artifact.path, chosen, trial, streamer, tuning.pass_bytes)
     return streamer
 
 
-def hold(model: Any, path: Path, chosen: Fit, *, logits: int = 1) -> None:
+def hold(model: Any, path: Path, chosen: Fit, *, logits: int = 1, tuning: Tuning = USUAL) -> None:
     """Hold a model of a directory, whose weights are all in memory, below a limit, as `attach` does. Raises
     MemoryLimitError if it is below what the model needs at least."""
-    _hold(model, path, chosen, try_passes(model), None)
-    tokens = max(logits, min(LEAST_CONTEXT, _context(model) or LEAST_CONTEXT))
+    _hold(model, path, chosen, try_passes(model), None, tuning.pass_bytes)
+    tokens = max(logits, min(LEAST_CONTEXT, context_length(model.config) or LEAST_CONTEXT))
     model.memory_limit.admit(tokens, tokens, logits=logits)
 
 
-def _hold(model: Any, path: Path, chosen: Fit, trial: Trial, streamer: Streamer | None) -> None:
+def _hold(model: Any, path: Path, chosen: Fit, trial: Trial, streamer: Streamer | None, pass_bytes: int) -> None:
     """Look at every pass before it begins, and have transformers read long prompts in pieces whose activations fit."""
     limit = model.memory_limit = Limit(
         path,
@@ -94,6 +101,7 @@ def _hold(model: Any, path: Path, chosen: Fit, trial: Trial, streamer: Streamer 
         streamer=streamer,
         binding=chosen.binding,
         pieces=trial.pieces,
+        pass_bytes=pass_bytes,
     )
     model.register_forward_pre_hook(partial(_begin_pass, limit), with_kwargs=True)
     model.register_forward_hook(_end_pass, with_kwargs=True)
@@ -112,7 +120,7 @@ def _end_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) ->
     """A hook behind a model's forward: the working memory of a wide pass is not needed by the next ones."""
     library = native.library()
     if library is not None and _given(args, kwargs).shape[:2].numel() > LEAST_PASS:
-        library.call("release_memory")
+        library.release_memory()
 
 
 def _begin_pass(limit: Limit, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -151,8 +159,3 @@ def _order(
     every += [matrices[p] for p, m in modules.items() if isinstance(m, PackedEmbedding) and id(m) in tied]
     chosen = set(every)
     return every, [matrix for matrix in matrices.values() if matrix not in chosen]
-
-
-def _context(model: Any) -> int | None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if positions is None else int(positions)

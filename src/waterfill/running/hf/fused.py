@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from waterfill.base.errors import first_line
 from waterfill.base.native import MOST_HEAD_DIM
+from waterfill.files.llama_names import LAYER_CLASSES, PROJECTIONS
 from waterfill.files.model_calls import LAYER_ARGUMENTS, handed_cache
 from waterfill.kernels.cpu import float_activations
 from waterfill.kernels.layer import DecoderLayer
@@ -31,15 +32,11 @@ from waterfill.kernels.reference import STORED
 from waterfill.running.hf.made import make
 from waterfill.running.hf.packed import PackedLinear
 
-# Classes whose forward is that of `kernels.layer`, by model type; what may differ between them `_reason` looks at.
-LLAMA_KIND = {
-    "llama": "LlamaDecoderLayer",
-    "mistral": "MistralDecoderLayer",
-    "qwen2": "Qwen2DecoderLayer",
-    "qwen3": "Qwen3DecoderLayer",
-}
-_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-_GATED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+# The forward of `LAYER_CLASSES` is that of `kernels.layer`; what may differ between them `_reason` looks at.
+_ATTENTION, _GATED = (
+    {key: name.partition(".")[2] for key, name in PROJECTIONS.items() if name.startswith(part)}
+    for part in ("self_attn.", "mlp.")
+)
 _FIRST_CAPACITY = 256  # positions of a cache that begins to grow in place
 _ROOM = "_waterfill_room"
 
@@ -51,12 +48,12 @@ def fuse(model: nn.Module) -> None:
     layers = [
         module
         for module in model.modules()
-        if type(module).__name__ in LLAMA_KIND.values() and type(module).__module__.startswith("transformers.")
+        if type(module).__name__ in LAYER_CLASSES.values() and type(module).__module__.startswith("transformers.")
     ]
     for module in layers:
         original: Any = type(module)
         module.__class__ = _fused_class(original)
-    expected = LLAMA_KIND.get(getattr(getattr(model, "config", None), "model_type", ""))
+    expected = LAYER_CLASSES.get(getattr(getattr(model, "config", None), "model_type", ""))
     if expected and not layers:
         _say(_unknown(f"has no {expected}"))
 
@@ -215,7 +212,7 @@ def _buffers(entry: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _look_at(layer: Any) -> _Known:
     """The layer's native form, or why it is not what `kernels.layer` computes."""
-    owners = ((layer.self_attn, _PROJECTIONS), (layer.mlp, _GATED))
+    owners = ((layer.self_attn, _ATTENTION), (layer.mlp, _GATED))
     modules = {key: getattr(owner, name) for owner, names in owners for key, name in names.items()}
     places = [(owner, name, getattr(owner, name)) for owner, names in owners for name in names.values()]
     looked_at = tuple((*place, _exponent(place[2])) for place in places)
@@ -242,7 +239,7 @@ def _reason(layer: Any, modules: dict[str, Any]) -> str | None:
     """What a layer has that `kernels.layer` does not compute; None if there is no such thing."""
     for key, module in modules.items():
         if type(module) is not PackedLinear:
-            return f"the matrix {(_PROJECTIONS | _GATED)[key]} of one is a {type(module).__name__}, not packed"
+            return f"the matrix {(_ATTENTION | _GATED)[key]} of one is a {type(module).__name__}, not packed"
     attention, activation, dtype = layer.self_attn, layer.mlp.act_fn, modules["q"].dtype
     layouts = {module.packed.layout for module in modules.values()}
     if len(layouts) != 1 or STORED in layouts:

@@ -1,6 +1,6 @@
 """Text from a model, piece by piece as it is generated.
 
-    prompt or messages -> token ids -> model.generate in a thread of its own -> queue of text -> `Generation` iterates
+    prompt or messages -> token ids -> model.generate in a thread of its own -> queue of text -> `HfGeneration` iterates
 
 The model may be any transformers causal language model, packed or not: all of the sampling is transformers' own.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from waterfill.base.errors import WaterfillError, first_line, unknown_token
+from waterfill.files.context import context_length
 from waterfill.files.settings.choices import FILE
 from waterfill.files.settings.messages import Message, check_messages, check_text, plain_lines, refused
 from waterfill.files.settings.templates import conversation_text
@@ -32,10 +33,10 @@ _NO_BLAME = (WaterfillError, MemoryError, torch.OutOfMemoryError)
 
 PIECE_SHARE = 0.5  # of free memory: pieces are all of one width, and what is free differs
 
-__all__ = ["DRAFT_TOKENS", "Generation", "GenerationStats", "Message", "Sampling", "drafted_by", "generate"]
+__all__ = ["DRAFT_TOKENS", "GenerationStats", "HfGeneration", "Message", "Sampling", "drafted_by", "generate"]
 
 
-class Generation(Iterator[str]):
+class HfGeneration(Iterator[str]):
     """Pieces of text, as they come. Stopping early (`close`, or letting go of the object) stops the model too."""
 
     def __init__(self, model: Any, streamer: _Streamer, arguments: dict[str, Any], seed: int | None) -> None:
@@ -65,7 +66,7 @@ def generate(
     draft: Any = None,
     lookup: int | None = None,
     **overrides: Any,
-) -> Generation:
+) -> HfGeneration:
     """Continue a text, or answer a conversation, and stream what the model says.
 
     A string is continued as it is. Messages go through the tokenizer's chat template; without one they become lines
@@ -89,7 +90,7 @@ def generate(
     known = getattr(model.config.get_text_config(), "vocab_size", None)
     if known is not None and (highest := int(ids.max())) >= known:
         raise unknown_token("the prompt", highest, known)
-    most = min(sampling.max_new_tokens, room(ids.shape[1], _positions(model)))
+    most = min(sampling.max_new_tokens, room(ids.shape[1], context_length(model.config)))
     drafted = DRAFT_TOKENS if draft is not None else lookup or 0
     arguments = {
         "input_ids": ids.to(model.device),
@@ -102,7 +103,7 @@ def generate(
         **_speculation(draft, lookup),
         **_within_memory(model, draft, ids.shape[1], most, drafted),
     }
-    return Generation(model, _Streamer(tokenizer), arguments, sampling.seed)
+    return HfGeneration(model, _Streamer(tokenizer), arguments, sampling.seed)
 
 
 def _speculation(draft: Any, lookup: int | None) -> dict[str, Any]:
@@ -224,10 +225,6 @@ def _blamed(model: Any, error: BaseException) -> BaseException:
     )
     blamed.__cause__ = error
     return blamed
-
-
-def _positions(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _prompt_ids(tokenizer: Any, prompt: str | Sequence[Message]) -> Tensor:

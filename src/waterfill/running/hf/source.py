@@ -13,7 +13,7 @@ from waterfill.running.streaming.view import View
 
 
 @dataclass(frozen=True)
-class Source:
+class StreamedSource:
     """A matrix, times 2^power, and who streams it."""
 
     streamer: Streamer
@@ -39,7 +39,7 @@ class Source:
         """W itself, float32 `[out, in]`."""
         return self._times(torch.from_numpy(self.streamer.dense(self.matrix)))
 
-    def scaled(self, power: int) -> Source:
+    def scaled(self, power: int) -> StreamedSource:
         """Of 2^power W. The power is exact in a product's float32, so that chunks need not know of it."""
         return replace(self, power=self.power + power)
 

@@ -85,14 +85,14 @@ def _product_bytes(model: Any, vocabulary: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _TrialRun:
     peak: int  # bytes of tensors that were alive at a time
     held: int  # of those that are left: the cache, mostly
     vocabulary: int
     pieces: bool
 
 
-def _run(model: Any, tokens: int) -> _Run:
+def _run(model: Any, tokens: int) -> _TrialRun:
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
     wanted = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, "logits_to_keep": 1}
     known = inspect.signature(model.forward).parameters
@@ -103,7 +103,7 @@ def _run(model: Any, tokens: int) -> _Run:
     except Exception:  # a class that can make no cache of its own, as BLT's cannot, fails in its own way
         with _Alive() as alive:
             output = model(**given | {"use_cache": False})
-    return _Run(alive.peak, alive.now, output.logits.shape[-1], _can_go_on(model, output, tokens))
+    return _TrialRun(alive.peak, alive.now, output.logits.shape[-1], _can_go_on(model, output, tokens))
 
 
 def _can_go_on(model: Any, output: Any, tokens: int) -> bool:

@@ -7,10 +7,10 @@ else here needs torch, but for the reference where there is no native library.
 """
 
 from waterfill.running.streaming.chunks import StreamedMatrix
-from waterfill.running.streaming.measure import measure_stages
 from waterfill.running.streaming.storage import Storage
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.summary import Summary
+from waterfill.running.streaming.tuning import Tuning
 from waterfill.running.streaming.view import Activations, View
 
-__all__ = ["Activations", "Storage", "StreamedMatrix", "Streamer", "Summary", "View", "measure_stages"]
+__all__ = ["Activations", "Storage", "StreamedMatrix", "Streamer", "Summary", "Tuning", "View"]

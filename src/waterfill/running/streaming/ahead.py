@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from waterfill.base.errors import WaterfillError
-from waterfill.running.streaming.chunks import Chunk, ChunkData
+from waterfill.running.streaming.chunks import Chunk, ChunkData, StreamedMatrix
 from waterfill.running.streaming.storage import BLOCK_BYTES, Slot, Storage, make_slots
+
+SLOTS = 8  # of the ring: one that is multiplied, four that are read, three in between
 
 
 class _Read:
@@ -163,3 +165,8 @@ class ReadAhead:
 def _run(ahead: ReadAhead) -> None:
     while ahead.read_one():
         pass
+
+
+def ring_bytes(matrices: Iterable[StreamedMatrix], slots: int = SLOTS) -> int:
+    """Of a ring of so many slots for chunks of these."""
+    return slots * max(chunk.region.size_bytes for matrix in matrices for chunk in matrix.chunks)

@@ -21,17 +21,24 @@ ENOUGH = 1.2  # times as fast as decoding
 WORTH = 1.1  # a way that comes later has to be so much faster
 
 
-def calibrate(storage: Storage, chunks: Sequence[Chunk]) -> tuple[Speeds, int]:
-    """Speeds, and how many threads had best read; sets how much `storage` reads with one call."""
+def calibrate(
+    storage: Storage, chunks: Sequence[Chunk], *, reading_s: float = READING_S, working_s: float = WORKING_S
+) -> tuple[Speeds, int]:
+    """Speeds, and how many threads had best read; sets how much `storage` reads with one call.
+
+    Args:
+        reading_s: seconds of reading in each way; once at least.
+        working_s: seconds of decoding and multiplying; once at least.
+    """
     largest = max(chunk.region.size_bytes for chunk in chunks)
     slots = make_slots(max(threads for threads, _ in WAYS), largest)
     chunk = max(chunks, key=lambda chunk: chunk.region.size_bytes)
-    decode, multiply = _working_speeds(ChunkData(chunk, storage.read_into(chunk.region, slots[0])))
+    decode, multiply = _working_speeds(ChunkData(chunk, storage.read_into(chunk.region, slots[0])), working_s)
     enough = ENOUGH * largest * decode / chunk.weights  # faster would only take time from decoding
     following = itertools.cycle(chunks)
     best, read_bytes_per_s = WAYS[0], 0.0
     for threads, storage.read_bytes in WAYS:
-        speed = _reading_speed(storage, following, slots[:threads])
+        speed = _reading_speed(storage, following, slots[:threads], reading_s)
         if speed > WORTH * read_bytes_per_s:
             best, read_bytes_per_s = (threads, storage.read_bytes), speed
         if read_bytes_per_s > enough:
@@ -40,17 +47,17 @@ def calibrate(storage: Storage, chunks: Sequence[Chunk]) -> tuple[Speeds, int]:
     return Speeds(read_bytes_per_s, decode, multiply), threads
 
 
-def _reading_speed(storage: Storage, following: itertools.cycle[Chunk], slots: Sequence[Slot]) -> float:
+def _reading_speed(storage: Storage, following: itertools.cycle[Chunk], slots: Sequence[Slot], seconds: float) -> float:
     start, size = time.perf_counter(), 0
     with ThreadPoolExecutor(len(slots)) as pool:
-        while (elapsed := time.perf_counter() - start) < READING_S or not size:
+        while (elapsed := time.perf_counter() - start) < seconds or not size:
             regions = [next(following).region for _ in slots]
             list(pool.map(storage.read_into, regions, slots))
             size += sum(region.size_bytes for region in regions)
     return size / elapsed
 
 
-def _working_speeds(data: ChunkData) -> tuple[float, float]:
+def _working_speeds(data: ChunkData, seconds: float) -> tuple[float, float]:
     """Weights per second, decoded and multiplied with one token. Other programs only slow rounds down: most of them do
     not count."""
     rows, width = data.chunk.matrix.shape
@@ -59,7 +66,7 @@ def _working_speeds(data: ChunkData) -> tuple[float, float]:
         data.multiply(x, y, nanoseconds)  # tables, memory
         nanoseconds[:] = 0
         start, rounds = time.perf_counter(), list[float]()
-        while time.perf_counter() - start < WORKING_S or not rounds:
+        while time.perf_counter() - start < seconds or not rounds:
             begin = time.perf_counter()
             data.multiply(x, y, nanoseconds)
             rounds.append(time.perf_counter() - begin)

@@ -1,7 +1,7 @@
 """A packed matrix on disk as pieces that can be read, checked, decoded and multiplied one by one.
 
     part    rows that can be decoded alone, by one thread: of one stream, or some rows of codes (`Codec.parts`)
-    chunk   consecutive parts, about CHUNK_BYTES of one file: read at once
+    chunk   consecutive parts, about `chunk_bytes` of one file: read at once
     matrix  chunks from the first row to the last
 
 `ChunkData` is a chunk whose bytes are in memory: as stored, or, pinned, in the kernels' layout.
@@ -109,14 +109,22 @@ class StreamedMatrix:
     Raises ArtifactError where that differs, or the index is damaged, and WaterfillError where the codec is not known.
     """
 
-    def __init__(self, tensor: StoredTensor, storage: Storage, *, verify: bool) -> None:
+    def __init__(
+        self,
+        tensor: StoredTensor,
+        storage: Storage,
+        *,
+        verify: bool,
+        chunk_bytes: int = CHUNK_BYTES,
+        part_weights: int = PART_WEIGHTS,
+    ) -> None:
         self.tensor, self.name = tensor, tensor.name
         self.shape = rows, width = (tensor.shape[0], tensor.shape[1])
         self.exponent = tensor.exponent
         self.stored = get_codec(tensor.codec)
         self.codec = self.stored.memory  # that is multiplied from
         self.native = self.stored.native_fields(width)  # None: the library does not decode it
-        self.parts = self.stored.parts(self.shape, PART_WEIGHTS)
+        self.parts = self.stored.parts(self.shape, part_weights)
         buffers = dict(zip(tensor.keys, tensor.buffers, strict=True))
         self.buffer = buffers.pop(self.parts.key)
         self.file, self.offset_bytes = self.buffer.file, self.buffer.offset_bytes
@@ -128,7 +136,7 @@ class StreamedMatrix:
             for key, small in buffers.items()
         }
         self.sums = np.zeros(len(self.ends) - 1, np.uint64)  # checksums of the parts; 0: not read yet
-        self.chunks = tuple(self._chunks())
+        self.chunks = tuple(self._chunks(chunk_bytes))
 
     def _bounds(self, storage: Storage) -> npt.NDArray[np.int64]:
         rows, size = self.shape[0], self.buffer.size_bytes
@@ -141,10 +149,10 @@ class StreamedMatrix:
             )
         return ends
 
-    def _chunks(self) -> list[Chunk]:
+    def _chunks(self, chunk_bytes: int) -> list[Chunk]:
         found, first, parts = [], 0, len(self.ends) - 1
         for part in range(1, parts + 1):
-            if part == parts or self.ends[part + 1] - self.ends[first] > CHUNK_BYTES:
+            if part == parts or self.ends[part + 1] - self.ends[first] > chunk_bytes:
                 found.append(Chunk(self, first, part))
                 first = part
         return found
@@ -187,8 +195,7 @@ class StreamedMatrix:
             return
         isa = library.isas[native.isa() or "scalar"]
         found = np.empty(len(chunk.ends), np.uint64)
-        place, ends = data.ctypes.data, chunk.ends
-        library.call("checksums", isa, place, data.nbytes, ends.ctypes.data, len(found), found.ctypes.data)
+        library.checksums(isa, data, chunk.ends, found)
         known = self.sums[chunk.first_part : chunk.last_part]
         changed = np.flatnonzero((known != 0) & (found != known))
         if len(changed):
@@ -246,10 +253,11 @@ class ChunkData:
             return
         library = native.library()
         assert library is not None
-        ready = self.ready()
-        task = ready.task(prepared, y)
-        isa, everything = library.isas[x.isa], native.READY()
-        expect(library.multiply_chunks(isa, task, 1, y.dtype, everything, None, nanoseconds.ctypes.data), [self.chunk])
+        ready = self.ready()  # alive until it has been multiplied
+        task = (native.Task * 1)(ready.task(prepared, y))
+        expect(
+            *library.multiply_chunks(library.isas[x.isa], task, dtype=y.dtype, nanoseconds=nanoseconds), [self.chunk]
+        )
 
     def task(self, prepared: int | None, y: View) -> native.Task:
         """The same product for the library to compute, of a chunk that is `ready` and of `Activations.prepared`."""
@@ -271,10 +279,9 @@ class ChunkData:
         if self.chunk.matrix.native is None:
             return self._decoded()
         codec, rows, width = self.chunk.matrix.codec, self.chunk.rows, self.chunk.matrix.shape[1]
-        codes = np.empty(library.codes_bytes(codec.p, codec.n, rows, width), np.uint8)
-        scales = np.empty(library.scales_count(rows, width), np.uint16)
-        view = ctypes.byref(self._view)
-        expect(library.chunk_decode(library.isas[isa], view, codes.ctypes.data, scales.ctypes.data), [self.chunk])
+        codes = np.empty(library.codes_bytes(p=codec.p, n=codec.n, rows=rows, width=width), np.uint8)
+        scales = np.empty(library.scales_count(rows=rows, width=width), np.uint16)
+        expect(*library.chunk_decode(library.isas[isa], self._view, codes=codes, scales=scales), [self.chunk])
         return ChunkData(self.chunk, codes, scales)
 
     def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -287,8 +294,8 @@ class ChunkData:
             return kernels.rows(self.packed(), torch.from_numpy(numbers)).numpy()
         whole = self if self.arranged else self.arrange()
         found = np.empty((len(numbers), self.chunk.matrix.shape[1]), np.float32)
-        view = whole.matrix_view
-        library.call("rows", library.isas[isa], view, numbers.ctypes.data, len(numbers), 0, found.ctypes.data)
+        places = numbers.ctypes.data, found.ctypes.data
+        library.rows(library.isas[isa], whole.matrix_view, *places, count=len(numbers), rotated=False)
         return found
 
     @property
@@ -350,12 +357,10 @@ class ChunkData:
         return view
 
 
-def expect(status: int, chunks: Sequence[Chunk]) -> None:
+def expect(status: int, flaw: native.Flaw, chunks: Sequence[Chunk]) -> None:
     """Raise what a status of the library says of `chunks`: ArtifactError for a part that is not what it should be."""
-    if status <= -3:
-        task, flaw = divmod(-3 - status, 1 << 32)
-        part, changed = divmod(flaw, 2)
-        chunk = chunks[task]
-        raise chunk.matrix.changed(chunk, part) if changed else chunk.matrix.damaged(chunk, part)
+    if status == native.FLAWED:
+        chunk = chunks[flaw.task]
+        raise (chunk.matrix.changed if flaw.changed else chunk.matrix.damaged)(chunk, flaw.part)
     if status:
         raise ValueError(f"the library refused chunks of {chunks[0].matrix.name!r} (status {status})")

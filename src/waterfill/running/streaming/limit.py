@@ -15,12 +15,13 @@ from pathlib import Path
 
 from waterfill.base import process
 from waterfill.base.errors import MemoryLimitError
+from waterfill.running.streaming.ahead import SLOTS, ring_bytes
 from waterfill.running.streaming.chunks import StreamedMatrix
-from waterfill.running.streaming.streamer import Streamer, ring_bytes
+from waterfill.running.streaming.streamer import Streamer
+from waterfill.running.streaming.tuning import PASS_BYTES
 
 LEAST_CONTEXT = 256  # tokens that a model has to be able to read
 LEAST_PASS = 16  # tokens
-PASS_BYTES = 64 << 20  # of activations; longer prompts are read in several passes
 OVERHEAD_BYTES = 24 << 20  # what the interpreter, torch and the C library take beyond what is counted
 
 
@@ -57,6 +58,7 @@ class Limit:
         streamer: whose kept weights yield; None where all weights are in memory.
         binding: whether what does not fit is refused, as where somebody gave the limit.
         pieces: whether a prompt can be read in several passes.
+        pass_bytes: that activations of a pass may take; longer prompts are read in several passes.
     """
 
     def __init__(
@@ -69,11 +71,12 @@ class Limit:
         streamer: Streamer | None = None,
         binding: bool = True,
         pieces: bool = True,
+        pass_bytes: int = PASS_BYTES,
     ) -> None:
         self.path, self.working, self.pieces = path, working, pieces
         self._overhead_bytes = overhead_bytes // 2
         self._limit_bytes = limit_bytes - self._overhead_bytes
-        self._streamer, self._binding = streamer, binding
+        self._streamer, self._binding, self._pass_bytes = streamer, binding, pass_bytes
         self._draft_bytes = 0  # that a draft is to take for its text yet
         self._leader: Limit | None = None  # of the model that this one is the draft of
         self._whole_bytes = 0
@@ -109,7 +112,7 @@ class Limit:
         """How many of the next `tokens` are best read in one pass, with a share of what is free; other arguments as of
         `begin_pass`."""
         left = self._limit_bytes - self._firm_bytes() - growth_bytes - logits * self.working.logits
-        return min(tokens, self.working.widest(min(share * left, PASS_BYTES), context))
+        return min(tokens, self.working.widest(min(share * left, self._pass_bytes), context))
 
     def begin_pass(self, tokens: int, context: int, *, logits: int, growth_bytes: int, whole: bool = False) -> int:
         """Before the next `tokens`, the last of which is the text's token `context`: have kept weights yield to a pass,
@@ -175,6 +178,7 @@ def room(
     held: int,
     context: int | None,
     logits: int,
+    slots: int = SLOTS,
 ) -> int:
     """Bytes of weights that may be kept: all that is there beyond the least, until longer texts or wider passes come.
 
@@ -184,13 +188,14 @@ def room(
         held: bytes that it takes already (`held_bytes`), and is bound to take beyond what is counted here.
         context: tokens that the model takes at most; None where it does not say.
         logits: positions whose logits are computed at a time.
+        slots: of the ring that chunks are read into.
 
     Raises:
         MemoryLimitError: the limit is below what the model needs at least.
     """
     tokens = LEAST_CONTEXT if context is None else min(LEAST_CONTEXT, context)
     text, piece = working.text_bytes(tokens), working.pass_bytes(max(LEAST_PASS, logits), tokens, logits)
-    least = held + ring_bytes(matrices) + text + piece
+    least = held + ring_bytes(matrices, slots) + text + piece
     if limit_bytes < least:
         smallest = math.ceil(least / 1e6)
         raise MemoryLimitError(

@@ -19,8 +19,6 @@ from waterfill.running.streaming.chunks import Chunk, ChunkData, expect
 from waterfill.running.streaming.storage import Slot
 from waterfill.running.streaming.view import Activations, View
 
-ENDED = 1  # of wf_multiply_chunks: `ready` said that there is no more
-
 Held = tuple[ChunkData, Slot | None]  # with the slot of the ring that the bytes lie in, if any
 Take = Callable[[Chunk, bool], Held | None]  # a chunk; None: it is not there yet, and was not to be waited for
 
@@ -74,13 +72,14 @@ class Products:
     def _together(self, isa: str, dtype: int, nanoseconds: npt.NDArray[np.int64]) -> None:
         library = native.library()
         assert library is not None
-        ready, address = native.READY(self._ready), nanoseconds.ctypes.data
-        status = library.multiply_chunks(library.isas[isa], self._tasks, len(self._tasks), dtype, ready, None, address)
+        status, flaw = library.multiply_chunks(
+            library.isas[isa], self._tasks, dtype=dtype, ready=native.READY(self._ready), nanoseconds=nanoseconds
+        )
         if self._failure is not None:
             raise self._failure
-        if status == ENDED:  # by an exception that came just as `_ready` was called
+        if status == native.ENDED:  # by an exception that came just as `_ready` was called
             raise KeyboardInterrupt
-        expect(status, [product.chunk for product in self._products])
+        expect(status, flaw, [product.chunk for product in self._products])
 
     def _ready(self, _: int | None, finished: int, wait: int, count: Any) -> None:
         """wf_ready. An exception cannot pass through the library: it is kept, and raised behind it."""

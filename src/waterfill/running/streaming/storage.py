@@ -11,6 +11,7 @@ import errno
 import logging
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from waterfill.base.errors import ArtifactError
 BLOCK_BYTES = 4096  # offsets, sizes and addresses of direct reads are multiples of it
 READ_BYTES = 1 << 20  # of one call, unless something else is measured to be faster
 HUGE_BYTES = 2 << 20  # of a huge page
+
+ReadAt = Callable[[int, memoryview, int], int]  # descriptor, memory, offset -> bytes that were read
 
 _log = logging.getLogger("waterfill.streaming")
 
@@ -71,12 +74,27 @@ def make_slots(count: int, size_bytes: int) -> list[Slot]:
     return [Slot(size_bytes, memory[i * each : (i + 1) * each]) for i in range(count)]
 
 
-class Storage:
-    """Open files, read by any number of threads at a time."""
+def read_at(descriptor: int, memory: memoryview, offset: int) -> int:
+    """The system's positioned read: how many bytes it put into memory. Raises OSError."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [memory], offset)
+    data = os.pread(descriptor, len(memory), offset)
+    memory[: len(data)] = data
+    return len(data)
 
-    def __init__(self, *, direct: bool = True, read_bytes: int = READ_BYTES) -> None:
+
+class Storage:
+    """Open files, read by any number of threads at a time.
+
+    Args:
+        direct: past the page cache, where the file system takes that.
+        read_bytes: of one call.
+        read_at: the call; another one stands for a disk that fails.
+    """
+
+    def __init__(self, *, direct: bool = True, read_bytes: int = READ_BYTES, read_at: ReadAt = read_at) -> None:
         self.direct = direct and hasattr(os, "O_DIRECT")
-        self.read_bytes = read_bytes
+        self.read_bytes, self.read_at = read_bytes, read_at
         self._files: dict[tuple[Path, bool], int] = {}
 
     def read(self, region: Region) -> bytes:
@@ -125,7 +143,7 @@ class Storage:
         memory, at = slot.memory, 0
         while at < want:
             begin = at - at % BLOCK_BYTES
-            got = _read_at(descriptor, memory[begin : min(begin + self.read_bytes, size)], start + begin)
+            got = self.read_at(descriptor, memory[begin : min(begin + self.read_bytes, size)], start + begin)
             if begin + got <= at:
                 break
             at = begin + got
@@ -142,14 +160,6 @@ class Storage:
         """Close all files; nothing may be reading from them."""
         while self._files:
             os.close(self._files.popitem()[1])
-
-
-def _read_at(descriptor: int, memory: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [memory], offset)
-    data = os.pread(descriptor, len(memory), offset)
-    memory[: len(data)] = data
-    return len(data)
 
 
 def _round_up(size_bytes: int, unit: int = BLOCK_BYTES) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,10 +48,6 @@ class View(NamedTuple):
         """The same memory, for the torch reference."""
         return torch.from_numpy(self.owner) if isinstance(self.owner, np.ndarray) else self.owner
 
-    def clear(self) -> None:
-        """Write zeros."""
-        ctypes.memset(self.address, 0, self.tokens * self.width * self.item_bytes)
-
 
 class Activations:
     """x `[tokens, in]`, rotated and rounded once for all matrices of one codec: products may share it.
@@ -74,10 +69,9 @@ class Activations:
         _, table = native_table(codec, self.isa)
         if table not in self._handles:
             x, isa = self.view, self._library.isas[self.isa]
-            made = self._library.activations_new(isa, table, x.address, x.dtype, x.tokens, x.width)
-            if not made:
-                raise MemoryError("no memory for the activations of a streamed matrix")
-            self._handles[table] = made
+            self._handles[table] = self._library.activations_new(
+                isa, table, x.address, dtype=x.dtype, tokens=x.tokens, width=x.width
+            )
         return self._handles[table]
 
     def __enter__(self) -> Activations:

@@ -13,7 +13,7 @@ from typing import Any
 
 from waterfill.base.errors import UnsupportedError
 from waterfill.base.reading import read_text
-from waterfill.running.text.choose import Rules
+from waterfill.running.text.next_token import Rules
 from waterfill.running.text.sampling import Sampling
 
 GENERATION_FILE, CONFIG_FILE = "generation_config.json", "config.json"
@@ -127,9 +127,12 @@ class Defaults:
 
 
 def read_defaults(path: Path) -> Defaults:
-    """The choices in the directory of an artifact. Raises UnsupportedError for options that the engine does not have.
+    """The choices in the directory of an artifact.
 
     Without generation_config.json transformers takes them from config.json, and so does this.
+
+    Raises:
+        UnsupportedError: options that the engine does not have.
     """
     own = path / GENERATION_FILE
     file = own if own.exists() else path / CONFIG_FILE

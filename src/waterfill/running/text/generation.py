@@ -16,9 +16,9 @@ from numpy.random import default_rng  # imported here, before a streamed model s
 
 from waterfill.base.errors import WaterfillError, unknown_token
 from waterfill.files.settings.messages import Message
-from waterfill.running.text.choose import Rules
 from waterfill.running.text.defaults import Defaults
 from waterfill.running.text.model import TokenModel, read
+from waterfill.running.text.next_token import Rules
 from waterfill.running.text.sampling import DRAFT_TOKENS, GenerationStats, Sampling, check_speculation, room
 from waterfill.running.text.speculate import Draft, Drafter, DraftModel, Lookup, verify
 from waterfill.running.text.tokenizer import TextStream, Tokenizer

@@ -37,7 +37,8 @@ _RANGES: Mapping[str, Check] = {
 class Sampling:
     """How to choose the next token. None leaves a choice to the model's generation_config.
 
-    Raises WaterfillError for a value outside its range.
+    Raises:
+        WaterfillError: a value outside its range.
     """
 
     max_new_tokens: int = 128

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from waterfill.running.text.choose import Doubles, Floats, Rules, choose, draw, probabilities
 from waterfill.running.text.model import TokenModel, read
+from waterfill.running.text.next_token import Doubles, Floats, Rules, choose_token, draw, probabilities
 from waterfill.running.text.sampling import DRAFT_TOKENS
 
 LONGEST_MATCH = 2  # tokens at the end of the text that are looked for
@@ -73,7 +73,7 @@ class DraftModel:
                 chances.append(probabilities(logits, text, self.rules))
                 text.append(draw(chances[-1], random))
             else:
-                text.append(choose(logits, text, self.rules, random))
+                text.append(choose_token(logits, text, self.rules, random))
         return Draft(text[len(ids) :], chances if self.rules.sample else None)
 
 
@@ -89,13 +89,13 @@ def verify(logits: Floats, ids: Sequence[int], draft: Draft, rules: Rules, rando
     text = list(ids)
     for place, drafted in enumerate(draft.ids):
         if draft.chances is None:
-            token = choose(logits[place], text, rules, random)
+            token = choose_token(logits[place], text, rules, random)
         else:
             token = _accepted(drafted, probabilities(logits[place], text, rules), draft.chances[place], random)
         text.append(token)
         if token != drafted:
             return text[len(ids) :]
-    text.append(choose(logits[-1], text, rules, random))
+    text.append(choose_token(logits[-1], text, rules, random))
     return text[len(ids) :]
 
 

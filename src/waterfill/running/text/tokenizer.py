@@ -27,8 +27,9 @@ class Tokenizer:
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         """Token ids of a text to continue or of a conversation to answer, one at least.
 
-        Raises WaterfillError for text that is not UTF-8, malformed messages, a template that refuses them, and an
-        empty prompt if no token begins a text.
+        Raises:
+            WaterfillError: text that is not UTF-8, malformed messages, a template that refuses them, and an empty
+                prompt if no token begins a text.
         """
         with in_words():
             if isinstance(prompt, str):

@@ -46,7 +46,8 @@ class _Class:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in the directory of an artifact.
 
-    Raises UnsupportedError if there is none, or one of which these files do not tell what transformers makes of it.
+    Raises:
+        UnsupportedError: there is none, or one of which these files do not tell what transformers makes of it.
     """
     settings, config = _read(path / "tokenizer_config.json"), _read(path / CONFIG_FILE)
     for name in ("auto_map", "fast_tokenizer_files", "fix_mistral_regex"):

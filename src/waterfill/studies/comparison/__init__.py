@@ -1,10 +1,10 @@
 """Methods compared at their true bytes: same model, same matrices, same text, same context, error bars.
 
-base.py      what a method is; the registry; one row per method
+base.py      what a method is; one row per method
 stored.py    the bytes of a weight file, counted the same way for all
 ours.py      plans, packed and decoded again
-rounding.py, peers.py, ggml.py, gptq.py    the others, through their own libraries
-moments.py   what calibrated peers want to know of the activations
+rounding.py, peers.py, ggml.py, mixtures.py, gptq.py    the others, through their own libraries
+methods.py   all of them, by name
 cache.py     results on disk
 run.py       subject + methods ──► Comparison
 curve.py     what our plans promise over a range of sizes
@@ -17,24 +17,23 @@ from waterfill.studies.comparison.base import (
     Candidate,
     Method,
     Row,
-    Subject,
+    StudiedModel,
     Unavailable,
-    known,
-    register,
-    select,
 )
 from waterfill.studies.comparison.curve import CurvePoint, predicted_curve
+from waterfill.studies.comparison.methods import METHODS, known, select
 from waterfill.studies.comparison.run import DEFAULT_BITS, Comparison, compare_methods
 
 __all__ = [
     "DEFAULT_BITS",
+    "METHODS",
     "OURS",
     "Candidate",
     "Comparison",
     "CurvePoint",
     "Method",
     "Row",
-    "Subject",
+    "StudiedModel",
     "Unavailable",
     "compare_methods",
     "ggml",
@@ -43,7 +42,6 @@ __all__ = [
     "mixtures",
     "peers",
     "predicted_curve",
-    "register",
     "rounding",
     "select",
 ]

@@ -1,21 +1,19 @@
 """What comparing is made of: methods, what each gives back, and one row of the table per method.
 
-A method takes a `Subject`, gives back its matrices one by one, and says how many bytes store them. Methods are found
-by name (`select`); packages add theirs with `register`.
+A method takes a `StudiedModel`, gives back its matrices one by one, and says how many bytes store them. Methods are
+listed in `methods`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
-from importlib import metadata
 from typing import Any
 
 from torch import Tensor
 
-from waterfill.base.errors import WaterfillError
+from waterfill.base.machine import package_version
 from waterfill.base.records import Record
 from waterfill.files.architecture import Architecture
 from waterfill.files.checkpoint import Checkpoint
@@ -28,7 +26,7 @@ class Unavailable(Exception):  # noqa: N818  # not an error: it becomes a row of
 
 
 @dataclass(frozen=True)
-class Subject:
+class StudiedModel:
     """The model under study, whole and dense; what is measured and planned on it is done once."""
 
     name: str
@@ -73,7 +71,7 @@ class Method:
     name: str  # as it is asked for
     title: str  # as tables call it
     family: str  # the library
-    run: Callable[[Subject, Put], Candidate]
+    run: Callable[[StudiedModel, Put], Candidate]
     package: str | None = None  # distribution whose version belongs to the result
     calibrated: bool = False  # whether it looks at activations, not at the weights alone
     options: str = ""  # what else decides the result, for the cache
@@ -81,10 +79,7 @@ class Method:
     @property
     def version(self) -> str | None:
         """Of its library; None where that is not installed."""
-        try:
-            return metadata.version(self.package) if self.package else None
-        except metadata.PackageNotFoundError:
-            return None
+        return package_version(self.package) if self.package else None
 
 
 @dataclass(frozen=True)
@@ -120,33 +115,3 @@ class Row(Record):
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, and `ratio`."""
         return {**super().to_dict(), "ratio": self.ratio}
-
-
-_METHODS: dict[str, Method] = {}
-
-
-def register(method: Method) -> None:
-    """Make a method known under its name."""
-    if method.name in _METHODS:
-        raise ValueError(f"method {method.name!r} is registered already")
-    _METHODS[method.name] = method
-
-
-def known() -> tuple[str, ...]:
-    """The names of all methods."""
-    return tuple(_METHODS)
-
-
-def select(patterns: Sequence[str] | None = None) -> tuple[Method, ...]:
-    """Methods whose names match one of the patterns (all of them when there are none), each once, in registry order.
-
-    Raises WaterfillError for a pattern that matches nothing.
-    """
-    wanted: Iterable[str] = patterns or ("*",)
-    chosen = set()
-    for pattern in wanted:
-        matching = {name for name in _METHODS if fnmatchcase(name, pattern)}
-        if not matching:
-            raise WaterfillError(f"no method matches {pattern!r}; there are {', '.join(_METHODS)}")
-        chosen |= matching
-    return tuple(method for name, method in _METHODS.items() if name in chosen)

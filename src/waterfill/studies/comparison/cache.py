@@ -29,8 +29,8 @@ class Results:
 
     def get(self, key: Mapping[str, Any]) -> Row | None:
         """The row that was stored under exactly this key."""
-        found = _read(self._file(key))
-        return found[1] if found is not None and found[0] == _plain(key) else None
+        content = _read(self._file(key))
+        return content[1] if content is not None and content[0] == _plain(key) else None
 
     def put(self, key: Mapping[str, Any], row: Row) -> None:
         """Store a row; another process sees all of it or nothing."""
@@ -41,9 +41,9 @@ class Results:
     def rows(self) -> Iterator[tuple[dict[str, Any], Row]]:
         """Everything that is stored, with its key."""
         for file in sorted(self.folder.glob("*.json")):
-            found = _read(file)
-            if found is not None:
-                yield found
+            content = _read(file)
+            if content is not None:
+                yield content
 
     def _file(self, key: Mapping[str, Any]) -> Path:
         text = json.dumps(_plain(key), sort_keys=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from waterfill.base.errors import BudgetError
 from waterfill.base.records import Record
-from waterfill.files.architecture import Architecture
 from waterfill.planning.budget import Budget
+from waterfill.planning.inventory import Inventory
 from waterfill.planning.planner import Request, make_plan
 from waterfill.planning.sensitivity import Sensitivity
 
@@ -52,22 +52,19 @@ class CurvePoint(Record):
 
 
 def predicted_curve(
-    architecture: Architecture,
+    tensors: Inventory,
     sensitivity: Sensitivity,
     request: Request,
     bits: Iterable[float] = CURVE_BITS,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[CurvePoint, ...]:
-    """Plans at these bits per weight, by size; those that no plan can meet are left out, and so are repetitions.
-
-    The budget of `request` is replaced; everything else in it holds.
-    """
+    """Plans at these bits per weight, by size; those that no plan can meet are left out, and so are repetitions."""
     points: dict[int, CurvePoint] = {}
     wanted = sorted(bits)
     for number, rate in enumerate(wanted):
         try:
-            plan = make_plan("", architecture, sensitivity, replace(request, budget=Budget(bits=rate)))
+            plan = make_plan("", tensors, sensitivity, Budget(bits=rate), request)
         except BudgetError:
             continue
         predicted = plan.predicted

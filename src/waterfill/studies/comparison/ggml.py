@@ -7,77 +7,55 @@ second moments of the inputs, measured on the calibration tokens; llama.cpp has 
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
-from functools import lru_cache, partial
-from importlib.util import find_spec
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from waterfill.files.artifact import Buffer
-from waterfill.studies.comparison.base import Candidate, Method, Put, Subject, Unavailable, register
-from waterfill.studies.comparison.stored import Stored, run_quantiser, stored
+from waterfill.files.ggml import load_ggml
+from waterfill.files.gguf import TENSOR_TYPES
+from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable
+from waterfill.studies.comparison.stored import QuantisedMatrix, quantised, run_quantiser
 
-F16 = 1
-TYPES = {
-    "Q2_K": 10, "IQ2_S": 22, "IQ3_XXS": 18, "Q3_K": 11, "IQ3_S": 21, "Q4_0": 2, "Q4_1": 3, "IQ4_NL": 20, "IQ4_XS": 23,
-    "Q4_K": 12, "Q5_0": 6, "Q5_1": 7, "Q5_K": 13, "Q6_K": 14, "Q8_0": 8,
-}  # fmt: skip
-NAMES = {number: name for name, number in TYPES.items()} | {F16: "F16"}
+TYPES = (
+    "Q2_K", "IQ2_S", "IQ3_XXS", "Q3_K", "IQ3_S", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS", "Q4_K", "Q5_0", "Q5_1", "Q5_K",
+    "Q6_K", "Q8_0",
+)  # fmt: skip
+NAMES = {TENSOR_TYPES[name]: name for name in (*TYPES, "F16")}
 # llama.cpp's tensor_type_fallback: what stands in where a row is no multiple of 256.
 _FALLBACK = {"IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0"}
 _FALLBACK |= {"Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
-class _Traits(ctypes.Structure):
-    """ggml_type_traits, as far as it is needed."""
-
-    _fields_ = (
-        ("type_name", c_char_p),
-        ("block", c_int64),
-        ("interleave", c_int64),
-        ("block_bytes", c_size_t),
-        ("quantised", c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_int64)),
-    )
-
-
-@lru_cache(maxsize=1)
+@cache
 def _ggml() -> Any:
-    spec = find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise Unavailable("llama-cpp-python is not installed; pip install 'waterfill[compare]'")
-    files = sorted((Path(spec.origin).parent / "lib").glob("*ggml-base.*[!0-9]"))
-    if not files:
-        raise Unavailable("this build of llama-cpp-python brings no ggml library that can be called")
-    lib = ctypes.CDLL(str(files[0]))
-    lib.ggml_row_size.restype, lib.ggml_row_size.argtypes = c_size_t, [c_int, c_int64]
-    lib.ggml_quantize_chunk.restype = c_size_t
-    lib.ggml_quantize_chunk.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]
-    lib.ggml_get_type_traits.restype, lib.ggml_get_type_traits.argtypes = POINTER(_Traits), [c_int]
-    return lib
+    try:
+        return load_ggml()
+    except ModuleNotFoundError as error:
+        raise Unavailable("llama-cpp-python is not installed; pip install 'waterfill[compare]'") from error
+    except ImportError as error:
+        raise Unavailable(str(error)) from error
 
 
 def fitting(kind: str, width: int) -> str:
     """The type that llama.cpp stores rows of this width in when asked for `kind`."""
     lib = _ggml()
     chosen = kind
-    if width % lib.ggml_get_type_traits(TYPES[kind]).contents.block:
+    if width % lib.ggml_get_type_traits(TENSOR_TYPES[kind]).contents.block:
         chosen = _FALLBACK.get(kind, kind)
-    return "F16" if width % lib.ggml_get_type_traits(TYPES[chosen]).contents.block else chosen
+    return "F16" if width % lib.ggml_get_type_traits(TENSOR_TYPES[chosen]).contents.block else chosen
 
 
-def quantise(weight: Tensor, kind: str, importance: Tensor | None = None) -> Stored:
+def quantise(weight: Tensor, kind: str, importance: Tensor | None = None) -> QuantisedMatrix:
     """Encode and decode one matrix; `importance` weighs the errors of its columns, float32 [in]."""
     lib = _ggml()
     rows, width = weight.shape
     chosen = fitting(kind, width)
     if chosen == "F16":
-        return stored(weight.half().float(), {chosen.lower(): Buffer("f16", "F16", (rows, width))})
-    number = TYPES[chosen]
+        return quantised(weight.half().float(), {chosen.lower(): Buffer("f16", "F16", (rows, width))})
+    number = TENSOR_TYPES[chosen]
     codes = torch.empty(rows, lib.ggml_row_size(number, width), dtype=torch.uint8)
     source = weight.to(torch.float32).contiguous()
     scales = None if importance is None else importance.to(torch.float32).contiguous()
@@ -87,10 +65,10 @@ def quantise(weight: Tensor, kind: str, importance: Tensor | None = None) -> Sto
         raise Unavailable(f"ggml wrote {written} bytes of {chosen} where {codes.nbytes} were expected")
     decoded = torch.empty(rows, width)
     lib.ggml_get_type_traits(number).contents.to_float(codes.data_ptr(), decoded.data_ptr(), rows * width)
-    return stored(decoded, {chosen.lower(): codes})
+    return quantised(decoded, {chosen.lower(): codes})
 
 
-def run(kind: str, subject: Subject, put: Put, *, weighted: bool = False) -> Candidate:
+def run(kind: str, subject: StudiedModel, put: Put, *, weighted: bool = False) -> Candidate:
     """All matrices in one type."""
     _ggml()
     note = _replaced(kind, subject)
@@ -103,7 +81,7 @@ def run(kind: str, subject: Subject, put: Put, *, weighted: bool = False) -> Can
     return Candidate(result.size_bytes, result.bits, note="; ".join(filter(None, (note, result.note))))
 
 
-def _replaced(kind: str, subject: Subject) -> str:
+def _replaced(kind: str, subject: StudiedModel) -> str:
     """What llama.cpp stores otherwise than it was asked to."""
     matrices = subject.architecture.matrices
     other = [(matrix, fitting(kind, matrix.shape[1])) for matrix in matrices]
@@ -114,19 +92,19 @@ def _replaced(kind: str, subject: Subject) -> str:
     return f"{len(other)} of {len(matrices)} matrices are {chosen}: rows of {width} do not fit {kind}'s blocks"
 
 
-for _kind in TYPES:
-    _name = _kind.lower()
-    register(Method(f"gguf-{_name}", f"GGUF {_kind}", "GGUF", partial(run, _kind), "llama-cpp-python", options="pure"))
-for _kind in TYPES:
-    if _kind not in ("Q8_0",):
-        register(
-            Method(
-                f"gguf-{_kind.lower()}-imatrix",
-                f"GGUF {_kind}, imatrix",
-                "GGUF, imatrix",
-                partial(run, _kind, weighted=True),
-                "llama-cpp-python",
-                calibrated=True,
-                options="pure",
-            )
-        )
+def _method(kind: str, *, weighted: bool) -> Method:
+    return Method(
+        name=f"gguf-{kind.lower()}" + "-imatrix" * weighted,
+        title=f"GGUF {kind}" + ", imatrix" * weighted,
+        family="GGUF" + ", imatrix" * weighted,
+        run=partial(run, kind, weighted=weighted),
+        package="llama-cpp-python",
+        calibrated=weighted,
+        options="pure",
+    )
+
+
+METHODS = (
+    *(_method(kind, weighted=False) for kind in TYPES),
+    *(_method(kind, weighted=True) for kind in TYPES if kind != "Q8_0"),
+)

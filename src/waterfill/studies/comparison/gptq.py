@@ -23,9 +23,9 @@ from waterfill.files.artifact import Buffer
 from waterfill.files.model_calls import read
 from waterfill.planning.estimators import matrix_view
 from waterfill.planning.moments import module_of
-from waterfill.studies.comparison.base import Candidate, Method, Put, Subject, Unavailable, register
+from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable
 from waterfill.studies.comparison.peers import library
-from waterfill.studies.comparison.stored import as_it_is, file_bytes, kept_buffers, stored
+from waterfill.studies.comparison.stored import as_it_is, file_bytes, kept_buffers, quantised
 
 GROUP = 128
 BITS = (2, 3, 4, 8)
@@ -36,7 +36,7 @@ class _Enough(Exception):  # noqa: N818  # ends a forward pass whose rest is not
 
 
 @torch.no_grad()
-def run(bits: int, subject: Subject, put: Put) -> Candidate:
+def run(bits: int, subject: StudiedModel, put: Put) -> Candidate:
     """All linear matrices at `bits`, groups of 128, scales and zero points per group."""
     package = library("gptqmodel.quantization.gptq", "gptqmodel")
     config = library("gptqmodel.quantization", "gptqmodel").QuantizeConfig
@@ -63,7 +63,7 @@ def run(bits: int, subject: Subject, put: Put) -> Candidate:
             else:
                 group = GROUP if matrix.shape[1] % GROUP == 0 else -1
                 solved, *_ = _quietly(solvers[matrix.name].quantize)
-                result = stored(solved.float().view_as(weight), _buffers(matrix, bits, group))
+                result = quantised(solved.float().view_as(weight), _buffers(matrix, bits, group))
                 weight.copy_(result.weight)
                 put(matrix.name, result.weight)
             payload += result.size_bytes
@@ -135,15 +135,15 @@ def _quietly(function: Callable[..., Any], *arguments: Any, **options: Any) -> A
         return function(*arguments, **options)
 
 
-for _bits in BITS:
-    register(
-        Method(
-            f"gptq-{_bits}",
-            f"GPTQ {_bits} bits",
-            "GPTQ",
-            partial(run, _bits),
-            "gptqmodel",
-            calibrated=True,
-            options=f"group {GROUP}",
-        )
+METHODS = tuple(
+    Method(
+        name=f"gptq-{bits}",
+        title=f"GPTQ {bits} bits",
+        family="GPTQ",
+        run=partial(run, bits),
+        package="gptqmodel",
+        calibrated=True,
+        options=f"group {GROUP}",
     )
+    for bits in BITS
+)

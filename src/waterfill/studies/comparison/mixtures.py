@@ -9,45 +9,28 @@ from __future__ import annotations
 
 import ctypes
 import math
-import re
-import struct
-from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import BinaryIO
 
-from waterfill.evaluation.llamacpp import silence
-from waterfill.files.architecture import Matrix, parameters_of
+from waterfill.files.architecture import parameters_of
 from waterfill.files.artifact import Buffer
+from waterfill.files.ggml import silence
+from waterfill.files.gguf import FILE_TYPES, TENSOR_TYPES, Entry, read_gguf, write_gguf
+from waterfill.files.llama_names import GGUF_NORMS, GGUF_PROJECTIONS, gguf_name
 from waterfill.planning.estimators import matrix_view
-from waterfill.studies.comparison.base import Candidate, Method, Put, Subject, Unavailable, register
+from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable
 from waterfill.studies.comparison.ggml import NAMES, quantise
 from waterfill.studies.comparison.peers import library
 from waterfill.studies.comparison.stored import file_bytes, kept_buffers
 
-MIXTURES = {
-    "Q2_K": 10,
-    "Q3_K_S": 11,
-    "Q3_K_M": 12,
-    "Q3_K_L": 13,
-    "Q4_K_S": 14,
-    "Q4_K_M": 15,
-    "Q5_K_S": 16,
-    "Q5_K_M": 17,
-}
+MIXTURES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
 MODELS = ("llama", "mistral")  # whose matrices have these names in GGUF files
 WIDTH = 256  # of the miniature: every type's blocks fit
-_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-_STRING, _U32, _F32, _ARRAY = 8, 4, 6, 9
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of GGUF's other value types
 
 
-def run(mixture: str, subject: Subject, put: Put, *, weighted: bool = False) -> Candidate:
+def run(mixture: str, subject: StudiedModel, put: Put, *, weighted: bool = False) -> Candidate:
     """Every matrix in the type that llama.cpp chooses for it."""
     chosen = chosen_types(mixture, subject)
     moments = subject.moments if weighted else {}
@@ -69,29 +52,21 @@ def run(mixture: str, subject: Subject, put: Put, *, weighted: bool = False) -> 
     )
 
 
-def chosen_types(mixture: str, subject: Subject) -> dict[str, str]:
+def chosen_types(mixture: str, subject: StudiedModel) -> dict[str, str]:
     """The type of every matrix, by the matrix's name."""
     config = subject.checkpoint.config
     if config.get("model_type") not in MODELS:
         raise Unavailable(f"llama.cpp's mixtures are run for {' and '.join(MODELS)} models")
     layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
     shape = (layers, heads, int(config.get("num_key_value_heads") or heads), not subject.architecture.tied_head)
-    types = _types(MIXTURES[mixture], *shape)
-    found = {}
+    types = _types(FILE_TYPES[mixture], *shape)
+    chosen = {}
     for matrix in subject.architecture.matrices:
-        kind = types.get(gguf_name(matrix), -1)
+        kind = types.get(gguf_name(matrix.name) or "", -1)
         if kind not in NAMES:
             raise Unavailable(f"llama.cpp stores {matrix.name} in a type that is not known here")
-        found[matrix.name] = NAMES[kind]
-    return found
-
-
-def gguf_name(matrix: Matrix) -> str:
-    """What a matrix is called in a GGUF file."""
-    if matrix.role in ("embedding", "head"):
-        return "token_embd.weight" if matrix.role == "embedding" else "output.weight"
-    match = re.fullmatch(r".*\.(\d+)\.(\w+\.\w+)", matrix.name)
-    return f"blk.{match[1]}.{_NAMES.get(match[2], '')}.weight" if match else ""
+        chosen[matrix.name] = NAMES[kind]
+    return chosen
 
 
 def _types(ftype: int, layers: int, heads: int, kv_heads: int, output: bool) -> dict[str, int]:
@@ -100,16 +75,17 @@ def _types(ftype: int, layers: int, heads: int, kv_heads: int, output: bool) -> 
     silence(api)
     with TemporaryDirectory(prefix="waterfill-mixture-") as folder:
         source, target = Path(folder) / "zeros.gguf", Path(folder) / "typed.gguf"
-        source.write_bytes(_miniature(layers, heads, kv_heads, output))
+        with source.open("wb") as file:
+            _miniature(file, layers, heads, kv_heads, output)
         options = api.llama_model_quantize_default_params()
         options.ftype, options.nthread = ftype, 1
         if api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)):
             raise Unavailable("llama.cpp refuses a miniature of this model")
-        return dict(_read_types(target.read_bytes()))
+        return {entry.name: entry.type for entry in read_gguf(target.read_bytes())[1]}
 
 
-def _miniature(layers: int, heads: int, kv_heads: int, output: bool) -> bytes:
-    """A GGUF file of zeros: magic, version, counts, metadata, tensor infos, tensors at multiples of 32 bytes."""
+def _miniature(file: BinaryIO, layers: int, heads: int, kv_heads: int, output: bool) -> None:
+    """A model of zeros."""
     metadata: dict[str, str | int | float] = {
         "general.architecture": "llama",
         "tokenizer.ggml.model": "no_vocab",
@@ -125,78 +101,26 @@ def _miniature(layers: int, heads: int, kv_heads: int, output: bool) -> bytes:
         "llama.rope.dimension_count": 32,
         "llama.attention.layer_norm_rms_epsilon": 1e-6,
     }
-    tensors = {"token_embd.weight": 2, "output_norm.weight": 1, **({"output.weight": 2} if output else {})}
+    dimensions = {"token_embd": 2, "output_norm": 1, **({"output": 2} if output else {})}
     for layer in range(layers):
-        tensors |= {f"blk.{layer}.{name}.weight": 1 for name in ("attn_norm", "ffn_norm")}
-        tensors |= {f"blk.{layer}.{name}.weight": 2 for name in _NAMES.values()}
-    header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
-    for key, value in metadata.items():
-        header += _text(key) + _value(value)
-    offset = 0
-    for name, dimensions in tensors.items():
-        header += _text(name) + struct.pack(f"<I{dimensions}QIQ", dimensions, *[WIDTH] * dimensions, 0, offset)
-        offset += 4 * WIDTH**dimensions
-    return bytes(header) + bytes(-len(header) % 32) + bytes(offset)
+        dimensions |= {f"blk.{layer}.{name}": 1 for name in GGUF_NORMS.values()}
+        dimensions |= {f"blk.{layer}.{name}": 2 for name in GGUF_PROJECTIONS.values()}
+    entries = [Entry(f"{name}.weight", (WIDTH,) * count, TENSOR_TYPES["F32"]) for name, count in dimensions.items()]
+    sizes = [4 * math.prod(entry.shape) for entry in entries]
+    write_gguf(file, metadata, [(entry, size, (bytes(size),)) for entry, size in zip(entries, sizes, strict=True)])
 
 
-def _text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def _value(value: str | int | float) -> bytes:
-    if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _text(value)
-    return struct.pack("<II", _U32, value) if isinstance(value, int) else struct.pack("<If", _F32, value)
-
-
-def _read_types(content: bytes) -> Iterator[tuple[str, int]]:
-    """(name, type) of each tensor of a GGUF file that llama.cpp has just written."""
-    _, _, tensors, pairs = struct.unpack_from("<4sIQQ", content)
-    at = 24
-
-    def text() -> str:
-        nonlocal at
-        (size,) = struct.unpack_from("<Q", content, at)
-        at += 8 + size
-        return content[at - size : at].decode()
-
-    def skip(kind: int) -> None:
-        nonlocal at
-        if kind == _STRING:
-            text()
-        elif kind == _ARRAY:
-            inner, count = struct.unpack_from("<IQ", content, at)
-            at += 12
-            for _ in range(count):
-                skip(inner)
-        else:
-            at += _SIZES[kind]
-
-    for _ in range(pairs):
-        text()
-        (kind,) = struct.unpack_from("<I", content, at)
-        at += 4
-        skip(kind)
-    for _ in range(tensors):
-        name = text()
-        (dimensions,) = struct.unpack_from("<I", content, at)
-        (kind,) = struct.unpack_from("<I", content, at + 4 + 8 * dimensions)
-        at += 4 + 8 * dimensions + 4 + 8
-        yield name, kind
-
-
-for _mixture in MIXTURES:
-    _name = f"gguf-{_mixture.lower()}" + ("-mixed" if _mixture == "Q2_K" else "")
-    _title = f"GGUF {_mixture}" + (" as llama.cpp mixes it" if _mixture == "Q2_K" else "")
-    _options: Mapping[str, Any] = {"package": "llama-cpp-python", "options": "mixture"}
-    register(Method(_name, _title, "GGUF", partial(run, _mixture), **_options))
-    register(
-        Method(
-            f"{_name}-imatrix",
-            f"{_title}, imatrix",
-            "GGUF, imatrix",
-            partial(run, _mixture, weighted=True),
-            calibrated=True,
-            **_options,
-        )
+def _method(mixture: str, *, weighted: bool) -> Method:
+    pure = mixture == "Q2_K"  # which is a type as well
+    return Method(
+        name=f"gguf-{mixture.lower()}" + "-mixed" * pure + "-imatrix" * weighted,
+        title=f"GGUF {mixture}" + " as llama.cpp mixes it" * pure + ", imatrix" * weighted,
+        family="GGUF" + ", imatrix" * weighted,
+        run=partial(run, mixture, weighted=weighted),
+        package="llama-cpp-python",
+        calibrated=weighted,
+        options="mixture",
     )
+
+
+METHODS = tuple(_method(mixture, weighted=weighted) for mixture in MIXTURES for weighted in (False, True))

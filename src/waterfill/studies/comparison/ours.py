@@ -9,26 +9,27 @@ from waterfill.base.progress import Step
 from waterfill.codecs import Encoded, get_codec
 from waterfill.files.artifact import Artifact, open_artifact
 from waterfill.packing.pack import pack_plan
+from waterfill.planning.budget import Budget
 from waterfill.planning.plan import Plan
 from waterfill.planning.planner import Request, make_plan
-from waterfill.studies.comparison.base import Candidate, Method, Put, Subject
+from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel
 
 
-def plan_for(subject: Subject, request: Request) -> Plan:
+def plan_for(subject: StudiedModel, budget: Budget, request: Request) -> Plan:
     """The plan that `waterfill pack` would carry out."""
-    return make_plan(subject.name, subject.architecture, subject.sensitivity, request)
+    return make_plan(subject.name, subject.architecture, subject.sensitivity, budget, request)
 
 
 def packed(plan: Plan, *, title: str, name: str, progress: Step | None = None) -> Method:
     """A plan as a method. Its identity is the plan's: whatever changes the bytes changes it."""
 
-    def run(subject: Subject, put: Put) -> Candidate:
+    def run(subject: StudiedModel, put: Put) -> Candidate:
         return pack_and_decode(subject, plan, put, progress)
 
     return Method(name, title, "waterfill", run, "waterfill", options=plan.identity)
 
 
-def pack_and_decode(subject: Subject, plan: Plan, put: Put, progress: Step | None = None) -> Candidate:
+def pack_and_decode(subject: StudiedModel, plan: Plan, put: Put, progress: Step | None = None) -> Candidate:
     """Pack into a temporary directory, and decode what lies there."""
     step = None if progress is None else lambda _, done, total: progress(done, total)
     with TemporaryDirectory(prefix="waterfill-compare-") as folder:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from waterfill.base.errors import first_line
 from waterfill.files.artifact import Buffer
-from waterfill.studies.comparison.base import Method, Unavailable, register
-from waterfill.studies.comparison.stored import Stored, run_quantiser, stored
+from waterfill.studies.comparison.base import Method, Unavailable
+from waterfill.studies.comparison.stored import QuantisedMatrix, Quantiser, quantised, run_quantiser
 
 HQQ_GROUP = 64  # its own default
 TORCHAO_GROUP = 32
@@ -48,25 +48,25 @@ def library(name: str, package: str) -> Any:
 # -------------------------------------------------------------------------------------------------------- bitsandbytes
 
 
-def bnb_4bit(weight: Tensor, kind: str, *, double: bool) -> Stored:
+def bnb_4bit(weight: Tensor, kind: str, *, double: bool) -> QuantisedMatrix:
     """NF4 or FP4 in blocks of 64; with `double`, absmax in 8 bits, and a scale for every 256 of them."""
     functional = library("bitsandbytes.functional", "bitsandbytes")
     codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type=kind)
     kept = {key.replace(".", "_"): part for key, part in state.as_dict(packed=True).items()}
-    return stored(functional.dequantize_4bit(codes, state), {"weight": codes, **kept})
+    return quantised(functional.dequantize_4bit(codes, state), {"weight": codes, **kept})
 
 
-def bnb_int8(weight: Tensor) -> Stored:
+def bnb_int8(weight: Tensor) -> QuantisedMatrix:
     """LLM.int8()'s weights: one absmax per row."""
     functional = library("bitsandbytes.functional", "bitsandbytes")
     codes, scale, _ = functional.int8_vectorwise_quant(weight.half())
-    return stored(functional.int8_vectorwise_dequant(codes, scale), {"weight": codes, "SCB": scale})
+    return quantised(functional.int8_vectorwise_dequant(codes, scale), {"weight": codes, "SCB": scale})
 
 
 # ----------------------------------------------------------------------------------------------------------------- hqq
 
 
-def hqq(weight: Tensor, bits: int, group: int = HQQ_GROUP, axis: int = 1) -> Stored:
+def hqq(weight: Tensor, bits: int, group: int = HQQ_GROUP, axis: int = 1) -> QuantisedMatrix:
     """Half-quadratic quantisation as in hqq's `hqq_base_quant_config`: the zero is rounded at 4 bits only.
 
     Its 3-bit indices take 3.2 bits: ten of them lie in 32.
@@ -79,13 +79,13 @@ def hqq(weight: Tensor, bits: int, group: int = HQQ_GROUP, axis: int = 1) -> Sto
     )
     scale, zero = meta["scale"].half(), meta["zero"].half()
     meta |= {"scale": scale.float(), "zero": zero.float(), "compute_dtype": torch.float32}
-    return stored(core.Quantizer.dequantize(codes, meta), {"W_q": codes, "scale": scale, "zero": zero})
+    return quantised(core.Quantizer.dequantize(codes, meta), {"W_q": codes, "scale": scale, "zero": zero})
 
 
 # ------------------------------------------------------------------------------------------------------ optimum-quanto
 
 
-def quanto(weight: Tensor, kind: str) -> Stored:
+def quanto(weight: Tensor, kind: str) -> QuantisedMatrix:
     """A linear layer quantised and frozen as `optimum.quanto.quantize` does it; groups as it chooses them."""
     package = library("optimum.quanto", "optimum-quanto")
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.float16)
@@ -94,24 +94,26 @@ def quanto(weight: Tensor, kind: str) -> Stored:
     module.freeze()
     kept: dict[str, Tensor] = {}
     module.weight.save_to_state_dict(kept, "weight.", False)
-    return stored(module.weight.dequantize(), {key.rpartition(".")[2].strip("_"): part for key, part in kept.items()})
+    return quantised(
+        module.weight.dequantize(), {key.rpartition(".")[2].strip("_"): part for key, part in kept.items()}
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- torchao
 
 
-def torchao_int8(weight: Tensor) -> Stored:
+def torchao_int8(weight: Tensor) -> QuantisedMatrix:
     """Int8 weights, one scale per row."""
-    quantised = _torchao(weight, "Int8WeightOnlyConfig")
-    return stored(quantised.dequantize(), {"qdata": quantised.qdata, "scale": quantised.scale})
+    tensor = _torchao(weight, "Int8WeightOnlyConfig")
+    return quantised(tensor.dequantize(), {"qdata": tensor.qdata, "scale": tensor.scale})
 
 
-def torchao_int4(weight: Tensor) -> Stored:
+def torchao_int4(weight: Tensor) -> QuantisedMatrix:
     """Int4 weights in groups of 32 with zero points. Charged at 4 bits, though torchao's layout for CPUs takes 8."""
     if weight.shape[1] % TORCHAO_GROUP:
         raise Unavailable(f"rows are not whole groups of {TORCHAO_GROUP}")
     package = library("torchao.quantization", "torchao")
-    quantised = _torchao(
+    tensor = _torchao(
         weight,
         "IntxWeightOnlyConfig",
         weight_dtype=vars(torch)["int4"],  # torch's own stubs lack it
@@ -119,8 +121,8 @@ def torchao_int4(weight: Tensor) -> Stored:
         mapping_type=package.MappingType.ASYMMETRIC,
     )
     codes = Buffer("qdata", "U8", (-(-weight.numel() // 2),))
-    kept = {"qdata": codes, "scale": quantised.scale, "zero_point": quantised.zero_point}
-    return stored(quantised.dequantize(), kept)
+    kept = {"qdata": codes, "scale": tensor.scale, "zero_point": tensor.zero_point}
+    return quantised(tensor.dequantize(), kept)
 
 
 def _torchao(weight: Tensor, config: str, **options: object) -> Any:
@@ -133,22 +135,26 @@ def _torchao(weight: Tensor, config: str, **options: object) -> Any:
     return linear.weight.data
 
 
-# ------------------------------------------------------------------------------------------------------------ registry
+# ------------------------------------------------------------------------------------------------------------- methods
 
 
-def _register(name: str, title: str, family: str, package: str, quantiser: Any, options: str = "") -> None:
-    register(Method(name, title, family, partial(run_quantiser, quantiser), package, options=options))
+def _method(name: str, title: str, family: str, package: str, quantiser: Quantiser) -> Method:
+    return Method(name, title, family, partial(run_quantiser, quantiser), package)
 
 
 _BNB = ("bitsandbytes", "bitsandbytes")
-_register("bnb-nf4", "NF4", *_BNB, partial(bnb_4bit, kind="nf4", double=False))
-_register("bnb-nf4-double", "NF4, double quantisation", *_BNB, partial(bnb_4bit, kind="nf4", double=True))
-_register("bnb-fp4", "FP4", *_BNB, partial(bnb_4bit, kind="fp4", double=False))
-_register("bnb-int8", "LLM.int8()", *_BNB, bnb_int8)
-_register("hqq-2-g16", "HQQ 2 bits, groups of 16", "hqq", "hqq", partial(hqq, bits=2, group=16))
-for _bits in (2, 3, 4, 8):
-    _register(f"hqq-{_bits}", f"HQQ {_bits} bits", "hqq", "hqq", partial(hqq, bits=_bits))
-for _kind in ("qint2", "qint4", "qint8", "qfloat8"):
-    _register(f"quanto-{_kind[1:]}", f"quanto {_kind}", "optimum-quanto", "optimum-quanto", partial(quanto, kind=_kind))
-_register("torchao-int4", "torchao int4", "torchao", "torchao", torchao_int4)
-_register("torchao-int8", "torchao int8", "torchao", "torchao", torchao_int8)
+_QUANTO = ("optimum-quanto", "optimum-quanto")
+METHODS = (
+    _method("bnb-nf4", "NF4", *_BNB, partial(bnb_4bit, kind="nf4", double=False)),
+    _method("bnb-nf4-double", "NF4, double quantisation", *_BNB, partial(bnb_4bit, kind="nf4", double=True)),
+    _method("bnb-fp4", "FP4", *_BNB, partial(bnb_4bit, kind="fp4", double=False)),
+    _method("bnb-int8", "LLM.int8()", *_BNB, bnb_int8),
+    _method("hqq-2-g16", "HQQ 2 bits, groups of 16", "hqq", "hqq", partial(hqq, bits=2, group=16)),
+    *(_method(f"hqq-{bits}", f"HQQ {bits} bits", "hqq", "hqq", partial(hqq, bits=bits)) for bits in (2, 3, 4, 8)),
+    *(
+        _method(f"quanto-{kind[1:]}", f"quanto {kind}", *_QUANTO, partial(quanto, kind=kind))
+        for kind in ("qint2", "qint4", "qint8", "qfloat8")
+    ),
+    _method("torchao-int4", "torchao int4", "torchao", "torchao", torchao_int4),
+    _method("torchao-int8", "torchao int8", "torchao", "torchao", torchao_int8),
+)

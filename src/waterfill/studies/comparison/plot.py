@@ -51,7 +51,8 @@ def _kind(path: Path) -> str:
 def plot(comparison: Comparison) -> Figure:
     """Measured methods with their error bars, and the curve that our plans promise with its interval.
 
-    Raises WaterfillError where matplotlib is not installed.
+    Raises:
+        WaterfillError: matplotlib is not installed.
     """
     check()
     from matplotlib.figure import Figure

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from waterfill.files.artifact import Buffer
-from waterfill.studies.comparison.base import Method, register
-from waterfill.studies.comparison.stored import Stored, run_quantiser, stored
+from waterfill.studies.comparison.base import Method
+from waterfill.studies.comparison.stored import QuantisedMatrix, quantised, run_quantiser
 
 GROUP = 64
 Zero = Literal["none", "integer", "minimum"]
 BITS = (2, 3, 4, 5, 6, 8)
 
 
-def round_to_nearest(weight: Tensor, bits: int, zero: Zero) -> Stored:
+def round_to_nearest(weight: Tensor, bits: int, zero: Zero) -> QuantisedMatrix:
     """Uniform levels per group of 64. Scales and integer zero points as in GPTQ's and AWQ's baselines, a minimum as in
     GGUF's Q4_1; scales and minima in fp16, indices and zero points in their bits."""
     groups = weight.reshape(-1, GROUP) if weight.shape[1] % GROUP == 0 else weight
@@ -40,7 +40,7 @@ def round_to_nearest(weight: Tensor, bits: int, zero: Zero) -> Stored:
         buffers["zeros"] = _bytes("zeros", bits * len(groups))
     elif zero == "minimum":
         buffers["zeros"] = Buffer("zeros", "F16", (len(groups),))
-    return stored(rounded.view_as(weight), buffers)
+    return quantised(rounded.view_as(weight), buffers)
 
 
 def half(values: Tensor) -> Tensor:
@@ -52,14 +52,13 @@ def _bytes(key: str, bits: int) -> Buffer:
     return Buffer(key, "U8", (-(-bits // 8),))
 
 
-for _bits in BITS:
-    _quantise = partial(round_to_nearest, bits=_bits, zero="integer")
-    register(
-        Method(
-            name=f"rtn-{_bits}",
-            title=f"round to nearest, {_bits} bits",
-            family="round to nearest",
-            run=partial(run_quantiser, _quantise),
-            options=f"group {GROUP}, integer zero",
-        )
+METHODS = tuple(
+    Method(
+        name=f"rtn-{bits}",
+        title=f"round to nearest, {bits} bits",
+        family="round to nearest",
+        run=partial(run_quantiser, partial(round_to_nearest, bits=bits, zero="integer")),
+        options=f"group {GROUP}, integer zero",
     )
+    for bits in BITS
+)

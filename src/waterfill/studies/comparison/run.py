@@ -25,8 +25,8 @@ from waterfill.evaluation import divergence
 from waterfill.files.architecture import parameters_of
 from waterfill.planning.budget import Budget
 from waterfill.planning.estimators import matrix_view
-from waterfill.planning.planner import Request
-from waterfill.studies.comparison.base import OURS, Method, Row, Subject, Unavailable
+from waterfill.planning.planner import USUAL, Request
+from waterfill.studies.comparison.base import OURS, Method, Row, StudiedModel, Unavailable
 from waterfill.studies.comparison.cache import VERSION, Results
 from waterfill.studies.comparison.curve import CurvePoint, predicted_curve
 from waterfill.studies.comparison.ours import packed, plan_for
@@ -72,7 +72,7 @@ class Comparison(Record):
 
 
 def compare_methods(
-    subject: Subject,
+    subject: StudiedModel,
     ids: Tensor,
     *,
     text: str,
@@ -80,7 +80,7 @@ def compare_methods(
     methods: Sequence[Method],
     ours: Sequence[str] = OURS[:1],
     budgets: Sequence[Budget],
-    request: Request | None = None,
+    request: Request = USUAL,
     match: bool = True,
     batch: int = 1,
     progress: Progress | None = None,
@@ -90,11 +90,10 @@ def compare_methods(
     Args:
         text: name of the text, for the result.
         ours: which of `OURS` to run, at every budget.
-        request: what else our plans are asked for; the budget in it is replaced.
+        request: what else our plans are asked for.
         match: also measure our plan within each peer's bytes.
         progress: called with (what is being done, done, in all).
     """
-    request = request or Request(Budget(bits=16.0))
     bench = _Bench(subject, ids, context, batch, progress)
     packing = step_of(progress, "packing")
     cases = [_budget_case(subject, request, name, budget, packing) for name in ours for budget in budgets]
@@ -127,15 +126,15 @@ def compare_methods(
 
 
 def _budget_case(
-    subject: Subject, request: Request, name: str, budget: Budget, packing: Callable[[int, int], None] | None
+    subject: StudiedModel, request: Request, name: str, budget: Budget, packing: Callable[[int, int], None] | None
 ) -> Method | Row:
     """One of our methods at a budget, or the row that says why there is no such plan."""
-    request = replace(request, budget=budget, uniform=name == OURS[1])
+    request = replace(request, uniform=name == OURS[1])
     asked = f"{budget.bits:g} bits" if budget.bits is not None else f"{budget.size_bytes:,} bytes"
     said = ("waterfill", "uniform" * request.uniform, "for memory" * (request.purpose == "memory"), asked)
     title = ", ".join(filter(None, said))
     try:
-        return packed(plan_for(subject, request), title=title, name=name, progress=packing)
+        return packed(plan_for(subject, budget, request), title=title, name=name, progress=packing)
     except BudgetError as error:
         return Row(name, title, "waterfill", None, False, problem=first_line(error))
 
@@ -144,7 +143,7 @@ def _budget_case(
 class _Bench:
     """What all methods are measured on."""
 
-    subject: Subject
+    subject: StudiedModel
     ids: Tensor
     context: int
     batch: int
@@ -178,10 +177,10 @@ class _Bench:
     def row(self, method: Method) -> Row:
         """Measure a method, unless that was done before; a failure of its library becomes a row that tells it."""
         key = self.key(method)
-        found = self.results.get(key)
-        if found is not None:
-            self.ppl_reference = self.ppl_reference or found.ppl_reference
-            return replace(found, title=method.title)
+        known = self.results.get(key)
+        if known is not None:
+            self.ppl_reference = self.ppl_reference or known.ppl_reference
+            return replace(known, title=method.title)
         row = Row(method.name, method.title, method.family, method.version, method.calibrated)
         try:
             row = self._measure(method, row)
@@ -195,9 +194,8 @@ class _Bench:
 
     def matched(self, row: Row, request: Request) -> Row:
         """The row with our own plan beside it, which takes at most its bytes."""
-        request = replace(request, budget=Budget(size_bytes=row.size_bytes), uniform=False)
         try:
-            plan = plan_for(self.subject, request)
+            plan = plan_for(self.subject, Budget(size_bytes=row.size_bytes), replace(request, uniform=False))
         except BudgetError:
             return row
         packing = step_of(self.progress, "packing")
@@ -215,7 +213,7 @@ class _Bench:
                 matrix_view(parameters[matrix.parameter], matrix).copy_(weight)
 
             candidate = method.run(self.subject, put)
-        found = divergence(
+        measured = divergence(
             self.subject.model,
             model,
             self.ids,
@@ -223,17 +221,17 @@ class _Bench:
             batch=self.batch,
             progress=step_of(self.progress, "measuring"),
         )
-        self.ppl_reference = found.ppl_reference
+        self.ppl_reference = measured.ppl_reference
         predicted = candidate.predicted or (None, None, None)
         return replace(
             row,
             size_bytes=candidate.size_bytes,
             bits=candidate.bits,
-            kl=found.kl,
-            kl_stderr=found.kl_stderr,
-            top1_agreement=found.top1_agreement,
-            ppl=found.ppl,
-            ppl_reference=found.ppl_reference,
+            kl=measured.kl,
+            kl_stderr=measured.kl_stderr,
+            top1_agreement=measured.top1_agreement,
+            ppl=measured.ppl,
+            ppl_reference=measured.ppl_reference,
             predicted_kl=predicted[0],
             predicted_low=predicted[1],
             predicted_high=predicted[2],

@@ -18,14 +18,14 @@ from waterfill.base.dtypes import ITEM_BYTES, TORCH_DTYPES
 from waterfill.files.architecture import Architecture, Matrix, parameters_of
 from waterfill.files.artifact import Buffer
 from waterfill.planning.estimators import matrix_view
-from waterfill.studies.comparison.base import Candidate, Put, Subject, Unavailable
+from waterfill.studies.comparison.base import Candidate, Put, StudiedModel, Unavailable
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _NAMES |= dict.fromkeys((torch.int8, torch.float8_e4m3fn, torch.float8_e5m2), "U8")  # as large
 
 
 @dataclass(frozen=True)
-class Stored:
+class QuantisedMatrix:
     """A matrix as a method gives it back, and the buffers that it takes, by their keys."""
 
     weight: Tensor  # float32 [out, in]
@@ -36,20 +36,20 @@ class Stored:
         return sum(buffer.size_bytes for buffer in self.buffers.values())
 
 
-def stored(weight: Tensor, buffers: Mapping[str, Tensor | Buffer]) -> Stored:
+def quantised(weight: Tensor, buffers: Mapping[str, Tensor | Buffer]) -> QuantisedMatrix:
     """A result from what a library keeps: tensors as they are, or descriptions of buffers that it would write."""
     described = {
         key: part if isinstance(part, Buffer) else Buffer(key, _NAMES[part.dtype], tuple(part.shape))
         for key, part in buffers.items()
     }
-    return Stored(weight.detach().to(torch.float32), described)
+    return QuantisedMatrix(weight.detach().to(torch.float32), described)
 
 
-Quantiser = Callable[[Tensor], Stored]
+Quantiser = Callable[[Tensor], QuantisedMatrix]
 """Takes a matrix, float32 [out, in]. Raises Unavailable for one that does not fit it."""
 
 
-def run_quantiser(quantiser: Quantiser, subject: Subject, put: Put) -> Candidate:
+def run_quantiser(quantiser: Quantiser, subject: StudiedModel, put: Put) -> Candidate:
     """Every matrix through a quantiser of matrices; one that does not fit stays as it is, and the note says so."""
     parameters = parameters_of(subject.model)
     buffers: list[Buffer] = []
@@ -75,9 +75,9 @@ def run_quantiser(quantiser: Quantiser, subject: Subject, put: Put) -> Candidate
     )
 
 
-def as_it_is(weight: Tensor, matrix: Matrix) -> Stored:
+def as_it_is(weight: Tensor, matrix: Matrix) -> QuantisedMatrix:
     """The matrix in the checkpoint's own dtype."""
-    return Stored(weight, {"weight": Buffer("weight", matrix.dtype, matrix.shape)})
+    return QuantisedMatrix(weight, {"weight": Buffer("weight", matrix.dtype, matrix.shape)})
 
 
 def _note(refused: Mapping[str, str]) -> str:

@@ -19,8 +19,7 @@ from waterfill.base.arguments import PATH, POSITIVE, SIZE, checked, each
 from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Progress, step_of
 from waterfill.base.writing import write_file
-from waterfill.evaluation import default_context, token_ids
-from waterfill.evaluation import windows as text_windows
+from waterfill.evaluation import default_context, token_ids, windows
 from waterfill.files.architecture import Architecture, describe
 from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.files.original import load_checkpoint, load_tokenizer
@@ -32,7 +31,16 @@ from waterfill.planning.options import CHECKS, ProbeOptions
 from waterfill.planning.planner import Request
 from waterfill.planning.probe import probe_tokens, read_text
 from waterfill.planning.sensitivity import Sensitivity, given_sensitivity
-from waterfill.studies.comparison import DEFAULT_BITS, OURS, Comparison, Method, Subject, compare_methods, known, select
+from waterfill.studies.comparison import (
+    DEFAULT_BITS,
+    OURS,
+    Comparison,
+    Method,
+    StudiedModel,
+    compare_methods,
+    known,
+    select,
+)
 from waterfill.studies.comparison.cache import comparisons_folder
 
 # Without the baseline that nobody ships, and without variants of what is there already.
@@ -96,13 +104,12 @@ def compare(
     ids = token_ids(tokenizer, text)
     original = load_checkpoint(checkpoint)
     context = default_context(original) if context is None else context
-    ids = text_windows(ids, context)[:max_windows].flatten()
+    ids = windows(ids, context)[:max_windows].flatten()
     calibrated = any(method.calibrated for method in peers)
     measured, calibration = _measured(checkpoint, architecture, original, tokenizer, progress, options, calibrated)
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)
-    subject = Subject(name, checkpoint, architecture, original, measured, calibration)
+    subject = StudiedModel(name, checkpoint, architecture, original, measured, calibration)
     request = Request(
-        Budget(bits=16.0),
         gain=options.get("gain", "auto"),
         keep=tuple(options.get("keep", ())),
         codecs=tuple(options.get("codecs", ())),
@@ -167,6 +174,6 @@ def _measured(
     except WaterfillError:
         pass
     step = step_of(progress, MEASURING)
-    found = measure_on(model, checkpoint, architecture, probe, tokens, progress=step)
-    write_file(sensitivity_file, found.to_json())
-    return found, tokens
+    measured = measure_on(model, checkpoint, architecture, probe, tokens, progress=step)
+    write_file(sensitivity_file, measured.to_json())
+    return measured, tokens

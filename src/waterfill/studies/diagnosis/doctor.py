@@ -9,19 +9,16 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import count
 from pathlib import Path
 
 import torch
 
 from waterfill import kernels
-from waterfill.base import native, process
+from waterfill.base import machine, native, process
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.version import __version__
 from waterfill.codecs import get_codec
@@ -75,15 +72,15 @@ def diagnose() -> Diagnosis:
         waterfill=__version__,
         python=platform.python_version(),
         torch=torch.__version__,
-        transformers=_version("transformers"),
-        cpu=_cpu(),
+        transformers=machine.package_version("transformers"),
+        cpu=machine.cpu_name(),
         cores=process.usable_cpus(),
         threads=torch.get_num_threads(),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=machine.memory_bytes(),
         read_bytes_per_s=read_bytes_per_s(),
         library=None if path is None else str(path),
         problem=problem,
-        instruction_sets={name: name in usable for name in _known(loaded)} if loaded else {},
+        instruction_sets={name: name in usable for name in loaded.known()} if loaded else {},
         multiplies=multiplies,
         why=why,
         activations="integer" if multiplies not in (None, STORED) and _integers() else "float",
@@ -96,7 +93,7 @@ def diagnose() -> Diagnosis:
 
 def read_bytes_per_s() -> float:
     """Bytes of memory read in a second by all threads: the best of some sums over an array."""
-    data = torch.ones(min(READ_BYTES, (_memory_bytes() or READ_BYTES) // 8) // 8, dtype=torch.int64)
+    data = torch.ones(min(READ_BYTES, (machine.memory_bytes() or READ_BYTES) // 8) // 8, dtype=torch.int64)
     until, best_s = time.perf_counter() + READ_S, float("inf")
     while (start_s := time.perf_counter()) < until:
         data.sum()
@@ -114,13 +111,6 @@ def _library() -> tuple[Path | None, str | None]:
     except WaterfillError as error:
         return native.find(), str(error)
     return native.find(), None
-
-
-def _known(library: native.Native) -> Iterator[str]:
-    for number in count():
-        if not (name := library.isa(number)):
-            return
-        yield name.decode()
 
 
 def _choice(problem: str | None) -> tuple[str | None, str]:
@@ -188,34 +178,7 @@ def _random_matrix(name: str, shape: tuple[int, int] = (40, 2100)) -> Packed:
     return Packed(codec, scales.half(), codes, 0, shape)
 
 
-# ----------------------------------------------------------------------------------------------- machine, installation
-
-
-def _cpu() -> str:
-    """The processor's model, or else its kind."""
-    try:
-        if sys.platform == "darwin":
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-    except (OSError, subprocess.SubprocessError):
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    """Physical memory, where the system says."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+# -------------------------------------------------------------------------------------------------------- installation
 
 
 def _extras() -> Iterator[tuple[str, list[str]]]:
@@ -227,4 +190,4 @@ def _extras() -> Iterator[tuple[str, list[str]]]:
     wanted = [re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", line) for line in about.get_all("Requires-Dist", [])]
     for extra in sorted(set(about.get_all("Provides-Extra", [])) - set(DEVELOPER_EXTRAS)):
         packages = [match[1] for match in wanted if match and match[2] == extra]
-        yield extra, [package for package in packages if _version(package) is None]
+        yield extra, [package for package in packages if machine.package_version(package) is None]

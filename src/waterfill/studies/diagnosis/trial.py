@@ -58,7 +58,10 @@ _CODEC = "higgs-p2-n16"
 def run(ways: dict[str, str]) -> None:
     """Have every way make tokens, and note in `ways` how it went: "right", or why it is not taken here.
 
-    Raises WaterfillError for a way that should be taken and is not, or leads elsewhere; the libraries' own errors too.
+    The libraries' own errors are raised as they are.
+
+    Raises:
+        WaterfillError: a way should be taken and is not, or leads elsewhere.
     """
     with TemporaryDirectory(prefix="waterfill-") as folder:
         artifact = _packed(Path(folder))
@@ -104,8 +107,8 @@ def _packed(folder: Path) -> Path:
     checkpoint = open_checkpoint(path)
     architecture = describe(checkpoint)
     measured = measure_checkpoint(checkpoint, architecture, None, ProbeOptions(probe="random", sequences=2, length=8))
-    request = Request(Budget(bits=5), codecs=(_CODEC,), uniform=True)
-    pack_plan(make_plan(path.name, architecture, measured, request), checkpoint, architecture, artifact)
+    plan = make_plan(path.name, architecture, measured, Budget(bits=5), Request(codecs=(_CODEC,), uniform=True))
+    pack_plan(plan, checkpoint, architecture, artifact)
     return artifact
 
 

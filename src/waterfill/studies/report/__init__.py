@@ -10,7 +10,7 @@ gather(artifact, plan, config, …) -> Report (plain data) -> render -> HTML
     page.py      the page from its template
 """
 
-from waterfill.studies.report.facts import BoundPoint, Report, Sample, gather
+from waterfill.studies.report.facts import BoundPoint, Continuation, Report, gather
 from waterfill.studies.report.page import render
 
-__all__ = ["BoundPoint", "Report", "Sample", "gather", "render"]
+__all__ = ["BoundPoint", "Continuation", "Report", "gather", "render"]

@@ -212,10 +212,10 @@ def _clipped(ends: list[tuple[float, float]], y: Scale, x: Scale) -> list[tuple[
 
 def promise(report: Report) -> Markup:
     """The promised loss as an interval, and what was measured."""
-    predicted, found = report.plan.predicted, report.divergence
+    predicted, measured = report.plan.predicted, report.divergence
     high = predicted.kl_high or predicted.kl * 1.5
-    right = max(high, found.kl + 2 * found.kl_stderr if found else 0) * 1.12
-    lines = 2 if found else 1
+    right = max(high, measured.kl + 2 * measured.kl_stderr if measured else 0) * 1.12
+    lines = 2 if measured else 1
     plot = Plot("Promised and measured loss", 52 * lines, Scale(0, right), Scale(0, 1), 78, 14, 0, 40)
     plot.x_axis("KL divergence, nats per token")
     plot.add(_row_label("promised", 0, 52))
@@ -226,12 +226,12 @@ def promise(report: Report) -> Markup:
     bar = tag("rect", x=plot.px(predicted.kl_low), width=width, y=16, height=20, rx=10, class_="interval")
     tick = tag("line", x1=plot.px(predicted.kl), x2=plot.px(predicted.kl), y1=12, y2=40, class_="stroke")
     plot.add(mark(tag("g", [bar, tick]), f"promised before packing\nKL {number(predicted.kl)}\n{interval}", "promised"))
-    if found:
+    if measured:
         plot.add(_row_label("measured", 52, 52))
-        low, up = max(0.0, found.kl - 2 * found.kl_stderr), found.kl + 2 * found.kl_stderr
+        low, up = max(0.0, measured.kl - 2 * measured.kl_stderr), measured.kl + 2 * measured.kl_stderr
         error = tag("line", x1=plot.px(low), x2=plot.px(up), y1=78, y2=78, class_="stroke")
-        dot = tag("circle", cx=plot.px(found.kl), cy=78, r=7)
-        said = f"measured on {found.tokens:,} tokens\nKL {number(found.kl)} ± {number(found.kl_stderr, 2)}"
+        dot = tag("circle", cx=plot.px(measured.kl), cy=78, r=7)
+        said = f"measured on {measured.tokens:,} tokens\nKL {number(measured.kl)} ± {number(measured.kl_stderr, 2)}"
         plot.add(mark(tag("g", [error, dot]), said, "measured"))
     return plot.svg()
 
@@ -259,9 +259,9 @@ def pareto(report: Report) -> Markup:
     if len(curve) < 2:
         return Markup("")
     peers = [row for row in report.peers if row.kl and row.size_bytes]
-    found = [*report.ours, *peers]
-    losses = [p.kl for p in curve] + [row.kl or 0 for row in found] + [p.kl for p in report.bound if p.kl > 0]
-    sizes = [p.size_bytes for p in curve] + [row.size_bytes or 0 for row in found] + [report.size_bytes]
+    rows = [*report.ours, *peers]
+    losses = [p.kl for p in curve] + [row.kl or 0 for row in rows] + [p.kl for p in report.bound if p.kl > 0]
+    sizes = [p.size_bytes for p in curve] + [row.size_bytes or 0 for row in rows] + [report.size_bytes]
     floor = max(min(losses), min(p.kl for p in curve) / 4)
     x = Scale(min(sizes) / 1.04, max(sizes) * 1.04, logarithmic=True)
     y = Scale(floor / 1.3, min(max(losses) * 1.3, 20.0), logarithmic=True)

@@ -8,19 +8,17 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from waterfill.base.machine import package_version
 from waterfill.evaluation import Divergence
-from waterfill.files.architecture import Architecture, Kept, Matrix
 from waterfill.files.artifact import Artifact
-from waterfill.planning.budget import Budget
 from waterfill.planning.loss import Coefficients
 from waterfill.planning.plan import PLAN_FILE, Plan
 from waterfill.planning.planner import MARGINS, Request
-from waterfill.planning.sensitivity import SENSITIVITY_FILE, Sensitivity
+from waterfill.planning.sensitivity import SENSITIVITY_FILE, Method, Sensitivity
 from waterfill.studies.comparison.base import OURS, Row
 from waterfill.studies.comparison.curve import CurvePoint, between, predicted_curve
 from waterfill.studies.report.bound import ideal_bytes, least_loss
@@ -30,7 +28,7 @@ PACKAGES = ("waterfill", "torch", "transformers", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
-class Sample:
+class Continuation:
     """One prompt, continued greedily by both models."""
 
     prompt: str
@@ -65,7 +63,7 @@ class Report:
     ideal_bytes: float  # of the matrices, if each were coded at Shannon's bound for its noise
     divergence: Divergence | None  # measured, where the original and a text were given
     text: str | None  # name of that text
-    samples: tuple[Sample, ...]
+    samples: tuple[Continuation, ...]
     ours: tuple[Row, ...]  # the best plans that `waterfill compare` has measured on this model
     peers: tuple[Row, ...]  # and the other methods
     same_text: bool  # whether it did so on the tokens of `divergence`
@@ -82,7 +80,7 @@ def gather(
     *,
     divergence: Divergence | None = None,
     text: str | None = None,
-    samples: Sequence[Sample] = (),
+    samples: Sequence[Continuation] = (),
     compared: Sequence[Row] = (),
     same_text: bool = False,
     original: bool = False,
@@ -93,7 +91,8 @@ def gather(
     `original` says whether there was one; `options` is what else `waterfill report` was asked for, as it is typed.
     """
     measured = {name: tensor.t2 for name, tensor in artifact.tensors.items() if tensor.packed}
-    curve = predicted_curve(architecture_of(plan), sensitivity_of(artifact.path, plan), _request(plan))
+    request = Request(gain=plan.gain, shard_bytes=plan.shard_bytes)
+    curve = predicted_curve(plan, sensitivity_of(artifact.path, plan), request)
     return Report(
         name=artifact.path.resolve().name,
         size_bytes=artifact.size_bytes,
@@ -117,25 +116,6 @@ def gather(
     )
 
 
-def architecture_of(plan: Plan) -> Architecture:
-    """What planning needs of the original model, from a plan: names, shapes, dtypes, and no way to the weights."""
-    matrices = [
-        Matrix(
-            name=tensor.name,
-            parameter=tensor.parameter,
-            expert=int(tensor.name.rpartition(".")[2]) if tensor.role == "expert" else None,
-            transposed=tensor.stored_shape[-2:] != tensor.shape,
-            shape=tensor.shape,
-            dtype=tensor.dtype,
-            role=tensor.role,
-            pieces=(),
-        )
-        for tensor in plan.tensors
-    ]
-    kept = [Kept(tensor.name, tensor.shape, tensor.dtype, ()) for tensor in plan.kept]
-    return Architecture((*kept, *matrices), tied_head=False, ignored=())
-
-
 def sensitivity_of(path: Path, plan: Plan) -> Sensitivity:
     """The sensitivities in an artifact, or else what the plan says of them."""
     if (path / SENSITIVITY_FILE).exists():
@@ -148,28 +128,20 @@ def sensitivity_of(path: Path, plan: Plan) -> Sensitivity:
         t.name: Coefficients(t.alpha, t.beta, share * max(t.alpha, 0.0), share * max(t.beta, 0.0)) for t in plan.tensors
     }
     nll = 0.0 if predicted.ppl_reference is None else math.log(predicted.ppl_reference)  # a lossless plan has none
-    return Sensitivity(plan.fingerprint, str(plan.probe.get("method")), plan.probe, nll, 0, tensors)  # type: ignore[arg-type]
+    method = cast(Method, str(plan.probe.get("method")))  # for the record; nothing is measured here
+    return Sensitivity(plan.fingerprint, method, plan.probe, nll, 0, tensors)
 
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that a result depends on."""
-    found = {"Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {package: package_version(package) for package in PACKAGES}
+    return {"Python": platform.python_version(), **{name: known for name, known in installed.items() if known}}
 
 
 def _best(row: Row, curve: tuple[CurvePoint, ...]) -> bool:
     """Whether a plan of ours lies on the curve; those from part of the codecs, or for memory, lie above it."""
     expected = between(curve, row.size_bytes or 0)
     return expected is not None and (row.predicted_kl or math.inf) <= ON_CURVE * expected
-
-
-def _request(plan: Plan) -> Request:
-    return Request(Budget(bits=16.0), gain=plan.gain, shard_bytes=plan.shard_bytes)
 
 
 def _weights(plan: Plan) -> int:

@@ -43,7 +43,7 @@ def render(report: Report) -> str:
         "report": report,
         "plan": plan,
         "predicted": plan.predicted,
-        "found": report.divergence,
+        "measured": report.divergence,
         "units": marks,
         "rows": [(label, row, sum(unit.size_bytes for unit in row)) for label, row in rows.items()],
         "weights": sum(tensor.weights for tensor in plan.tensors),
@@ -74,10 +74,10 @@ def render(report: Report) -> str:
 
 def _inside(report: Report) -> bool | None:
     """Whether the promise was kept, within two standard errors; None where there is nothing to say."""
-    predicted, found = report.plan.predicted, report.divergence
-    if found is None or predicted.kl_high is None:
+    predicted, measured = report.plan.predicted, report.divergence
+    if measured is None or predicted.kl_high is None:
         return None
-    return predicted.kl_low - 2 * found.kl_stderr <= found.kl <= predicted.kl_high + 2 * found.kl_stderr
+    return predicted.kl_low - 2 * measured.kl_stderr <= measured.kl <= predicted.kl_high + 2 * measured.kl_stderr
 
 
 def _breakable(name: str) -> Markup:

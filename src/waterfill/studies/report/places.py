@@ -85,15 +85,15 @@ class Unit:
 
 def units(tensors: Sequence[TensorPlan], measured_t2: dict[str, float]) -> tuple[Unit, ...]:
     """The marks of a model, in execution order."""
-    found = places(tensors)
+    place_of = places(tensors)
     groups: dict[tuple[str, str] | str, list[TensorPlan]] = {}
     for tensor in tensors:
-        place = found[tensor.name]
+        place = place_of[tensor.name]
         grouped = len(tensors) > MAX_MARKS and tensor.role == "expert"
         groups.setdefault((place.layer, place.kind) if grouped else tensor.name, []).append(tensor)
     result = []
     for members in groups.values():
-        place = found[members[0].name]
+        place = place_of[members[0].name]
         name = members[0].name if len(members) == 1 else f"{place.layer}: {place.kind}, {len(members)} experts"
         measured = tuple(measured_t2.get(tensor.name, 0.0) for tensor in members)
         result.append(Unit(name, place, tuple(members), measured))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,16 @@ from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Progress, Step, step_of
 from waterfill.base.reading import read_text
 from waterfill.base.writing import prepare_file, write_file
-from waterfill.evaluation import Divergence, default_context, divergence, token_ids
-from waterfill.evaluation import windows as text_windows
+from waterfill.evaluation import Divergence, default_context, divergence, token_ids, windows
 from waterfill.files.artifact import open_artifact
-from waterfill.files.checkpoint import open_checkpoint
+from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.files.original import load_checkpoint, load_tokenizer
-from waterfill.planning.plan import read_plan
+from waterfill.planning.plan import Plan, read_plan
 from waterfill.running.hf.generate import Sampling, generate
 from waterfill.running.loading import load
 from waterfill.studies.comparison import Row
 from waterfill.studies.comparison.cache import Results
-from waterfill.studies.report import Report, Sample, gather, render
+from waterfill.studies.report import Continuation, Report, gather, render
 
 PROMPTS = ("Once upon a time", "The capital of France is", "def fibonacci(n):")
 SAMPLE_TOKENS = 64
@@ -73,35 +72,20 @@ def report(
     plan = read_plan(path)
     page = Path(output) if output is not None else path.resolve().with_name(path.resolve().name + ".html")
     prepare_file(page)
-    found: Divergence | None = None
-    samples: tuple[Sample, ...] = ()
-    ids: torch.Tensor | None = None
+    beside = _Beside()
     if original is not None:
         checkpoint = open_checkpoint(original, revision=revision)
-        if checkpoint.fingerprint != plan.fingerprint:
-            raise WaterfillError(
-                f"{path} was packed from other weights (fingerprint {plan.fingerprint}) than {checkpoint.path} holds "
-                f"({checkpoint.fingerprint}); give the model that it was packed from"
-            )
-        tokenizer = load_tokenizer(checkpoint.path)
-        ids = None if text is None else token_ids(tokenizer, text)
-        reference = load_checkpoint(checkpoint)
-        packed = load(path, dtype=reference.dtype, verify=False)
-        if ids is not None:
-            context = default_context(reference) if context is None else context
-            ids = text_windows(ids, context)[:max_windows].flatten()
-            step = step_of(progress, "measuring")
-            found = divergence(reference, packed, ids, context=context, batch=batch, progress=step)
-        chosen = PROMPTS if prompts is None else tuple(prompts)
-        samples = _samples(reference, packed, tokenizer, chosen, max_new_tokens, step_of(progress, "sampling"))
-    compared, same_text = _compared(plan.fingerprint, ids, context)
+        _check_same_weights(path, plan, checkpoint)
+        written = _Prompts(PROMPTS if prompts is None else tuple(prompts), max_new_tokens)
+        beside = _beside(path, checkpoint, text, context, max_windows, batch, written, progress)
+    compared, same_text = _compared(plan.fingerprint, beside.ids, beside.context)
     facts = gather(
         stored,
         plan,
         json.loads(read_text(path / "config.json")),
-        divergence=found,
+        divergence=beside.divergence,
         text=None if text is None else Path(text).name,
-        samples=samples,
+        samples=beside.samples,
         compared=compared,
         same_text=same_text,
         original=original is not None,
@@ -112,22 +96,68 @@ def report(
     return facts
 
 
-def _samples(
-    original: Any,
-    packed: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    tokens: int,
-    step: Step | None,
-) -> tuple[Sample, ...]:
+@dataclass(frozen=True)
+class _Prompts:
+    """What both models continue, and how far."""
+
+    texts: tuple[str, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What was found by running the artifact beside its original; nothing without one."""
+
+    divergence: Divergence | None = None
+    samples: tuple[Continuation, ...] = ()
+    ids: torch.Tensor | None = None  # measured on, [tokens]
+    context: int | None = None  # tokens per window
+
+
+def _check_same_weights(path: Path, plan: Plan, checkpoint: Checkpoint) -> None:
+    if checkpoint.fingerprint != plan.fingerprint:
+        raise WaterfillError(
+            f"{path} was packed from other weights (fingerprint {plan.fingerprint}) than {checkpoint.path} holds "
+            f"({checkpoint.fingerprint}); give the model that it was packed from"
+        )
+
+
+def _beside(
+    path: Path,
+    checkpoint: Checkpoint,
+    text: str | Path | None,
+    context: int | None,
+    max_windows: int | None,
+    batch: int,
+    prompts: _Prompts,
+    progress: Progress | None,
+) -> _Beside:
+    """Both models in memory: measured on the text if there is one, and heard on the prompts."""
+    tokenizer = load_tokenizer(checkpoint.path)
+    ids = None if text is None else token_ids(tokenizer, text)
+    reference = load_checkpoint(checkpoint)
+    packed = load(path, dtype=reference.dtype, verify=False)
+    measured: Divergence | None = None
+    if ids is not None:
+        context = default_context(reference) if context is None else context
+        ids = windows(ids, context)[:max_windows].flatten()
+        step = step_of(progress, "measuring")
+        measured = divergence(reference, packed, ids, context=context, batch=batch, progress=step)
+    samples = _continued(reference, packed, tokenizer, prompts, step_of(progress, "sampling"))
+    return _Beside(measured, samples, ids, context)
+
+
+def _continued(
+    original: Any, packed: Any, tokenizer: Any, prompts: _Prompts, step: Step | None
+) -> tuple[Continuation, ...]:
     """Greedy continuations of every prompt by both models."""
-    chosen = Sampling(max_new_tokens=tokens, temperature=0)
+    greedy = Sampling(max_new_tokens=prompts.tokens, temperature=0)
     samples = []
-    for number, prompt in enumerate(prompts):
-        texts = ["".join(generate(model, tokenizer, prompt, chosen)) for model in (original, packed)]
-        samples.append(Sample(prompt, *texts))
+    for number, prompt in enumerate(prompts.texts):
+        texts = ["".join(generate(model, tokenizer, prompt, greedy)) for model in (original, packed)]
+        samples.append(Continuation(prompt, *texts))
         if step is not None:
-            step(number + 1, len(prompts))
+            step(number + 1, len(prompts.texts))
     return tuple(samples)
 
 

@@ -72,8 +72,7 @@ class Cache:
                 else:
                     arrays.append(room)
         self.keys, self.values = (
-            (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
-            for arrays in (self._keys, self._values)
+            native.addresses_of(array.ctypes.data for array in arrays) for arrays in (self._keys, self._values)
         )
 
     def append(self, tokens: int) -> None:
@@ -189,24 +188,21 @@ class LlamaModel:
         status = self._library.run_layers(
             self._isa,
             self._layers,
-            spec.layers,
-            hidden.ctypes.data,
-            len(ids),
-            cosine.ctypes.data,
-            sine.ctypes.data,
-            cache.keys,
-            cache.values,
-            cache.capacity,
-            cache.length,
-            self._vector(FINAL_NORM),
-            out.ctypes.data,
-            self.weights.product or native.PRODUCT(),
-            None,
+            hidden,
+            out,
+            cosine=cosine,
+            sine=sine,
+            keys=cache.keys,
+            values=cache.values,
+            capacity=cache.capacity,
+            position=cache.length,
+            final_norm=self._vector(FINAL_NORM),
+            product=self.weights.product,
         )
         self.weights.expect(status)
         cache.append(len(ids))
         if len(ids) > NARROW:
-            self._library.call("release_memory")
+            self._library.release_memory()
         return out
 
     def _layer(self, number: int) -> native.LayerView:

@@ -20,25 +20,19 @@ from waterfill.base.errors import UnsupportedError
 from waterfill.base.reading import CONFIG_BYTES, read_text
 from waterfill.codecs import LOSSLESS
 from waterfill.files.artifact import RAW, Artifact, StoredTensor
+from waterfill.files.llama_names import EMBEDDING as EMBEDDING
+from waterfill.files.llama_names import FINAL_NORM as FINAL_NORM
+from waterfill.files.llama_names import HEAD as HEAD
+from waterfill.files.llama_names import NORMS as NORMS
+from waterfill.files.llama_names import PROJECTIONS as PROJECTIONS
 from waterfill.running.engine.config import Config, read_config
 
-PROJECTIONS = {  # in the order of wf_layer
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-NORMS = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
 OPTIONAL = {  # vectors that some of the kind have
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
     **{f"{key}_bias": f"{PROJECTIONS[key]}.bias" for key in "qkvo"},
 }
 MOST_NUMBER = 1e30  # of a setting that is not a size
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm.weight", "lm_head"
 
 
 class Spec(Config):

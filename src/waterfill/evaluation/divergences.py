@@ -1,6 +1,6 @@
 """How far a packed model's predictions are from the original's: KL divergence, top-1 agreement, perplexity of both.
 
-windows -> the reference's predictions (a model, or `Stored` ones) and the model's -> `Scores` of each target -> means,
+windows -> the reference's predictions (a model's, or known before) and the model's -> `Scores` of each target -> means,
 and the statistics of `llama-perplexity --kl-divergence`. Nothing is kept but seven numbers per token.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Step
 from waterfill.base.records import Record
-from waterfill.evaluation.conventions import Convention, Window, convention
+from waterfill.evaluation import conventions
+from waterfill.evaluation.conventions import Convention, Window
 from waterfill.evaluation.expected import Exact, Expected, Scores, score
 from waterfill.evaluation.journal import Journal
 from waterfill.evaluation.scoring import prepare, score_windows, standard_error, window_logits
@@ -29,13 +30,13 @@ from waterfill.evaluation.statistics import (
     perplexity_statistics,
     token_statistics,
 )
-from waterfill.evaluation.text import positions
+from waterfill.files.context import context_length
 
 COLUMNS = len(Scores._fields)
 
 
 @runtime_checkable
-class Stored(Protocol):
+class KnownReference(Protocol):
     """A reference whose predictions have been computed before: `store.ReferenceStore`, `kld_file.KldFile`."""
 
     form: str
@@ -102,35 +103,48 @@ def divergence(
 ) -> Divergence:
     """Compare a causal language model with its reference on token ids [tokens], `batch` windows at a time.
 
-    `reference` is a model, which then stays in memory together with the other, or what `Stored` describes. A model
-    against itself has a KL of exactly 0 and an agreement of 1. The other arguments are those of `perplexity`. Raises
-    WaterfillError for a text shorter than one window, a context longer than a model's, vocabularies that differ, or
-    logits that are not finite.
+    `reference` is a model, which then stays in memory together with the other, or a `KnownReference`. A model against
+    itself has a KL of exactly 0 and an agreement of 1. The other arguments are those of `perplexity`.
+
+    Raises:
+        WaterfillError: the text is shorter than one window, the context longer than a model's, vocabularies differ, or
+            logits are not finite.
     """
-    how = _convention(convention, positions(model), context=context, stride=stride, bos=bos)
+    how = conventions.convention(convention, context_length(model.config), context=context, stride=stride, bos=bos)
+    return measure_divergence(reference, model, ids, how, batch=batch, progress=progress, journal=journal)
+
+
+def measure_divergence(
+    reference: Any,
+    model: Any,
+    ids: Tensor,
+    how: Convention,
+    *,
+    batch: int = 1,
+    progress: Step | None = None,
+    journal: Journal | None = None,
+) -> Divergence:
+    """`divergence` by a convention."""
     cut = how.cut(ids)
-    stored = reference if isinstance(reference, Stored) else None
-    for each in [model] if stored is not None else [reference, model]:
+    known = reference if isinstance(reference, KnownReference) else None
+    for each in [model] if known is not None else [reference, model]:
         prepare(each, cut)
 
     def compare(some: Sequence[Window]) -> list[Tensor]:
         expected: Sequence[Expected]
-        if stored is not None:
-            expected, vocabulary = [stored.expected(window) for window in some], stored.vocabulary
+        if known is not None:
+            expected, vocabulary = [known.expected(window) for window in some], known.vocabulary
         else:
             rows = window_logits(reference, some, how)
             expected, vocabulary = [Exact(logits) for logits in rows], rows[0].shape[-1]
         given = window_logits(model, some, how)
         _check_same_vocabulary(vocabulary, given[0].shape[-1])
         trios = zip(expected, given, some, strict=True)
-        return [score(known, logits, window.targets) for known, logits, window in trios]
+        return [score(predictions, logits, window.targets) for predictions, logits, window in trios]
 
     scores = score_windows(cut, compare, batch=batch, progress=progress, journal=journal)
-    form, kept = (stored.form, stored.kept) if stored is not None else ("live", None)
+    form, kept = (known.form, known.kept) if known is not None else ("live", None)
     return _summary([Scores(*each) for each in scores], how, form, kept)
-
-
-_convention = convention  # `divergence` has a parameter of that name
 
 
 def _check_same_vocabulary(reference: int, model: int) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from waterfill.base.progress import Step
 from waterfill.base.records import Record
-from waterfill.evaluation.conventions import Window, convention
+from waterfill.evaluation import conventions
+from waterfill.evaluation.conventions import Convention, Window
 from waterfill.evaluation.journal import Journal
 from waterfill.evaluation.scoring import (
     check_finite,
@@ -26,7 +27,7 @@ from waterfill.evaluation.scoring import (
     token_error,
     window_logits,
 )
-from waterfill.evaluation.text import positions
+from waterfill.files.context import context_length
 
 COLUMNS = 1  # of the scores of a window
 
@@ -69,10 +70,26 @@ def perplexity(
         bos: token that texts begin with, if the tokenizer adds one; only "llama.cpp" asks.
         journal: where scores are kept, so that an interrupted run continues.
 
-    The loss is taken in float32 whatever the model's dtype. Raises WaterfillError for a text shorter than one window, a
-    context longer than the model's, or logits that are not finite.
+    The loss is taken in float32 whatever the model's dtype.
+
+    Raises:
+        WaterfillError: the text is shorter than one window, the context longer than the model's, or logits are not
+            finite.
     """
-    how = _convention(convention, positions(model), context=context, stride=stride, bos=bos)
+    how = conventions.convention(convention, context_length(model.config), context=context, stride=stride, bos=bos)
+    return measure_perplexity(model, ids, how, batch=batch, progress=progress, journal=journal)
+
+
+def measure_perplexity(
+    model: Any,
+    ids: Tensor,
+    how: Convention,
+    *,
+    batch: int = 1,
+    progress: Step | None = None,
+    journal: Journal | None = None,
+) -> Perplexity:
+    """`perplexity` by a convention."""
     cut = how.cut(ids)
     prepare(model, cut)
 
@@ -94,9 +111,6 @@ def perplexity(
         bos=how.bos,
         nll_token_stderr=token_error(nll),
     )
-
-
-_convention = convention  # `perplexity` has a parameter of that name
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from waterfill.base.errors import WaterfillError
-from waterfill.running.text.choose import Doubles, Floats, Rules, choose, draw, probabilities
+from waterfill.running.text.next_token import Doubles, Floats, Rules, choose_token, draw, probabilities
 
 EDGE = 1e-5  # of probability: tokens so near a threshold may go either way
 
@@ -114,9 +114,9 @@ def test_a_large_vocabulary(rules: Rules, spread: float) -> None:
 def test_greedy_is_the_first_of_the_likeliest() -> None:
     random = np.random.default_rng(0)
     logits = np.array([0, 2, 3, 3, -1], np.float32)
-    assert choose(logits, [0], Rules.greedy(), random) == 2
-    assert choose(logits, [2], Rules.greedy(1.2), random) == 3
-    assert choose(np.array([-1, -2], np.float32), [0], Rules.greedy(3.0), random) == 1
+    assert choose_token(logits, [0], Rules.greedy(), random) == 2
+    assert choose_token(logits, [2], Rules.greedy(1.2), random) == 3
+    assert choose_token(np.array([-1, -2], np.float32), [0], Rules.greedy(3.0), random) == 1
     assert probabilities(logits, [0], Rules.greedy()).tolist() == [0, 0, 1, 0, 0]
 
 
@@ -131,7 +131,8 @@ def test_ids_beyond_the_logits_are_not_penalised() -> None:
 def test_samples_follow_the_probabilities_and_the_seed() -> None:
     logits, rules = np.log(np.array([0.5, 0.2, 0.2, 0.1], np.float32)), Rules(top_k=3)
     runs = [
-        [choose(logits, [], rules, random) for _ in range(3000)] for random in map(np.random.default_rng, (1, 1, 2))
+        [choose_token(logits, [], rules, random) for _ in range(3000)]
+        for random in map(np.random.default_rng, (1, 1, 2))
     ]
     assert runs[0] == runs[1] != runs[2]
     p = probabilities(logits, [], rules)
@@ -153,4 +154,4 @@ def test_a_number_next_to_one_draws_the_last_token() -> None:
 @pytest.mark.parametrize("rules", [Rules(), Rules(top_k=2, top_p=0.5), Rules.greedy()])
 def test_logits_that_are_no_numbers_are_refused(value: float, rules: Rules) -> None:
     with pytest.raises(WaterfillError, match="logits are NaN or infinite"):
-        choose(np.array([0, value, 1, 2], np.float32), [0], rules, np.random.default_rng(0))
+        choose_token(np.array([0, value, 1, 2], np.float32), [0], rules, np.random.default_rng(0))

@@ -18,7 +18,8 @@ struct RansTable {
     uint32_t threshold[32], own[32], other[32];
 };
 
-// Systematic feedback convolutional code of Ungerboeck (1987, table I): parity-check polynomials without their last bit.
+// Systematic feedback convolutional code of Ungerboeck (1987, table I): parity-check polynomials without their last
+// bit.
 struct TrellisCode {
     int states;
     uint8_t h0, h1;
@@ -36,10 +37,10 @@ struct LevelReader {
     RansTable table;
     Walk walk;
     int lanes;
-    int64_t left;                     // symbols, padding included
-    uint32_t x[kMostLanes];           // states of the coder
-    uint8_t state[kMostLanes];        // and of the trellis
-    const uint8_t *at, *end, *raw;    // words that are left, and the numbers' raw bits
+    int64_t left;                   // symbols, padding included
+    uint32_t x[kMostLanes];         // states of the coder
+    uint8_t state[kMostLanes];      // and of the trellis
+    const uint8_t *at, *end, *raw;  // words that are left, and the numbers' raw bits
 };
 
 // Where the levels of a stream go: chunk c of row r lies at codes + r / 4 * tile + r % 4 * row + c * chunk.

@@ -44,7 +44,10 @@ def probabilities(logits: Floats, seen: Sequence[int], rules: Rules) -> Doubles:
     """The distribution that the next token is sampled from: float64 [vocabulary], whose sum is 1.
 
     `logits` is float32 [vocabulary], and `seen` has all ids of the text so far, the prompt's included. Greedy rules
-    give one token all of the probability. Raises WaterfillError for logits that are NaN or infinite.
+    give one token all of the probability.
+
+    Raises:
+        WaterfillError: logits that are NaN or infinite.
     """
     tokens, weights = _candidates(logits, seen, rules)
     dense = np.zeros(len(logits))
@@ -52,7 +55,7 @@ def probabilities(logits: Floats, seen: Sequence[int], rules: Rules) -> Doubles:
     return dense
 
 
-def choose(logits: Floats, seen: Sequence[int], rules: Rules, random: np.random.Generator) -> int:
+def choose_token(logits: Floats, seen: Sequence[int], rules: Rules, random: np.random.Generator) -> int:
     """The id of the next token; arguments and errors are those of `probabilities`."""
     tokens, weights = _candidates(logits, seen, rules)
     return int(tokens[0] if len(tokens) == 1 else tokens[draw(weights, random)])

@@ -1,4 +1,4 @@
-"""Compute the shipped grids: `python -m waterfill.codecs.grids.generate` (with scipy: `pip install "waterfill[grids]"`)
+"""Compute the shipped grids: `python -m waterfill.codecs.grids.make_grids`, with scipy (`waterfill[grids]`).
 
     scalar_grid(n)       p = 1: Newton's method on the Lloyd-Max conditions; exact
     vector_grid(p, n)    p > 1: anneal (Lloyd on small, growing, fresh samples) ──► polish (Lloyd on one large sample)
@@ -227,7 +227,7 @@ def _generate_all(jobs: int) -> Iterator[tuple[tuple[int, int], tuple[npt.NDArra
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m waterfill.codecs.grids.generate", description="Compute the shipped grids."
+        prog="python -m waterfill.codecs.grids.make_grids", description="Compute the shipped grids."
     )
     parser.add_argument(
         "--only", nargs=2, type=int, metavar=("P", "N"), help="make one grid, compare it, write nothing"

@@ -46,16 +46,18 @@ int wf_rans_decode(int isa, const uint8_t* in, int64_t bytes, int lanes, const u
     return rans_decode(*f, in, bytes, lanes, table, count, out) ? 0 : -2;
 }
 
-int wf_trellis_search(int isa, int states, const float* x, int64_t count, int lanes, int least, int most, int16_t* out) {
+int wf_trellis_search(int isa, int states, const float* x, int64_t count, int lanes, int least, int most,
+                      int16_t* out) {
     const Functions* f = functions(isa);
     const TrellisCode* code = trellis_code(states);
     if (!f || !code || !lanes_are(lanes, count) || least > -1 || most < 1 || least < -512 || most > 511) return -1;
-    if (count) f->search(*code, lanes, count, x, least, most, scratch(kDecoded, search_bytes(states, count / lanes)), out);
+    if (count)
+        f->search(*code, lanes, count, x, least, most, scratch(kDecoded, search_bytes(states, count / lanes)), out);
     return 0;
 }
 
-int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows, int64_t width,
-                          uint8_t* codes, uint16_t* scales) {
+int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows,
+                          int64_t width, uint8_t* codes, uint16_t* scales) {
     const Functions* f = functions(isa);
     if (!f || !trellis_code(states) || !possible(rows, width)) return -1;
     const StreamShape shape{rows, width, states, wide != 0};
@@ -65,15 +67,15 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
     const int64_t row_bytes = width * (wide ? 2 : 1);
     auto part = [&](int64_t i) -> StreamPart {
         const int64_t from = i ? little_endian(arena + 4 * (i - 1)) : 4 * streams, to = little_endian(arena + 4 * i);
-        const bool inside = from >= 4 * streams && from <= to && to <= bytes &&
-                            (i + 1 < streams || zeros(arena + to, arena + bytes));
-        return {least(each, rows - i * each), arena + (inside ? from : 0), inside ? to - from : 0, scales + i * each * groups,
-                in_rows(shape, codes + i * each * row_bytes)};
+        const bool inside =
+            from >= 4 * streams && from <= to && to <= bytes && (i + 1 < streams || zeros(arena + to, arena + bytes));
+        return {least(each, rows - i * each), arena + (inside ? from : 0), inside ? to - from : 0,
+                scales + i * each * groups, in_rows(shape, codes + i * each * row_bytes)};
     };
     parallel(ceil_div(streams, kTogether), [&](int64_t share) {
         const int64_t first = share * kTogether;
         const int count = int(least(kTogether, streams - first));
-        StreamPart parts[kTogether];
+        StreamPart parts[kTogether] = {};
         bool good[kTogether];
         for (int i = 0; i < count; ++i) parts[i] = part(first + i);
         read_streams(*f, shape, parts, count, good);
