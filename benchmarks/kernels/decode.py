@@ -115,9 +115,8 @@ class RandomModel:
         return time.perf_counter() - start
 
     def _run(self, prompt: int, tokens: int) -> Iterator[list[int]]:
-        self.model.truncate(0)
         ids = list(range(1, prompt + 1))
-        return Run(self.model, ids, tokens, Rules.greedy(), frozenset(), None, seed=0).tokens()
+        return Run(self.model.sequence(), ids, tokens, Rules.greedy(), frozenset(), None, seed=0).tokens()
 
     def _matrix(self, rows: int, width: int) -> native.MatrixView:
         codec, (step, table) = get_codec(self.codec), self._table

@@ -71,35 +71,27 @@ def peak_bytes() -> int | None:
     return process_memory("self").get("VmHWM")
 
 
-class Timed:
-    """A model of the engine's that notes when its passes begin."""
+def note_passes(model: Any) -> list[float]:
+    """When passes of a model of the engine's begin, from now on."""
+    starts, forward = list[float](), model.forward
 
-    def __init__(self, model: Any) -> None:
-        self._model, self.starts = model, list[float]()
-        self.vocabulary, self.positions = model.vocabulary, model.positions
+    def noted(*given: Any) -> Any:
+        starts.append(time.perf_counter())
+        return forward(*given)
 
-    @property
-    def length(self) -> int:
-        return self._model.length
-
-    def truncate(self, length: int) -> None:
-        self._model.truncate(length)
-
-    def forward(self, ids: Sequence[int], logits: int = 1) -> Any:
-        self.starts.append(time.perf_counter())
-        return self._model.forward(ids, logits)
+    model.forward = noted
+    return starts
 
 
-def engine_passes(model: Timed, prompt: Sequence[int], tokens: int, drafter: Any) -> Passes:
+def engine_passes(model: Any, starts: list[float], prompt: Sequence[int], tokens: int, drafter: Any) -> Passes:
     """Greedy generation of exactly so many tokens by the engine, of a text of its own."""
     from waterfill.running.text.generation import Run
     from waterfill.running.text.next_token import Rules
 
-    model.truncate(0)
-    model.starts.clear()
-    run = Run(model, prompt, tokens, Rules.greedy(), frozenset(), drafter, seed=0)
+    starts.clear()
+    run = Run(model.sequence(), list(prompt), tokens, Rules.greedy(), frozenset(), drafter, seed=0)
     ids = [token for new in run.tokens() for token in new]
-    return Passes(ids, [b - a for a, b in pairwise([*model.starts, time.perf_counter()])])
+    return Passes(ids, [b - a for a, b in pairwise([*starts, time.perf_counter()])])
 
 
 def stream(request: Request) -> Request:
@@ -118,7 +110,7 @@ def stream(request: Request) -> Request:
     if request.get("lookup"):
         drafter = Lookup(request["lookup"])
     if request.get("draft"):
-        drafter = DraftModel(open_model(request["draft"], verify=False), Rules.greedy())
+        drafter = DraftModel(open_model(request["draft"], verify=False).sequence(), Rules.greedy())
     keep = request.get("keep", True)
     tuning = USUAL if keep else replace(USUAL, choose=lambda chunks, _, speeds: choose(chunks, 0, speeds))
     start = time.perf_counter()
@@ -126,8 +118,10 @@ def stream(request: Request) -> Request:
         request["artifact"], verify=False, memory=request["memory"], streamed=None if keep else True, tuning=tuning
     )
     load_s = time.perf_counter() - start
-    timed = Timed(model)
-    generations = [vars(engine_passes(timed, prompt, request["tokens"], drafter)) for prompt in request["prompts"]]
+    starts = note_passes(model)
+    generations = [
+        vars(engine_passes(model, starts, prompt, request["tokens"], drafter)) for prompt in request["prompts"]
+    ]
     answer: Request = {"load_s": load_s, "generations": generations, "summary": None, "stages": None}
     if model.streaming is not None:
         answer["summary"] = model.streaming.summary().to_dict()
@@ -135,7 +129,8 @@ def stream(request: Request) -> Request:
         if request.get("stages"):
             from benchmarks.streaming.measure import measure_stages
 
-            answer["stages"] = measure_stages(model.streaming, lambda: model.forward([1]))
+            sequence = model.sequence()
+            answer["stages"] = measure_stages(model.streaming, lambda: sequence.forward([1]))
         model.streaming.close()
     return answer
 

@@ -53,7 +53,7 @@ WF_EXPORT int wf_set_team(void* gomp_parallel);
 /* Give back the memory that the calling thread keeps from call to call. */
 WF_EXPORT int wf_release_memory(void);
 
-/* In place: the block Hadamard transform of waterfill/hadamard.py, or its inverse, of each of `rows` rows. */
+/* In place: the block Hadamard transform of waterfill/codecs/hadamard.py, or its inverse, of each of `rows` rows. */
 WF_EXPORT int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inverse);
 
 /* A grid [n][p]: `units` as integers (8 or 16 bits of `precision`), `points` exact. NULL when out of memory. */
@@ -114,14 +114,23 @@ typedef void (*wf_product)(void* context, int layer, int first, int count, const
                            float* const* y, int* status);
 enum { WF_UNANSWERED = -100 }; /* *status before */
 
-/* Consecutive tokens of one text through all layers: hidden states [tokens][hidden] in place, then normalised to `out`
- * by `final_norm`, of the first layer's dtype. cosine and sine [tokens][head_dim]. keys[i] and values[i] are layer i's
- * cache, [kv_heads][capacity][head_dim], of which `position` positions are filled and `tokens` more are written. With
- * `product` matrices need no more than their shapes; the status that it set, but for 0, is returned. */
-WF_EXPORT int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens,
-                            const float* cosine, const float* sine, void* const* keys, void* const* values,
-                            int64_t capacity, int64_t position, wf_vector final_norm, float* out, wf_product product,
-                            void* context);
+/* A text that a pass reads on in: `tokens` more of it, behind `position` others. keys[i] and values[i], for `layers`
+ * layers, are what is known of those in layer i, [kv_heads][capacity][head_dim], in memory of `bytes` bytes each. */
+typedef struct {
+    int64_t tokens, position, capacity;
+    void* const* keys;
+    void* const* values;
+    int64_t layers, bytes;
+} wf_sequence;
+
+/* Consecutive tokens of several texts through all layers, `tokens` in all, text after text: hidden states
+ * [tokens][hidden] in place, then normalised to `out` by `final_norm`, of the first layer's dtype. cosine and sine
+ * [tokens][head_dim]. Each text attends to its own keys and values, to which the new tokens' are added; matrices are
+ * multiplied with all tokens at once. With `product` they need no more than their shapes; the status that it set, but
+ * for 0, is returned. -3: a sequence's memory is too small, or another's. */
+WF_EXPORT int wf_run_layers(int isa, const wf_layer* layers, int count, const wf_sequence* sequences, int64_t texts,
+                            float* hidden, int64_t tokens, const float* cosine, const float* sine, wf_vector final_norm,
+                            float* out, wf_product product, void* context);
 
 /* One token through one layer, everything of its `dtype`, the cache too: hidden states in and out [hidden], cosine and
  * sine [head_dim]. */

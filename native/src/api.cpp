@@ -21,8 +21,9 @@ int64_t wf_sizeof(const char* structure) {
     const struct {
         const char* name;
         size_t bytes;
-    } all[] = {{"wf_matrix", sizeof(wf_matrix)}, {"wf_vector", sizeof(wf_vector)}, {"wf_layer", sizeof(wf_layer)},
-               {"wf_chunk", sizeof(wf_chunk)},   {"wf_task", sizeof(wf_task)},     {"wf_flaw", sizeof(wf_flaw)}};
+    } all[] = {{"wf_matrix", sizeof(wf_matrix)},     {"wf_vector", sizeof(wf_vector)}, {"wf_layer", sizeof(wf_layer)},
+               {"wf_sequence", sizeof(wf_sequence)}, {"wf_chunk", sizeof(wf_chunk)},   {"wf_task", sizeof(wf_task)},
+               {"wf_flaw", sizeof(wf_flaw)}};
     for (const auto& [name, bytes] : all)
         if (!std::strcmp(name, structure)) return int64_t(bytes);
     return -1;
@@ -114,17 +115,18 @@ int wf_release_memory(void) {
     return 0;
 }
 
-int wf_run_layers(int isa, const wf_layer* layers, int count, float* hidden, int64_t tokens, const float* cosine,
-                  const float* sine, void* const* keys, void* const* values, int64_t capacity, int64_t position,
-                  wf_vector final_norm, float* out, wf_product product, void* context) {
+int wf_run_layers(int isa, const wf_layer* layers, int count, const wf_sequence* sequences, int64_t texts,
+                  float* hidden, int64_t tokens, const float* cosine, const float* sine, wf_vector final_norm,
+                  float* out, wf_product product, void* context) {
     const Functions* f = functions(isa);
-    if (!f || count < 1 || tokens < 0 || position < 0 || tokens > capacity - position) return -1;
+    if (!f || count < 1 || texts < 1 || tokens < 0) return -1;
     for (int i = 0; i < count; ++i)
         if (!sound(layers[i], product != nullptr) || layers[i].hidden != layers[0].hidden) return -2;
     if (!holds(final_norm, layers[0].hidden)) return -2;
-    const Pass pass{tokens, position, capacity, cosine, sine, product, context};
+    if (!holds_texts(sequences, texts, tokens, layers, count)) return -3;
+    const Pass pass{sequences, texts, tokens, cosine, sine, product, context};
     for (int i = 0; i < count; ++i)
-        if (const int status = run_layer(*f, layers[i], i, pass, hidden, keys[i], values[i])) return status;
+        if (const int status = run_layer(*f, layers[i], i, pass, hidden)) return status;
     normalise(*f, hidden, tokens, layers[0].hidden, final_norm.numbers, layers[0].dtype, layers[0].epsilon, out);
     return 0;
 }
@@ -140,7 +142,8 @@ int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* 
     to_float(in, l.dtype, 0, l.hidden, x);
     to_float(cosine, l.dtype, 0, l.head_dim, c);
     to_float(sine, l.dtype, 0, l.head_dim, s);
-    run_layer(*f, l, 0, {1, position, capacity, c, s, nullptr, nullptr}, x, keys, values);
+    const wf_sequence text{1, position, capacity, &keys, &values, 1, 0};
+    run_layer(*f, l, 0, {&text, 1, 1, c, s, nullptr, nullptr}, x);
     from_float(x, l.dtype, 0, l.hidden, out);
     return 0;
 }

@@ -19,7 +19,7 @@ template <bool VBMI>
 struct Avx512 {
     static constexpr int bias = 128, lanes = 16;
     static constexpr int pair_bits = VBMI ? 3 : 2;
-    static constexpr bool quadruples = VBMI;
+    static constexpr bool quadruples = VBMI, eight_tokens = true;
     // Words of two coordinates come out side by side.
     static constexpr bool interleaved(int bits, int p) { return !VBMI && p == 2 && bits > 4; }
     static constexpr int64_t gemm_tokens = 24;

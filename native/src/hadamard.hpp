@@ -1,4 +1,5 @@
-// Orthonormal Walsh-Hadamard transform and the rotation made of it (waterfill/hadamard.py), in vectors of W floats.
+// Orthonormal Walsh-Hadamard transform and the rotation made of it (waterfill/codecs/hadamard.py), in vectors of W
+// floats.
 //
 // Stages run in the same order as in Python, each sum is of the same two terms, and nothing is contracted, so the bits
 // are the same on every machine.
@@ -125,7 +126,8 @@ struct Hadamard {
     }
 };
 
-// +1 or -1 before window number `window`: the top bit of a hash of the coordinate (waterfill/hadamard.py, signs).
+// +1 or -1 before window number `window`: the top bit of a hash of the coordinate (waterfill/codecs/hadamard.py,
+// signs).
 inline uint32_t sign_bit(int64_t coordinate, int window) {
     uint32_t mixed = uint32_t(coordinate + int64_t(window + 1) * 7919) * 0x9E3779B1u;
     mixed = (mixed ^ mixed >> 15) * 0x85EBCA77u;

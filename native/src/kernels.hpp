@@ -27,6 +27,12 @@
 namespace waterfill {
 namespace {
 
+#if defined(__GNUC__)
+#define WF_UNROLL _Pragma("GCC unroll 32")  // or an array of vectors would not be one of registers
+#else
+#define WF_UNROLL
+#endif
+
 constexpr int kAhead = 4096;          // bytes: codes are fetched before they are needed, across pages too
 constexpr int64_t kExactWords = 512;  // products of 2047 * 2047 that surely fit an int32 sum
 
@@ -71,11 +77,61 @@ struct Kernels : Decoding<Isa> {
                             acc[t][r] = Isa::dot(acc[t][r], value[k], activations[t] + chunk * kChunk * P + 64 * k);
                 }
             }
+            float factor[kTile];
+            for (int r = 0; r < kTile; ++r) factor[r] = half_to_float(scale[r]) * m.step;
             for (int t = 0; t < TOKENS; ++t) {
                 int32_t whole[kTile];
                 Isa::reduce(acc[t], whole);
                 const float by = x.scales[(token + t) * groups + g];
-                for (int r = 0; r < kTile; ++r) sum[t][r] += float(whole[r]) * (half_to_float(scale[r]) * m.step * by);
+                for (int r = 0; r < kTile; ++r) sum[t][r] += float(whole[r]) * (factor[r] * by);
+            }
+        }
+        std::memcpy(y, sum, sizeof sum);
+    }
+
+    // Eight tokens, where registers hold the sums of two rows: two of a group, and then the other two. What is loaded
+    // of the activations serves both.
+    template <int BITS, int P>
+    static void tile_for_eight(const Matrix& m, int64_t tile, const Prepared& x, int64_t token, float* y) {
+        constexpr int bytes = planes_of(BITS).bytes, tokens = 8, pair = 2, sums = tokens * pair / kTile;
+        const typename Base::template TableOf<BITS, P> table(*m.table);
+        const int64_t chunks = chunks_per_row(m.width, P), groups = x.groups;
+        const uint8_t* codes = m.codes + tile * chunks * kTile * bytes;
+        const uint16_t* scale = m.scales + tile * groups * kTile;
+        const int8_t* activations = row<int8_t>(x, token);
+        float sum[tokens][kTile] = {};
+        for (int64_t g = 0; g < groups; ++g, scale += kTile) {
+            const int64_t start = g * (kGroup / P / kChunk),
+                          end = g + 1 < groups ? start + kGroup / P / kChunk : chunks;
+            for (int first = 0; first < kTile; first += pair) {
+                Acc acc[sums][kTile];  // of token t and row first + r: number t * pair + r
+                WF_UNROLL for (int i = 0; i < tokens * pair; ++i) acc[i / kTile][i % kTile] =
+                    Isa::start(x.corrections[(token + i / pair) * groups + g]);
+                const uint8_t* ahead = codes + (start * kTile + (end - start) * first) * bytes + kAhead;
+                for (int64_t chunk = start; chunk < end; ++chunk, ahead += pair * bytes) {
+                    for (int line = 0; line < pair * bytes; line += 64) Isa::prefetch(ahead + line);
+                    Bytes value[pair][2 * P];
+                    WF_UNROLL for (int r = 0; r < pair; ++r) {
+                        Bytes index[2];
+                        Isa::template codes<BITS>(codes + (chunk * kTile + first + r) * bytes, index);
+                        table.look_up(index, value[r]);
+                    }
+                    const int8_t* from = activations + chunk * kChunk * P;
+                    WF_UNROLL for (int k = 0; k < 2 * P; ++k) WF_UNROLL for (int i = 0; i < tokens * pair; ++i) {
+                        Acc& to = acc[i / kTile][i % kTile];
+                        to = Isa::dot(to, value[i % pair][k], from + i / pair * x.padded + 64 * k);
+                    }
+                }
+                const float factor[pair] = {half_to_float(scale[first]) * m.step,
+                                            half_to_float(scale[first + 1]) * m.step};
+                for (int i = 0; i < sums; ++i) {
+                    int32_t whole[kTile];
+                    Isa::reduce(acc[i], whole);
+                    for (int k = 0; k < kTile; ++k) {
+                        const int t = (i * kTile + k) / pair, r = k % pair;
+                        sum[t][first + r] += float(whole[k]) * (factor[r] * x.scales[(token + t) * groups + g]);
+                    }
+                }
             }
         }
         std::memcpy(y, sum, sizeof sum);
@@ -145,14 +201,40 @@ struct Kernels : Decoding<Isa> {
         return t.p == 1 ? tile_for<1, TOKENS>(t.bits) : tile_for<2, TOKENS>(t.bits);
     }
 
+    template <int P>
+    static Tile eight_for(int bits) {
+        switch (bits) {
+            case 1: return tile_for_eight<1, P>;
+            case 2: return tile_for_eight<2, P>;
+            case 3: return tile_for_eight<3, P>;
+            case 4: return tile_for_eight<4, P>;
+            case 8: return tile_for_eight<8, P>;
+        }
+        if constexpr (P > 1) switch (bits) {
+                case 5: return tile_for_eight<5, P>;
+                case 6: return tile_for_eight<6, P>;
+                case 7: return tile_for_eight<7, P>;
+            }
+        return nullptr;
+    }
+
+    // Null where eight tokens are no more than twice four.
+    static Tile eight_for(const Table& t) {
+        if constexpr (Isa::eight_tokens)
+            return t.p == 1 ? eight_for<1>(t.bits) : t.p == 2 ? eight_for<2>(t.bits) : nullptr;
+        return nullptr;
+    }
+
     // Rows first … last of the product with few tokens; y [tokens][rows].
     static void few(const Matrix& m, const Prepared& x, int64_t first_tile, int64_t last_tile, float* y) {
         const Tile one = tile_for<1>(*m.table), two = tile_for<2>(*m.table), four = tile_for<4>(*m.table);
-        float out[4 * kTile];
+        const Tile eight = eight_for(*m.table);
+        float out[8 * kTile];
         for (int64_t tile = first_tile; tile < last_tile; ++tile)
             for (int64_t token = 0; token < x.tokens;) {
-                const int64_t left = x.tokens - token, count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-                (count == 4 ? four : count == 2 ? two : one)(m, tile, x, token, out);
+                const int64_t left = x.tokens - token;
+                const int64_t count = left >= 8 && eight ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                (count == 8 ? eight : count == 4 ? four : count == 2 ? two : one)(m, tile, x, token, out);
                 scatter(m, out, tile, token, count, y);
                 token += count;
             }

@@ -1,6 +1,7 @@
 #include "layer.hpp"
 
 #include <algorithm>
+#include <vector>
 
 #include "layout.hpp"
 #include "pool.hpp"
@@ -38,39 +39,71 @@ void place(const Functions& f, const wf_layer& layer, const wf_vector& norm, con
     }
 }
 
-void attention(const Functions& f, const wf_layer& layer, const Pass& pass, const float* q, const float* k,
-               const float* v, void* keys, void* values, float* mixed) {
-    const int64_t d = layer.head_dim, shared = layer.heads / layer.kv_heads,
-                  number = layer.cache_dtype == WF_FLOAT32 ? 4 : 2;
-    const int64_t q_size = layer.heads * d, kv_size = layer.kv_heads * d, positions = pass.position + pass.tokens;
-    auto head = [&](void* cache, int64_t h) { return static_cast<uint8_t*>(cache) + h * pass.capacity * d * number; };
-    for (int64_t h = 0; h < layer.kv_heads; ++h)
-        for (int64_t t = 0; t < pass.tokens; ++t) {
-            const int64_t from = t * kv_size + h * d, to = (pass.position + t) * d;
-            from_float(k + from, layer.cache_dtype, to, d, head(keys, h));
-            from_float(v + from, layer.cache_dtype, to, d, head(values, h));
+struct Keep {  // of keys and values of one layer and text: where those of a head lie
+    const wf_layer& layer;
+    const wf_sequence& text;
+    int number;
+    int64_t head_bytes() const { return text.capacity * layer.head_dim * (layer.cache_dtype == WF_FLOAT32 ? 4 : 2); }
+    void* keys(int64_t h) const { return static_cast<uint8_t*>(text.keys[number]) + h * head_bytes(); }
+    void* values(int64_t h) const { return static_cast<uint8_t*>(text.values[number]) + h * head_bytes(); }
+};
+
+// New tokens' k and v [tokens][kv_heads][head_dim] behind those of a text that are there.
+void append(const Keep& keep, const float* k, const float* v) {
+    const int64_t d = keep.layer.head_dim, size = keep.layer.kv_heads * d;
+    for (int64_t h = 0; h < keep.layer.kv_heads; ++h)
+        for (int64_t t = 0; t < keep.text.tokens; ++t) {
+            const int64_t from = t * size + h * d, to = (keep.text.position + t) * d;
+            from_float(k + from, keep.layer.cache_dtype, to, d, keep.keys(h));
+            from_float(v + from, keep.layer.cache_dtype, to, d, keep.values(h));
         }
-    const int64_t blocks = ceil_div(pass.tokens, kAttentionTokens);
-    auto task = [&](int64_t i) {
-        const int64_t h = i % layer.kv_heads, first = i / layer.kv_heads * kAttentionTokens;
-        const int64_t tokens = least(kAttentionTokens, pass.tokens - first), at = first * q_size + h * shared * d;
-        const Attention one{d,
-                            shared,
-                            tokens,
-                            pass.position + first + 1,
-                            q_size,
-                            layer.scaling,
-                            layer.cache_dtype != WF_FLOAT32,
-                            head(keys, h),
-                            head(values, h),
-                            q + at,
-                            mixed + at};
-        f.attend(one, scratch_floats(kScores, tokens * shared * (one.positions + tokens - 1)));
+}
+
+// A head of a text's keys and values with some of its tokens, whose queries begin at token `start` of the pass.
+void attend(const Functions& f, const Keep& keep, int64_t h, int64_t first, int64_t start, const float* q,
+            float* mixed) {
+    const wf_layer& layer = keep.layer;
+    const int64_t d = layer.head_dim, shared = layer.heads / layer.kv_heads, q_size = layer.heads * d;
+    const int64_t tokens = least(kAttentionTokens, keep.text.tokens - first),
+                  at = (start + first) * q_size + h * shared * d;
+    const Attention one{d,
+                        shared,
+                        tokens,
+                        keep.text.position + first + 1,
+                        q_size,
+                        layer.scaling,
+                        layer.cache_dtype != WF_FLOAT32,
+                        keep.keys(h),
+                        keep.values(h),
+                        q + at,
+                        mixed + at};
+    f.attend(one, scratch_floats(kScores, tokens * shared * (one.positions + tokens - 1)));
+}
+
+// Every text by itself; the tasks of all are shared among the threads together.
+void attention(const Functions& f, const wf_layer& layer, int number, const Pass& pass, const float* q, const float* k,
+               const float* v, float* mixed) {
+    const int64_t q_size = layer.heads * layer.head_dim, kv_size = layer.kv_heads * layer.head_dim;
+    struct Task {
+        int64_t text, start, head, first;
     };
-    if (positions * pass.tokens * q_size < (1 << 16))  // not worth waking a thread
-        for (int64_t i = 0; i < layer.kv_heads * blocks; ++i) task(i);
+    std::vector<Task> tasks;
+    int64_t start = 0, work = 0;
+    for (int64_t i = 0; i < pass.texts; start += pass.sequences[i++].tokens) {
+        const wf_sequence& text = pass.sequences[i];
+        append({layer, text, number}, k + start * kv_size, v + start * kv_size);
+        for (int64_t first = 0; first < text.tokens; first += kAttentionTokens)
+            for (int64_t h = 0; h < layer.kv_heads; ++h) tasks.push_back({i, start, h, first});
+        work += (text.position + text.tokens) * text.tokens * q_size;
+    }
+    auto task = [&](int64_t i) {
+        const Task& t = tasks[size_t(i)];
+        attend(f, {layer, pass.sequences[t.text], number}, t.head, t.first, t.start, q, mixed);
+    };
+    if (work < (1 << 16))  // not worth waking a thread
+        for (int64_t i = 0; i < int64_t(tasks.size()); ++i) task(i);
     else
-        parallel(layer.kv_heads * blocks, task);
+        parallel(int64_t(tasks.size()), task);
 }
 
 // The layer's matrices in order; those of one product are consecutive.
@@ -84,8 +117,7 @@ void normalise(const Functions& f, const float* x, int64_t rows, int64_t width, 
     each_row(rows, width, [&](int64_t r) { f.rms_norm(x + r * width, w, epsilon, width, y + r * width); });
 }
 
-int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass& pass, float* x, void* keys,
-              void* values) {
+int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass& pass, float* x) {
     const int64_t tokens = pass.tokens, hidden = layer.hidden, inner = layer.gate->rows;
     const int64_t q_size = layer.heads * layer.head_dim, kv_size = layer.kv_heads * layer.head_dim;
     float* memory = scratch_floats(kLayer, tokens * (hidden + 2 * q_size + 2 * kv_size + 2 * inner));
@@ -117,7 +149,7 @@ int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass&
     add_bias(layer.v_bias, v);
     place(f, layer, layer.q_norm, pass, layer.heads, q);
     place(f, layer, layer.k_norm, pass, layer.kv_heads, k);
-    attention(f, layer, pass, q, k, v, keys, values, mixed);
+    attention(f, layer, number, pass, q, k, v, mixed);
     if (const int status = multiply(kO, 1, mixed, {y})) return status;
     add_bias(layer.o_bias, y);
     add(y, tokens * hidden, x);

@@ -1,4 +1,4 @@
-// Decoder layers of the Llama kind for consecutive tokens of one text.
+// Decoder layers of the Llama kind for consecutive tokens of one or several texts.
 #pragma once
 
 #include "product.hpp"
@@ -7,15 +7,15 @@ namespace waterfill {
 
 // What all layers of a pass share.
 struct Pass {
-    int64_t tokens, position, capacity;  // `position` places of a cache of `capacity` are filled
-    const float *cosine, *sine;          // [tokens][head_dim]
-    wf_product product;                  // or null, where matrices are in memory
+    const wf_sequence* sequences;  // one after the other, [texts]
+    int64_t texts, tokens;         // tokens of all
+    const float *cosine, *sine;    // [tokens][head_dim]
+    wf_product product;            // or null, where matrices are in memory
     void* context;
 };
 
 // hidden [tokens][hidden] in place. Whatever `product` returns other than 0 ends the layer and is returned.
-int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass& pass, float* hidden, void* keys,
-              void* values);
+int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass& pass, float* hidden);
 
 // RMS norm of each row [width], with a weight of `dtype`.
 void normalise(const Functions& f, const float* x, int64_t rows, int64_t width, const void* weight, int dtype,

@@ -12,7 +12,7 @@
 //
 //     codes:  [tile of 4 rows][chunk][row in tile][planes]       scales (fp16): [tile][group][row in tile]
 //
-// Groups of a row (1024 weights, the last 512 to 1535) are those of waterfill/hadamard.py.
+// Groups of a row (1024 weights, the last 512 to 1535) are those of waterfill/codecs/hadamard.py.
 #pragma once
 
 #include <cstddef>

@@ -11,9 +11,10 @@ namespace waterfill {
 namespace {
 
 struct Plain {
-    static constexpr int bias = 0;             // of the bytes of tables
-    static constexpr int pair_bits = 2;        // codes of scalars up to so many bits are looked up in pairs
-    static constexpr bool quadruples = false;  // tables of quadruples in registers
+    static constexpr int bias = 0;               // of the bytes of tables
+    static constexpr int pair_bits = 2;          // codes of scalars up to so many bits are looked up in pairs
+    static constexpr bool quadruples = false;    // tables of quadruples in registers
+    static constexpr bool eight_tokens = false;  // that many are multiplied with codes decoded once
     static constexpr bool interleaved(int, int) { return false; }  // coordinates come out side by side
 
     // No products of many tokens at once.

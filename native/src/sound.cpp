@@ -1,5 +1,8 @@
 #include "sound.hpp"
 
+#include <algorithm>
+#include <vector>
+
 #include "layout.hpp"
 
 namespace waterfill {
@@ -54,6 +57,25 @@ bool sound(const wf_matrix& m) {
 }
 
 bool holds(const wf_vector& v, int64_t count) { return v.numbers && v.count == count; }
+
+bool holds_texts(const wf_sequence* texts, int64_t count, int64_t tokens, const wf_layer* layers, int layer_count) {
+    std::vector<const void*> memory;
+    for (int64_t i = 0; i < count; ++i) {
+        const wf_sequence& text = texts[i];
+        if (text.tokens < 1 || text.tokens > tokens || text.position < 0 || text.capacity < text.tokens) return false;
+        if (text.position > text.capacity - text.tokens || text.layers != layer_count || !text.keys || !text.values)
+            return false;
+        tokens -= text.tokens;
+        for (int j = 0; j < layer_count; ++j) {
+            const wf_layer& l = layers[j];
+            const int64_t row = l.kv_heads * l.head_dim * (l.cache_dtype == WF_FLOAT32 ? 4 : 2);
+            if (!text.keys[j] || !text.values[j] || text.capacity > text.bytes / row) return false;
+            memory.push_back(text.keys[j]), memory.push_back(text.values[j]);
+        }
+    }
+    std::sort(memory.begin(), memory.end());
+    return !tokens && std::adjacent_find(memory.begin(), memory.end()) == memory.end();
+}
 
 bool sound(const wf_layer& l, bool shapes_only) {
     if (l.kv_heads < 1 || l.heads < 1 || l.heads % l.kv_heads || l.head_dim < 2 || l.head_dim > kMostHeadDim ||

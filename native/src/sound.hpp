@@ -30,4 +30,7 @@ bool sound(const wf_layer& layer, bool shapes_only);
 
 bool holds(const wf_vector& v, int64_t count);
 
+// Texts with room for their next tokens, `tokens` in all, in memory that is as large as they say and each one's own.
+bool holds_texts(const wf_sequence* texts, int64_t count, int64_t tokens, const wf_layer* layers, int layer_count);
+
 }  // namespace waterfill

@@ -165,7 +165,7 @@ void compare(int isa, int scalar, const Grid& g, int64_t rows, int64_t width) {
     const Arranged b(scalar, g, rows, width, units, points, stored, factors, row_bytes);
     const std::string name = std::string(wf_isa(isa)) + " p" + std::to_string(g.p) + " n" + std::to_string(g.n) + " " +
                              std::to_string(rows) + "x" + std::to_string(width);
-    for (int64_t tokens : {1, 2, 3, 17}) {
+    for (int64_t tokens : {1, 2, 3, 8, 17}) {
         std::vector<float> x(size_t(tokens * width)), y(size_t(tokens * rows)), z(y.size());
         for (auto& v : x) v = float(int32_t(rng())) * 1e-9f;
         void *py = y.data(), *pz = z.data();
@@ -223,6 +223,7 @@ void multiply_elsewhere(void* context, int, int first, int count, const float* x
 // Two layers, which share their weights, and thirteen tokens: in one pass, one by one, and with products elsewhere.
 void expect_same_in_one_pass(int isa, const wf_layer& layer) {
     constexpr int64_t tokens = 13, before = 5, capacity = before + tokens;
+    const int64_t number = layer.cache_dtype == WF_FLOAT32 ? 4 : 2;
     const wf_layer layers[] = {layer, layer};
     const int64_t hidden = layer.hidden, d = layer.head_dim, cache = layer.kv_heads * capacity * d;
     auto numbers = [](int64_t count) {
@@ -240,22 +241,45 @@ void expect_same_in_one_pass(int isa, const wf_layer& layer) {
         void *keys[] = {memory.data(), memory.data() + cache},
              *values[] = {memory.data() + 2 * cache, memory.data() + 3 * cache};
         const int64_t each = way == 0 ? 1 : tokens;
-        for (int64_t t = 0; t < tokens; t += each)
-            if (wf_run_layers(isa, layers, 2, x.data() + t * hidden, each, cosine.data() + t * d, sine.data() + t * d,
-                              keys, values, capacity, before + t, layer.input_norm, out.data() + t * hidden,
+        for (int64_t t = 0; t < tokens; t += each) {
+            const wf_sequence text{each, before + t, capacity, keys, values, 2, cache * number};
+            if (wf_run_layers(isa, layers, 2, &text, 1, x.data() + t * hidden, each, cosine.data() + t * d,
+                              sine.data() + t * d, layer.input_norm, out.data() + t * hidden,
                               way == 2 ? multiply_elsewhere : nullptr, const_cast<Elsewhere*>(&elsewhere)))
                 std::abort();
+        }
         out.insert(out.end(), memory.begin(), memory.end());
         if (way == 0) expected = out;
         expect(!std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)),
                std::string(wf_isa(isa)) + " layers, way " + std::to_string(way));
     }
+    void *keys[] = {filled.data(), filled.data() + cache},
+         *values[] = {filled.data() + 2 * cache, filled.data() + 3 * cache};
+    const wf_sequence sound{2, 0, capacity, keys, values, 2, cache * number};
+    auto refused_texts = [&](std::vector<wf_sequence> texts, int64_t rows) {
+        return wf_run_layers(isa, layers, 2, texts.data(), int64_t(texts.size()), filled.data(), rows, cosine.data(),
+                             sine.data(), layer.input_norm, filled.data(), nullptr, nullptr) < 0;
+    };
     auto refused = [&](const wf_layer& other, wf_vector final_norm, int64_t position) {
         const wf_layer both[] = {layer, other};
-        return wf_run_layers(isa, both, 2, filled.data(), 2, cosine.data(), sine.data(), nullptr, nullptr, capacity,
-                             position, final_norm, filled.data(), nullptr, nullptr) < 0;
+        wf_sequence text = sound;
+        text.position = position;
+        return wf_run_layers(isa, both, 2, &text, 1, filled.data(), 2, cosine.data(), sine.data(), final_norm,
+                             filled.data(), nullptr, nullptr) < 0;
     };
-    if (!refused(layer, layer.input_norm, capacity - 1)) std::abort();  // the cache has room for one
+    expect(refused(layer, layer.input_norm, capacity - 1), "layers, a cache with room for one");
+    expect(refused(layer, layer.input_norm, -1), "layers, a position before the first");
+    expect(refused_texts({sound, sound}, 4), "layers, two texts in one memory");
+    expect(refused_texts({sound}, 3) && refused_texts({sound}, 1), "layers, another number of tokens");
+    for (int64_t wf_sequence::* field : {&wf_sequence::tokens, &wf_sequence::layers, &wf_sequence::bytes}) {
+        wf_sequence lie = sound;
+        lie.*field -= 1;
+        expect(refused_texts({lie}, 2), "layers, a text that lies");
+    }
+    wf_sequence vast = sound;
+    vast.tokens = vast.capacity = INT64_MAX;
+    expect(refused_texts({vast}, 2) && refused_texts({vast}, INT64_MAX), "layers, a text beyond all memory");
+    expect(refused_texts({}, 0), "layers, no text");
     const wf_vector short_norm{layer.input_norm.numbers, hidden - 1};
     expect(refused(layer, short_norm, 0), "layers, a short last norm");
     for (int i = 0; i < 8; ++i) {
@@ -270,6 +294,41 @@ void expect_same_in_one_pass(int isa, const wf_layer& layer) {
     wf_layer lie = layer;
     lie.down = &small;
     expect(refused(lie, layer.input_norm, 0), "layers, a small matrix");
+}
+
+// Three texts in one pass, of other lengths and behind other positions, beside one after another.
+void expect_same_together(int isa, const wf_layer& layer) {
+    constexpr int64_t counts[] = {9, 1, 3}, before[] = {0, 21, 4}, tokens = 13, capacity = 24;
+    const int64_t hidden = layer.hidden, d = layer.head_dim, cache = layer.kv_heads * capacity * d;
+    auto numbers = [](int64_t count) {
+        std::vector<float> x(static_cast<size_t>(count));
+        for (auto& v : x) v = float(int32_t(rng())) * 4.6e-10f;
+        for (auto& v : x) std::memset(reinterpret_cast<char*>(&v), 0, 2);
+        return x;
+    };
+    const auto start = numbers(tokens * hidden), cosine = numbers(tokens * d), sine = numbers(tokens * d);
+    const auto filled = numbers(6 * cache);
+    std::vector<float> results[2];
+    for (auto& found : results) {
+        auto x = start, memory = filled, out = numbers(tokens * hidden);
+        void *keys[3], *values[3];
+        std::vector<wf_sequence> texts;
+        for (int i = 0; i < 3; ++i) {
+            keys[i] = memory.data() + 2 * i * cache, values[i] = memory.data() + (2 * i + 1) * cache;
+            texts.push_back({counts[i], before[i], capacity, keys + i, values + i, 1,
+                             cache * (layer.cache_dtype == WF_FLOAT32 ? 4 : 2)});
+        }
+        const bool together = &found == results;
+        for (int64_t i = 0, at = 0; i < (together ? 1 : 3); at += counts[i++])
+            if (wf_run_layers(isa, &layer, 1, &texts[size_t(i)], together ? 3 : 1, x.data() + at * hidden,
+                              together ? tokens : counts[i], cosine.data() + at * d, sine.data() + at * d,
+                              layer.input_norm, out.data() + at * hidden, nullptr, nullptr))
+                std::abort();
+        found = out;
+        found.insert(found.end(), memory.begin(), memory.end());
+    }
+    expect(!std::memcmp(results[0].data(), results[1].data(), results[0].size() * sizeof(float)),
+           std::string(wf_isa(isa)) + " layers, texts together");
 }
 
 // A decoder layer with eight random matrices' worth of memory, on one instruction set; returns hidden states and cache.
@@ -340,6 +399,7 @@ std::vector<float> layer_on(int isa, int dtype, bool biases) {
                          capacity, out.data()))
         std::abort();  // the cache is full
     expect_same_in_one_pass(isa, layer);
+    expect_same_together(isa, layer);
     for (auto* x : kept) delete x;
     out.insert(out.end(), keys.begin(), keys.end());
     out.insert(out.end(), values.begin(), values.end());

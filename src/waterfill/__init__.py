@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from waterfill.planning.plan import Plan
     from waterfill.running.engine.engine import Engine
     from waterfill.running.hf.generate import generate
+    from waterfill.running.runner import Runner, open_runner
     from waterfill.studies.comparison import Comparison
     from waterfill.studies.comparison.study import compare
     from waterfill.studies.diagnosis.doctor import diagnose
@@ -44,6 +45,7 @@ __all__ = [
     "Inspection",
     "Plan",
     "Report",
+    "Runner",
     "Sealed",
     "WaterfillError",
     "__version__",
@@ -53,6 +55,7 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "open_runner",
     "pack",
     "plan",
     "report",
@@ -70,9 +73,11 @@ _HOMES = {
     "Engine": "waterfill.running.engine.engine",
     "Plan": "waterfill.planning.plan",
     "Report": "waterfill.studies.report",
+    "Runner": "waterfill.running.runner",
     "Sealed": "waterfill.packing.seal",
     "compare": "waterfill.studies.comparison.study",
     "generate": "waterfill.running.hf.generate",
+    "open_runner": "waterfill.running.runner",
     "report": "waterfill.studies.report.write",
 }
 

@@ -43,7 +43,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["plan", "MODEL", "--size", "1MB", "CODECS", "REUSE"], r"--size 1,000,000 bytes .* smallest feasible .* largest"),
     (["plan", "MODEL", "--bits", "3", "--sensitivity", "WORK/plan.json"], r"plan\.json is not a sensitivity file"),
     (["plan", "MODEL", "--bits", "3", "CODECS", "REUSE", "--save", "/dev/null/p"], r"cannot write /dev/null/p \("),
-    (["plan", "missing/of/some/kind", "--bits", "3"], r"missing/of/some/kind does not exist: expected a directory"),
+    (["plan", "missing/of/some/kind", "--bits", "3"], r"missing/of/some/kind does not exist; give a directory"),
     (["plan", "org/missing", "--bits", "3"], r"org/missing is not a directory here and cannot be downloaded"),
     (["plan", "WORK", "--bits", "3"], r"has no config\.json"),
     (["plan", "WORK/text.py", "--bits", "3"], r"text\.py is a file: give the directory that holds it"),

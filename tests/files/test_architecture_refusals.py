@@ -67,7 +67,7 @@ def test_unsupported_dtype(tmp_path: Path, dtype: torch.dtype, name: str) -> Non
     tensor = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(path, lambda tensors: tensors | {tensor: tensors[tensor].to(dtype)})
     assert (
-        f"{path / 'model.safetensors'}: tensor {tensor!r} has dtype {name}: expected one of F32, F16, BF16"
+        f"{path / 'model.safetensors'}: tensor {tensor!r} has dtype {name}, which is none of F32, F16, BF16"
         in failure(path)
     )
 
@@ -103,9 +103,9 @@ def test_nan_or_inf_is_refused_when_it_is_read(tmp_path: Path, bad: float) -> No
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "vit", "architectures": ["ViTModel"]}, "describes a ViTModel: expected a causal language"),
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, "describes a ViTModel; give a causal language"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "describes a LlamaForSequenceClassification"),
-        ({"model_type": "home_made", "auto_map": {"AutoConfig": "x.C"}}, "model type 'home_made': expected one that"),
+        ({"model_type": "home_made", "auto_map": {"AutoConfig": "x.C"}}, "model type 'home_made', which transformers"),
         ({"model_type": None}, "model type None"),
         ({"hidden_size": "wide"}, "not a valid llama config"),
         ({"hidden_act": "no such"}, "cannot build this llama model"),

@@ -47,7 +47,10 @@ def sharded_dir(tmp_path: Path) -> Path:
 def failure(source: str | Path, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(source, **options)
-    return str(caught.value)
+    message = str(caught.value)
+    assert "; " in message, "what was given; what to do"
+    assert not message.endswith(".")
+    return message
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def test_file_that_goes_after_opening(checkpoint_dir: Path) -> None:
 
 def test_no_weights(checkpoint_dir: Path) -> None:
     (checkpoint_dir / "model.safetensors").unlink()
-    assert "has no weights: expected model.safetensors" in failure(checkpoint_dir)
+    assert "has no weights; give a directory with model.safetensors" in failure(checkpoint_dir)
 
 
 def test_pickles_are_refused_with_a_command_that_converts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,11 +300,11 @@ def test_quantised_checkpoints_are_refused(checkpoint_dir: Path, quantization: d
 def test_paths_that_do_not_exist_never_reach_the_hub(source: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", MagicMock(side_effect=AssertionError))
     message = failure(source)
-    assert "config.json" in message if source == ".." else "does not exist: expected a directory" in message
+    assert "config.json" in message if source == ".." else "does not exist; give a directory" in message
 
 
 def test_file_instead_of_directory(checkpoint_dir: Path) -> None:
-    assert "is a file: give the directory" in failure(checkpoint_dir / "model.safetensors")
+    assert "is a file; give the directory" in failure(checkpoint_dir / "model.safetensors")
 
 
 def test_revision_of_a_directory(checkpoint_dir: Path) -> None:
@@ -371,12 +374,12 @@ def test_hub_model_without_safetensors(checkpoint_dir: Path, hub: Callable[[Path
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (GatedRepoError("401", response=MagicMock()), "org/name@v1 is gated: accept its terms"),
+        (GatedRepoError("401", response=MagicMock()), "org/name@v1 is gated; accept its terms"),
         (
             RepositoryNotFoundError("404", response=MagicMock()),
             "org/name is neither a directory here nor a public model",
         ),
-        (RevisionNotFoundError("404", response=MagicMock()), "org/name@v1 does not exist: expected a branch"),
+        (RevisionNotFoundError("404", response=MagicMock()), "org/name@v1 does not exist; give a branch"),
         (LocalEntryNotFoundError("offline\nand long"), "cannot be downloaded from the hub (offline)"),
         (ConnectionError("no route"), "cannot be downloaded from the hub (no route)"),
         (OSError(28, "No space left on device"), "No space left on device"),

@@ -133,7 +133,7 @@ def test_an_adapter_beside_the_weights_is_left_out(
 
 def test_an_adapter_alone_is_no_model(adapted: Path) -> None:
     (adapted / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no config\.json: expected the directory of the adapter's model"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json; give the directory of the adapter's model"):
         open_checkpoint(adapted)
 
 

@@ -22,7 +22,7 @@ from waterfill.base.errors import MemoryLimitError, WaterfillError
 from waterfill.files.artifact import open_artifact
 from waterfill.planning.budget import Budget
 from waterfill.running.hf.trial import LENGTHS, try_passes
-from waterfill.running.runner import Options, open_runner
+from waterfill.running.runner import open_runner
 from waterfill.running.streaming.fit import fit, kept_size
 from waterfill.running.streaming.limit import LEAST_PASS, Limit, Working
 from waterfill.running.text.sampling import Sampling
@@ -37,7 +37,6 @@ from pathlib import Path
 asked = json.loads(sys.argv[1])
 from waterfill.base import process
 from waterfill.base.errors import MemoryLimitError
-from waterfill.running.runner import Options
 from waterfill.running.runner import open_runner
 from waterfill.running.text.sampling import Sampling
 if asked["engine"] == "native":
@@ -49,7 +48,7 @@ memory = asked["memory"] or process.resident_bytes() + asked["spare"]
 said = {"memory": memory, "refused": None, "smallest": None}
 try:
     draft = None if asked["draft"] is None else Path(asked["draft"])
-    runner = open_runner(Path(asked["artifact"]), Options(memory=memory, draft=draft), asked["engine"])
+    runner = open_runner(asked["artifact"], memory=memory, draft=draft, engine=asked["engine"])
     for prompt in asked["prompts"]:
         said["text"] = "".join(runner.generate(prompt, Sampling(max_new_tokens=8, temperature=0)))
     said["streamed"] = runner.streaming is not None
@@ -166,7 +165,7 @@ def test_original_and_artifact_are_not_held_side_by_side(wide: Path, tmp_path: P
 
 @needs_native
 def test_what_leaves_no_room_for_a_text_is_streamed_from_then_on(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, greedy = open_runner(wide, Options(memory="64GB")), Sampling(max_new_tokens=4, temperature=0)
+    runner, greedy = open_runner(wide, memory="64GB"), Sampling(max_new_tokens=4, temperature=0)
     assert runner.streaming is None
     expected = "".join(runner.generate("def", greedy))
     admit = Limit.admit

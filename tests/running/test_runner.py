@@ -20,7 +20,7 @@ from waterfill.base.errors import UnsupportedError, WaterfillError
 from waterfill.planning.budget import Budget
 from waterfill.running.engine.families.llama import LlamaModel
 from waterfill.running.hf import fused
-from waterfill.running.runner import Options, open_runner
+from waterfill.running.runner import open_runner
 from waterfill.running.text.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off")
@@ -88,7 +88,10 @@ def test_a_conversation_reads_only_what_is_new(work: Path, command: Command, mon
     forward = LlamaModel.forward
     monkeypatch.setattr(
         "waterfill.running.engine.families.llama.LlamaModel.forward",
-        lambda model, ids, logits=1: (read.append(len(ids)), forward(model, ids, logits))[1],
+        lambda model, sequences, tokens, logits=1: (
+            read.extend(map(len, tokens)),
+            forward(model, sequences, tokens, logits),
+        )[1],
     )
     monkeypatch.setattr(sys, "stdin", io.StringIO("def add(a, b):\nand once more\n"))
     record = command("chat", work / "packed", *GREEDY, "--json").record
@@ -101,7 +104,7 @@ def test_a_conversation_reads_only_what_is_new(work: Path, command: Command, mon
 
 
 def test_sampling_has_seeds_and_ranges(work: Path) -> None:
-    runner = open_runner(work / "packed", Options(), "native")
+    runner = open_runner(work / "packed", engine="native")
     seeded = ["".join(runner.generate("def", Sampling(max_new_tokens=20, temperature=1.0, seed=s))) for s in (1, 1, 2)]
     assert seeded[0] == seeded[1] != seeded[2]
     with pytest.raises(WaterfillError, match="temperature is -1"):

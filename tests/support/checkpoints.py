@@ -34,4 +34,7 @@ def described(path: Path, **options: Any) -> tuple[Checkpoint, Architecture]:
 def failure(path: Path, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         described(path, **options)
-    return str(caught.value)
+    message = str(caught.value)
+    assert "; " in message, "what was given; what to do"
+    assert not message.endswith(".")
+    return message

@@ -37,6 +37,7 @@ from waterfill.base.native_signatures import (
     Flaw,
     LayerView,
     MatrixView,
+    SequenceView,
     Task,
     Vector,
 )
@@ -55,6 +56,7 @@ __all__ = [  # and what is defined here
     "Flaw",
     "LayerView",
     "MatrixView",
+    "SequenceView",
     "Task",
     "Vector",
     "addresses_of",

@@ -26,6 +26,7 @@ from waterfill.base.native_signatures import (
     Flaw,
     LayerView,
     MatrixView,
+    SequenceView,
     Task,
     Vector,
     bind,
@@ -181,40 +182,33 @@ class Functions:
         self,
         isa: int,
         layers: ctypes.Array[LayerView],
+        sequences: ctypes.Array[SequenceView],
         hidden: Floats,
         out: Floats,
         *,
         cosine: Floats,
         sine: Floats,
-        keys: Addresses,
-        values: Addresses,
-        capacity: int,
-        position: int,
         final_norm: Vector,
         product: Any = None,
     ) -> int:
-        """Consecutive tokens of one text through all layers.
+        """Consecutive tokens of several texts through all layers, text after text; weights are read once.
 
         Args:
-            hidden: float32 `[tokens, hidden]`, changed.
+            sequences: the texts, each with the memory of its keys and values, `[kv_heads, capacity, head_dim]` of the
+                layers' `cache_dtype` each; `position` positions are filled, and `tokens` more are written.
+            hidden: float32 `[tokens, hidden]` of all texts, changed.
             out: the same shape: behind the last layer, normalised.
             cosine, sine: float32 `[tokens, head_dim]`.
-            keys, values: of each layer, `[kv_heads, capacity, head_dim]` of the layers' `cache_dtype`; `position`
-                positions are filled, and `tokens` more are written.
             product: a PRODUCT that multiplies with matrices that are not in memory; None where all are.
 
         Returns 0, or the status that `product` left: UNANSWERED where it did not set any.
         """
         tokens, count = len(hidden), len(layers)
         width, head_dim = (layers[0].hidden, layers[0].head_dim) if count else (0, 0)
-        if len(keys) != count or len(values) != count:
-            raise ValueError(
-                f"{count} layers, keys of {len(keys)} and values of {len(values)}; give those of each layer"
-            )
         status = self.raw.wf_run_layers(
-            *(isa, layers, count, _at(hidden, _F32, tokens * width), tokens),
+            *(isa, layers, count, sequences, len(sequences), _at(hidden, _F32, tokens * width), tokens),
             *(_at(cosine, _F32, tokens * head_dim), _at(sine, _F32, tokens * head_dim)),
-            *(keys, values, capacity, position, final_norm, _at(out, _F32, tokens * width)),
+            *(final_norm, _at(out, _F32, tokens * width)),
             *(product or _NO_PRODUCT, None),
         )
         return int(status)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from waterfill.base.errors import WaterfillError
 
-HEADER = "fa6a1f32a106244c"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
+HEADER = "522d38fd937adfd1"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # WF_FLOAT32 and so on
 UNANSWERED = -100  # WF_UNANSWERED: an exception came just as a callback was called
 ENDED, FLAWED = 1, -3  # WF_ENDED, WF_FLAWED
@@ -55,6 +55,18 @@ class LayerView(ctypes.Structure):
         ("cache_dtype", c_int),
         *((name, POINTER(MatrixView)) for name in LAYER_MATRICES),
         *((name, Vector) for name in LAYER_VECTORS),
+    )
+
+
+class SequenceView(ctypes.Structure):
+    """wf_sequence: a text that a pass reads on in."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("tokens", "position", "capacity")),
+        ("keys", POINTER(c_void_p)),
+        ("values", POINTER(c_void_p)),
+        ("layers", c_int64),
+        ("bytes", c_int64),
     )
 
 
@@ -102,6 +114,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "wf_matrix": MatrixView,
     "wf_vector": Vector,
     "wf_layer": LayerView,
+    "wf_sequence": SequenceView,
     "wf_chunk": ChunkView,
     "wf_task": Task,
     "wf_flaw": Flaw,
@@ -133,8 +146,8 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_run_layers": (
         c_int,
         [
-            *(c_int, POINTER(LayerView), c_int, c_void_p, c_int64, c_void_p, c_void_p),
-            *(POINTER(c_void_p), POINTER(c_void_p), c_int64, c_int64, Vector, c_void_p, PRODUCT, c_void_p),
+            *(c_int, POINTER(LayerView), c_int, POINTER(SequenceView), c_int64, c_void_p, c_int64),
+            *(c_void_p, c_void_p, Vector, c_void_p, PRODUCT, c_void_p),
         ],
     ),
     "wf_decode_layer": (c_int, [c_int, POINTER(LayerView), *[c_void_p] * 5, c_int64, c_int64, c_void_p]),

@@ -101,15 +101,14 @@ class _Running:
     """A loaded model and how to sample from it."""
 
     def __init__(self, artifact: Path, options: dict[str, Any]) -> None:
-        from waterfill.running.runner import Options, open_runner
+        from waterfill.running.runner import open_runner
         from waterfill.running.text.sampling import Sampling
 
         chosen = console.given(options)
-        engine = chosen.pop("engine", "auto")
-        running = {name: chosen.pop(name) for name in ("memory", "draft", "lookup") if name in chosen}
+        running = {name: chosen.pop(name) for name in ("memory", "draft", "lookup", "engine") if name in chosen}
         self._sampling = Sampling(**chosen)
         with shown("loading the model"):
-            self._runner = open_runner(artifact, Options(**running), engine)
+            self._runner = open_runner(artifact, **running)
 
     @property
     def streaming(self) -> Streamer | None:

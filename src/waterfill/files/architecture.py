@@ -116,8 +116,8 @@ def describe(checkpoint: Checkpoint, keep: Sequence[str] = ()) -> Architecture:
     if unused:
         examples = ", ".join(tensor.name for tensor in tensors[:3])
         raise CheckpointError(
-            f"The pattern {min(unused)!r} matches no tensor of {checkpoint.path}: expected a glob on names such as "
-            f"{examples}."
+            f"the pattern {min(unused)!r} matches no tensor of {checkpoint.path}; give a glob on names such as "
+            f"{examples}"
         )
     head = model.get_output_embeddings()
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -172,8 +172,8 @@ def _pieces(
         source = parts[0].source
         raise CheckpointError(
             f"{checkpoint.tensors[source].file}: tensor {source!r} makes up {tensor.name!r} along an axis other "
-            "than its rows: store the model in transformers' own layout, with "
-            "save_pretrained(…, save_original_format=False)."
+            "than its rows; store the model in transformers' own layout, with "
+            "save_pretrained(…, save_original_format=False)"
         )
     row_axis = -1 if transposed else -2
     return tuple(

@@ -80,7 +80,7 @@ class Checkpoint:
         """
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}: expected one of its {len(self.tensors)} names.")
+            raise CheckpointError(f"{self.path} has no tensor {name!r}; give one of its {len(self.tensors)} names")
         try:
             # Opened for each read, so that a file's pages do not stay mapped, and counted, while others are read.
             with safe_open(tensor.file, framework="pt") as shard:
@@ -88,7 +88,8 @@ class Checkpoint:
                 return part
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{tensor.file} can no longer be read for tensor {name!r} ({error}): it changed after it was opened."
+                f"{tensor.file} can no longer be read for tensor {name!r} ({error}), so it changed after it "
+                "was opened; open it again"
             ) from error
 
     @cached_property
@@ -147,16 +148,16 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(
-                f"{source} is a directory, which has no revision {revision!r}: leave the revision out."
+                f"{source} is a directory, which has no revision {revision!r}; leave the revision out"
             )
     elif path.is_file():
-        raise CheckpointError(f"{source} is a file: give the directory that holds it and its {CONFIG}.")
+        raise CheckpointError(f"{source} is a file; give the directory that holds it and its {CONFIG}")
     elif isinstance(source, str) and _HUB_ID.fullmatch(source):
         path = _download(source, revision)
     else:
         raise CheckpointError(
-            f"{source} does not exist: expected a directory with {CONFIG} and safetensors weights, or a hub id such as "
-            "'org/name'."
+            f"{source} does not exist; give a directory with {CONFIG} and safetensors weights, or a hub id such as "
+            "'org/name'"
         )
     checkpoint = Checkpoint(path, _read_config(path), _read_tensors(path, source))
     warn_of_adapter(path)
@@ -182,8 +183,8 @@ def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
     count = int((~torch.isfinite(tensor)).sum())
     if count:
         raise CheckpointError(
-            f"{file}: tensor {name!r} holds {count} NaN or Inf among the {tensor.numel()} weights read: expected "
-            "finite weights; the checkpoint is damaged or diverged in training."
+            f"{file}: tensor {name!r} holds {count} NaN or Inf among the {tensor.numel()} weights read, so it "
+            "is damaged or diverged in training; give a checkpoint of finite weights"
         )
 
 
@@ -213,19 +214,19 @@ def _snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] |
         )
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{at} is gated: accept its terms at https://huggingface.co/{repository} and log in with `hf auth login`."
+            f"{at} is gated; accept its terms at https://huggingface.co/{repository} and log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{repository} is neither a directory here nor a public model on the hub: check the name, or log in with "
-            "`hf auth login` if it is private."
+            f"{repository} is neither a directory here nor a public model on the hub; check the name, or log in with "
+            "`hf auth login` if it is private"
         ) from error
     except RevisionNotFoundError as error:
-        raise CheckpointError(f"{at} does not exist: expected a branch, tag or commit of {repository}.") from error
+        raise CheckpointError(f"{at} does not exist; give a branch, tag or commit of {repository}") from error
     except Exception as error:  # the client lets through errors of httpx, hf-xet and the file system
         raise CheckpointError(
-            f"{at} is not a directory here and cannot be downloaded from the hub ({first_line(error)}): check the "
-            "network and HF_HUB_OFFLINE, and run again; what has arrived is kept."
+            f"{at} is not a directory here and cannot be downloaded from the hub ({first_line(error)}); check the "
+            "network and HF_HUB_OFFLINE, and run again: what has arrived is kept"
         ) from error
 
 
@@ -237,30 +238,30 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}): download it again.") from error
+        raise CheckpointError(f"{file} is not readable JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(content).__name__}: expected an object.")
+        raise CheckpointError(
+            f"{file} holds a JSON {type(content).__name__} where an object belongs; download it again"
+        )
     return content
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG).exists():
         if (path / ADAPTER).exists():
-            expected = "the directory of the adapter's model, or of one that it was merged into"
+            wanted = "the directory of the adapter's model, or of one that it was merged into"
         else:
-            expected = "a Hugging Face model directory"
-        raise CheckpointError(f"{path} has no {CONFIG}: expected {expected}.")
+            wanted = "a Hugging Face model directory"
+        raise CheckpointError(f"{path} has no {CONFIG}; give {wanted}")
     config = _read_json(path / CONFIG)
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         if method == QUANT_METHOD:
-            raise CheckpointError(
-                f"{path} is already packed by waterfill: give the checkpoint that it was packed from."
-            )
+            raise CheckpointError(f"{path} is already packed by waterfill; give the checkpoint that it was packed from")
         raise CheckpointError(
-            f"{path / CONFIG} says that the weights are already quantised ({method}): expected the original checkpoint "
-            f"in {', '.join(WEIGHT_DTYPES)}."
+            f"{path / CONFIG} says that the weights are already quantised ({method}); give the original checkpoint "
+            f"in {', '.join(WEIGHT_DTYPES)}"
         )
     return config
 
@@ -276,15 +277,15 @@ def _read_tensors(path: Path, source: str | Path) -> dict[str, TensorInfo]:
         if not (path / file).exists():
             tensor = next(name for name, shard in weight_map.items() if shard == file)
             raise CheckpointError(
-                f"{path / file} is absent, though {INDEX} places tensor {tensor!r} in it: download it again."
+                f"{path / file} is absent, though {INDEX} places tensor {tensor!r} in it; download it again"
             )
         shards[file] = _read_shard(path / file)
     tensors = {}
     for name, file in weight_map.items():
         if name not in shards[file]:
             raise CheckpointError(
-                f"{path / file} holds no tensor {name!r}, though {INDEX} places it there: shards and index come from "
-                "different versions; download them again."
+                f"{path / file} holds no tensor {name!r}, though {INDEX} places it there, so shards and index come "
+                "from different versions; download them again"
             )
         tensors[name] = shards[file][name]
     return tensors
@@ -294,11 +295,14 @@ def _read_index(index: Path) -> dict[str, str]:
     """Tensor name -> name of its shard."""
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no 'weight_map': expected an object that maps tensor names to files.")
+        raise CheckpointError(
+            f"{index} has no 'weight_map', an object that maps tensor names to files; download it again"
+        )
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index} places tensor {name!r} in {file!r}: expected the name of a safetensors file beside the index."
+                f"{index} places tensor {name!r} in {file!r}, which is no safetensors file beside the "
+                "index; download it again"
             )
     return weight_map
 
@@ -311,10 +315,10 @@ def _read_shard(file: Path) -> dict[str, TensorInfo]:
     except (SafetensorError, OSError) as error:
         cut = _first_cut_tensor(file)
         where = f"it ends inside tensor {cut!r}" if cut else str(error)
-        raise CheckpointError(f"{file} is truncated or not a safetensors file ({where}): download it again.") from error
+        raise CheckpointError(f"{file} is truncated or not a safetensors file ({where}); download it again") from error
     header, data_start = _parse_header(file)
     if PACKED_MARK in header.pop("__metadata__", {}):
-        raise CheckpointError(f"{file} is packed by waterfill: give the checkpoint that it was packed from.")
+        raise CheckpointError(f"{file} is packed by waterfill; give the checkpoint that it was packed from")
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
@@ -347,7 +351,9 @@ def _no_weights(path: Path, source: str | Path) -> CheckpointError:
     pickles = [file.name for file in sorted(path.iterdir()) if any(file.match(pattern) for pattern in _PICKLE_PATTERNS)]
     local = Path(source).expanduser().is_dir()
     if local and not pickles:
-        return CheckpointError(f"{path} has no weights: expected {SINGLE_FILE}, or {INDEX} and the files it names.")
+        return CheckpointError(
+            f"{path} has no weights; give a directory with {SINGLE_FILE}, or {INDEX} and the files it names"
+        )
     name = str(source)
     code = (
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
@@ -356,6 +362,6 @@ def _no_weights(path: Path, source: str | Path) -> CheckpointError:
     )
     found = f"only pickles ({', '.join(pickles)})" if pickles else f"no {SINGLE_FILE}"
     return CheckpointError(
-        f"{source} has {found}: expected safetensors, because opening a pickle can run code; if you trust it, convert "
+        f"{source} has {found}, and opening a pickle can run code; give safetensors or, if you trust it, convert "
         f"it with: python -c {shlex.quote(code)}"
     )

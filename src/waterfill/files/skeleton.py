@@ -73,14 +73,14 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     model_type = checkpoint.config.get("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
-            f"{file} has the model type {model_type!r}: expected one that transformers {transformers.__version__} "
-            "knows; code that comes with a checkpoint is never run."
+            f"{file} has the model type {model_type!r}, which transformers {transformers.__version__} does not know, "
+            "and code that comes with a checkpoint is never run; give a model of a known type"
         )
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # each config class validates in its own way
         raise CheckpointError(
-            f"{file} is not a valid {model_type} config ({first_line(error)}): repair or replace it."
+            f"{file} is not a valid {model_type} config ({first_line(error)}); repair or replace it"
         ) from error
     _check_causal(checkpoint, config)
     try:
@@ -91,7 +91,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # each model class fails in its own way on a config that it cannot build
         raise CheckpointError(
             f"{file}: transformers {transformers.__version__} cannot build this {model_type} model "
-            f"({first_line(error)}): repair the config, or use the version that wrote it."
+            f"({first_line(error)}); repair the config, or use the version that wrote it"
         ) from error
 
 
@@ -102,8 +102,8 @@ def _check_causal(checkpoint: Checkpoint, config: Any) -> None:
     named = [str(name) for name in checkpoint.config.get("architectures") or ()]
     if not known or not (not named or any(name in known or name.endswith(_CAUSAL_SUFFIXES) for name in named)):
         raise CheckpointError(
-            f"{checkpoint.path / CONFIG} describes a {', '.join(named) or config.model_type}: expected a causal "
-            "language model (…ForCausalLM)."
+            f"{checkpoint.path / CONFIG} describes a {', '.join(named) or config.model_type}; give a causal "
+            "language model (…ForCausalLM)"
         )
 
 
@@ -136,8 +136,8 @@ def locate(model: Any, checkpoint: Checkpoint) -> tuple[tuple[ModelTensor, ...],
     if missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks {len(missing)} tensors of the model, such as {missing[0]!r}, and holds "
-            f"{len(checkpoint.tensors)}, such as {next(iter(checkpoint.tensors), None)!r}: expected every tensor that "
-            f"{CONFIG} calls for."
+            f"{len(checkpoint.tensors)}, such as {next(iter(checkpoint.tensors), None)!r}; give every tensor that "
+            f"{CONFIG} calls for"
         )
     return tuple(stored), ignored, tuple(absent)
 
@@ -207,8 +207,8 @@ def _gather(
                 return [((Part(source, start, stop),),) for start, stop in pairwise(ends)]
     raise CheckpointError(
         f"{checkpoint.tensors[ordered[0][0].source].file}: {name!r} is made from tensor {ordered[0][0].source!r} by "
-        f"{', '.join(map(repr, converter.operations))}, which leaves no rows to read one by one: store the model in "
-        "transformers' own layout, with save_pretrained(…, save_original_format=False)."
+        f"{', '.join(map(repr, converter.operations))}, which leaves no rows to read one by one; store the model in "
+        "transformers' own layout, with save_pretrained(…, save_original_format=False)"
     )
 
 
@@ -227,8 +227,8 @@ def _check_equal(checkpoint: Checkpoint, places: Sequence[Groups]) -> None:
             map(torch.equal, _blocks(checkpoint, first), _blocks(checkpoint, other))
         ):
             raise CheckpointError(
-                f"{info.file}: tensor {other.source!r} differs from {first.source!r}, though {CONFIG} ties them: set "
-                '"tie_word_embeddings": false there.'
+                f"{info.file}: tensor {other.source!r} differs from {first.source!r}, though {CONFIG} ties them; set "
+                '"tie_word_embeddings": false there'
             )
 
 
@@ -247,21 +247,21 @@ def _check_stored(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, group
     for info in chain.from_iterable(infos):
         if info.dtype not in permitted:
             raise CheckpointError(
-                f"{info.file}: tensor {info.name!r} has dtype {info.dtype}: expected one of "
-                f"{', '.join(permitted)}; convert the checkpoint first."
+                f"{info.file}: tensor {info.name!r} has dtype {info.dtype}, which is none of "
+                f"{', '.join(permitted)}; convert the checkpoint first"
             )
         if info.dtype != first.dtype:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name!r} has dtype {info.dtype}, but {first.name!r}, with which it makes up "
-                f"{name!r}, has {first.dtype}: expected one dtype; convert the checkpoint first."
+                f"{name!r}, has {first.dtype}; convert the checkpoint to one dtype first"
             )
     if _joined_shape([[shape_of(checkpoint, part) for part in group] for group in groups], tensor.ndim) != tuple(
         tensor.shape
     ):
         raise CheckpointError(
             f"{first.file}: tensor {first.name!r} of shape {list(first.shape)}, one of {sum(map(len, infos))} for "
-            f"{name!r}, does not lead to the shape {list(tensor.shape)} that {CONFIG} calls for: expected the config "
-            "and all weights of one model."
+            f"{name!r}, does not lead to the shape {list(tensor.shape)} that {CONFIG} calls for; give the config "
+            "and all weights of one model"
         )
     return ModelTensor(name, tuple(tensor.shape), first.dtype, groups)
 

@@ -1,25 +1,32 @@
-"""Who generates: the engine where it runs the model, else transformers; a model, its draft and how to ask them.
+"""One way to generate, whichever engine runs: a packed model with its draft, and how to ask it.
 
 artifact ──open_runner──┬── Engine ─────────────────────────┬──► Runner.generate(prompt) ──► pieces of text
-                        └── waterfill.load, transformers ───┘
+                        └── waterfill.load, transformers ───┘    Runner.generate_many(prompts)
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
+from waterfill.base.arguments import PATH, Check, checked, optional
 from waterfill.base.errors import MemoryLimitError, UnsupportedError, WaterfillError
 from waterfill.files.settings.messages import Message
 from waterfill.running.streaming.streamer import Streamer
+from waterfill.running.text.batch import TOGETHER, Generations
+from waterfill.running.text.generation import Clock
 from waterfill.running.text.sampling import GenerationStats, Sampling, check_speculation
 
 Choice = Literal["auto", "native", "transformers"]
+Prompt = str | Sequence[Message]
+T = TypeVar("T")
 
 _log = logging.getLogger("waterfill.engine")
 
@@ -27,110 +34,170 @@ _log = logging.getLogger("waterfill.engine")
 class Pieces(Iterator[str], Protocol):
     """Text as it is generated."""
 
-    stats: GenerationStats
+    @property
+    def stats(self) -> GenerationStats:
+        """Counts and times up to now."""
 
     def close(self) -> None:
         """Stop."""
 
 
-class Runner(Protocol):
-    """A model ready to generate."""
+@checked(
+    draft=optional(PATH), engine=Check("one of auto, native, transformers", lambda value: value in get_args(Choice))
+)
+def open_runner(
+    artifact: str | Path,
+    *,
+    memory: str | float | None = None,
+    draft: str | Path | None = None,
+    lookup: int | None = None,
+    engine: Choice = "auto",
+) -> Runner:
+    """Open a packed model to generate with, by the native engine if it can be.
 
-    @property
-    def streaming(self) -> Streamer | None:
-        """Who reads the weights; None where they are in memory."""
+        runner = waterfill.open_runner("out", memory="1GB")
+        for piece in runner.generate("Once upon a time", temperature=0):
+            print(piece, end="")
 
-    def generate(self, prompt: str | Sequence[Message], sampling: Sampling) -> Pieces:
-        """Continue a text, or answer a conversation."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Of a run. A draft is loaded first, and whole: what it takes is not free when the model decides what to keep."""
-
-    memory: str | float | None = None
-    draft: Path | None = None
-    lookup: int | None = None
-
-    def __post_init__(self) -> None:
-        check_speculation(self.draft, self.lookup)
-
-
-def open_runner(artifact: Path, options: Options, engine: Choice = "auto") -> Runner:
-    """Open a packed model, by the engine if it can be.
+    Args:
+        memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None. A model that does
+            not fit is streamed.
+        draft: a smaller artifact of the same tokenizer, which drafts tokens. It is loaded first, and whole.
+        lookup: draft up to so many tokens from what the text said before.
+        engine: who runs the model; "auto" is "native" where that can be.
 
     Raises WaterfillError as `waterfill.load` does, and with "native" for a model that the engine does not run.
     """
+    check_speculation(draft, lookup)
+    given = (Path(artifact), memory, None if draft is None else Path(draft), lookup)
     if engine != "transformers":
         try:
-            return _Native(artifact, options)
+            return _Native(*given)
         except UnsupportedError as reason:
             if engine == "native":
                 raise WaterfillError(
                     f"the native engine does not run {artifact}: {reason}; leave it to transformers"
                 ) from reason
             _log.info("%s is run by transformers, slower and in more memory: %s", artifact, reason)
-    return _Transformers(artifact, options)
+    return _Transformers(*given)
 
 
-class _Opened(ABC):
-    """A model with its draft. One in memory that leaves too little of that for a text is streamed from then on."""
+class Runner(ABC):
+    """A packed model ready to generate, with its draft; `open_runner` makes one. Several threads may ask it.
 
-    def __init__(self, artifact: Path, options: Options) -> None:
-        self._artifact, self._options = artifact, options
-        self._draft = None if options.draft is None else self._open(options.draft, streamed=False)
+    One in memory that leaves too little of that for a text is streamed from then on.
+    """
+
+    def __init__(self, artifact: Path, memory: str | float | None, draft: Path | None, lookup: int | None) -> None:
+        self._artifact, self._memory, self._lookup = artifact, memory, lookup
+        self._opening = threading.RLock()  # texts begin one after the other, and then run beside each other
+        self._draft = None if draft is None else self._open(draft, streamed=False)
         self._model = self._open(artifact, streamed=None)
 
     @property
     def streaming(self) -> Streamer | None:
+        """Who reads the weights; None where they are in memory."""
         found: Streamer | None = self._model.streaming
         return found
 
-    def generate(self, prompt: str | Sequence[Message], sampling: Sampling) -> Any:
-        try:
-            return self._ask(prompt, sampling)
-        except MemoryLimitError:
-            if self.streaming is not None:
-                raise
-        _log.info("the weights leave too little memory for the text: they are streamed from now on")
-        self._model = None  # before it is opened again
-        gc.collect()
-        self._model = self._open(self._artifact, streamed=True)
-        return self._ask(prompt, sampling)
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None, **overrides: Any) -> Pieces:
+        """Continue a text, or answer a conversation: pieces of text as they come.
+
+        `overrides` replace fields of `sampling`. Raises WaterfillError for what cannot be asked, MemoryLimitError where
+        the text does not fit in memory.
+        """
+        chosen = replace(sampling or Sampling(), **overrides)
+        pieces: Pieces = self._within_memory(lambda: self._ask(prompt, chosen))
+        return pieces
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | None = None,
+        *,
+        together: int = TOGETHER,
+        **overrides: Any,
+    ) -> Generations:
+        """Continue several texts: (number of the prompt, piece) as they come, or all of them by `.texts()`.
+
+        The native engine has `together` of them in a pass over the weights; transformers writes one after another. A
+        draft is not used, look-up is.
+        """
+        chosen = replace(sampling or Sampling(), **overrides)
+        return self._within_memory(lambda: self._ask_many(prompts, chosen, together))
+
+    def _within_memory(self, ask: Callable[[], T]) -> T:
+        with self._opening:
+            try:
+                return ask()
+            except MemoryLimitError:
+                if self.streaming is not None:
+                    raise
+            _log.info("the weights leave too little memory for the text: they are streamed from now on")
+            self._model = None  # before it is opened again
+            gc.collect()
+            self._model = self._open(self._artifact, streamed=True)
+            return ask()
 
     @abstractmethod
     def _open(self, artifact: Path, *, streamed: bool | None) -> Any:
         """A model within the limit of memory, with `streaming`."""
 
     @abstractmethod
-    def _ask(self, prompt: str | Sequence[Message], sampling: Sampling) -> Any:
+    def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         """`Pieces` that have not begun. Raises MemoryLimitError if the text does not fit beside the weights."""
 
+    @abstractmethod
+    def _ask_many(self, prompts: Sequence[Prompt], sampling: Sampling, together: int) -> Generations:
+        """The same for several texts."""
 
-class _Native(_Opened):
+
+class _Native(Runner):
     def _open(self, artifact: Path, *, streamed: bool | None) -> Any:
         from waterfill.running.engine.engine import Engine
 
-        return Engine(artifact, memory=self._options.memory, streamed=streamed)
+        return Engine(artifact, memory=self._memory, streamed=streamed)
 
-    def _ask(self, prompt: str | Sequence[Message], sampling: Sampling) -> Any:
-        return self._model.generate(prompt, sampling, draft=self._draft, lookup=self._options.lookup)
+    def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
+        return self._model.generate(prompt, sampling, draft=self._draft, lookup=self._lookup)
+
+    def _ask_many(self, prompts: Sequence[Prompt], sampling: Sampling, together: int) -> Generations:
+        found: Generations = self._model.generate_many(prompts, sampling, lookup=self._lookup, together=together)
+        return found
 
 
-class _Transformers(_Opened):
-    def __init__(self, artifact: Path, options: Options) -> None:
+class _Transformers(Runner):
+    def __init__(self, artifact: Path, *given: Any) -> None:
         from waterfill.files.original import load_tokenizer
 
-        super().__init__(artifact, options)
+        super().__init__(artifact, *given)
         self._tokenizer = load_tokenizer(artifact)
 
     def _open(self, artifact: Path, *, streamed: bool | None) -> Any:
         from waterfill.running.loading import load
 
-        return load(artifact, memory=self._options.memory, streamed=streamed)
+        return load(artifact, memory=self._memory, streamed=streamed)
 
-    def _ask(self, prompt: str | Sequence[Message], sampling: Sampling) -> Any:
+    def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         from waterfill.running.hf.generate import generate
 
-        options = {"draft": self._draft, "lookup": self._options.lookup}
+        options = {"draft": self._draft, "lookup": self._lookup}
         return generate(self._model, self._tokenizer, prompt, sampling, **options)
+
+    def _ask_many(self, prompts: Sequence[Prompt], sampling: Sampling, together: int) -> Generations:
+        first = [self._ask(prompt, sampling) for prompt in prompts[:1]]  # what cannot be said is refused now
+        clock = Clock()
+        return Generations(self._one_by_one(first, prompts, sampling, clock), clock, len(prompts))
+
+    def _one_by_one(
+        self, asked: list[Pieces], prompts: Sequence[Prompt], sampling: Sampling, clock: Clock
+    ) -> Generator[tuple[int, str], None, None]:
+        clock.start()
+        for number, prompt in enumerate(prompts):
+            stream = asked.pop() if asked else self._ask(prompt, sampling)
+            with contextlib.closing(stream):
+                counted = 0
+                for piece in stream:
+                    clock.count(stream.stats.tokens - counted)
+                    counted = stream.stats.tokens
+                    yield number, piece

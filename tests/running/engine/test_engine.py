@@ -122,7 +122,7 @@ def distance(found: npt.NDArray[np.float32], wanted: npt.NDArray[np.float32]) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(packed: Packed, kind: str) -> None:
     path = packed(kind)
-    found = open_model(path).forward(ids(), logits=40)
+    found = open_model(path).sequence().forward(ids(), logits=40)
     wanted = expected(path, ids())
     assert found.shape == wanted.shape
     assert distance(found, wanted) < TOLERANCE
@@ -141,7 +141,7 @@ def test_logits_are_those_of_transformers_with_fields_of_older_configs(
     packed: Packed, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     copy = _with_config(packed(), tmp_path / "copy", change)
-    found = open_model(copy, verify=False).forward(ids(), logits=40)
+    found = open_model(copy, verify=False).sequence().forward(ids(), logits=40)
     wanted = expected(copy, ids(), verify=False)
     assert distance(found, wanted) < TOLERANCE
     assert distance(expected(packed(), ids()), wanted) > 4 * TOLERANCE  # the change matters
@@ -161,51 +161,53 @@ def _with_config(path: Path, copy: Path, change: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_checkpoints_of_half_precision(packed: Packed, dtype: torch.dtype) -> None:
     path = packed("qwen2", dtype=dtype)
-    assert distance(open_model(path).forward(ids(), logits=40), expected(path, ids())) < TOLERANCE
+    assert distance(open_model(path).sequence().forward(ids(), logits=40), expected(path, ids())) < TOLERANCE
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("keep", KEEPS, ids=lambda keep: keep.__name__)
 def test_streamed_logits_are_those_of_the_resident_model(packed: Packed, codec: str, keep: streams.Keep) -> None:
-    resident, model = open_model(packed(codec=codec)), streamed(packed(codec=codec), keep)
+    resident, model = open_model(packed(codec=codec)).sequence(), streamed(packed(codec=codec), keep)
     assert model.streaming is not None
-    assert np.array_equal(resident.forward(ids(), logits=40), model.forward(ids(), logits=40))
-    assert np.array_equal(resident.forward([1]), model.forward([1]))
+    sequence = model.sequence()
+    assert np.array_equal(resident.forward(ids(), logits=40), sequence.forward(ids(), logits=40))
+    assert np.array_equal(resident.forward([1]), sequence.forward([1]))
     model.streaming.close()
 
 
 def test_a_text_may_come_in_pieces_of_any_size(packed: Packed) -> None:
     """Also beyond the first capacity of the cache."""
     path, tokens = packed("qwen3", dtype=torch.bfloat16), ids(120)
-    whole = open_model(path).forward(tokens, logits=120)
-    model = open_model(path)
-    model._cache.capacity = 0  # begin with room for nothing
+    whole = open_model(path).sequence().forward(tokens, logits=120)
+    model = open_model(path).sequence()
+    model.cache.capacity = 0  # type: ignore[attr-defined]  # begin with room for nothing
     steps = np.concatenate([model.forward(tokens[:7], logits=7), *(model.forward([token]) for token in tokens[7:])])
     assert np.array_equal(steps, whole)
     narrow = open_model(path)
     narrow._pass_tokens = 16
-    assert np.array_equal(narrow.forward(tokens, logits=50), whole[-50:])
-    assert narrow.length == 120
+    sequence = narrow.sequence()
+    assert np.array_equal(sequence.forward(tokens, logits=50), whole[-50:])
+    assert sequence.ids == tokens
 
 
 def test_what_is_truncated_is_forgotten(packed: Packed) -> None:
-    model, fresh = open_model(packed()), open_model(packed())
-    model.forward(ids(20))
-    model.truncate(5)
-    assert model.length == 5
-    assert np.array_equal(model.forward([3, 4], logits=2), fresh.forward([*ids(20)[:5], 3, 4], logits=2))
+    sequence, fresh = open_model(packed()).sequence(), open_model(packed()).sequence()
+    sequence.forward(ids(20))
+    sequence.truncate(5)
+    assert len(sequence.ids) == sequence.cache.length == 5
+    assert np.array_equal(sequence.forward([3, 4], logits=2), fresh.forward([*ids(20)[:5], 3, 4], logits=2))
 
 
 def test_what_cannot_be_forwarded_leaves_the_cache_as_it_was(packed: Packed) -> None:
-    model = open_model(packed())
-    first = model.forward([1, 2])
+    sequence = open_model(packed()).sequence()
+    first = sequence.forward([1, 2])
     with pytest.raises(WaterfillError, match=r"130 tokens are more than the 128 positions .* shorten"):
-        model.forward([0] * 128)
+        sequence.forward([0] * 128)
     with pytest.raises(IndexError, match="97 is none of the model's 97 tokens"):
-        model.forward([5, 97])
-    assert model.length == 2
-    model.truncate(0)
-    assert np.array_equal(model.forward([1, 2]), first)
+        sequence.forward([5, 97])
+    assert len(sequence.ids) == sequence.cache.length == 2
+    sequence.truncate(0)
+    assert np.array_equal(sequence.forward([1, 2]), first)
 
 
 def test_rotary_frequencies_are_those_of_transformers(packed: Packed) -> None:
@@ -214,7 +216,7 @@ def test_rotary_frequencies_are_those_of_transformers(packed: Packed) -> None:
         assert factor == 1.0
         spec = read_spec(open_artifact(packed(kind), verify=False))
         np.testing.assert_allclose(spec.frequencies, wanted.numpy(), rtol=3e-7)
-        cosine, sine = spec.rotary(3, 2)
+        cosine, sine = spec.rotary(np.arange(3, 5))
         angle = 4 * wanted.numpy().astype(np.float64)
         np.testing.assert_allclose(cosine[1], np.cos(np.tile(angle, 2)), atol=1e-6)
         np.testing.assert_allclose(sine[1], np.sin(np.tile(angle, 2)), atol=1e-6)
@@ -257,16 +259,17 @@ def test_damage_is_found_and_the_model_can_go_on(packed: Packed, place: int) -> 
     afresh."""
     model = streamed(packed())
     assert model.streaming is not None
-    before = model.forward([1, 2, 3])
+    sequence = model.sequence()
+    before = sequence.forward([1, 2, 3])
     matrix = model.streaming.sequence[place]  # not yet read ahead for the next pass
     sums = matrix.sums
     sums ^= np.uint64(1)
     with pytest.raises(ArtifactError, match=rf"{matrix.name}.* is not what it was"):
-        model.forward([4])
-    assert model.length == 3
+        sequence.forward([4])
+    assert sequence.ids == [1, 2, 3]
     sums ^= np.uint64(1)
-    model.truncate(0)
-    assert np.array_equal(model.forward([1, 2, 3]), before)
+    sequence.truncate(0)
+    assert np.array_equal(sequence.forward([1, 2, 3]), before)
     model.streaming.close()
 
 
@@ -283,10 +286,11 @@ def test_an_interrupt_as_the_library_calls_back(packed: Packed, monkeypatch: pyt
 
     monkeypatch.setattr(Streamed, "_multiply", interrupted)
     model = streamed(packed())
+    sequence = model.sequence()
     with pytest.raises(KeyboardInterrupt):
-        model.forward([1, 2, 3])
-    assert model.length == 0
-    assert np.array_equal(model.forward([1, 2, 3]), open_model(packed()).forward([1, 2, 3]))
+        sequence.forward([1, 2, 3])
+    assert sequence.ids == []
+    assert np.array_equal(sequence.forward([1, 2, 3]), open_model(packed()).sequence().forward([1, 2, 3]))
     assert model.streaming is not None
     model.streaming.close()
 
@@ -310,16 +314,16 @@ def test_too_little_memory_says_how_much_is_needed(packed: Packed) -> None:
     with pytest.raises(MemoryLimitError, match=r"1 MB are too little .* streamed, it takes \d+ MB at least") as raised:
         open_model(packed(), memory="1MB", tuning=tuning)
     model = open_model(packed(), memory=raised.value.smallest_bytes + 8_000_000, streamed=True, tuning=tuning)
-    assert model.forward(ids()).shape == (1, 97)
+    assert model.sequence().forward(ids()).shape == (1, 97)
     assert model.streaming is not None
     model.streaming.close()
 
 
 def test_kept_weights_make_room_for_long_prompts_and_come_back(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = streamed(packed(), streams.mixed), ids(100)
-    streaming = model.streaming
+    streaming, sequence = model.streaming, model.sequence()
     assert streaming is not None
-    kept, before = streaming.summary().kept_bytes, model.forward(tokens, logits=3)
+    kept, before = streaming.summary().kept_bytes, sequence.forward(tokens, logits=3)
     taken = streaming.limit_bytes - kept // 2
     each = kept // 100  # so that a hundred tokens take half of what is kept
     monkeypatch.setattr(process, "resident_bytes", lambda: taken)
@@ -327,11 +331,11 @@ def test_kept_weights_make_room_for_long_prompts_and_come_back(packed: Packed, m
     monkeypatch.setattr(model._limit, "working", Working(token=0, activations=each, logits=0))
     seen = []
     monkeypatch.setattr(streaming, "products", _noting(streaming, seen))
-    model.truncate(0)
-    assert np.array_equal(model.forward(tokens, logits=3), before)
+    sequence.truncate(0)
+    assert np.array_equal(sequence.forward(tokens, logits=3), before)
     assert 0 < min(seen) < kept
-    model.truncate(99)
-    assert np.array_equal(model.forward(tokens[99:]), before[-1:])
+    sequence.truncate(99)
+    assert np.array_equal(sequence.forward(tokens[99:]), before[-1:])
     assert streaming.summary().kept_bytes == kept
     streaming.close()
 
@@ -350,7 +354,7 @@ def test_neither_torch_nor_transformers_is_imported(packed: Packed) -> None:
     script = (
         "import sys; from waterfill.running.engine.opening import open_model\n"
         "one = open_model(sys.argv[1]); two = open_model(sys.argv[1], memory='4GB', streamed=True)\n"
-        "assert (one.forward([1, 2, 3]) == two.forward([1, 2, 3])).all()\n"
+        "assert (one.sequence().forward([1, 2, 3]) == two.sequence().forward([1, 2, 3])).all()\n"
         "assert not {'torch', 'transformers'} & set(sys.modules), 'imported'\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(packed())], timeout=120)

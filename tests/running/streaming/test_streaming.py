@@ -206,8 +206,8 @@ def test_the_largest_chunk_may_be_given_up(packed: Packed, monkeypatch: pytest.M
         return Residency((max(sequence, key=lambda chunk: chunk.region.size_bytes),), (), 1.0)
 
     streamed = streams.load(packed(CODECS[0]), largest)
-    expected = logits(streamed, ids())
-    monkeypatch.setattr(process, "resident_bytes", lambda: streamed.streaming.limit_bytes)
+    expected, limit = logits(streamed, ids()), streamed.streaming.limit_bytes
+    monkeypatch.setattr(process, "resident_bytes", lambda: limit)
     streamed.streaming.make_room(1)
     assert streamed.streaming.summary().kept_bytes == 0
     assert torch.equal(logits(streamed, ids()), expected)

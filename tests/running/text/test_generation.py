@@ -19,6 +19,7 @@ from waterfill.base.errors import WaterfillError
 from waterfill.running.hf import generate as runtime
 from waterfill.running.text.defaults import Defaults, read_defaults
 from waterfill.running.text.generation import Generation, generate
+from waterfill.running.text.model import Sequences
 from waterfill.running.text.next_token import Rules, choose_token
 from waterfill.running.text.sampling import Sampling
 from waterfill.running.text.tokenizer import Tokenizer
@@ -61,10 +62,10 @@ class Recomputed(Toy):
         self.model, self.vocabulary, self.positions = model, VOCABULARY, 1024
         self.ids, self.passes = [], []
 
-    def forward(self, ids: Sequence[int], logits: int = 1) -> Any:
-        self.ids += ids
+    def read(self, sequence: Any, ids: Sequence[int], logits: int) -> Any:
+        sequence.ids += ids
         with torch.inference_mode():
-            return self.model(torch.tensor([self.ids])).logits[0, -logits:].float().numpy()
+            return self.model(torch.tensor([sequence.ids])).logits[0, -logits:].float().numpy()
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}])
@@ -155,8 +156,9 @@ def test_leaving_early_stops_the_model(model: Toy, tokenizer: Tokenizer) -> None
 
 
 def test_only_what_is_new_in_a_conversation_is_read(model: Toy, tokenizer: Tokenizer) -> None:
+    sequences = Sequences(model)
     messages = [{"role": "user", "content": "Read a file"}]
-    answer = "".join(generate(model, tokenizer, messages, temperature=0, max_new_tokens=5))
+    answer = "".join(generate(sequences, tokenizer, messages, temperature=0, max_new_tokens=5))
     assert model.passes == [len(tokenizer.prompt_ids(messages)), 1, 1, 1, 1]
     held = list(model.ids)
 
@@ -165,20 +167,35 @@ def test_only_what_is_new_in_a_conversation_is_read(model: Toy, tokenizer: Token
     common = next(place for place, token in enumerate(ids) if held[place : place + 1] != [token])
     assert common > 5
     model.passes.clear()
-    again = "".join(generate(model, tokenizer, messages, temperature=0, max_new_tokens=2))
+    again = "".join(generate(sequences, tokenizer, messages, temperature=0, max_new_tokens=2))
     assert model.passes == [len(ids) - common, 1]
     assert again == tokenizer.decode(continued(model, ids, 2, Rules.greedy()))
 
     model.passes.clear()
-    assert "".join(generate(model, tokenizer, messages[:1], temperature=0, max_new_tokens=5)) == answer
+    assert "".join(generate(sequences, tokenizer, messages[:1], temperature=0, max_new_tokens=5)) == answer
     assert model.passes == [1] * 5, "of a prompt that is all known the last token is read again"
 
 
-@pytest.mark.parametrize("change", [lambda model: model.truncate(2), lambda model: model.forward([5, 6, 7])])
-def test_a_model_that_others_have_used_is_read_anew(model: Toy, tokenizer: Tokenizer, change: Any) -> None:
-    whole = "".join(generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=9))
-    change(model)
-    assert "".join(generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=9)) == whole
+@pytest.mark.parametrize(
+    "change", [lambda sequence: sequence.truncate(2), lambda sequence: sequence.model.forward([sequence], [[5, 6, 7]])]
+)
+def test_a_sequence_that_others_have_used_is_read_as_it_is(model: Toy, tokenizer: Tokenizer, change: Any) -> None:
+    sequences = Sequences(model)
+    whole = "".join(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=9))
+    used = sequences.take()
+    change(used)
+    sequences.give_back(used)
+    assert "".join(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=9)) == whole
+
+
+def test_a_text_that_was_never_begun_gives_its_sequence_back(model: Toy, tokenizer: Tokenizer) -> None:
+    sequences = Sequences(model)
+    "".join(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=3))
+    model.passes.clear()
+    generation = generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=3)
+    del generation
+    "".join(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=3))
+    assert model.passes == [1] * 3, "what was read of the first text is still there"
 
 
 class Fails(Toy):
@@ -188,8 +205,8 @@ class Fails(Toy):
         super().__init__(VOCABULARY)
         self.at, self.error = at, error
 
-    def forward(self, ids: Sequence[int], logits: int = 1) -> Any:
-        found = super().forward(ids, logits)
+    def forward(self, sequences: Any, tokens: Any, logits: Any = 1) -> Any:
+        found = super().forward(sequences, tokens, logits)
         if len(self.passes) == self.at:
             raise self.error("the disk caught fire")
         return found
@@ -200,17 +217,21 @@ def test_an_error_reaches_the_consumer_after_the_text_before_it(
     tokenizer: Tokenizer, error: type[BaseException]
 ) -> None:
     model, pieces = Fails(20, error), []
+    sequences = Sequences(model)
     with pytest.raises(error, match="the disk caught fire"):
-        pieces.extend(generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=40))
+        pieces.extend(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=40))
     whole = tokenizer.decode(continued(model, tokenizer.prompt_ids(PROMPT), 40, Rules.greedy()))
     assert "".join(pieces) == whole[: len("".join(pieces))] != ""
-    assert "".join(generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=40)) == whole, "as if nothing was"
+    assert "".join(generate(sequences, tokenizer, PROMPT, temperature=0, max_new_tokens=40)) == whole, (
+        "as if nothing was"
+    )
 
 
 def test_two_texts_may_take_turns(model: Toy, tokenizer: Tokenizer) -> None:
+    sequences = Sequences(model)
     prompts = (PROMPT, PROMPT + "    return")
     alone = ["".join(generate(Toy(VOCABULARY), tokenizer, p, temperature=0, max_new_tokens=9)) for p in prompts]
-    both: list[Generation] = [generate(model, tokenizer, p, temperature=0, max_new_tokens=9) for p in prompts]
+    both: list[Generation] = [generate(sequences, tokenizer, p, temperature=0, max_new_tokens=9) for p in prompts]
     texts = ["", ""]
     for _ in range(10):
         texts = [text + next(generation, "") for text, generation in zip(texts, both, strict=True)]

@@ -48,7 +48,7 @@ def test_look_up_finds_what_transformers_finds(ids: list[int], most: int) -> Non
 
 def test_a_draft_follows_its_own_distribution_and_reads_what_is_new() -> None:
     toy, rules, random = Toy(WORDS), Rules(temperature=0.9, top_k=3), np.random.default_rng(1)
-    drafter = DraftModel(toy, rules)
+    drafter = DraftModel(toy.sequence(), rules)
     draft = drafter.propose([1, 2, 3], 99, random)
     assert len(draft.ids) == 5
     assert draft.chances is not None

@@ -9,12 +9,15 @@ from typing import Any
 from waterfill.base.arguments import checked
 from waterfill.files.artifact import open_artifact
 from waterfill.files.settings.messages import Message
+from waterfill.running.engine.cache import Sequence as EngineSequence
 from waterfill.running.engine.families.llama_spec import read_spec
 from waterfill.running.engine.opening import open_model
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.tuning import GIVEN, USUAL, Tuning
+from waterfill.running.text.batch import TOGETHER, Generations, generate_many
 from waterfill.running.text.defaults import read_defaults
 from waterfill.running.text.generation import Generation, generate
+from waterfill.running.text.model import Sequences
 from waterfill.running.text.sampling import Sampling
 from waterfill.running.text.tokenizer_files import load_tokenizer
 
@@ -55,6 +58,7 @@ class Engine:
         self.defaults = read_defaults(opened.path)
         self.tokenizer = load_tokenizer(opened.path)
         self.model = open_model(opened, memory=memory, streamed=streamed, verify=verify, tuning=tuning)
+        self._sequences = Sequences(self.model)
 
     @property
     def streaming(self) -> Streamer | None:
@@ -70,14 +74,45 @@ class Engine:
         lookup: int | None = None,
         **overrides: Any,
     ) -> Generation:
-        """Continue a text, or answer a conversation: pieces of text as they come (`engine.generation.generate`)."""
+        """Continue a text, or answer a conversation: pieces of text as they come (`text.generation.generate`).
+
+        A prompt that begins as the last text did is read from where it differs. Any number of texts may be generated at
+        the same time, in one thread or several.
+        """
         return generate(
-            self.model,
+            self._sequences,
             self.tokenizer,
             prompt,
             sampling,
             defaults=self.defaults,
-            draft=None if draft is None else draft.model,
+            draft=None if draft is None else draft._sequences,
             lookup=lookup,
             **overrides,
         )
+
+    def generate_many(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        sampling: Sampling | None = None,
+        *,
+        lookup: int | None = None,
+        together: int = TOGETHER,
+        **overrides: Any,
+    ) -> Generations:
+        """Continue several texts at once, `together` of them in a pass over the weights: (number, piece) as they come,
+        or all of them by `.texts()` (`text.batch.generate_many`)."""
+        return generate_many(
+            self._sequences,
+            self.tokenizer,
+            prompts,
+            sampling,
+            defaults=self.defaults,
+            lookup=lookup,
+            together=together,
+            **overrides,
+        )
+
+    def sequence(self) -> EngineSequence:
+        """A text of its own in the model's memory, to be read token by token (`sequence.forward(ids)` gives logits);
+        forgotten, and its memory given back, when nobody holds it any more."""
+        return self.model.sequence()

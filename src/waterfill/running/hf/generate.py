@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from waterfill.files.settings.choices import FILE
 from waterfill.files.settings.messages import Message, check_messages, check_text, plain_lines, refused
 from waterfill.files.settings.templates import conversation_text
 from waterfill.files.settings.tokenizing import failed, in_words
+from waterfill.running.hf.turns import Turn
 from waterfill.running.text.sampling import DRAFT_TOKENS, GenerationStats, Sampling, begun, check_speculation, room
 
 # What a generation_config.json says besides how to choose.
@@ -79,6 +79,8 @@ def generate(
     Several tokens can be verified in one pass over the weights, which pays where reading those takes the time. They are
     drafted by a smaller model of the same tokenizer (`draft`), or found behind an earlier occurrence of the last tokens
     (`lookup`: how many at most). What is said follows the model's own distribution all the same.
+
+    Several threads may generate with one model: their texts take turns, token by token.
 
     Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
     WaterfillError for a sampling value outside its range, malformed messages, a prompt that is not valid UTF-8, leaves
@@ -143,12 +145,13 @@ def drafted_by(draft: Any) -> dict[str, Any]:
 def _stream(model: Any, streamer: _Streamer, arguments: dict[str, Any], seed: int | None) -> Generator[str, None, None]:
     """Run `model.generate` in a thread and yield what it streams; end the thread however the iteration ends."""
     stop = _Stop()
+    samples = bool(arguments.get("do_sample", model.generation_config.do_sample))
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            with _seeded(model, seed):
-                model.generate(**arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop]))
+            with Turn(model, samples=samples, seed=seed) as turn:
+                model.generate(**arguments, streamer=streamer, stopping_criteria=StoppingCriteriaList([stop, turn]))
         except BaseException as error:
             errors.append(failed(error) or (error if streamer.begun else _blamed(model, error)))
             streamer.on_finalized_text("", stream_end=True)  # the consumer is waiting for text that will not come
@@ -201,17 +204,6 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self.requested.is_set(), device=input_ids.device)
-
-
-@contextmanager
-def _seeded(model: Any, seed: int | None) -> Iterator[None]:
-    """Seed torch's global generators, which are all that `model.generate` samples from, and restore them at the end."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _blamed(model: Any, error: BaseException) -> BaseException:

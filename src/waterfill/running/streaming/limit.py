@@ -90,19 +90,21 @@ class Limit:
         logits: int = 1,
         whole: bool = False,
         draft: Limit | None = None,
+        others_bytes: int = 0,
     ) -> None:
         """Before a text of `text` tokens, of which `prompt` are read first, in one pass if that is to be `whole`, and
         `held` have been read already.
 
-        A draft's text counts as well, and kept weights yield to it from now on. Raises MemoryLimitError if the text
-        does not fit, even with all kept weights given up and in the narrowest passes.
+        A draft's text counts as well, and kept weights yield to it from now on; so does what texts that were admitted
+        before are to take yet (`others_bytes`). Raises MemoryLimitError if the text does not fit, even with all kept
+        weights given up and in the narrowest passes.
         """
         self._draft_bytes, self._leader = 0, None
         if draft is not None:
             draft._leader, draft._streamer = self, self._streamer
             draft._whole_bytes = self._draft_bytes = draft._text_bytes(text, prompt, 1)
         needed = self._text_bytes(text, prompt, logits, whole=whole) - self.working.text_bytes(held)
-        needed += self._overhead_bytes // 2  # what is begun should come to its end
+        needed += others_bytes + self._overhead_bytes // 2  # what is begun should come to its end
         if self._binding and not self._fits(needed):
             what = f"reading {prompt} tokens and writing {text - prompt}"
             raise self._refusal(what, needed, "shorten the text")

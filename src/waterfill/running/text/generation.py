@@ -17,8 +17,8 @@ from numpy.random import default_rng  # imported here, before a streamed model s
 from waterfill.base.errors import WaterfillError, unknown_token
 from waterfill.files.settings.messages import Message
 from waterfill.running.text.defaults import Defaults
-from waterfill.running.text.model import TokenModel, read
-from waterfill.running.text.next_token import Rules
+from waterfill.running.text.model import Lease, Sequences, TokenModel, TokenSequence, read
+from waterfill.running.text.next_token import Floats, Rules
 from waterfill.running.text.sampling import DRAFT_TOKENS, GenerationStats, Sampling, check_speculation, room
 from waterfill.running.text.speculate import Draft, Drafter, DraftModel, Lookup, verify
 from waterfill.running.text.tokenizer import TextStream, Tokenizer
@@ -59,13 +59,13 @@ class Generation(Iterator[str]):
 
 
 def generate(
-    model: TokenModel,
+    model: TokenModel | Sequences,
     tokenizer: Tokenizer,
     prompt: str | Sequence[Message],
     sampling: Sampling | None = None,
     *,
     defaults: Defaults | None = None,
-    draft: TokenModel | None = None,
+    draft: TokenModel | Sequences | None = None,
     lookup: int | None = None,
     **overrides: Any,
 ) -> Generation:
@@ -82,35 +82,72 @@ def generate(
     tokenizer (`draft`), or found behind an earlier occurrence of the last tokens (`lookup`: how many at most). What is
     said follows the model's own distribution all the same.
 
-    The model's cache is kept: a prompt that begins as the last text did is read from where it differs.
+    Given a model's `Sequences`, a prompt that begins as the last text did is read from where it differs.
 
     Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
     WaterfillError for a sampling value outside its range, malformed messages, a prompt that is not valid UTF-8 or
     leaves no room, tokens that the model does not know, a text that does not fit in the model's memory, or a draft of
     another vocabulary.
     """
-    sampling, defaults = replace(sampling or Sampling(), **overrides), defaults or Defaults()
-    check_speculation(draft, lookup)
-    rules = defaults.rules(sampling)
-    drafter: Drafter | None = None if lookup is None else Lookup(lookup)
-    if draft is not None:
-        if draft.vocabulary != model.vocabulary:
+    asked = Asked(model, tokenizer, sampling, defaults, draft=draft, lookup=lookup, **overrides)
+    run = asked.run(asked.ids(prompt))
+    return Generation(tokenizer, run)
+
+
+class Asked:
+    """How texts are to be generated; the arguments are those of `generate`."""
+
+    def __init__(
+        self,
+        model: TokenModel | Sequences,
+        tokenizer: Tokenizer,
+        sampling: Sampling | None,
+        defaults: Defaults | None,
+        *,
+        draft: TokenModel | Sequences | None = None,
+        lookup: int | None = None,
+        **overrides: Any,
+    ) -> None:
+        check_speculation(draft, lookup)
+        self._sampling, self._defaults = replace(sampling or Sampling(), **overrides), defaults or Defaults()
+        self._rules, self._tokenizer, self._lookup = self._defaults.rules(self._sampling), tokenizer, lookup
+        self._sequences = _sequences(model)
+        self._draft = None if draft is None else _sequences(draft)
+        if self._draft is not None and self._draft.model.vocabulary != self._sequences.model.vocabulary:
             raise WaterfillError(
-                f"the draft has a vocabulary of {draft.vocabulary} tokens and the model one of {model.vocabulary}; "
-                "give a draft with the model's own tokenizer"
+                f"the draft has a vocabulary of {self._draft.model.vocabulary} tokens and the model one of "
+                f"{self._sequences.model.vocabulary}; give a draft with the model's own tokenizer"
             )
-        drafter = DraftModel(draft, rules)
-    ids = tokenizer.prompt_ids(prompt)
-    if max(ids) >= model.vocabulary:
-        raise unknown_token("the prompt", max(ids), model.vocabulary)
-    most = min(sampling.max_new_tokens, room(len(ids), model.positions))
-    drafted = DRAFT_TOKENS if draft is not None else lookup or 0
-    model.expect(len(ids) + most, len(ids), logits=drafted + 1, draft=draft)
-    return Generation(tokenizer, Run(model, ids, most, rules, defaults.ends, drafter, sampling.seed))
+
+    def ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Of a prompt. Raises WaterfillError where they are not the model's, or leave no room."""
+        ids, model = self._tokenizer.prompt_ids(prompt), self._sequences.model
+        if max(ids) >= model.vocabulary:
+            raise unknown_token("the prompt", max(ids), model.vocabulary)
+        room(len(ids), model.positions)
+        return ids
+
+    def run(self, ids: list[int]) -> Run:
+        """A text behind a prompt, not begun. Raises MemoryLimitError where it does not fit."""
+        model, lease = self._sequences.model, Lease(self._sequences)
+        leases, draft, drafted = [lease], None, self._lookup or 0
+        drafter: Drafter | None = None if self._lookup is None else Lookup(self._lookup)
+        if self._draft is not None:
+            leases.append(Lease(self._draft))
+            draft, drafted = leases[-1].sequence, DRAFT_TOKENS
+            drafter = DraftModel(draft, self._rules)
+        most = min(self._sampling.max_new_tokens, room(len(ids), model.positions))
+        model.expect(lease.sequence, len(ids) + most, len(ids), logits=drafted + 1, draft=draft)
+        seed = self._sampling.seed
+        return Run(lease.sequence, ids, most, self._rules, self._defaults.ends, drafter, seed, tuple(leases))
+
+
+def _sequences(model: TokenModel | Sequences) -> Sequences:
+    return model if isinstance(model, Sequences) else Sequences(model)
 
 
 @dataclass
-class _Clock:
+class Clock:
     """Counts tokens and takes the time."""
 
     tokens: int = 0
@@ -131,45 +168,72 @@ class _Clock:
         return GenerationStats(self.tokens, self.first_s - self.start_s, self.last_s - self.start_s)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """A text to be generated."""
+    """A text that is generated, token by token: `ids` are the prompt's, and then those that were added."""
 
-    model: TokenModel
-    ids: Sequence[int]  # of the prompt
+    sequence: TokenSequence
+    ids: list[int]
     most: int  # tokens to add
     rules: Rules
     ends: frozenset[int]
     drafter: Drafter | None
     seed: int | None
-    clock: _Clock = field(default_factory=_Clock)
+    leases: tuple[Lease, ...] = ()  # on the sequences, for as long as the text is not ended
+    clock: Clock = field(default_factory=Clock)
     speculation: Speculation = field(default_factory=Speculation)
+
+    def __post_init__(self) -> None:
+        self.ids, self._random = list(self.ids), default_rng(self.seed)
+        self._end = len(self.ids) + self.most
+
+    @property
+    def ended(self) -> bool:
+        """Whether there are no more tokens."""
+        return len(self.ids) >= self._end
+
+    def propose(self) -> Draft:
+        """What may come next."""
+        if self.drafter is None:
+            return Draft()
+        return self.drafter.propose(self.ids, self._end - len(self.ids) - 1, self._random)
+
+    def take(self, draft: Draft, logits: Floats) -> list[int]:
+        """The tokens that a pass gives, from its logits `[drafted + 1, vocabulary]`; the text has them from now on."""
+        new = verify(logits, self.ids, draft, self.rules, self._random)
+        self.speculation.passes += 1
+        self.speculation.drafted += len(draft.ids)
+        self.speculation.accepted += len(new) - 1
+        last = next((place for place, token in enumerate(new) if token in self.ends), None)
+        if last is not None:
+            new = new[: last + 1]
+            self._end = 0
+        self.ids += new
+        return new
 
     def tokens(self) -> Iterator[list[int]]:
         """The tokens of each pass of the model, up to an end of text."""
-        ids, random = list(self.ids), default_rng(self.seed)
-        end = len(ids) + self.most
-        while len(ids) < end:
-            draft = Draft() if self.drafter is None else self.drafter.propose(ids, end - len(ids) - 1, random)
-            logits = read(self.model, [*ids, *draft.ids], len(draft.ids) + 1)
-            new = verify(logits, ids, draft, self.rules, random)
-            self.speculation.passes += 1
-            self.speculation.drafted += len(draft.ids)
-            self.speculation.accepted += len(new) - 1
-            last = next((place for place, token in enumerate(new) if token in self.ends), None)
-            if last is not None:
-                yield new[: last + 1]
-                return
-            yield new
-            ids += new
+        while not self.ended:
+            draft = self.propose()
+            (logits,) = read([self.sequence], [[*self.ids, *draft.ids]], [len(draft.ids) + 1])
+            yield self.take(draft, logits)
+
+    def close(self) -> None:
+        """The text is ended: its sequences are free for another."""
+        self._end = 0
+        for lease in self.leases:
+            lease.close()
 
 
 def _pieces(tokenizer: Tokenizer, run: Run) -> Generator[str, None, None]:
     stream = TextStream(tokenizer)
-    run.clock.start()
-    for tokens in run.tokens():
-        run.clock.count(len(tokens))
-        if piece := "".join(map(stream.add, tokens)):
+    try:
+        run.clock.start()
+        for tokens in run.tokens():
+            run.clock.count(len(tokens))
+            if piece := "".join(map(stream.add, tokens)):
+                yield piece
+        if piece := stream.end():
             yield piece
-    if piece := stream.end():
-        yield piece
+    finally:
+        run.close()

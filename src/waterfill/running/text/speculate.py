@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from waterfill.running.text.model import TokenModel, read
+from waterfill.running.text.model import TokenSequence, read
 from waterfill.running.text.next_token import Doubles, Floats, Rules, choose_token, draw, probabilities
 from waterfill.running.text.sampling import DRAFT_TOKENS
 
@@ -58,17 +58,17 @@ class Lookup:
 class DraftModel:
     """A smaller model of the same vocabulary, which chooses tokens by the same rules."""
 
-    model: TokenModel
+    sequence: TokenSequence
     rules: Rules
 
     def propose(self, ids: Sequence[int], most: int, random: np.random.Generator) -> Draft:
         """See `Drafter`."""
         text, chances = list(ids), []
         end = len(ids) + min(most, DRAFT_TOKENS)
-        if self.model.positions is not None:
-            end = min(end, self.model.positions + 1)  # the last token is not read
+        if (positions := self.sequence.model.positions) is not None:
+            end = min(end, positions + 1)  # the last token is not read
         while len(text) < end:
-            logits = read(self.model, text)[0]
+            (logits,) = read([self.sequence], [text])[0]
             if self.rules.sample:
                 chances.append(probabilities(logits, text, self.rules))
                 text.append(draw(chances[-1], random))

@@ -129,11 +129,11 @@ def _continued(model: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
 def _by_engine(artifact: Path, text: list[int]) -> torch.Tensor:
     """The engine's logits `[new tokens, vocabulary]` of the same tokens."""
     try:
-        model = open_model(artifact)
+        sequence = open_model(artifact).sequence()
     except UnsupportedError as reason:
         raise WaterfillError(f"the engine does not run a small Llama: {reason}") from reason
     pieces = [text[: len(_PROMPT)], *([token] for token in text[len(_PROMPT) :])]
-    return torch.cat([torch.from_numpy(model.forward(piece)) for piece in pieces])
+    return torch.cat([torch.from_numpy(sequence.forward(piece)) for piece in pieces])
 
 
 def _compare(way: str, logits: torch.Tensor, plain: torch.Tensor) -> None:

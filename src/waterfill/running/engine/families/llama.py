@@ -1,101 +1,37 @@
 """A model of the Llama kind, run by the native library: numpy instead of torch, one call for all layers of a pass.
 
-    ids ──rows──► hidden states ──wf_run_layers (cache of keys and values)──► normalised ──head──► logits
+    ids of several sequences ──rows──► hidden states ──wf_run_layers (their caches)──► normalised ──head──► logits
 
 What torch and transformers take in memory is weights here that need not be read again; and a token has no Python
-between its layers.
+between its layers. Weights are read once for all sequences of a pass.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import threading
+from collections import abc
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 
 from waterfill.base import native
 from waterfill.base.errors import WaterfillError
+from waterfill.running.engine.cache import KeysValues, Sequence, Shape
 from waterfill.running.engine.families.llama_spec import FINAL_NORM, NORMS, OPTIONAL, PROJECTIONS, Spec
 from waterfill.running.engine.weights import Weights, kernels
 from waterfill.running.streaming.limit import Limit, Working
 from waterfill.running.streaming.streamer import Streamer
 
 NARROW = 16  # tokens of a pass whose working memory is kept for the next one
-FIRST_CAPACITY = 256  # positions of the cache to begin with; it grows by doubling
-HUGE_ARRAY_BYTES = 4 << 20  # from here on numpy asks for huge pages: what is not written may be resident too
 
 Floats = npt.NDArray[np.float32]
-
-
-class Cache:
-    """Keys and values `[kv_heads, capacity, head_dim]` of each layer: bfloat16 where the checkpoint is that, else
-    float32. Memory counts when it is written to."""
-
-    def __init__(self, spec: Spec) -> None:
-        self._spec, self._dtype = spec, np.dtype(np.uint16 if spec.dtype == "BF16" else np.float32)
-        self.capacity, self.length = 0, 0
-        self.written = 0  # positions that are in memory: what is truncated stays there
-        self.expected = 0  # tokens of the text; 0 where that is not known
-        self._keys: list[npt.NDArray[np.generic]] = []
-        self._values: list[npt.NDArray[np.generic]] = []
-        self.reserve(FIRST_CAPACITY)
-
-    @property
-    def dtype(self) -> int:
-        """A C code."""
-        return native.BFLOAT16 if self._dtype.itemsize == 2 else native.FLOAT32
-
-    @staticmethod
-    def token_bytes(spec: Spec) -> int:
-        """Of keys and values of one token."""
-        return spec.layers * 2 * spec.kv_heads * spec.head_dim * (2 if spec.dtype == "BF16" else 4)
-
-    def growth_bytes(self, tokens: int) -> int:
-        """What `reserve` takes, until what it replaces is given back: of each layer by itself."""
-        grown = self._grown(tokens)
-        replaced = 0 if grown == self.capacity else self.length // (2 * self._spec.layers)
-        return max(0, self._resident(tokens, grown) - self.written + replaced) * self.token_bytes(self._spec)
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for a text of so many tokens."""
-        if tokens <= self.capacity:
-            return
-        self.capacity = self._grown(tokens)
-        self.written = self._resident(self.length, self.capacity) if self.length else 0
-        for arrays in (self._keys, self._values):
-            for layer in range(self._spec.layers):
-                room = np.empty((self._spec.kv_heads, self.capacity, self._spec.head_dim), self._dtype)
-                if layer < len(arrays):
-                    room[:, : self.length] = arrays[layer][:, : self.length]
-                    arrays[layer] = room
-                else:
-                    arrays.append(room)
-        self.keys, self.values = (
-            native.addresses_of(array.ctypes.data for array in arrays) for arrays in (self._keys, self._values)
-        )
-
-    def append(self, tokens: int) -> None:
-        """So many tokens were written behind the others."""
-        self.length += tokens
-        self.written = max(self.written, self._resident(self.length, self.capacity))
-
-    def _grown(self, tokens: int) -> int:
-        """The capacity for so many tokens: at once that of a text whose length is known, else by doubling."""
-        if tokens <= self.capacity:
-            return self.capacity
-        if tokens <= self.expected:
-            return self.expected
-        return min(max(2 * self.capacity, tokens), max(tokens, self._spec.positions))
-
-    def _resident(self, tokens: int, capacity: int) -> int:
-        """Positions that are in memory once so many of a capacity are written."""
-        array_bytes = capacity * self.token_bytes(self._spec) // (2 * self._spec.layers)
-        return capacity if array_bytes >= HUGE_ARRAY_BYTES else tokens
+Ids = npt.NDArray[np.int64]
 
 
 class LlamaModel:
-    """Weights, and the cache of one text: what `engine.generation` asks of a model.
+    """Weights that any number of sequences are read with. Several threads may: passes wait for one another.
 
     Args:
         vectors: norms and biases by tensor, float32.
@@ -118,92 +54,153 @@ class LlamaModel:
         self.spec, self.weights, self._vectors = spec, weights, vectors
         self.vocabulary, self.positions = spec.vocabulary, spec.positions
         self._pass_tokens, self.streaming, self._limit = pass_tokens, streaming, limit
-        self._cache = Cache(spec)
+        self._lock = threading.Lock()  # of a pass: its memory, the order in which weights are read, what is reckoned
+        self._sequences: WeakSet[Sequence] = WeakSet()  # all that there are
+        self._shape = shape_of(spec)
         self._views: list[native.MatrixView] = []
         self._layers = (native.LayerView * spec.layers)(*map(self._layer, range(spec.layers)))
 
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self._cache.length
+    def sequence(self) -> Sequence:
+        """A new sequence; it takes its memory as it grows, and gives it back when nobody holds it any more."""
+        made = Sequence(self, KeysValues(self._shape))
+        with self._lock:
+            self._sequences.add(made)
+        return made
 
-    def expect(self, tokens: int, prompt: int, *, logits: int = 1, draft: LlamaModel | None = None) -> None:
+    def expect(
+        self, sequence: Sequence, tokens: int, prompt: int, *, logits: int = 1, draft: Sequence | None = None
+    ) -> None:
         """Before a text of `tokens`, of which `prompt` are read first, with the logits of so many positions at a time.
 
-        Raises MemoryLimitError where it does not fit in the memory that the model was given, with its draft's.
+        Raises MemoryLimitError where it does not fit in the memory that the model was given, with what the texts of
+        other sequences are to take yet, and that of its draft's sequence.
         """
-        if draft is not None:
-            draft._cache.expected = tokens
-        self._cache.expected = tokens
-        if self._limit is not None:
-            beside = None if draft is None else draft._limit
-            self._limit.admit(tokens, prompt, held=min(tokens, self._cache.written), logits=logits, draft=beside)
+        sequence.expected = 0
+        with self._lock:
+            if self._limit is not None:
+                beside = None if draft is None else draft.model._limit  # type: ignore[attr-defined]
+                self._limit.admit(
+                    tokens,
+                    prompt,
+                    held=sequence.cache.held(tokens),
+                    logits=logits,
+                    draft=beside,
+                    others_bytes=sum(other.cache.owed_bytes for other in self._sequences),
+                )
+            sequence.expected = tokens
+            if draft is not None:
+                draft.expected = tokens
 
-    def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on."""
-        self._cache.length = min(length, self._cache.length)
+    def forward(
+        self,
+        sequences: abc.Sequence[Sequence],
+        tokens: abc.Sequence[abc.Sequence[int]],
+        logits: int | abc.Sequence[int] = 1,
+    ) -> list[Floats]:
+        """Read on in several sequences at once: `tokens[i]` are appended to sequence i.
 
-    def forward(self, ids: Sequence[int], logits: int = 1) -> Floats:
-        """Append tokens to the cache; logits `[logits, vocabulary]` of the last so many.
+        Every matrix is multiplied with the tokens of all; attention is each sequence's own. What comes out is, to the
+        bit, what one sequence after another would give.
 
-        Raises WaterfillError where they do not fit the model's positions, IndexError for an id that is none of its
-        tokens, ArtifactError for damaged weights. The cache is as it was then.
+        Args:
+            logits: how many of a sequence's tokens, the last ones, logits are wanted of; one number for all, or each's.
+
+        Returns, for each sequence, float32 `[logits, vocabulary]`.
+
+        Raises WaterfillError where tokens do not fit the model's positions, IndexError for an id that is none of its
+        tokens, ValueError for a sequence that comes twice, ArtifactError for damaged weights. The sequences are as they
+        were then.
         """
-        before, states = self._cache.length, []
-        tokens = np.asarray(ids, np.int64)
-        if before + len(tokens) > self.positions:
-            raise WaterfillError(
-                f"{before + len(tokens)} tokens are more than the {self.positions} positions of the model; shorten "
-                "the text"
-            )
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
-            raise IndexError(f"{tokens.min()} or {tokens.max()} is none of the model's {self.vocabulary} tokens")
-        start = 0
+        wanted = [logits] * len(sequences) if isinstance(logits, int) else list(logits)
+        parts = [
+            _Part(sequence, np.asarray(ids, np.int64), count)
+            for sequence, ids, count in zip(sequences, tokens, wanted, strict=True)
+        ]
+        self._check(parts)
         try:
-            while start < len(tokens):
-                count = self._begin_pass(len(tokens) - start, logits)
-                piece = self._pass(tokens[start : start + count])
-                states.append(piece[max(0, len(tokens) - logits - start) :])
-                start += count
-            return self.weights.logits(np.concatenate(states))
+            while True:
+                with self._lock:  # a long prompt has several passes, between which others have theirs
+                    self._pass(parts, self._begin_pass(parts))
+                    if not any(part.left for part in parts):
+                        return self._logits(parts)
         except BaseException:
-            self._cache.length = before
+            for part in parts:
+                part.sequence.truncate(part.before)
             raise
 
-    def _begin_pass(self, tokens: int, logits: int) -> int:
-        """How many of the next tokens to read at once; there is room for them then, of all in the cache."""
-        cache, count = self._cache, min(tokens, self._pass_tokens)
-        text = cache.length + tokens
+    def _check(self, parts: abc.Sequence[_Part]) -> None:
+        if not parts or len({id(part.sequence) for part in parts}) < len(parts):
+            raise ValueError("a pass is over one sequence or several, each of them once")
+        for part in parts:
+            part.sequence.truncate(part.before)  # should a pass have been interrupted just as it ended
+            text, ids = part.before + len(part.ids), part.ids
+            if not len(ids) or part.sequence.model is not self:
+                raise ValueError("each sequence of a pass is the model's own, and reads a token or more")
+            if text > self.positions:
+                raise WaterfillError(
+                    f"{text} tokens are more than the {self.positions} positions of the model; shorten the text"
+                )
+            if not 0 <= ids.min() <= ids.max() < self.vocabulary:
+                raise IndexError(f"{ids.min()} or {ids.max()} is none of the model's {self.vocabulary} tokens")
+
+    def _begin_pass(self, parts: abc.Sequence[_Part]) -> int:
+        """How many of the next tokens to read at once; there is room for them then, and for all that come after."""
+        count = min(sum(part.left for part in parts), self._pass_tokens)
         if self._limit is not None:
-            count = self._limit.begin_pass(count, text, logits=logits, growth_bytes=cache.growth_bytes(text))
-        cache.reserve(text)
+            count = self._limit.begin_pass(
+                count,
+                max(part.text for part in parts),
+                logits=sum(part.wanted for part in parts),
+                growth_bytes=sum(part.sequence.cache.growth_bytes(part.text) for part in parts),
+            )
+        for part in parts:
+            part.sequence.cache.reserve(part.text)
         return count
 
-    def _pass(self, ids: npt.NDArray[np.int64]) -> Floats:
-        """Normalised hidden states `[tokens, hidden]` behind the last layer."""
-        spec, cache = self.spec, self._cache
+    def _pass(self, parts: abc.Sequence[_Part], count: int) -> None:
+        """The next `count` tokens, of one sequence after the other; each part is given its hidden states."""
+        pieces: list[tuple[_Part, Ids]] = []
+        for part in parts:
+            if taken := min(part.left, count):
+                pieces.append((part, part.ids[part.read : part.read + taken]))
+                count -= taken
+        out = self._through_layers([part.sequence for part, _ in pieces], [ids for _, ids in pieces])
+        start = 0
+        for part, ids in pieces:
+            part.append(ids, out[start : start + len(ids)])
+            start += len(ids)
+
+    def _through_layers(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[Ids]) -> Floats:
+        """Normalised hidden states `[tokens, hidden]` behind the last layer, of one sequence after the other."""
+        spec, ids = self.spec, np.concatenate(tokens)
+        caches = [sequence.cache for sequence in sequences]
+        places = [np.arange(c.length, c.length + len(new)) for c, new in zip(caches, tokens, strict=True)]
+        cosine, sine = spec.rotary(np.concatenate(places))
         hidden = self.weights.rows(ids)
         out = np.empty_like(hidden)
-        cosine, sine = spec.rotary(cache.length, len(ids))
+        views = (cache.view(len(new)) for cache, new in zip(caches, tokens, strict=True))  # type: ignore[attr-defined]
         status = self._library.run_layers(
             self._isa,
             self._layers,
+            (native.SequenceView * len(caches))(*views),
             hidden,
             out,
             cosine=cosine,
             sine=sine,
-            keys=cache.keys,
-            values=cache.values,
-            capacity=cache.capacity,
-            position=cache.length,
             final_norm=self._vector(FINAL_NORM),
             product=self.weights.product,
         )
         self.weights.expect(status)
-        cache.append(len(ids))
         if len(ids) > NARROW:
             self._library.release_memory()
         return out
+
+    def _logits(self, parts: abc.Sequence[_Part]) -> list[Floats]:
+        states = [np.concatenate(part.states) for part in parts]
+        found = self.weights.logits(np.concatenate(states))
+        if len(parts) == 1:
+            return [found]
+        return np.split(found, np.cumsum([len(rows) for rows in states])[:-1])
 
     def _layer(self, number: int) -> native.LayerView:
         spec, prefix = self.spec, f"model.layers.{number}."
@@ -218,7 +215,7 @@ class LlamaModel:
             epsilon=spec.epsilon,
             scaling=spec.scaling,
             dtype=native.FLOAT32,
-            cache_dtype=self._cache.dtype,
+            cache_dtype=self._shape.dtype,
             **{key: ctypes.pointer(view) for key, view in views.items()},
             **{key: self._vector(prefix + name) for key, name in names.items()},
         )
@@ -228,12 +225,40 @@ class LlamaModel:
         return native.Vector(vector.ctypes.data, vector.size)
 
 
+class _Part:
+    """What one sequence reads in a call of `forward`: `wanted` hidden states, the last ones, are kept."""
+
+    def __init__(self, sequence: Sequence, ids: Ids, wanted: int) -> None:
+        self.sequence, self.ids, self.wanted = sequence, ids, wanted
+        self.before, self.read = len(sequence.ids), 0
+        self.text = self.before + len(ids)
+        self.states: list[Floats] = []
+
+    @property
+    def left(self) -> int:
+        """Tokens that no pass has read yet."""
+        return len(self.ids) - self.read
+
+    def append(self, ids: Ids, states: Floats) -> None:
+        """These were read."""
+        kept = states[max(0, len(self.ids) - self.wanted - self.read) :]
+        if len(kept):
+            self.states.append(kept)
+        self.sequence.append(ids.tolist())
+        self.read += len(ids)
+
+
+def shape_of(spec: Spec) -> Shape:
+    """Of a sequence's keys and values: bfloat16 where the checkpoint is that."""
+    return Shape(spec.layers, spec.kv_heads, spec.head_dim, spec.dtype == "BF16", spec.positions)
+
+
 def working(spec: Spec) -> Working:
     """What texts take beside the weights."""
     widest = max(spec.inner, spec.heads * spec.head_dim, spec.hidden)
     layer = 4 * spec.hidden + 2 * (spec.heads + spec.kv_heads) * spec.head_dim + 2 * spec.inner
     return Working(
-        token=Cache.token_bytes(spec),
+        token=shape_of(spec).token_bytes,
         activations=4 * (layer + 3 * widest),  # of a layer and of one product
         logits=12 * spec.vocabulary,  # and a float64 copy that is chosen from
     )

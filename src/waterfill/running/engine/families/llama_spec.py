@@ -47,9 +47,9 @@ class Spec(Config):
     def scaling(self) -> float:
         return float(self.head_dim**-0.5)
 
-    def rotary(self, start: int, count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """(cosine, sine) of positions from `start` on, float32 `[count, head_dim]`, half against half."""
-        angles = np.arange(start, start + count, dtype=np.float32)[:, None] * self.frequencies
+    def rotary(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """(cosine, sine) of positions `[count]`, float32 `[count, head_dim]`, half against half."""
+        angles = positions.astype(np.float32)[:, None] * self.frequencies
         twice = np.concatenate([angles, angles], axis=1)
         return np.cos(twice), np.sin(twice)
 
