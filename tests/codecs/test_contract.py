@@ -215,8 +215,9 @@ def test_the_engine_computes_the_same(name: str, streamed: bool, checkpoint: Pat
     if native.isa() is None:
         pytest.skip("the engine takes the native library")
     expected = logits(twin(checkpoint, packed[name]))
-    model = open_model(packed[name], streamed=streamed, logits=IDS.shape[1], tuning=streams.quick(streams.mixed))
-    found = torch.stack([torch.from_numpy(model.forward([token]))[-1] for token in IDS[0].tolist()])
+    opened = open_model(packed[name], streamed=streamed, logits=IDS.shape[1], tuning=streams.quick(streams.mixed))
+    sequence = opened.sequence()
+    found = torch.stack([torch.from_numpy(sequence.forward([token]))[-1] for token in IDS[0].tolist()])
     assert off(found, expected) < tolerance(name)
 
 
