@@ -211,25 +211,22 @@ def test_a_loaded_model_computes_what_decoded_weights_do(
 
 @pytest.mark.parametrize("name", [*NAMES, "mixed"])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_the_engine_computes_the_same(
-    name: str, streamed: bool, checkpoint: Path, packed: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_engine_computes_the_same(name: str, streamed: bool, checkpoint: Path, packed: Mapping[str, Path]) -> None:
     if native.isa() is None:
         pytest.skip("the engine takes the native library")
-    streams.quick(monkeypatch, streams.mixed)
     expected = logits(twin(checkpoint, packed[name]))
-    model = open_model(packed[name], streamed=streamed, logits=IDS.shape[1])
-    found = torch.stack([torch.from_numpy(model.forward([token]))[-1] for token in IDS[0].tolist()])
+    opened = open_model(packed[name], streamed=streamed, logits=IDS.shape[1], tuning=streams.quick(streams.mixed))
+    sequence = opened.sequence()
+    found = torch.stack([torch.from_numpy(sequence.forward([token]))[-1] for token in IDS[0].tolist()])
     assert off(found, expected) < tolerance(name)
 
 
 @pytest.mark.parametrize("keep", [streams.nothing, streams.mixed])
 @pytest.mark.parametrize("name", [*NAMES, "mixed"])
 def test_a_streamed_model_computes_what_a_resident_one_does(
-    name: str, keep: streams.Keep, packed: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+    name: str, keep: streams.Keep, packed: Mapping[str, Path]
 ) -> None:
-    streams.quick(monkeypatch, keep)
-    resident, streamed = waterfill.load(packed[name]), streams.load(packed[name])
+    resident, streamed = waterfill.load(packed[name]), streams.load(packed[name], keep)
     assert streamed.streaming is not None
     for _ in range(2):  # around the end of a pass
         assert torch.equal(logits(streamed), logits(resident))
@@ -243,7 +240,6 @@ def test_the_reference_does_without_the_library(
     for cached in (native.isa, kernels.implementation):
         cached.cache_clear()
     try:
-        streams.quick(monkeypatch, streams.nothing)
         expected = logits(twin(checkpoint, packed[name]))
         for load in (waterfill.load, streams.load):
             model = load(packed[name], dtype=torch.float32)

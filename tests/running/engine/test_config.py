@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 from waterfill.base.errors import UnsupportedError
-from waterfill.files.artifact import RAW
+from waterfill.files.artifact import RAW, TensorSpec
 from waterfill.running.engine.families.llama_spec import EMBEDDING, OPTIONAL, PROJECTIONS, Spec, read_spec
 
 ABSENT = object()
@@ -152,7 +153,7 @@ def stored(model: Any) -> dict[str, Any]:
     for name, tensor in state.items():
         stem = name.removesuffix(".weight")
         named, codec = (stem, "higgs-p1-n16") if stem in packed else (name, RAW)
-        found[named] = SimpleNamespace(shape=tuple(tensor.shape), codec=codec, dtype="BF16")
+        found[named] = TensorSpec(named, codec, tuple(tensor.shape), "BF16", buffers=())
     return found
 
 
@@ -236,5 +237,5 @@ def test_every_tensor_has_the_shape_that_the_config_states(tmp_path: Path, kind:
     assert ours(tmp_path, tensors) is not None
     for name, tensor in tensors.items():
         for shape in {(*tensor.shape[:-1], tensor.shape[-1] + 1), (tensor.shape[0] - 1, *tensor.shape[1:]), (3,)}:
-            wrong = SimpleNamespace(**{**vars(tensor), "shape": shape})
+            wrong = replace(tensor, shape=shape)
             assert ours(tmp_path, {**tensors, name: wrong}) is None, name

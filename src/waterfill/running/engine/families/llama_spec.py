@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from waterfill.base.dtypes import WEIGHT_DTYPES
 from waterfill.base.errors import UnsupportedError
 from waterfill.base.reading import CONFIG_BYTES, read_text
-from waterfill.codecs import LOSSLESS
-from waterfill.files.artifact import RAW, Artifact, StoredTensor
+from waterfill.files.artifact import Artifact, StoredTensor
 from waterfill.files.llama_names import EMBEDDING as EMBEDDING
 from waterfill.files.llama_names import FINAL_NORM as FINAL_NORM
 from waterfill.files.llama_names import HEAD as HEAD
@@ -88,7 +88,7 @@ def _check_names(tensors: Mapping[str, StoredTensor], spec: Spec) -> None:
     if strange := (matrices | kept) ^ set(tensors):
         raise UnsupportedError(f"it has or lacks the tensor {min(strange)}")
     for name in sorted(kept):
-        if tensors[name].codec not in (RAW, LOSSLESS) or tensors[name].dtype not in ("F32", "BF16", "F16"):
+        if tensors[name].packed or tensors[name].dtype not in WEIGHT_DTYPES:
             raise UnsupportedError(f"{name} is packed, or not of floating point")
 
 
