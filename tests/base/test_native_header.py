@@ -10,8 +10,8 @@ from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
-from kernel_samples import ISAS, LIBRARY, NOT_BUILT
 
+from tests.support.kernel_samples import LIBRARY, needs_native
 from waterfill.base import native_signatures as mirror
 from waterfill.base.native_calls import Functions
 
@@ -20,7 +20,6 @@ HEADER = NATIVE / "include" / "waterfill_native.h"
 TEXT = re.sub(r"/\*.*?\*/", "", HEADER.read_text("utf-8"), flags=re.DOTALL)
 NUMBERS = {"void": None, "int": c_int, "int64_t": c_int64, "float": c_float}
 CALLBACKS = {"wf_product": mirror.PRODUCT, "wf_ready": mirror.READY}
-needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
 
 
 def parts(declaration: str) -> tuple[str, int, str]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.support.kernel_samples import ISAS, LIBRARY, NOT_BUILT
+from tests.support.kernel_samples import ISAS, LIBRARY, needs_native
 from waterfill.codecs.entropy import (
     DamagedError,
     code_length_bits,
@@ -23,7 +23,6 @@ from waterfill.codecs.entropy.fields import pack_fields, unpack_fields
 from waterfill.codecs.entropy.rans import _encode, decode_reference
 from waterfill.codecs.entropy.tables import TOTAL, Frequencies, alias_slots
 
-needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
 counts_of_symbols = st.lists(st.integers(0, 1_000_000), min_size=1, max_size=256).filter(any).map(np.array)
 
 

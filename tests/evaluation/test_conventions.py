@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tests.evaluation.test_measures import random_ids, tiny_llama
+from tests.support.measure_samples import random_ids, tiny_llama
 from waterfill.base.errors import WaterfillError
 from waterfill.evaluation import begin_token, convention, divergence, perplexity
 

@@ -14,39 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import waterfill
 from tests.support import models
+from tests.support.measure_samples import CONTEXT, VOCABULARY, random_ids, tiny_llama
 from waterfill import api
 from waterfill.base.errors import WaterfillError
 from waterfill.base.records import flattened
 from waterfill.evaluation import default_context, divergence, perplexity, scoring, subjects, token_ids, windows
 from waterfill.evaluation.on_text import agreed_ids
 from waterfill.evaluation.subjects import open_subject
-
-CONTEXT = 16
-VOCABULARY = 61
-
-
-def tiny_llama(seed: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
-    """A random Llama whose predictions are far from uniform, so that errors in the scores show."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config).eval()
-
-
-def random_ids(tokens: int) -> Tensor:
-    return torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(7))
 
 
 def slow_log_probabilities(model: LlamaForCausalLM, window: Tensor) -> list[list[float]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.evaluation.test_measures import CONTEXT, VOCABULARY, random_ids, tiny_llama
+from tests.support.measure_samples import CONTEXT, VOCABULARY, random_ids, tiny_llama
 from waterfill.base.errors import WaterfillError
 from waterfill.evaluation import Cache, Divergence, KldFile, convention, divergence, evaluation_key, perplexity
 from waterfill.evaluation import store as store_module

@@ -10,14 +10,9 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, MambaForCausalLM, RwkvForCausalLM
 
+from tests.support.layer_calls import LAYER_CALLS
 from waterfill.files.model_calls import CACHE_NAMES, cache_argument, handed_cache, output_cache, read, read_on
 
-# What a decoder layer is called with, beside the hidden states.
-LAYER_CALLS: dict[str, tuple[str, ...]] = {
-    "5.0 to 5.3": ("attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position"),
-    "5.4 to 5.23": ("attention_mask", "position_ids", "past_key_values", "use_cache"),
-    "from 5.24": ("attention_mask", "position_ids", "cache", "use_cache"),
-}
 MODEL_CALLS = {
     "to 5.23": "past_key_values",
     "state spaces to 5.23": "cache_params",

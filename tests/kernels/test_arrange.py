@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from tests.support.kernel_samples import ISAS, NOT_BUILT, same_bits, stored
+from tests.support.kernel_samples import every_isa, same_bits, stored
 from waterfill.codecs.grids import available
 from waterfill.codecs.indices import unpack
 from waterfill.kernels import cpu as native
@@ -18,8 +18,6 @@ CHUNK, TILE = 128, 4
 CODECS = [*(f"higgs-p{p}-n{n}" for p, n in available()), "levels-8", "levels-16"]
 # one weight; whole chunks; the end of a row within a chunk, a word or a byte; several groups
 SHAPES = [(1, 1), (4, 512), (7, 172), (5, 1025), (6, 2561)]
-
-every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytest.mark.skip(reason=NOT_BUILT))])
 
 
 def tiled(matrix: torch.Tensor) -> torch.Tensor:

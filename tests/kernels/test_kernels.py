@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from tests.support.codec_samples import encode, higgs
 from tests.support.kernel_samples import (
     ISAS,
-    NOT_BUILT,
     activations,
     bits,
+    every_isa,
     exact,
+    needs_native,
     one_thread,
     same_bits,
     seeded,
@@ -45,9 +46,6 @@ BYTES, WORDS = "higgs-p2-n16", "higgs-p1-n88"  # one codec of either precision
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [(1, 172), (33, 172), (7, 896), (33, 896), (1, 11008), (7, 11008)]
 BATCHES = [(0, F32), (1, F32), (1, F16), (3, BF16), (17, F16), (40, F32), (40, BF16)]
-
-needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
-every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytest.mark.skip(reason=NOT_BUILT))])
 
 
 @pytest.fixture(autouse=True)

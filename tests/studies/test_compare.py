@@ -1,10 +1,9 @@
-"""The comparison: honest bytes, results that are kept, methods that fail politely, and our own from a real artifact."""
+"""The comparison: honest bytes, our own from a real artifact, methods by name, pictures, and the command."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,74 +13,27 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import waterfill
-from tests.cli.test_cli import documented, shape
-from tests.support import models
 from tests.support.commands import Command
-from tests.support.plans import SCALAR, sensitivity_of
+from tests.support.comparisons import REQUEST, as_half, compared, method
+from tests.support.documented import documented, shape
 from waterfill.base.errors import WaterfillError
-from waterfill.files.architecture import describe
 from waterfill.files.artifact import Buffer
-from waterfill.files.checkpoint import open_checkpoint
 from waterfill.planning.budget import Budget
 from waterfill.planning.planner import Request
 from waterfill.studies.comparison import (
     CurvePoint,
-    Method,
     Row,
     StudiedModel,
     Unavailable,
-    base,
-    cache,
-    compare_methods,
     known,
     select,
 )
 from waterfill.studies.comparison.curve import between, predicted_curve
 from waterfill.studies.comparison.ours import pack_and_decode, plan_for
 from waterfill.studies.comparison.rounding import round_to_nearest
-from waterfill.studies.comparison.stored import file_bytes, kept_buffers, quantised, run_quantiser
-
-CONTEXT = 16
-REQUEST = Request(codecs=SCALAR)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WATERFILL_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> StudiedModel:
-    """A tiny Llama with rows of 256, with made-up sensitivities."""
-    path = models.tiny_llama(tmp_path_factory.mktemp("compare") / "llama", hidden=256, intermediate=256)
-    checkpoint = open_checkpoint(path)
-    architecture = describe(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    calibration = torch.randint(0, 60, (2, 32), generator=torch.Generator().manual_seed(1))
-    measured = replace(sensitivity_of(architecture), fingerprint=checkpoint.fingerprint)
-    return StudiedModel("tiny", checkpoint, architecture, model, measured, calibration)
-
-
-@pytest.fixture(scope="module")
-def ids() -> Tensor:
-    return torch.randint(0, 60, (CONTEXT * 4,), generator=torch.Generator().manual_seed(2))
-
-
-def method(name: str, quantiser: Callable[[Tensor], Any], **options: Any) -> Method:
-    return Method(name, name.upper(), "test", partial(run_quantiser, quantiser), **options)
-
-
-def compared(subject: StudiedModel, ids: Tensor, *methods: Method, **options: Any) -> Any:
-    given: dict[str, Any] = {"budgets": [Budget(bits=4.0)], "ours": (), "match": False, "request": REQUEST}
-    return compare_methods(subject, ids, text="t", context=CONTEXT, methods=methods, **{**given, **options})
-
-
-def as_half(weight: Tensor) -> Any:
-    return quantised(weight.half().float(), {"w": weight.half()})
-
+from waterfill.studies.comparison.stored import file_bytes, kept_buffers, quantised
 
 # ---------------------------------------------------------------------------------------------------------------- bytes
 
@@ -228,89 +180,6 @@ def test_a_comparison_is_plain_data(subject: StudiedModel, ids: Tensor) -> None:
     assert list(table.columns) == [*Row.__dataclass_fields__, "ratio"]
     assert table["kl"][0] == found.rows[0].kl
     assert found.rows[0].to_pandas()["kl"] == found.rows[0].kl
-
-
-# ----------------------------------------------------------------------------------------------------- kept results
-
-
-def counted() -> tuple[list[str], Callable[[str], Method]]:
-    """A list of the methods that ran, and a maker of methods that write themselves into it."""
-    ran: list[str] = []
-
-    def make(name: str, **options: Any) -> Method:
-        def run(subject: StudiedModel, put: base.Put) -> base.Candidate:
-            ran.append(name)
-            return run_quantiser(as_half, subject, put)
-
-        return Method(name, name, "test", run, **options)
-
-    return ran, make
-
-
-def test_results_are_found_again(subject: StudiedModel, ids: Tensor) -> None:
-    ran, make = counted()
-    first = compared(subject, ids, make("a"))
-    again = compared(subject, ids, make("a"))
-    assert ran == ["a"]
-    assert again == first
-    compared(subject, ids[: CONTEXT * 3], make("a"))
-    compared(subject, ids, make("a", options="other"))
-    compared(subject, ids.flip(0), make("a"))
-    assert ran == ["a"] * 4, "another text, or other options, are another result"
-    one, two = replace(subject, calibration=torch.ones(1, 8).long()), replace(subject, calibration=None)
-    compared(one, ids, make("a"), make("b", calibrated=True))
-    compared(two, ids, make("a"), make("b", calibrated=True))
-    assert ran == ["a"] * 4 + ["b"] * 2, "calibration tokens matter to calibrated methods only"
-
-
-def test_what_is_kept_is_part_of_a_result(subject: StudiedModel, ids: Tensor) -> None:
-    ran, make = counted()
-    kept = describe(subject.checkpoint, ["*mlp*"])
-    for some in (subject, replace(subject, architecture=kept), subject):
-        compared(some, ids, make("a"))
-    assert ran == ["a", "a"]
-
-
-def test_a_broken_off_comparison_goes_on(subject: StudiedModel, ids: Tensor) -> None:
-    ran, make = counted()
-
-    def interrupted(subject: StudiedModel, put: base.Put) -> base.Candidate:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        compared(subject, ids, make("a"), Method("b", "b", "test", interrupted), make("c"))
-    compared(subject, ids, make("a"), make("b"), make("c"))
-    assert ran == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"version": 0}', None])
-def test_a_damaged_result_is_measured_again(damage: bytes | None, subject: StudiedModel, ids: Tensor) -> None:
-    ran, make = counted()
-    first = compared(subject, ids, make("a"))
-    file = next(cache.cache_folder().rglob("*.json"))
-    if damage is None:
-        content = json.loads(file.read_text())
-        content["key"]["method"] = "another"
-        damage = json.dumps(content).encode()
-    file.write_bytes(damage)
-    assert compared(subject, ids, make("a")) == first
-    assert ran == ["a", "a"]
-
-
-def test_failures_become_rows_and_are_tried_again(subject: StudiedModel, ids: Tensor) -> None:
-    reasons: list[Exception] = [Unavailable("not on this machine"), RuntimeError("boom\nsecond line"), ValueError("")]
-
-    def run(subject: StudiedModel, put: base.Put) -> base.Candidate:
-        raise reasons[0]
-
-    said = []
-    while reasons:
-        found = compared(subject, ids, Method("m", "m", "test", run), method("half", as_half))
-        said.append(found.rows[0].problem)
-        assert found.rows[1].kl is not None
-        assert [row.method for row in found.measured] == ["half"]
-        reasons.pop(0)
-    assert said == ["not on this machine", "RuntimeError: boom", "ValueError: ValueError"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the methods

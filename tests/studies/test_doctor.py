@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import waterfill
-from tests.cli.test_cli import documented, shape
 from tests.support.commands import Command
-from tests.support.kernel_samples import ISAS, NOT_BUILT, nothing_decided, one_thread
+from tests.support.documented import documented, shape
+from tests.support.kernel_samples import ISAS, NOT_BUILT, needs_native, nothing_decided, one_thread
 from waterfill import kernels
 from waterfill.base import native, native_signatures
 from waterfill.base.errors import UnsupportedError
@@ -25,8 +25,6 @@ from waterfill.kernels.layer import DecoderLayer
 from waterfill.running.engine.cache import Sequence
 from waterfill.running.hf import fused, install
 from waterfill.studies.diagnosis import doctor, trial
-
-needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
 
 WAYS = ("transformers", "native layers", "engine")
 EXTRAS = {"bench", "compare", "eval", "gguf", "grids", "plot"}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
+import pytest
 import torch
 
 from waterfill import kernels
@@ -18,6 +19,8 @@ from waterfill.kernels.reference import Packed
 LIBRARY = native.library()
 ISAS = list(LIBRARY.isas) if LIBRARY else []
 NOT_BUILT = "the native library was not built"
+needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
+every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytest.mark.skip(reason=NOT_BUILT))])
 EXPONENT = -12
 
 
