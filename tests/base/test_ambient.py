@@ -90,7 +90,7 @@ def test_artifacts_and_evaluations(
         found = waterfill.evaluate(tmp_path / "out", text=Path(__file__), context=32, max_windows=2, cache=False)
         return (tmp_path / "out" / "model.safetensors").read_bytes(), found
 
-    monkeypatch.setattr("waterfill.evaluation.evaluate._ids", lambda *_: torch.arange(100, device="cpu") % 256)
+    monkeypatch.setattr("waterfill.evaluation.evaluate.agreed_ids", lambda *_: torch.arange(100, device="cpu") % 256)
     usual = results()
     with MODES[mode]():
         assert results() == usual

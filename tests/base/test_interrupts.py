@@ -17,8 +17,7 @@ import pytest
 import waterfill
 from tests.support import models, streams
 from tests.support.kernel_samples import NOT_BUILT
-from waterfill.base import interrupts as _interrupts
-from waterfill.base import native
+from waterfill.base import interrupts, native
 from waterfill.running.streaming import Activations
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -50,7 +49,7 @@ class Noticing:
 def repeat(action: Callable[[], object]) -> None:
     """Until it is interrupted, which it should be soon."""
     end_s = time.monotonic() + WAIT_S
-    with _interrupts.kept():
+    with interrupts.kept():
         while time.monotonic() < end_s:
             action()
 
@@ -60,18 +59,18 @@ def test_an_interrupt_in_a_destructor_comes_again() -> None:
         several = [Destroyed(), Destroyed()]
         with pytest.raises(KeyboardInterrupt):
             repeat(several.clear)
-        time.sleep(5 * _interrupts.AGAIN_S)  # it comes once
+        time.sleep(5 * interrupts.AGAIN_S)  # it comes once
 
 
 def test_what_notices_by_itself_is_not_interrupted_twice() -> None:
-    with _interrupts.kept():
+    with interrupts.kept():
         for owner, again in ((Noticing(), False), (object(), True)):
             report = type("Unraisable", (), {"exc_type": KeyboardInterrupt, "object": None})
             report.object = type("Method", (), {"__self__": owner})()  # type: ignore[attr-defined]
             interrupted = False
             try:
                 sys.unraisablehook(report)  # type: ignore[arg-type]
-                time.sleep(20 * _interrupts.AGAIN_S)
+                time.sleep(20 * interrupts.AGAIN_S)
             except KeyboardInterrupt:
                 interrupted = True
             assert interrupted == again
@@ -80,7 +79,7 @@ def test_what_notices_by_itself_is_not_interrupted_twice() -> None:
 def test_other_errors_are_shown_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", shown.append)
-    with _interrupts.kept():
+    with interrupts.kept():
         sys.unraisablehook(type("Unraisable", (), {"exc_type": ValueError, "object": None}))  # type: ignore[arg-type]
     assert len(shown) == 1
     assert sys.unraisablehook == shown.append
@@ -101,8 +100,8 @@ def test_a_streamed_generation_ends_at_every_interrupt(tmp_path: Path) -> None:
     expected, after = text(), random.Random(0)
     for _ in range(TIMES):
         killer = threading.Timer(after.uniform(0.01, 0.06), os.kill, (os.getpid(), signal.SIGINT))
-        killer.start()
         with pytest.raises(KeyboardInterrupt):
+            killer.start()
             repeat(text)
         killer.join()
         assert text() == expected, "the next text is whole: nothing of the interrupted one is left"
