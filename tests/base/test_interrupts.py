@@ -46,10 +46,11 @@ class Noticing:
     notices_interrupts = True
 
 
-def repeat(action: Callable[[], object]) -> None:
-    """Until it is interrupted, which it should be soon."""
+def repeat(action: Callable[[], object], begin: Callable[[], object] = lambda: None) -> None:
+    """Until it is interrupted, which it should be soon after `begin`."""
     end_s = time.monotonic() + WAIT_S
     with interrupts.kept():
+        begin()
         while time.monotonic() < end_s:
             action()
 
@@ -101,7 +102,6 @@ def test_a_streamed_generation_ends_at_every_interrupt(tmp_path: Path) -> None:
     for _ in range(TIMES):
         killer = threading.Timer(after.uniform(0.01, 0.06), os.kill, (os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            killer.start()
-            repeat(text)
+            repeat(text, begin=killer.start)
         killer.join()
         assert text() == expected, "the next text is whole: nothing of the interrupted one is left"
