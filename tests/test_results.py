@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 results: Any = pytest.importorskip("benchmarks.results", reason="benchmarks/ is not here")
-common: Any = pytest.importorskip("common")
-held_out: Any = pytest.importorskip("held_out")
+common: Any = pytest.importorskip("benchmarks.shared.report")
+held_out: Any = pytest.importorskip("benchmarks.held_out")
 
 STALE = "run python -m benchmarks.results"
 

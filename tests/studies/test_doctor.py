@@ -19,7 +19,7 @@ from tests.support.commands import Command
 from tests.support.documented import documented, shape
 from tests.support.kernel_samples import ISAS, NOT_BUILT, needs_native, nothing_decided, one_thread
 from waterfill import kernels
-from waterfill.base import native, native_signatures
+from waterfill.base import machine, native, native_signatures
 from waterfill.base.errors import UnsupportedError
 from waterfill.kernels.layer import DecoderLayer
 from waterfill.running.engine.cache import Sequence
@@ -174,7 +174,7 @@ def test_wrong_products_are_found(
 
 
 def test_optional_extras(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package in ("hqq", "transformers") else "1")
+    monkeypatch.setattr(machine, "package_version", lambda package: None if package in ("hqq", "transformers") else "1")
     record = command("doctor", "--json").record
     assert record["extras"] == {**{extra: [] for extra in EXTRAS}, "compare": ["hqq"]}
     assert record["transformers"] is None
