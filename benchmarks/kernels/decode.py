@@ -30,6 +30,7 @@ from benchmarks.shared.timing import SETTLE_S, Memory
 from waterfill.base import native
 from waterfill.codecs import get_codec
 from waterfill.codecs.integers import native_table
+from waterfill.running.engine.config import Attention
 from waterfill.running.engine.families.llama import LlamaModel
 from waterfill.running.engine.families.llama_spec import EMBEDDING, FINAL_NORM, NORMS, PROJECTIONS, Spec
 from waterfill.running.engine.weights import Resident, kernels
@@ -128,20 +129,23 @@ class RandomModel:
 
 
 def spec_of(shapes: dict[str, Any]) -> Spec:
+    head_dim = shapes["hidden_size"] // shapes["num_attention_heads"]
     return Spec(
         layers=shapes["num_hidden_layers"],
         hidden=shapes["hidden_size"],
         heads=shapes["num_attention_heads"],
         kv_heads=shapes["num_key_value_heads"],
-        head_dim=shapes["hidden_size"] // shapes["num_attention_heads"],
+        head_dim=head_dim,
         inner=shapes["intermediate_size"],
         vocabulary=shapes["vocab_size"],
         positions=shapes["max_position_embeddings"],
         epsilon=1e-5,
         dtype="BF16",
-        frequencies=np.ones(shapes["hidden_size"] // shapes["num_attention_heads"] // 2, np.float32),
+        frequencies=np.ones((1, head_dim // 2), np.float32),
         tied=True,
         vectors=(),
+        scaling=float(head_dim**-0.5),
+        attention=(Attention(),) * shapes["num_hidden_layers"],
     )
 
 

@@ -81,8 +81,10 @@ typedef struct {
     int64_t count;
 } wf_vector;
 
-/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, gated SiLU. `heads` are a multiple of
- * `kv_heads`, `head_dim` is even and at most 512. Matrices are [rows][width] and vectors [count], where q is
+enum { WF_SILU = 0, WF_GELU_TANH = 1 };
+
+/* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, a gated feed-forward. `heads` are a
+ * multiple of `kv_heads`, `head_dim` is even and at most 512. Matrices are [rows][width] and vectors [count], where q is
  * heads * head_dim, kv is kv_heads * head_dim, and inner the rows of `gate`. */
 typedef struct {
     int64_t hidden, heads, kv_heads, head_dim;
@@ -98,13 +100,18 @@ typedef struct {
     const wf_matrix* up;   /* [inner][hidden] */
     const wf_matrix* down; /* [hidden][inner] */
     wf_vector input_norm;  /* [hidden], before the attention */
-    wf_vector post_norm;   /* [hidden], behind it */
+    wf_vector post_norm;   /* [hidden], before the feed-forward */
     wf_vector q_norm;      /* [head_dim], of each head; may be missing, as may all that follow */
     wf_vector k_norm;      /* [head_dim] */
     wf_vector q_bias;      /* [q] */
     wf_vector k_bias;      /* [kv] */
     wf_vector v_bias;      /* [kv] */
     wf_vector o_bias;      /* [hidden] */
+    wf_vector o_norm;      /* [hidden], of what the attention adds */
+    wf_vector down_norm;   /* [hidden], of what the feed-forward adds */
+    int64_t window;        /* tokens that one attends to, itself and those before it; 0: all */
+    int activation;        /* of the gate: WF_SILU or WF_GELU_TANH */
+    int rotary;            /* which of the pass's tables of rotary positions */
 } wf_layer;
 
 /* The caller's own products, where matrices are not in memory: `count` matrices of a layer, from `first` on in the
@@ -125,15 +132,15 @@ typedef struct {
 
 /* Consecutive tokens of several texts through all layers, `tokens` in all, text after text: hidden states
  * [tokens][hidden] in place, then normalised to `out` by `final_norm`, of the first layer's dtype. cosine and sine
- * [tokens][head_dim]. Each text attends to its own keys and values, to which the new tokens' are added; matrices are
- * multiplied with all tokens at once. With `product` they need no more than their shapes; the status that it set, but
- * for 0, is returned. -3: a sequence's memory is too small, or another's. */
+ * [tables][tokens][head_dim], of which each layer takes its own; all have one head_dim. Each text attends to its
+ * own keys and values, to which the new tokens' are added; matrices are multiplied with all tokens at once. With
+ * `product` they need no more than their shapes; the status that it set, but for 0, is returned. -3: a sequence's memory is too small, or another's. */
 WF_EXPORT int wf_run_layers(int isa, const wf_layer* layers, int count, const wf_sequence* sequences, int64_t texts,
-                            float* hidden, int64_t tokens, const float* cosine, const float* sine, wf_vector final_norm,
-                            float* out, wf_product product, void* context);
+                            float* hidden, int64_t tokens, int tables, const float* cosine, const float* sine,
+                            wf_vector final_norm, float* out, wf_product product, void* context);
 
 /* One token through one layer, everything of its `dtype`, the cache too: hidden states in and out [hidden], cosine and
- * sine [head_dim]. */
+ * sine [head_dim], the only table. */
 WF_EXPORT int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* cosine, const void* sine,
                               void* keys, void* values, int64_t capacity, int64_t position, void* out);
 

@@ -116,12 +116,14 @@ int wf_release_memory(void) {
 }
 
 int wf_run_layers(int isa, const wf_layer* layers, int count, const wf_sequence* sequences, int64_t texts,
-                  float* hidden, int64_t tokens, const float* cosine, const float* sine, wf_vector final_norm,
-                  float* out, wf_product product, void* context) {
+                  float* hidden, int64_t tokens, int tables, const float* cosine, const float* sine,
+                  wf_vector final_norm, float* out, wf_product product, void* context) {
     const Functions* f = functions(isa);
     if (!f || count < 1 || texts < 1 || tokens < 0) return -1;
     for (int i = 0; i < count; ++i)
-        if (!sound(layers[i], product != nullptr) || layers[i].hidden != layers[0].hidden) return -2;
+        if (!sound(layers[i], product != nullptr) || layers[i].hidden != layers[0].hidden ||
+            layers[i].head_dim != layers[0].head_dim || layers[i].rotary >= tables)
+            return -2;
     if (!holds(final_norm, layers[0].hidden)) return -2;
     if (!holds_texts(sequences, texts, tokens, layers, count)) return -3;
     const Pass pass{sequences, texts, tokens, cosine, sine, product, context};
@@ -136,7 +138,7 @@ int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* 
     const Functions* f = functions(isa);
     const wf_layer& l = *layer;
     if (!f || position < 0 || position >= capacity) return -1;
-    if (!sound(l, false) || l.cache_dtype != l.dtype) return -2;
+    if (!sound(l, false) || l.cache_dtype != l.dtype || l.rotary) return -2;
     float* memory = scratch_floats(kToken, l.hidden + 2 * l.head_dim);
     float *x = memory, *c = x + l.hidden, *s = c + l.head_dim;
     to_float(in, l.dtype, 0, l.hidden, x);

@@ -338,6 +338,7 @@ struct Kernels : Decoding<Isa> {
             f.dot = dot16;
             f.rms_norm = rms_norm;
             f.swiglu = swiglu;
+            f.geglu = geglu;
             f.attend = attend;
             f.decode_symbols = Isa::decode_symbols;
             f.decode_rows = Isa::decode_rows;

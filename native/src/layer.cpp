@@ -9,7 +9,8 @@
 namespace waterfill {
 namespace {
 
-constexpr int64_t kAttentionTokens = 8;  // of one task: they share the conversion of keys and values
+constexpr int64_t kAttentionTokens = 8;            // of one task: they share the conversion of keys and values
+constexpr int64_t kEverything = int64_t(1) << 48;  // more positions than there are
 
 void add(const float* x, int64_t count, float* to) {
     for (int64_t i = 0; i < count; ++i) to[i] += x[i];
@@ -26,8 +27,9 @@ void place(const Functions& f, const wf_layer& layer, const wf_vector& norm, con
            float* heads) {
     const int64_t d = layer.head_dim, half = d / 2;
     const float* weight = norm.numbers ? floats(norm.numbers, layer.dtype, d) : nullptr;
+    const int64_t table = layer.rotary * pass.tokens * d;
     for (int64_t t = 0; t < pass.tokens; ++t) {
-        const float *cosine = pass.cosine + t * d, *sine = pass.sine + t * d;
+        const float *cosine = pass.cosine + table + t * d, *sine = pass.sine + table + t * d;
         for (int64_t h = 0; h < count; ++h, heads += d) {
             if (weight) f.rms_norm(heads, weight, layer.epsilon, d, heads);
             for (int64_t i = 0; i < half; ++i) {
@@ -43,9 +45,13 @@ struct Keep {  // of keys and values of one layer and text: where those of a hea
     const wf_layer& layer;
     const wf_sequence& text;
     int number;
-    int64_t head_bytes() const { return text.capacity * layer.head_dim * (layer.cache_dtype == WF_FLOAT32 ? 4 : 2); }
-    void* keys(int64_t h) const { return static_cast<uint8_t*>(text.keys[number]) + h * head_bytes(); }
-    void* values(int64_t h) const { return static_cast<uint8_t*>(text.values[number]) + h * head_bytes(); }
+    int64_t offset(int64_t h, int64_t position) const {
+        return (h * text.capacity + position) * layer.head_dim * (layer.cache_dtype == WF_FLOAT32 ? 4 : 2);
+    }
+    void* keys(int64_t h, int64_t from = 0) const { return static_cast<uint8_t*>(text.keys[number]) + offset(h, from); }
+    void* values(int64_t h, int64_t from = 0) const {
+        return static_cast<uint8_t*>(text.values[number]) + offset(h, from);
+    }
 };
 
 // New tokens' k and v [tokens][kv_heads][head_dim] behind those of a text that are there.
@@ -66,15 +72,18 @@ void attend(const Functions& f, const Keep& keep, int64_t h, int64_t first, int6
     const int64_t d = layer.head_dim, shared = layer.heads / layer.kv_heads, q_size = layer.heads * d;
     const int64_t tokens = least(kAttentionTokens, keep.text.tokens - first),
                   at = (start + first) * q_size + h * shared * d;
+    const int64_t window = layer.window ? least(layer.window, kEverything) : kEverything;
+    const int64_t seen = keep.text.position + first + 1, from = most(0, seen - window);  // by the first token
     const Attention one{d,
                         shared,
                         tokens,
-                        keep.text.position + first + 1,
+                        seen - from,
+                        window,
                         q_size,
                         layer.scaling,
                         layer.cache_dtype != WF_FLOAT32,
-                        keep.keys(h),
-                        keep.values(h),
+                        keep.keys(h, from),
+                        keep.values(h, from),
                         q + at,
                         mixed + at};
     f.attend(one, scratch_floats(kScores, tokens * shared * (one.positions + tokens - 1)));
@@ -141,6 +150,10 @@ int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass&
         const float* numbers = floats(bias.numbers, layer.dtype, bias.count);
         for (int64_t t = 0; t < tokens; ++t) add(numbers, bias.count, to + t * bias.count);
     };
+    auto add_to_x = [&](const wf_vector& norm) {  // y, normalised where the model does that
+        if (norm.numbers) normalise(f, y, tokens, hidden, norm.numbers, layer.dtype, layer.epsilon, y);
+        add(y, tokens * hidden, x);
+    };
 
     normalise(f, x, tokens, hidden, layer.input_norm.numbers, layer.dtype, layer.epsilon, y);
     if (const int status = multiply(kQ, 3, y, {q, k, v})) return status;
@@ -152,13 +165,14 @@ int run_layer(const Functions& f, const wf_layer& layer, int number, const Pass&
     attention(f, layer, number, pass, q, k, v, mixed);
     if (const int status = multiply(kO, 1, mixed, {y})) return status;
     add_bias(layer.o_bias, y);
-    add(y, tokens * hidden, x);
+    add_to_x(layer.o_norm);
 
     normalise(f, x, tokens, hidden, layer.post_norm.numbers, layer.dtype, layer.epsilon, y);
     if (const int status = multiply(kGate, 2, y, {gate, up})) return status;
-    each_row(tokens, inner, [&](int64_t t) { f.swiglu(gate + t * inner, up + t * inner, inner, gate + t * inner); });
+    const auto gated = layer.activation == WF_SILU ? f.swiglu : f.geglu;
+    each_row(tokens, inner, [&](int64_t t) { gated(gate + t * inner, up + t * inner, inner, gate + t * inner); });
     if (const int status = multiply(kDown, 1, gate, {y})) return status;
-    add(y, tokens * hidden, x);
+    add_to_x(layer.down_norm);
     return 0;
 }
 

@@ -9,7 +9,7 @@ namespace waterfill {
 struct Pass {
     const wf_sequence* sequences;  // one after the other, [texts]
     int64_t texts, tokens;         // tokens of all
-    const float *cosine, *sine;    // [tokens][head_dim]
+    const float *cosine, *sine;    // [tables][tokens][head_dim]
     wf_product product;            // or null, where matrices are in memory
     void* context;
 };

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "half.hpp"
+#include "layout.hpp"
 #include "matrix.hpp"
 
 namespace waterfill {
@@ -54,6 +55,15 @@ inline void swiglu(const float* gate, const float* up, int64_t n, float* out) {
     for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
+// gelu(gate) * up, where gelu is the one with tanh (arXiv 1606.08415): x (1 + tanh u) / 2 = x / (1 + e^(-2u)).
+inline void geglu(const float* gate, const float* up, int64_t n, float* out) {
+    constexpr float cubic = 0.044715f, twice = 1.59576912f;  // 2 sqrt(2 / pi)
+    for (int64_t i = 0; i < n; ++i) {
+        const float x = gate[i], u = twice * (x + cubic * (x * x * x));
+        out[i] = x / (1.0f + exponential(-u)) * up[i];
+    }
+}
+
 template <class Number>
 inline float number(Number value) {
     if constexpr (sizeof(Number) == 2)
@@ -79,24 +89,29 @@ inline void softmax(float* s, int64_t positions) {
 template <class Number>
 inline void attend_typed(const Attention& a, float* scores) {
     const Number *keys = static_cast<const Number*>(a.keys), *values = static_cast<const Number*>(a.values);
-    const int64_t d = a.head_dim, most = a.positions + a.tokens - 1;
-    auto first_token = [&](int64_t j) { return j < a.positions ? 0 : j - a.positions + 1; };  // that sees position j
+    const int64_t d = a.head_dim, all = a.positions + a.tokens - 1;
+    // Position j is seen by the tokens from first_token(j) to end_token(j); token t sees those from first_seen(t) on.
+    auto first_token = [&](int64_t j) { return j < a.positions ? 0 : j - a.positions + 1; };
+    auto end_token = [&](int64_t j) { return least(a.tokens, j - a.positions + a.window + 1); };
+    auto first_seen = [&](int64_t t) { return most(0, a.positions + t - a.window); };
     float row[kMostHeadDim];
-    for (int64_t j = 0; j < most; ++j) {
+    for (int64_t j = 0; j < all; ++j) {
         for (int64_t i = 0; i < d; ++i) row[i] = number(keys[j * d + i]);
-        for (int64_t t = first_token(j); t < a.tokens; ++t)
+        for (int64_t t = first_token(j), end = end_token(j); t < end; ++t)
             for (int64_t q = 0; q < a.queries; ++q)
-                scores[(t * a.queries + q) * most + j] = dot16(a.q + t * a.stride + q * d, row, d) * a.scaling;
+                scores[(t * a.queries + q) * all + j] = dot16(a.q + t * a.stride + q * d, row, d) * a.scaling;
     }
     for (int64_t t = 0; t < a.tokens; ++t) {
-        for (int64_t q = 0; q < a.queries; ++q) softmax(scores + (t * a.queries + q) * most, a.positions + t);
+        const int64_t from = first_seen(t);
+        for (int64_t q = 0; q < a.queries; ++q)
+            softmax(scores + (t * a.queries + q) * all + from, a.positions + t - from);
         for (int64_t i = 0; i < a.queries * d; ++i) a.out[t * a.stride + i] = 0;
     }
-    for (int64_t j = 0; j < most; ++j) {
+    for (int64_t j = 0; j < all; ++j) {
         for (int64_t i = 0; i < d; ++i) row[i] = number(values[j * d + i]);
-        for (int64_t t = first_token(j); t < a.tokens; ++t)
+        for (int64_t t = first_token(j), end = end_token(j); t < end; ++t)
             for (int64_t q = 0; q < a.queries; ++q) {
-                const float weight = scores[(t * a.queries + q) * most + j];
+                const float weight = scores[(t * a.queries + q) * all + j];
                 float* out = a.out + t * a.stride + q * d;
                 for (int64_t i = 0; i < d; ++i) out[i] += weight * row[i];
             }

@@ -43,9 +43,10 @@ constexpr int kMostPairBits = 3;
 constexpr int kMostHeadDim = 512;
 
 // Queries of consecutive tokens that share a head of keys and values, [positions][head_dim] of float or bfloat16. The
-// first token sees `positions` of them, each later one sees one more.
+// first token sees `positions` of them, each later one sees one more; none of them more than the last `window`.
 struct Attention {
     int64_t head_dim, queries, tokens, positions;
+    int64_t window;
     int64_t stride;  // floats from one token's queries to the next one's, in q and in out
     float scaling;
     bool half;  // bfloat16
@@ -71,6 +72,7 @@ struct Functions {
     // layer_math.hpp; `scores` [tokens][queries][positions + tokens - 1].
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* out);
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+    void (*geglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*attend)(const Attention& a, float* scores);
     // rans.hpp, trellis.hpp.
     bool (*decode_symbols)(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,

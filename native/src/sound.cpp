@@ -82,6 +82,7 @@ bool sound(const wf_layer& l, bool shapes_only) {
         l.head_dim % 2)
         return false;
     if (l.dtype == WF_FLOAT16 || l.cache_dtype == WF_FLOAT16 || !possible(l.heads, l.head_dim)) return false;
+    if (l.window < 0 || l.rotary < 0 || l.activation < WF_SILU || l.activation > WF_GELU_TANH) return false;
     const int64_t q = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
     const struct {
         const wf_matrix* matrix;
@@ -100,8 +101,8 @@ bool sound(const wf_layer& l, bool shapes_only) {
     const struct {
         const wf_vector& vector;
         int64_t count;
-    } optional[] = {{l.q_norm, l.head_dim}, {l.k_norm, l.head_dim}, {l.q_bias, q},
-                    {l.k_bias, kv},         {l.v_bias, kv},         {l.o_bias, l.hidden}};
+    } optional[] = {{l.q_norm, l.head_dim}, {l.k_norm, l.head_dim}, {l.q_bias, q},        {l.k_bias, kv},
+                    {l.v_bias, kv},         {l.o_bias, l.hidden},   {l.o_norm, l.hidden}, {l.down_norm, l.hidden}};
     for (const auto& [vector, count] : optional)
         if (vector.numbers && vector.count != count) return false;
     return holds(l.input_norm, l.hidden) && holds(l.post_norm, l.hidden);

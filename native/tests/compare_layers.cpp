@@ -1,5 +1,6 @@
 // Decoder layers: token by token, in one pass, with products elsewhere, several texts together; lies are refused.
 #include "compare.hpp"
+#include "compare_gemma.hpp"
 
 #include <cstring>
 
@@ -42,7 +43,7 @@ void expect_same_in_one_pass(int isa, const wf_layer& layer) {
         const int64_t each = way == 0 ? 1 : tokens;
         for (int64_t t = 0; t < tokens; t += each) {
             const wf_sequence text{each, before + t, capacity, keys, values, 2, cache * number};
-            if (wf_run_layers(isa, layers, 2, &text, 1, x.data() + t * hidden, each, cosine.data() + t * d,
+            if (wf_run_layers(isa, layers, 2, &text, 1, x.data() + t * hidden, each, 1, cosine.data() + t * d,
                               sine.data() + t * d, layer.input_norm, out.data() + t * hidden,
                               way == 2 ? multiply_elsewhere : nullptr, const_cast<Elsewhere*>(&elsewhere)))
                 std::abort();
@@ -56,14 +57,14 @@ void expect_same_in_one_pass(int isa, const wf_layer& layer) {
          *values[] = {filled.data() + 2 * cache, filled.data() + 3 * cache};
     const wf_sequence sound{2, 0, capacity, keys, values, 2, cache * number};
     auto refused_texts = [&](std::vector<wf_sequence> texts, int64_t rows) {
-        return wf_run_layers(isa, layers, 2, texts.data(), int64_t(texts.size()), filled.data(), rows, cosine.data(),
+        return wf_run_layers(isa, layers, 2, texts.data(), int64_t(texts.size()), filled.data(), rows, 1, cosine.data(),
                              sine.data(), layer.input_norm, filled.data(), nullptr, nullptr) < 0;
     };
     auto refused = [&](const wf_layer& other, wf_vector final_norm, int64_t position) {
         const wf_layer both[] = {layer, other};
         wf_sequence text = sound;
         text.position = position;
-        return wf_run_layers(isa, both, 2, &text, 1, filled.data(), 2, cosine.data(), sine.data(), final_norm,
+        return wf_run_layers(isa, both, 2, &text, 1, filled.data(), 2, 1, cosine.data(), sine.data(), final_norm,
                              filled.data(), nullptr, nullptr) < 0;
     };
     expect(refused(layer, layer.input_norm, capacity - 1), "layers, a cache with room for one");
@@ -81,7 +82,7 @@ void expect_same_in_one_pass(int isa, const wf_layer& layer) {
     expect(refused_texts({}, 0), "layers, no text");
     const wf_vector short_norm{layer.input_norm.numbers, hidden - 1};
     expect(refused(layer, short_norm, 0), "layers, a short last norm");
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 10; ++i) {
         wf_layer lie = layer;
         wf_vector& vector = (&lie.input_norm)[i];
         if (!vector.numbers) continue;
@@ -120,7 +121,7 @@ void expect_same_together(int isa, const wf_layer& layer) {
         const bool together = &found == results;
         for (int64_t i = 0, at = 0; i < (together ? 1 : 3); at += counts[i++])
             if (wf_run_layers(isa, &layer, 1, &texts[size_t(i)], together ? 3 : 1, x.data() + at * hidden,
-                              together ? tokens : counts[i], cosine.data() + at * d, sine.data() + at * d,
+                              together ? tokens : counts[i], 1, cosine.data() + at * d, sine.data() + at * d,
                               layer.input_norm, out.data() + at * hidden, nullptr, nullptr))
                 std::abort();
         found = out;
@@ -199,6 +200,15 @@ std::vector<float> layer_on(int isa, int dtype, bool biases) {
         std::abort();  // the cache is full
     expect_same_in_one_pass(isa, layer);
     expect_same_together(isa, layer);
+    const wf_layer options = with_options(layer);
+    expect_same_in_one_pass(isa, options);
+    expect_same_together(isa, options);
+    expect_options(isa, layer, [](bool good, const char* what) { expect(good, what); });
+    auto more = out;
+    if (wf_decode_layer(isa, &options, in.data(), cosine.data(), sine.data(), keys.data(), values.data(), capacity,
+                        position, more.data()))
+        std::abort();
+    out.insert(out.end(), more.begin(), more.end());
     for (auto* x : kept) delete x;
     out.insert(out.end(), keys.begin(), keys.end());
     out.insert(out.end(), values.begin(), values.end());

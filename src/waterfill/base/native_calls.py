@@ -198,7 +198,7 @@ class Functions:
                 layers' `cache_dtype` each; `position` positions are filled, and `tokens` more are written.
             hidden: float32 `[tokens, hidden]` of all texts, changed.
             out: the same shape: behind the last layer, normalised.
-            cosine, sine: float32 `[tokens, head_dim]`.
+            cosine, sine: float32 `[tables, tokens, head_dim]`; each layer says which table it takes.
             product: a PRODUCT that multiplies with matrices that are not in memory; None where all are.
 
         Returns 0, or the status that `product` left: UNANSWERED where it did not set any.
@@ -207,7 +207,7 @@ class Functions:
         width, head_dim = (layers[0].hidden, layers[0].head_dim) if count else (0, 0)
         status = self.raw.wf_run_layers(
             *(isa, layers, count, sequences, len(sequences), _at(hidden, _F32, tokens * width), tokens),
-            *(_at(cosine, _F32, tokens * head_dim), _at(sine, _F32, tokens * head_dim)),
+            *(len(cosine), *(_at(table, _F32, len(cosine) * tokens * head_dim) for table in (cosine, sine))),
             *(final_norm, _at(out, _F32, tokens * width)),
             *(product or _NO_PRODUCT, None),
         )

@@ -14,13 +14,16 @@ from pathlib import Path
 
 from waterfill.base.errors import WaterfillError
 
-HEADER = "522d38fd937adfd1"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
+HEADER = "0e8524df03153954"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # WF_FLOAT32 and so on
+SILU, GELU_TANH = 0, 1  # WF_SILU, WF_GELU_TANH
 UNANSWERED = -100  # WF_UNANSWERED: an exception came just as a callback was called
 ENDED, FLAWED = 1, -3  # WF_ENDED, WF_FLAWED
 MOST_HEAD_DIM = 512  # kMostHeadDim in native/src/matrix.hpp
 LAYER_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-LAYER_VECTORS = ("input_norm", "post_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias")
+LAYER_VECTORS = (
+    *("input_norm", "post_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias", "o_norm", "down_norm"),
+)
 
 
 class MatrixView(ctypes.Structure):
@@ -55,6 +58,9 @@ class LayerView(ctypes.Structure):
         ("cache_dtype", c_int),
         *((name, POINTER(MatrixView)) for name in LAYER_MATRICES),
         *((name, Vector) for name in LAYER_VECTORS),
+        ("window", c_int64),
+        ("activation", c_int),
+        ("rotary", c_int),
     )
 
 
@@ -147,7 +153,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
         c_int,
         [
             *(c_int, POINTER(LayerView), c_int, POINTER(SequenceView), c_int64, c_void_p, c_int64),
-            *(c_void_p, c_void_p, Vector, c_void_p, PRODUCT, c_void_p),
+            *(c_int, c_void_p, c_void_p, Vector, c_void_p, PRODUCT, c_void_p),
         ],
     ),
     "wf_decode_layer": (c_int, [c_int, POINTER(LayerView), *[c_void_p] * 5, c_int64, c_int64, c_void_p]),

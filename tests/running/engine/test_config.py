@@ -182,7 +182,7 @@ def _check_same(spec: Spec, model: Any) -> None:
     assert (spec.vocabulary, spec.hidden) == tuple(model.lm_head.weight.shape)
     assert (spec.inner, spec.positions) == (layer.mlp.gate_proj.out_features, config.max_position_embeddings)
     assert spec.epsilon == layer.input_layernorm.variance_epsilon == model.model.norm.variance_epsilon
-    np.testing.assert_allclose(spec.frequencies, rotary.inv_freq.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(spec.frequencies, rotary.inv_freq.numpy()[None], rtol=1e-6)
     assert rotary.attention_scaling == 1.0
     assert isinstance(layer.mlp.act_fn, type(transformers.activations.ACT2FN["silu"]))
     assert (spec.head == EMBEDDING) == bool(config.tie_word_embeddings)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from waterfill.base import native
 from waterfill.base.errors import UnsupportedError
 from waterfill.codecs import lossless
@@ -58,6 +60,8 @@ def open_model(
     chosen = fit(artifact, memory, streamed, working_bytes=least, loading_bytes=largest)
     packed = packed_names(artifact)
     vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
+    if spec.norm_offset:  # of a family without biases
+        vectors = {name: vector + np.float32(spec.norm_offset) for name, vector in vectors.items()}
     if chosen.streamed:
         return _streamed(artifact, spec, vectors, chosen, verify=verify, logits=logits, tuning=tuning)
     limit = Limit(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from waterfill.base import native
 from waterfill.base.errors import WaterfillError
 from waterfill.running.engine.cache import KeysValues, Sequence, Shape
-from waterfill.running.engine.families.llama_spec import FINAL_NORM, NORMS, OPTIONAL, PROJECTIONS, Spec
+from waterfill.running.engine.families.llama_spec import FINAL_NORM, OPTIONAL, PROJECTIONS, Spec
 from waterfill.running.engine.weights import Weights, kernels
 from waterfill.running.streaming.limit import Limit, Working
 from waterfill.running.streaming.streamer import Streamer
@@ -177,6 +177,8 @@ class LlamaModel:
         places = [np.arange(c.length, c.length + len(new)) for c, new in zip(caches, tokens, strict=True)]
         cosine, sine = spec.rotary(np.concatenate(places))
         hidden = self.weights.rows(ids)
+        if spec.embedding_scale != 1:
+            hidden *= spec.rounded_scale
         out = np.empty_like(hidden)
         views = (cache.view(len(new)) for cache, new in zip(caches, tokens, strict=True))  # type: ignore[attr-defined]
         status = self._library.run_layers(
@@ -204,7 +206,9 @@ class LlamaModel:
 
     def _layer(self, number: int) -> native.LayerView:
         spec, prefix = self.spec, f"model.layers.{number}."
-        names = {key: f"{name}.weight" for key, name in NORMS.items()} | {key: OPTIONAL[key] for key in spec.vectors}
+        names = {key: f"{name}.weight" for key, name in spec.norms.items()} | {
+            key: OPTIONAL[key] for key in spec.vectors
+        }
         views = {key: self.weights.view(prefix + name) for key, name in PROJECTIONS.items()}
         self._views += views.values()  # alive as long as the layers point to them
         return native.LayerView(
@@ -216,6 +220,9 @@ class LlamaModel:
             scaling=spec.scaling,
             dtype=native.FLOAT32,
             cache_dtype=self._shape.dtype,
+            window=spec.attention[number].window,
+            rotary=spec.attention[number].table,
+            activation=spec.activation,
             **{key: ctypes.pointer(view) for key, view in views.items()},
             **{key: self._vector(prefix + name) for key, name in names.items()},
         )

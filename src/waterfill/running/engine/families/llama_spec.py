@@ -1,4 +1,4 @@
-"""What a model of the Llama kind is, from its config.json and the names and shapes of its tensors.
+"""What a model is, from its config.json and the names and shapes of its tensors.
 
     artifact ──read_spec──► Spec, or `UnsupportedError` in words, for whoever then falls back to transformers
 
@@ -25,7 +25,8 @@ from waterfill.files.llama_names import FINAL_NORM as FINAL_NORM
 from waterfill.files.llama_names import HEAD as HEAD
 from waterfill.files.llama_names import NORMS as NORMS
 from waterfill.files.llama_names import PROJECTIONS as PROJECTIONS
-from waterfill.running.engine.config import Config, read_config
+from waterfill.running.engine.config import Config
+from waterfill.running.engine.families import FAMILIES
 
 OPTIONAL = {  # vectors that some of the kind have
     "q_norm": "self_attn.q_norm.weight",
@@ -44,20 +45,24 @@ class Spec(Config):
         return EMBEDDING if self.tied else HEAD
 
     @property
-    def scaling(self) -> float:
-        return float(self.head_dim**-0.5)
+    def rounded_scale(self) -> np.float32:
+        """`embedding_scale` as the model's dtype has it."""
+        return rounded(self.embedding_scale, self.dtype)
 
     def rotary(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """(cosine, sine) of positions `[count]`, float32 `[count, head_dim]`, half against half."""
-        angles = positions.astype(np.float32)[:, None] * self.frequencies
-        twice = np.concatenate([angles, angles], axis=1)
+        """(cosine, sine) of positions `[count]`, float32 `[tables, count, head_dim]`, half against half."""
+        angles = positions.astype(np.float32)[:, None] * self.frequencies[:, None]
+        twice = np.concatenate([angles, angles], axis=2)
         return np.cos(twice), np.sin(twice)
 
 
 def read_spec(artifact: Artifact) -> Spec:
     """Raises UnsupportedError for a model that the engine does not run."""
-    config, tensors = read_config(read_json(artifact.path / "config.json")), artifact.tensors
-    spec = Spec(**vars(config))
+    found, tensors = read_json(artifact.path / "config.json"), artifact.tensors
+    kind = found.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UnsupportedError(f"its kind is {kind!r}, not one of {', '.join(sorted(FAMILIES))}")
+    spec = Spec(**vars(FAMILIES[kind](found)))
     _check_names(tensors, spec)
     _check_shapes(tensors, spec)
     return replace(spec, dtype=spec.dtype or tensors[EMBEDDING].dtype)
@@ -74,13 +79,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def rounded(value: float, dtype: str | None) -> np.float32:
+    """To the nearest number of F32, F16 or BF16, ties to even."""
+    if dtype == "F16":
+        return np.float32(np.float16(value))
+    bits = np.array(value, np.float32).view(np.uint32)
+    if dtype == "BF16":
+        bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return np.float32(bits.view(np.float32))
+
+
 def _check_names(tensors: Mapping[str, StoredTensor], spec: Spec) -> None:
     """Exactly the tensors that the engine knows; packed ones are called like modules, kept ones like parameters."""
     if spec.layers > len(tensors):
         raise UnsupportedError(f"it has {len(tensors)} tensors, which cannot be those of {spec.layers} layers")
     parts = [f"model.layers.{layer}." for layer in range(spec.layers)]
     matrices = {EMBEDDING, spec.head, *(part + name for part in parts for name in PROJECTIONS.values())}
-    kept = {FINAL_NORM, *(f"{part}{name}.weight" for part in parts for name in NORMS.values())}
+    kept = {FINAL_NORM, *(f"{part}{name}.weight" for part in parts for name in spec.norms.values())}
     kept |= {part + OPTIONAL[key] for part in parts for key in spec.vectors}
     for name in sorted(matrices):
         if f"{name}.weight" in tensors:
@@ -105,7 +120,7 @@ def _check_shapes(tensors: Mapping[str, StoredTensor], spec: Spec) -> None:
     expected[FINAL_NORM] = (hidden,)
     for part in (f"model.layers.{layer}." for layer in range(spec.layers)):
         expected |= {part + name: shapes[key] for key, name in PROJECTIONS.items()}
-        expected |= {f"{part}{name}.weight": (hidden,) for name in NORMS.values()}
+        expected |= {f"{part}{name}.weight": (hidden,) for name in spec.norms.values()}
         expected |= {part + OPTIONAL[key]: (lengths[key],) for key in spec.vectors}
     for name, shape in expected.items():
         if tensors[name].shape != shape:
