@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../include/waterfill_native.h"
+#include "compare_gemma.hpp"
 
 namespace {
 
@@ -282,7 +283,7 @@ void expect_same_in_one_pass(int isa, const wf_layer& layer) {
     expect(refused_texts({}, 0), "layers, no text");
     const wf_vector short_norm{layer.input_norm.numbers, hidden - 1};
     expect(refused(layer, short_norm, 0), "layers, a short last norm");
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 10; ++i) {
         wf_layer lie = layer;
         wf_vector& vector = (&lie.input_norm)[i];
         if (!vector.numbers) continue;
@@ -400,6 +401,15 @@ std::vector<float> layer_on(int isa, int dtype, bool biases) {
         std::abort();  // the cache is full
     expect_same_in_one_pass(isa, layer);
     expect_same_together(isa, layer);
+    const wf_layer options = with_options(layer);
+    expect_same_in_one_pass(isa, options);
+    expect_same_together(isa, options);
+    expect_options(isa, layer, [](bool good, const char* what) { expect(good, what); });
+    auto more = out;
+    if (wf_decode_layer(isa, &options, in.data(), cosine.data(), sine.data(), keys.data(), values.data(), capacity,
+                        position, more.data()))
+        std::abort();
+    out.insert(out.end(), more.begin(), more.end());
     for (auto* x : kept) delete x;
     out.insert(out.end(), keys.begin(), keys.end());
     out.insert(out.end(), values.begin(), values.end());
