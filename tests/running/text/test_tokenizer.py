@@ -301,7 +301,7 @@ def test_characters_come_whole_and_ends_that_are_none_at_the_end(pairs: dict[str
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"tokenizer_class": "GemmaTokenizer"}, "of class GemmaTokenizer"),
+        ({"tokenizer_class": "CohereTokenizer"}, "of class CohereTokenizer"),
         ({"auto_map": {"AutoTokenizer": [None, "x.Y"]}}, "sets auto_map"),
         ({"fix_mistral_regex": True}, "sets fix_mistral_regex"),
         ({"bos_token": {"content": "<s>"}}, "given as a special token"),
