@@ -123,6 +123,7 @@ USUAL: list[dict[str, Any]] = [
     {"use_sliding_window": False, "max_window_layers": 1, "initializer_range": 0.02},
     {"tie_word_embeddings": True, "use_cache": True, "transformers_version": "4.40.0", "attention_dropout": 0.0},
     {"tie_word_embeddings": ABSENT, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": [2, 3]},
+    {"unk_token_id": 3, "_model_name_or_path": "A model"},
 ]
 
 

@@ -135,10 +135,14 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "Qwen 2": (bytes_backend, {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "chat_template": CHAT}),
     "Llama 2": (pieces_backend, {"tokenizer_class": "LlamaTokenizer", "legacy": False, "chat_template": CHAT}),
     "Llama 2, legacy": (pieces_backend, {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
+    "Gemma": (pieces_backend, {"tokenizer_class": "GemmaTokenizer", "chat_template": CHAT}),
+    "Gemma without unknown pieces": (pieces_backend, {"tokenizer_class": "GemmaTokenizer", "unk_token": "<pad>"}),
     "Llama 2 without a space": (pieces_backend, {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False}),
 }
 MODELS = {("qwen2", "PreTrainedTokenizerFast"), ("qwen2", None), ("qwen3", "PreTrainedTokenizerFast"), ("qwen3", None),
-          ("mistral", "LlamaTokenizer"), ("mistral", "GPT2Tokenizer"), ("mistral", None), ("llama", None)}  # fmt: skip
+          ("mistral", "LlamaTokenizer"), ("mistral", "GPT2Tokenizer"), ("mistral", None), ("llama", None),
+          ("gemma3_text", "GemmaTokenizer"), ("gemma3_text", "PreTrainedTokenizerFast"),
+          ("gemma3_text", None)}  # fmt: skip
 
 texts = st.one_of(
     st.text(max_size=40),
@@ -197,7 +201,7 @@ def test_conversations_equal_those_of_transformers(pairs: dict[str, Pair]) -> No
         else:
             lines = "System:  Be <brief> & kind. \nUser: Où est 日本?\n<|im_end|>🙂\nAssistant:"
             assert pair.ours.prompt_ids(TALK) == pair.theirs(lines)["input_ids"], name
-    assert rendered == 6
+    assert rendered == 7
 
 
 def test_files_of_templates_come_before_settings(tmp_path: Path) -> None:
@@ -297,7 +301,7 @@ def test_characters_come_whole_and_ends_that_are_none_at_the_end(pairs: dict[str
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"tokenizer_class": "GemmaTokenizer"}, "of class GemmaTokenizer"),
+        ({"tokenizer_class": "CohereTokenizer"}, "of class CohereTokenizer"),
         ({"auto_map": {"AutoTokenizer": [None, "x.Y"]}}, "sets auto_map"),
         ({"fix_mistral_regex": True}, "sets fix_mistral_regex"),
         ({"bos_token": {"content": "<s>"}}, "given as a special token"),

@@ -31,6 +31,7 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 HARMLESS = frozenset(
     [
         "_attn_implementation_autoset",
+        "_model_name_or_path",
         "_name_or_path",
         "attention_dropout",
         "auto_map",
@@ -49,6 +50,7 @@ HARMLESS = frozenset(
         "tokenizer_class",
         "transformers.js_config",
         "transformers_version",
+        "unk_token_id",
         "unsloth_fixed",
         "unsloth_version",
     ]

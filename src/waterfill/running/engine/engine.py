@@ -23,7 +23,7 @@ from waterfill.running.text.tokenizer_files import load_tokenizer
 
 
 class Engine:
-    """A packed model of the Llama kind, run without torch and transformers.
+    """A packed model of a family that the engine knows, run without torch and transformers.
 
         engine = waterfill.Engine("out", memory="1GB")
         for piece in engine.generate("Once upon a time", temperature=0):

@@ -1,8 +1,8 @@
 """A tokenizer from the files beside a model, the same that transformers' AutoTokenizer makes of them.
 
-What transformers does depends on the class that the files name. Most are names for tokenizer.json as it is. Three that
-models of the Llama kind use take vocabulary and post-processor from there and have the other parts in their code; so
-has this, for them. Everything else is left to transformers: `UnsupportedError` says why.
+What transformers does depends on the class that the files name. Most are names for tokenizer.json as it is. Four that
+models that the engine runs use take vocabulary and post-processor from there and have the other parts in their code;
+so has this, for them. Everything else is left to transformers: `UnsupportedError` says why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from waterfill.running.text.tokenizer import Tokenizer
 Settings = dict[str, Any]
 
 # tokenizer_class, by the model_type of config.json, where tokenizer_config.json has none.
-_CLASS_OF_MODEL = {"llama": "", "mistral": "", "qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
+_CLASS_OF_MODEL = {
+    "llama": "",
+    "mistral": "",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "gemma3_text": "GemmaTokenizer",
+}
 _AS_IT_IS = frozenset({"", "TokenizersBackend", "PreTrainedTokenizer", "PythonBackend"})  # less a final "Fast"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -216,6 +222,15 @@ def _gpt2(backend: Backend, settings: Settings) -> None:
     _set_model(backend, fallback=False)
 
 
+def _gemma(backend: Backend, settings: Settings) -> None:
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    _set_model(backend, fallback=True)
+    unknown = settings.get("unk_token", "<unk>")
+    backend.model.unk_token = _token(unknown).content
+
+
 def _set_model(backend: Backend, *, fallback: bool) -> None:
     """The options that the classes give their models; `fallback`: characters that are not known become bytes."""
     model = backend.model
@@ -232,5 +247,6 @@ _END = "<|endoftext|>"
 _CLASSES = {
     "LlamaTokenizer": _Class(_llama, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
     "Qwen2Tokenizer": _Class(_qwen2, dict.fromkeys(("eos_token", "unk_token", "pad_token"), _END), plain=True),
+    "GemmaTokenizer": _Class(_gemma, {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")}),
     "GPT2Tokenizer": _Class(_gpt2, dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END)),
 }
