@@ -55,7 +55,7 @@ native-check: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/clang-format --dry-run --Werror native/include/*.h native/src/*.hpp native/src/*.cpp native/tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror native/include/*.h native/src/*.hpp native/src/*.cpp native/tests/*.hpp native/tests/*.cpp
 	$(BIN)/mypy
 
 check: lint native-check test
