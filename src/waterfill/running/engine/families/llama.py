@@ -264,6 +264,7 @@ def working(spec: Spec) -> Working:
     """What texts take beside the weights."""
     widest = max(spec.inner, spec.heads * spec.head_dim, spec.hidden)
     layer = 4 * spec.hidden + 2 * (spec.heads + spec.kv_heads) * spec.head_dim + 2 * spec.inner
+    layer += 2 * spec.head_dim * (len(spec.frequencies) - 1)  # rotary tables beyond the first
     return Working(
         token=shape_of(spec).token_bytes,
         activations=4 * (layer + 3 * widest),  # of a layer and of one product
