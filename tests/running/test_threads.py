@@ -54,9 +54,9 @@ def alone(ask: Ask) -> list[str]:
 
 @needs_native
 @pytest.mark.parametrize("where", ["resident", "streamed"])
-def test_with_one_engine(work: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    streams.quick(monkeypatch, streams.mixed, chunk_bytes=1 << 16)
-    limited: dict[str, Any] = {"memory": process.resident_bytes() + 200_000_000, "streamed": True}
+def test_with_one_engine(work: Path, where: str) -> None:
+    tuning = streams.quick(streams.mixed, chunk_bytes=1 << 16)
+    limited: dict[str, Any] = {"memory": process.resident_bytes() + 200_000_000, "streamed": True, "tuning": tuning}
     engine = waterfill.Engine(work / "packed", **(limited if where == "streamed" else {}))
 
     def ask(number: int) -> str:
@@ -78,9 +78,9 @@ def test_with_one_engine_and_its_draft(work: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["resident", "streamed"])
-def test_with_one_transformers_model(work: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    streams.quick(monkeypatch, streams.mixed, chunk_bytes=1 << 16)
-    model = streams.load(work / "packed") if where == "streamed" else waterfill.load(work / "packed")
+def test_with_one_transformers_model(work: Path, where: str) -> None:
+    tuning = streams.quick(streams.mixed, chunk_bytes=1 << 16)
+    model = streams.load(work / "packed", tuning=tuning) if where == "streamed" else waterfill.load(work / "packed")
     tokenizer = AutoTokenizer.from_pretrained(work / "packed")
     before = torch.get_rng_state()
 
@@ -93,10 +93,9 @@ def test_with_one_transformers_model(work: Path, where: str, monkeypatch: pytest
         model.streaming.close()
 
 
-def test_passes_of_transformers_own_loop_may_overlap(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_of_transformers_own_loop_may_overlap(work: Path) -> None:
     """Whoever calls a streamed model without `waterfill.generate` waits for products only."""
-    streams.quick(monkeypatch, streams.nothing, chunk_bytes=1 << 16)
-    model = streams.load(work / "packed")
+    model = streams.load(work / "packed", tuning=streams.quick(streams.nothing, chunk_bytes=1 << 16))
     prompts = [torch.arange(1, 3 + number)[None] for number in range(5)]
 
     def ask(number: int) -> str:

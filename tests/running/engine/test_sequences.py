@@ -68,16 +68,14 @@ def texts(count: int) -> list[list[int]]:
 
 
 def streamed(path: Path) -> LlamaModel:
-    return open_model(path, memory=process.resident_bytes() + 200_000_000, streamed=True)
+    tuning = streams.quick(streams.mixed, chunk_bytes=1 << 16)
+    return open_model(path, memory=process.resident_bytes() + 200_000_000, streamed=True, tuning=tuning)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("where", ["resident", "streamed"])
-def test_a_pass_over_several_is_one_over_each(
-    work: Path, isa: str, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pass_over_several_is_one_over_each(work: Path, isa: str, where: str) -> None:
     """Prompts of several lengths, a token for each, and then a prompt beside tokens; twelve texts, and eight."""
-    streams.quick(monkeypatch, streams.mixed, chunk_bytes=1 << 16)
     model = open_model(work / "packed") if where == "resident" else streamed(work / "packed")
     prompts = texts(12)
     together, alone = ([model.sequence() for _ in prompts] for _ in range(2))
