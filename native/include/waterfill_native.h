@@ -84,8 +84,8 @@ typedef struct {
 enum { WF_SILU = 0, WF_GELU_TANH = 1 };
 
 /* A decoder layer of the Llama kind: RMS norms, attention with rotary positions, a gated feed-forward. `heads` are a
- * multiple of `kv_heads`, `head_dim` is even and at most 512. Matrices are [rows][width] and vectors [count], where q is
- * heads * head_dim, kv is kv_heads * head_dim, and inner the rows of `gate`. */
+ * multiple of `kv_heads`, `head_dim` is even and at most 512. Matrices are [rows][width] and vectors [count], where q
+ * is heads * head_dim, kv is kv_heads * head_dim, and inner the rows of `gate`. */
 typedef struct {
     int64_t hidden, heads, kv_heads, head_dim;
     float epsilon;         /* of the norms */
@@ -134,7 +134,8 @@ typedef struct {
  * [tokens][hidden] in place, then normalised to `out` by `final_norm`, of the first layer's dtype. cosine and sine
  * [tables][tokens][head_dim], of which each layer takes its own; all have one head_dim. Each text attends to its
  * own keys and values, to which the new tokens' are added; matrices are multiplied with all tokens at once. With
- * `product` they need no more than their shapes; the status that it set, but for 0, is returned. -3: a sequence's memory is too small, or another's. */
+ * `product` they need no more than their shapes; the status that it set, but for 0, is returned. -3: a sequence's
+ * memory is too small, or another's. */
 WF_EXPORT int wf_run_layers(int isa, const wf_layer* layers, int count, const wf_sequence* sequences, int64_t texts,
                             float* hidden, int64_t tokens, int tables, const float* cosine, const float* sine,
                             wf_vector final_norm, float* out, wf_product product, void* context);

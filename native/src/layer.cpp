@@ -9,7 +9,7 @@
 namespace waterfill {
 namespace {
 
-constexpr int64_t kAttentionTokens = 8;              // of one task: they share the conversion of keys and values
+constexpr int64_t kAttentionTokens = 8;            // of one task: they share the conversion of keys and values
 constexpr int64_t kEverything = int64_t(1) << 48;  // more positions than there are
 
 void add(const float* x, int64_t count, float* to) {

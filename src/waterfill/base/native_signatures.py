@@ -14,7 +14,7 @@ from pathlib import Path
 
 from waterfill.base.errors import WaterfillError
 
-HEADER = "0e8524df03153954"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
+HEADER = "424958821b906ec9"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # WF_FLOAT32 and so on
 SILU, GELU_TANH = 0, 1  # WF_SILU, WF_GELU_TANH
 UNANSWERED = -100  # WF_UNANSWERED: an exception came just as a callback was called
