@@ -71,7 +71,10 @@ def test_a_model_of_another_kind_falls_back_and_says_why(gpt2: Path, command: Co
     refused = command("generate", gpt2, "-p", "def", "--engine", "native")
     assert refused.code == 2
     assert "the native engine does not run" in refused.err
-    assert "its kind is 'gpt2', not one of llama, mistral, qwen2, qwen3; leave it to transformers" in refused.err
+    assert (
+        "its kind is 'gpt2', not one of gemma3_text, llama, mistral, qwen2, qwen3; leave it to transformers"
+        in refused.err
+    )
     with pytest.raises(UnsupportedError, match="its kind is 'gpt2'"):
         waterfill.Engine(gpt2)
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import waterfill
-from tests.running.engine.test_engine import TOLERANCE, distance, expected, ids, streamed
+from tests.running.engine.test_engine import distance, expected, ids, streamed
 from tests.support import streams
 from tests.support.plans import plan_for
 from waterfill.base import native
@@ -33,6 +33,7 @@ pytestmark = [
 
 LIBRARY = native.library()
 ISAS = [] if LIBRARY is None else list(LIBRARY.isas)
+TOLERANCE = 0.01  # of the spread of the logits: six bits and float32 differ less than in test_engine
 WINDOW = 8
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -110,7 +111,7 @@ def test_every_part_of_attention_counts(made: Made, fields: dict[str, Any]) -> N
     path = made(**fields)
     found = open_model(path).sequence().forward(ids(), logits=40)
     assert distance(found, expected(path, ids())) < TOLERANCE
-    assert distance(found, open_model(made()).sequence().forward(ids(), logits=40)) > 2 * TOLERANCE
+    assert distance(found, open_model(made()).sequence().forward(ids(), logits=40)) > 5 * TOLERANCE
 
 
 def test_a_checkpoint_of_half_precision(made: Made) -> None:
