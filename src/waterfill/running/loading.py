@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 _DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
 LOADING_BYTES = 64 << 20  # what transformers takes beside files and model when it loads the first one
 _LOADED = "transformers.modeling_utils"  # most of that
+CUDA_BYTES = 160 << 20  # and more with a torch that has CUDA
 
 
 @checked(dtype=_DTYPE, tuning=GIVEN)
@@ -156,7 +157,9 @@ def _loading_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
 def _check_room(path: Path, weights_bytes: int, limit_bytes: int) -> None:
     """Raises MemoryLimitError, before anything is loaded, where weights that have to be in memory do not fit."""
     process.release()
-    needed = process.resident_bytes() + weights_bytes + (0 if _LOADED in sys.modules else LOADING_BYTES)
+    needed = process.resident_bytes() + weights_bytes
+    if _LOADED not in sys.modules:
+        needed += LOADING_BYTES + (CUDA_BYTES if torch.version.cuda else 0)
     if needed > limit_bytes:
         smallest = math.ceil(needed / 1e6)
         raise MemoryLimitError(
