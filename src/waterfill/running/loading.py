@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
 LOADING_BYTES = 64 << 20  # what transformers takes beside files and model when it loads the first one
 _LOADED = "transformers.modeling_utils"  # most of that
-CUDA_BYTES = 160 << 20  # and more with a torch that has CUDA
+CUDA_BYTES = 160 << 20  # and beyond that with a torch that has CUDA, whose libraries are loaded then
 
 
 @checked(dtype=_DTYPE, tuning=GIVEN)
