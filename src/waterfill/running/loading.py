@@ -27,8 +27,9 @@ from waterfill.running.streaming.tuning import GIVEN, USUAL, Tuning
 _log = logging.getLogger(__name__)
 
 _DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
-LOADING_BYTES = 64 << 20  # what transformers takes beside files and model when it loads the first one
-_LOADED = "transformers.modeling_utils"  # most of that
+LOADING_BYTES = 24 << 20  # what transformers takes beside files and model: its class, and for a moment at the end
+IMPORT_BYTES = 72 << 20  # and beyond that when it loads the first one, ...
+_IMPORTED = "transformers.modeling_utils"  # ... for this module and what it brings along
 CUDA_BYTES = 160 << 20  # and beyond that with a torch that has CUDA, whose libraries are loaded then
 
 
@@ -157,9 +158,9 @@ def _loading_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
 def _check_room(path: Path, weights_bytes: int, limit_bytes: int) -> None:
     """Raises MemoryLimitError, before anything is loaded, where weights that have to be in memory do not fit."""
     process.release()
-    needed = process.resident_bytes() + weights_bytes
-    if _LOADED not in sys.modules:
-        needed += LOADING_BYTES + (CUDA_BYTES if torch.version.cuda else 0)
+    needed = process.resident_bytes() + weights_bytes + LOADING_BYTES
+    if _IMPORTED not in sys.modules:
+        needed += IMPORT_BYTES + (CUDA_BYTES if torch.version.cuda else 0)
     if needed > limit_bytes:
         smallest = math.ceil(needed / 1e6)
         raise MemoryLimitError(
