@@ -24,7 +24,7 @@ from waterfill.files.artifact import open_artifact
 from waterfill.planning.budget import Budget
 from waterfill.running.hf.packed import PackedMatrix
 from waterfill.running.streaming import Activations, Storage, StreamedMatrix, Streamer, Tuning, View
-from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Working, room
+from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Working, spare_bytes
 
 TRELLIS, FIXED = "trellis-s8-r3.0000", "higgs-p2-n16"
 TOKENS = 5
@@ -232,14 +232,14 @@ def test_a_limit_is_divided_and_one_too_small_is_refused(streamer: Streamer) -> 
     needs: dict[str, Any] = {"held": 50_000_000, "context": None, "logits": 1}
     path = Path("artifact")
     with pytest.raises(MemoryLimitError, match=r"for artifact: streamed, it takes [0-9]+ MB at least") as refused:
-        room(path, streamer.sequence, 50_000_000, working, **needs)
+        spare_bytes(path, streamer.sequence, 50_000_000, working, **needs)
     smallest = refused.value.smallest_bytes
-    assert 0 <= room(path, streamer.sequence, smallest, working, **needs) < 1_000_000
-    ample = room(path, streamer.sequence, 1 << 30, working, **needs)
+    assert 0 <= spare_bytes(path, streamer.sequence, smallest, working, **needs) < 1_000_000
+    ample = spare_bytes(path, streamer.sequence, 1 << 30, working, **needs)
     assert 0 <= smallest - ((1 << 30) - ample) < 1_000_000, "everything beyond the least holds weights"
-    shorter = room(path, streamer.sequence, 1 << 30, working, **{**needs, "context": 64})
+    shorter = spare_bytes(path, streamer.sequence, 1 << 30, working, **{**needs, "context": 64})
     assert shorter - ample == (LEAST_CONTEXT - 64) * working.token
-    scored = room(path, streamer.sequence, 1 << 30, working, **{**needs, "logits": 100})
+    scored = spare_bytes(path, streamer.sequence, 1 << 30, working, **{**needs, "logits": 100})
     assert ample - scored == 99 * working.logits + (100 - LEAST_PASS) * working.activations
 
 

@@ -18,7 +18,7 @@ from tests.support.stream_cases import Case
 from waterfill.codecs.entropy import from_counts, gaussian, lanes_for, rans
 from waterfill.codecs.entropy.fields import pack_fields
 from waterfill.codecs.hadamard import groups
-from waterfill.codecs.trellis import stream
+from waterfill.codecs.trellis import bitstream
 from waterfill.codecs.trellis.code import CODES, offset
 from waterfill.codecs.trellis.codec import Trellis
 
@@ -187,7 +187,7 @@ class Mutator:
     def _head(self, case: Case) -> Case:
         """One field of the head of a stream."""
         data, at = bytearray(case.data), self._stream(case)
-        if at + stream.HEADER_BYTES > len(data):
+        if at + bitstream.HEADER_BYTES > len(data):
             return case
         which = int(self._rng.integers(6))
         if which == 0:
@@ -202,7 +202,7 @@ class Mutator:
 
     def _number(self, case: Case) -> Case:
         """A parameter, an entry of a table or a state."""
-        data, at = bytearray(case.data), self._stream(case) + stream.HEADER_BYTES
+        data, at = bytearray(case.data), self._stream(case) + bitstream.HEADER_BYTES
         at += int(self._rng.integers(0, 48))
         if at + 4 > len(data):
             return case
@@ -225,7 +225,7 @@ class Mutator:
         states, wide = self._one_of(tuple(CODES)), int(rng.random() < 0.5)
         rows, width = self._one_of(((1, 1), (2, 7), (4, 300), (3, 1024), (7, 1600), (4, 32768)))
         small = rows * width < 20_000
-        least, most = stream.bounds(states, bool(wide))
+        least, most = bitstream.bounds(states, bool(wide))
         raw_bits = self._one_of(range(7)) if wide and rng.random() < 0.6 else 0
         most_symbols = min(256, (most - least + 1) >> raw_bits)
         symbols = int(rng.integers(1, most_symbols + 1)) if small else self._one_of((1, 2, 3))
@@ -243,11 +243,11 @@ class Mutator:
                 frequencies = gaussian(parameter, symbols, min(center, symbols), offset(states))
         scale_bits = self._one_of((0, 0, 1, 3, 8))
         scale_codes = rng.integers(0, 1 << scale_bits, rows * len(groups(width)))
-        count = stream.padded(rows * width)
+        count = bitstream.padded(rows * width)
         payload = rans.encode(draw(rng, frequencies, count), lanes_for(rows * width), frequencies)
         raw = pack_fields(rng.integers(0, 1 << raw_bits, count), raw_bits)
         flags = int(with_table) | 2 * with_levels | raw_bits << 4
-        head = stream.HEADER.pack(flags, symbols - 1, center, scale_bits, self._one_of((*UNITS[:7], 0.02, 0.02)))
+        head = bitstream.HEADER.pack(flags, symbols - 1, center, scale_bits, self._one_of((*UNITS[:7], 0.02, 0.02)))
         levels = rng.integers(-128, 128, symbols).astype(np.int8).tobytes() if with_levels else b""
         body = head + pack_fields(scale_codes, scale_bits) + tables + levels + raw + payload
         return Case("trellis", (states, wide, rows, width), struct.pack("<I", 4 + len(body)) + body)
@@ -264,7 +264,7 @@ class Mutator:
 
     def _streams(self, case: Case) -> int:
         _, _, rows, width = case.numbers
-        return -(-rows // stream.stream_rows(width))
+        return -(-rows // bitstream.stream_rows(width))
 
     def _stream(self, case: Case) -> int:
         """Where one of the streams begins."""

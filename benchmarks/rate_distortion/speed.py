@@ -30,7 +30,7 @@ from benchmarks.shared.rounds import Effort, Round, undisturbed
 from waterfill.base import native
 from waterfill.codecs import get_codec
 from waterfill.codecs.entropy import code_length_bits, from_counts
-from waterfill.codecs.trellis import code as trellis
+from waterfill.codecs.trellis import code as trellis_code
 from waterfill.codecs.trellis.codec import Trellis
 from waterfill.codecs.trellis.curves import curve
 
@@ -161,7 +161,7 @@ def uniform_symbols(bits: float, count: int) -> Symbols:
     x = torch.randn(count, generator=torch.Generator().manual_seed(1)).numpy()
     most = 7 if bits <= 3 else 31
     aim = (1 - curve(1).t2(bits)) / curve(1).step(bits)
-    j = trellis.search(x * np.float32(aim), 1, 1, -most, most) // 4
+    j = trellis_code.search(x * np.float32(aim), 1, 1, -most, most) // 4
     return (j + most).astype(np.uint8)
 
 
@@ -255,7 +255,7 @@ def measure_encoding(report: Report, quick: bool) -> None:
         def one_round(codec: Any = codec, step: Any = step, states: int = states) -> Round:
             calls = {
                 "encode": lambda: codec.encode(weight),
-                "search": lambda: trellis.search(x / step, states, 32, -32, 31),
+                "search": lambda: trellis_code.search(x / step, states, 32, -32, 31),
             }
             return {name: {"M/s": million_per_s(call, weight.numel())} for name, call in calls.items()}
 

@@ -74,7 +74,9 @@ class Bed:
         from waterfill.running.streaming.residency import Residency
         from waterfill.running.streaming.tuning import Tuning
 
-        tuning = Tuning(chunk_bytes=CHUNK_BYTES, reading_s=0.0, working_s=0.0, choose=lambda *_: Residency((), (), 1.0))
+        tuning = Tuning(
+            chunk_bytes=CHUNK_BYTES, reading_s=0.0, working_s=0.0, choose_residency=lambda *_: Residency((), (), 1.0)
+        )
         self.file = artifact / "model.safetensors"
         self.size = self.file.stat().st_size
         self.model = waterfill.load(artifact, streamed=True, tuning=tuning)
@@ -190,7 +192,7 @@ def full_disk(bed: Bed) -> Iterator[None]:
     log.setLevel(logging.DEBUG)
     sys.stderr = Full()  # type: ignore[assignment]
     try:
-        bed.model.streaming.make_room(1 << 62)
+        bed.model.streaming.make_way(1 << 62)
         log.info("%s", bed.model.streaming.line)
         yield
     finally:

@@ -101,7 +101,7 @@ def stream(request: Request) -> Request:
     """
     importlib.import_module("waterfill.running.text.generation")  # before memory is looked at
     from waterfill.running.engine.opening import open_model
-    from waterfill.running.streaming.residency import choose
+    from waterfill.running.streaming.residency import choose_residency
     from waterfill.running.streaming.tuning import USUAL
     from waterfill.running.text.next_token import Rules
     from waterfill.running.text.speculate import DraftModel, Lookup
@@ -112,7 +112,11 @@ def stream(request: Request) -> Request:
     if request.get("draft"):
         drafter = DraftModel(open_model(request["draft"], verify=False).sequence(), Rules.greedy())
     keep = request.get("keep", True)
-    tuning = USUAL if keep else replace(USUAL, choose=lambda chunks, _, speeds: choose(chunks, 0, speeds))
+    tuning = (
+        USUAL
+        if keep
+        else replace(USUAL, choose_residency=lambda chunks, _, speeds: choose_residency(chunks, 0, speeds))
+    )
     start = time.perf_counter()
     model = open_model(
         request["artifact"], verify=False, memory=request["memory"], streamed=None if keep else True, tuning=tuning

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../include/waterfill_native.h"
+#include "bitstream.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
 #include "lossless.hpp"
@@ -12,8 +13,7 @@
 #include "product.hpp"
 #include "rans.hpp"
 #include "sound.hpp"
-#include "stream.hpp"
-#include "trellis.hpp"
+#include "trellis_search.hpp"
 
 using namespace waterfill;
 
@@ -60,12 +60,12 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
                           int64_t width, uint8_t* codes, uint16_t* scales) {
     const Functions* f = functions(isa);
     if (!f || !trellis_code(states) || !possible(rows, width)) return -1;
-    const StreamShape shape{rows, width, states, wide != 0};
+    const BitstreamShape shape{rows, width, states, wide != 0};
     const int64_t streams = stream_count(shape), each = stream_rows(width), groups = groups_of(width);
     if (bytes < 4 * streams) return -2;
     std::atomic<int64_t> failed{INT64_MAX};
     const int64_t row_bytes = width * (wide ? 2 : 1);
-    auto part = [&](int64_t i) -> StreamPart {
+    auto part = [&](int64_t i) -> BitstreamPart {
         const int64_t from = i ? little_endian(arena + 4 * (i - 1)) : 4 * streams, to = little_endian(arena + 4 * i);
         const bool inside =
             from >= 4 * streams && from <= to && to <= bytes && (i + 1 < streams || zeros(arena + to, arena + bytes));
@@ -75,7 +75,7 @@ int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, i
     parallel(ceil_div(streams, kTogether), [&](int64_t share) {
         const int64_t first = share * kTogether;
         const int count = int(least(kTogether, streams - first));
-        StreamPart parts[kTogether] = {};
+        BitstreamPart parts[kTogether] = {};
         bool good[kTogether];
         for (int i = 0; i < count; ++i) parts[i] = part(first + i);
         read_streams(*f, shape, parts, count, good);

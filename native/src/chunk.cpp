@@ -8,7 +8,7 @@
 namespace waterfill {
 namespace {
 
-StreamShape shape_of(const wf_chunk& c) { return {c.rows, c.width, c.states, c.wide != 0}; }
+BitstreamShape shape_of(const wf_chunk& c) { return {c.rows, c.width, c.states, c.wide != 0}; }
 
 StoredRows stored_rows(const wf_chunk& c) {
     return {c.table, c.rows, c.width, c.data, c.scales, c.word_indices, c.word_bytes, c.row_bytes};
@@ -54,7 +54,7 @@ void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int coun
         return;
     }
     auto* row_scales = reinterpret_cast<uint16_t*>(scratch(kIndices, 2 * kTogether * each * groups));
-    StreamPart parts[kTogether] = {};
+    BitstreamPart parts[kTogether] = {};
     for (int i = 0; i < count; ++i) {
         const int64_t part = first + i, from = part ? c.ends[part - 1] : 0, to = c.ends[part];
         parts[i] = {rows_of(c, part), c.data + from, to - from, row_scales + i * each * groups,

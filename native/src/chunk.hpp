@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "../include/waterfill_native.h"
+#include "bitstream.hpp"
 #include "layout.hpp"
 #include "matrix.hpp"
-#include "stream.hpp"
 
 namespace waterfill {
 

@@ -22,7 +22,7 @@
 #include "matrix.hpp"
 #include "prepare.hpp"
 #include "rans.hpp"
-#include "trellis.hpp"
+#include "trellis_search.hpp"
 
 namespace waterfill {
 namespace {

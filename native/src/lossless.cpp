@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "bitstream.hpp"
 #include "coding.hpp"
 #include "product.hpp"
-#include "stream.hpp"
 
 namespace waterfill {
 namespace {
@@ -171,7 +171,7 @@ struct Step {
     const uint16_t* slots;
 };
 
-// `rans_encode` of stream.hpp to the same bytes, several times as fast: no division, and no branch on whether a word
+// `rans_encode` of bitstream.hpp to the same bytes, several times as fast: no division, and no branch on whether a word
 // leaves.
 int64_t encode_fast(const uint8_t* symbols, int64_t count, int lanes, const uint16_t* frequencies, uint8_t* out) {
     RansTable table;

@@ -74,7 +74,7 @@ struct Functions {
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*geglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*attend)(const Attention& a, float* scores);
-    // rans.hpp, trellis.hpp.
+    // rans.hpp, trellis_search.hpp.
     bool (*decode_symbols)(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
                            int64_t count, uint8_t* out);
     // Rows from `first` to `last` of up to kTogether streams side by side, in one go where this is possible; else

@@ -29,6 +29,6 @@ def test_the_corpus_is_small_and_has_both_kinds_decoded_and_refused() -> None:
 def test_a_decoder_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge itself: a reference that reads another table than the library disagrees with it."""
     case = next(case for case in CASES if case.kind == "trellis" and case.name == "decoded" and len(case.data) > 100)
-    monkeypatch.setattr("waterfill.codecs.trellis.stream._EIGHTHS", np.full(8, 2, np.float32))
+    monkeypatch.setattr("waterfill.codecs.trellis.bitstream._EIGHTHS", np.full(8, 2, np.float32))
     with pytest.raises(DisagreementError, match="decodes to something else"):
         judge(case, native.library())

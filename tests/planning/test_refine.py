@@ -63,7 +63,7 @@ def test_the_exact_solver_on_a_fine_menu_agrees(dense: Architecture, bits: float
     menus = make_menus(dense, sensitivity.tensors, "auto")
     limit = int(bits * menus.weights / 8)
     found = allocate(menus.choices, limit)
-    points = refine(menus, found.choices, (), room_bytes=limit - found.size_bytes)
+    points = refine(menus, found.choices, (), spare_bytes=limit - found.size_bytes)
     loss = math.fsum(
         predicted_kl(sensitivity.tensors[m.name], p.t2, t.rho, p.along)
         for m, p, t in zip(dense.matrices, points, menus.plans(points), strict=True)

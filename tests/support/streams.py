@@ -39,7 +39,7 @@ def quick(keep: Keep = nothing, *, chunk_bytes: int = 4096, part_weights: int = 
         part_weights=part_weights,
         reading_s=0.0,
         working_s=0.0,
-        choose=lambda sequence, budget, speeds: keep(sequence),
+        choose_residency=lambda sequence, budget, speeds: keep(sequence),
         **others,
     )
 

@@ -47,7 +47,7 @@ Integers = npt.NDArray[np.int64]
 
 def encode_streams(numbers: Iterable[torch.Tensor]) -> Iterator[bytes]:
     """The streams of a tensor, given its numbers in order in flat parts of any length, all of one dtype."""
-    room: Bytes | None = None
+    out: Bytes | None = None
     library = None if native.isa() is None else native.library()
     for block in _regrouped(numbers, BLOCK_STREAMS * STREAM_NUMBERS):
         item_bytes = block.element_size()
@@ -56,11 +56,11 @@ def encode_streams(numbers: Iterable[torch.Tensor]) -> Iterator[bytes]:
                 yield encode_reference(part.numpy(), item_bytes)
             continue
         parts, capacity = streams_of(block.numel()), library.lossless_capacity(item_bytes)
-        if room is None or len(room) < parts:
-            room = np.empty((parts, capacity), np.uint8)
+        if out is None or len(out) < parts:
+            out = np.empty((parts, capacity), np.uint8)
         sizes = np.empty(parts, np.int64)
-        library.lossless_encode(block.view(torch.uint8).numpy(), room, sizes, item_bytes=item_bytes)
-        for row, size in zip(room, sizes.tolist(), strict=False):
+        library.lossless_encode(block.view(torch.uint8).numpy(), out, sizes, item_bytes=item_bytes)
+        for row, size in zip(out, sizes.tolist(), strict=False):
             yield row[:size].tobytes()
 
 

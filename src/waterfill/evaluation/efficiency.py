@@ -118,14 +118,14 @@ def measure_efficiency(
 
 
 def _lengths(subject: Subject, prompt: int | None, new: int | None) -> tuple[int, int]:
-    room = subject.positions
-    prompt = prompt if prompt is not None else min(PROMPT_TOKENS, room // 2) if room else PROMPT_TOKENS
-    new = new if new is not None else min(NEW_TOKENS, max(2, room - prompt)) if room else NEW_TOKENS
+    positions = subject.positions
+    prompt = prompt if prompt is not None else min(PROMPT_TOKENS, positions // 2) if positions else PROMPT_TOKENS
+    new = new if new is not None else min(NEW_TOKENS, max(2, positions - prompt)) if positions else NEW_TOKENS
     if prompt < 1 or new < 2:
         raise WaterfillError(f"{prompt} tokens to read and {new} to write were asked for; choose at least 1 and 2")
-    if room is not None and prompt + new > room:
+    if positions is not None and prompt + new > positions:
         raise WaterfillError(
-            f"{prompt} + {new} tokens were asked for, but the model has {room} positions; choose fewer"
+            f"{prompt} + {new} tokens were asked for, but the model has {positions} positions; choose fewer"
         )
     return prompt, new
 

@@ -29,7 +29,7 @@ from waterfill.evaluation.local_tasks import SUFFIX as TASK_SUFFIX
 from waterfill.evaluation.on_text import (
     EvaluationRun,
     agreed_ids,
-    check_room,
+    check_tokenising,
     common_dtype,
     convention_for,
     divergence_from_file,
@@ -132,7 +132,7 @@ def evaluate(
     if against is not None and reference is None:
         measured = _against_file(subject, against, text, max_windows, run)
     elif text is not None:
-        check_room(Path(text), memory)
+        check_tokenising(Path(text), memory)
         ids = agreed_ids(subject, reference, Path(text))  # before minutes of loading
         how = convention_for(reference or subject, convention, context, stride)
         ids = ids if max_windows is None else how.first_windows(ids, max_windows)

@@ -101,9 +101,9 @@ class GgufModel:
         `last`, of the last token of each sequence only."""
         sequences, tokens = input_ids.shape
         if past_key_values is None:
-            room = max(tokens, self.config.max_position_embeddings or tokens) if use_cache else tokens
-            self._begin(sequences, room)
-            past_key_values = Past(sequences, 0, room)
+            capacity = max(tokens, self.config.max_position_embeddings or tokens) if use_cache else tokens
+            self._begin(sequences, capacity)
+            past_key_values = Past(sequences, 0, capacity)
         start = past_key_values.tokens
         if past_key_values.sequences != sequences or start + tokens > past_key_values.capacity:
             raise WaterfillError(
@@ -137,20 +137,22 @@ class GgufModel:
             output = self(torch.tensor([[token]]), past_key_values=output.past_key_values, use_cache=True)
         return said
 
-    def _begin(self, sequences: int, room: int) -> None:
+    def _begin(self, sequences: int, capacity: int) -> None:
         """An empty context with room for so many tokens of each sequence."""
         api = self._api
-        if self._shape != (sequences, room):
+        if self._shape != (sequences, capacity):
             self._free_context()
             settings = api.llama_context_default_params()
-            settings.n_seq_max, settings.n_ctx = sequences, sequences * _padded(room)
-            settings.n_batch, settings.n_ubatch = sequences * room, min(MICRO_BATCH, sequences * room)
+            settings.n_seq_max, settings.n_ctx = sequences, sequences * _padded(capacity)
+            settings.n_batch, settings.n_ubatch = sequences * capacity, min(MICRO_BATCH, sequences * capacity)
             settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
             self._context = api.llama_init_from_model(self.handle, settings)
             if not self._context:
-                raise WaterfillError(f"llama.cpp has no memory for {sequences} sequences of {room} tokens; use fewer")
+                raise WaterfillError(
+                    f"llama.cpp has no memory for {sequences} sequences of {capacity} tokens; use fewer"
+                )
             self._release = finalize(self, api.llama_free, self._context)
-            self._shape = sequences, room
+            self._shape = sequences, capacity
         api.llama_memory_clear(api.llama_get_memory(self._context), True)
 
     def _decode(self, ids: list[list[int]], start: int, last: bool) -> Tensor:
@@ -194,9 +196,9 @@ class GgufTokenizer:
     def __call__(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
         """{"input_ids": ids}; `add_special_tokens` adds what the file says that texts begin and end with."""
         data = text.encode()
-        room = len(data) + 8  # a token has at least a byte
-        ids = (ctypes.c_int32 * room)()
-        count = self._api.llama_tokenize(self._vocabulary, data, len(data), ids, room, add_special_tokens, False)
+        most = len(data) + 8  # a token has at least a byte
+        ids = (ctypes.c_int32 * most)()
+        count = self._api.llama_tokenize(self._vocabulary, data, len(data), ids, most, add_special_tokens, False)
         if count < 0:
             raise WaterfillError(f"llama.cpp cannot cut {len(data)} bytes of text into tokens; give less")
         return {"input_ids": ids[:count]}

@@ -170,7 +170,7 @@ class ReferenceStore:
         self._meta = {"form": form, "kept": kept, "vocabulary": vocabulary}
         if form == "none":
             return
-        _make_room(references, int(limit - needed))
+        _evict(references, int(limit - needed))
         write_file(self.folder / META, json.dumps(self._meta))
 
     def _write(self, window: Window, logits: Tensor) -> None:
@@ -191,7 +191,7 @@ def _size_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _make_room(references: Path, others_bytes: int) -> None:
+def _evict(references: Path, others_bytes: int) -> None:
     """Remove the references that have not been used for longest, until the others take no more than that."""
     folders = sorted(
         (folder for folder in references.iterdir() if (folder / META).exists()),

@@ -174,11 +174,11 @@ class _Solver:
         if budget.max_kl is not None:
             return self.menus.plans(refine(self.menus, chosen, self.ties, max_kl=budget.max_kl))
         if budget.bits is not None:
-            room = int(budget.bits * self.menus.weights / 8) - allocation.size_bytes
+            spare_bytes = int(budget.bits * self.menus.weights / 8) - allocation.size_bytes
         else:
             assert budget.size_bytes is not None
-            room = budget.size_bytes - self.artifact_bytes(chosen)
-        return self.menus.plans(refine(self.menus, chosen, self.ties, room_bytes=room))
+            spare_bytes = budget.size_bytes - self.artifact_bytes(chosen)
+        return self.menus.plans(refine(self.menus, chosen, self.ties, spare_bytes=spare_bytes))
 
     def artifact_bytes(self, choices: Sequence[int]) -> int:
         """All weight files, exactly."""

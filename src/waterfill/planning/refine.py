@@ -51,7 +51,7 @@ def refine(
     chosen: Sequence[int],
     ties: Sequence[Sequence[int]],
     *,
-    room_bytes: int | None = None,
+    spare_bytes: int | None = None,
     max_kl: float | None = None,
 ) -> tuple[MenuPoint, ...]:
     """The points of an allocation with the rates of its matrices made equal in slope, where they may have any.
@@ -59,7 +59,7 @@ def refine(
     Args:
         chosen: of the allocation, one index per matrix.
         ties: matrices that share one codec.
-        room_bytes: what they may grow by in all; or
+        spare_bytes: what they may grow by in all; or
         max_kl: the loss of the whole model that has to be kept to, with the fewest bytes.
     """
     points = [menus.points[i][choice] for i, choice in enumerate(chosen)]
@@ -83,7 +83,7 @@ def refine(
                 moved[i] = _point(menus, i, source.kind, rate)
         return moved
 
-    limit = size(points) + (room_bytes or 0)
+    limit = size(points) + (spare_bytes or 0)
 
     def good(candidates: Sequence[MenuPoint]) -> bool:
         return size(candidates) <= limit if max_kl is None else cost(candidates) <= max_kl
@@ -142,16 +142,16 @@ def _slope(sizes: Floats, losses: Floats, a: int, b: int) -> float:
     return float((losses[a] - losses[b]) / (sizes[b] - sizes[a]))
 
 
-def _spend(menus: Menus, sources: Sequence[_Source], points: list[MenuPoint], room: int) -> None:
+def _spend(menus: Menus, sources: Sequence[_Source], points: list[MenuPoint], spare_bytes: int) -> None:
     """Give what rounding left over to the largest sources that can use it, a step of the rate at a time."""
     for source in sorted(sources, key=lambda source: -source.weights):
         while True:
             rate = get_codec(points[source.members[0]].codec).rate + source.kind.step
             larger = {i: _point(menus, i, source.kind, rate) for i in source.members}
             growth = sum(point.size_bytes - points[i].size_bytes for i, point in larger.items())
-            if growth > room or rate > source.kind.most or growth == 0:
+            if growth > spare_bytes or rate > source.kind.most or growth == 0:
                 break
-            room -= growth
+            spare_bytes -= growth
             for i, point in larger.items():
                 points[i] = point
 

@@ -67,7 +67,7 @@ def load(
     chosen = fit(opened, memory, streamed, loading_bytes=opened.size_bytes)  # files are mapped meanwhile
     if chosen.binding:
         process.return_large_blocks()
-        _check_room(path, kept_size(opened), chosen.limit_bytes)
+        _check_memory(path, kept_size(opened), chosen.limit_bytes)
     if verify:
         opened.verify_files()
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
@@ -136,7 +136,7 @@ def load_checkpoint_in(
     limit = memory_bytes(memory)
     if limit is not None:
         process.return_large_blocks()
-        _check_room(checkpoint.path, _loading_bytes(checkpoint, dtype), limit)
+        _check_memory(checkpoint.path, _loading_bytes(checkpoint, dtype), limit)
     model = load_original(checkpoint, dtype)
     if limit is not None:
         from waterfill.running.hf.attach import hold
@@ -155,7 +155,7 @@ def _loading_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
     return math.ceil(total)
 
 
-def _check_room(path: Path, weights_bytes: int, limit_bytes: int) -> None:
+def _check_memory(path: Path, weights_bytes: int, limit_bytes: int) -> None:
     """Raises MemoryLimitError, before anything is loaded, where weights that have to be in memory do not fit."""
     process.release()
     needed = process.resident_bytes() + weights_bytes + LOADING_BYTES

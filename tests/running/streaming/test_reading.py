@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from waterfill.base import process
 from waterfill.base.errors import ArtifactError, WaterfillError
 from waterfill.running.streaming.ahead import ReadAhead
-from waterfill.running.streaming.residency import Speeds, choose
+from waterfill.running.streaming.residency import Speeds, choose_residency
 from waterfill.running.streaming.storage import BLOCK_BYTES, Region, Slot, Storage, make_slots, read_at
 
 SIZE = 300_777
@@ -267,7 +267,7 @@ SLOW_DECODER = Speeds(20e9, 1e9, 30e9)
 def test_slow_storage_keeps_codes_and_a_slow_decoder_levels() -> None:
     chunks = some_chunks(100)
     budget = 12_000_000
-    stored, decoded = choose(chunks, budget, SLOW_STORAGE), choose(chunks, budget, SLOW_DECODER)
+    stored, decoded = choose_residency(chunks, budget, SLOW_STORAGE), choose_residency(chunks, budget, SLOW_DECODER)
     assert (len(stored.coded), len(stored.decoded)) == (32, 0)
     assert (len(decoded.coded), len(decoded.decoded)) == (0, 12)
     assert stored.expected_s == pytest.approx(68 * 375_000 / 0.2e9)
@@ -277,19 +277,19 @@ def test_slow_storage_keeps_codes_and_a_slow_decoder_levels() -> None:
 @given(st.integers(0, 60_000_000), st.floats(0.05e9, 5e9), st.floats(0.1e9, 10e9))
 def test_the_budget_is_kept_and_more_of_it_is_never_slower(budget: int, read: float, decode: float) -> None:
     chunks, speeds = some_chunks(40), Speeds(read, decode, 20e9)
-    found = choose(chunks, budget, speeds)
+    found = choose_residency(chunks, budget, speeds)
     used = sum(c.region.size_bytes for c in found.coded) + sum(c.decoded_bytes for c in found.decoded)
     assert used <= budget
     assert not set(found.coded) & set(found.decoded)
-    assert found.expected_s <= 1.02 * choose(chunks, 0, speeds).expected_s
-    assert choose(chunks, 2 * budget, speeds).expected_s <= 1.03 * found.expected_s
-    everything = choose(chunks, 40_000_000, speeds)
+    assert found.expected_s <= 1.02 * choose_residency(chunks, 0, speeds).expected_s
+    assert choose_residency(chunks, 2 * budget, speeds).expected_s <= 1.03 * found.expected_s
+    everything = choose_residency(chunks, 40_000_000, speeds)
     assert everything.expected_s <= 1.03 * 40e6 / 20e9 or everything.expected_s <= 1.02 * found.expected_s
 
 
 def test_what_is_kept_is_spread_over_the_pass() -> None:
     chunks = some_chunks(90)
-    kept = choose(chunks, 30 * 375_000, SLOW_STORAGE).kept
+    kept = choose_residency(chunks, 30 * 375_000, SLOW_STORAGE).kept
     places = [place for place, one in enumerate(chunks) if one in kept]
     assert len(places) == 30
     assert max(np.diff([-1, *places, 90])) <= 4

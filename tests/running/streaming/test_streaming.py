@@ -208,7 +208,7 @@ def test_the_largest_chunk_may_be_given_up(packed: Packed, monkeypatch: pytest.M
     streamed = streams.load(packed(CODECS[0]), largest)
     expected, limit = logits(streamed, ids()), streamed.streaming.limit_bytes
     monkeypatch.setattr(process, "resident_bytes", lambda: limit)
-    streamed.streaming.make_room(1)
+    streamed.streaming.make_way(1)
     assert streamed.streaming.summary().kept_bytes == 0
     assert torch.equal(logits(streamed, ids()), expected)
 

@@ -1,7 +1,7 @@
 """Symbol frequencies of 12 bits: how probabilities are rounded, and the table that a Gaussian needs no header for.
 
 Everything here is in integers or in a fixed order of float64 operations on counts, since encoder and decoder must agree
-to the bit on every machine; `native/src/stream.cpp` repeats what a decoder needs.
+to the bit on every machine; `native/src/bitstream.cpp` repeats what a decoder needs.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     weight [rows, in] --rotate--> --/ scale per (row, group)--> x --nearest path of levels--> symbols --rANS--> streams
 
-    stored: streams U8: where each stream ends (4 bytes each), the streams (`stream.py`), zeros up to the promised size
+    stored: streams U8: where each stream ends (4 bytes each), the streams (`bitstream.py`), zeros up to the size that
+            was promised
 
 The rate is a promise about bytes, and the step is what keeps it: every block of rows takes the step that the bytes left
 over call for, the last stream the one that fits best. The least rate-distortion cost needs no rate in the search: with
@@ -30,7 +31,7 @@ from waterfill.codecs.entropy import DamagedError, lanes_for
 from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import groups, rotate
 from waterfill.codecs.levels import Levels
-from waterfill.codecs.trellis import stream
+from waterfill.codecs.trellis import bitstream
 from waterfill.codecs.trellis.code import CODES, search
 from waterfill.codecs.trellis.curves import curve
 
@@ -105,7 +106,7 @@ class Trellis(Codec):
 
     def parts(self, shape: Shape, weights: int) -> Parts:
         """The streams, as large as they were packed."""
-        return Parts("streams", stream.stream_rows(shape[1]), row_bytes=0)
+        return Parts("streams", bitstream.stream_rows(shape[1]), row_bytes=0)
 
     def to_levels(self, streams: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode to buffers of `self.levels`: codes U8, scales F16 `[rows, groups]`.
@@ -151,12 +152,12 @@ def least_bytes(shape: Shape) -> int:
 def side_bits(rows: int, width: int) -> float:
     """Bits of a stream that are not symbols, typically."""
     scales = TYPICAL_SCALE_BITS * rows * len(groups(width))
-    return 8 * (stream.HEADER_BYTES + 4) + scales + 16 * lanes_for(rows * width)
+    return 8 * (bitstream.HEADER_BYTES + 4) + scales + 16 * lanes_for(rows * width)
 
 
 def _streams(shape: Shape) -> list[int]:
     """Rows of each stream."""
-    rows, each = shape[0], stream.stream_rows(shape[1])
+    rows, each = shape[0], bitstream.stream_rows(shape[1])
     return [min(each, rows - first) for first in range(0, rows, each)]
 
 
@@ -171,12 +172,12 @@ class _Target(NamedTuple):
 
     @property
     def side_bytes(self) -> int:
-        return stream.HEADER_BYTES + -(-self.scale_codes.size * self.scale_bits // 8)
+        return bitstream.HEADER_BYTES + -(-self.scale_codes.size * self.scale_bits // 8)
 
 
 class _Try(NamedTuple):
     nominal: float  # rate that the step was chosen for
-    coded: stream.CodedLevels
+    coded: bitstream.CodedLevels
     size_bytes: int
 
 
@@ -191,11 +192,11 @@ class _Encoder(Encoder):
         self._ends: list[int] = []
         self._at = 4 * len(_streams(shape))
         self._started = False
-        self.block_rows = BLOCK_STREAMS * stream.stream_rows(shape[1])
+        self.block_rows = BLOCK_STREAMS * bitstream.stream_rows(shape[1])
 
     def add(self, rows: torch.Tensor) -> Iterator[Piece]:
         rotated = rotate(rows.to(torch.float32) * 2.0**-self._exponent)
-        targets = [_target(part) for part in rotated.split(stream.stream_rows(self._width))]
+        targets = [_target(part) for part in rotated.split(bitstream.stream_rows(self._width))]
         last = len(rows) == self._rows_left
         closing = targets.pop() if last else None
         if targets:
@@ -228,16 +229,16 @@ class _Encoder(Encoder):
         low, high = 0.0, math.inf
         for _ in range(FIT_ATTEMPTS):
             one = self._try(target, nominal)
-            room = limit_bytes - one.size_bytes
-            if room >= 0:
+            unused_bytes = limit_bytes - one.size_bytes
+            if unused_bytes >= 0:
                 low = max(low, nominal)
                 if best is None or one.size_bytes > best.size_bytes:
                     best = one
-                if room <= max(slack * limit_bytes, 2) or nominal >= self._most:
+                if unused_bytes <= max(slack * limit_bytes, 2) or nominal >= self._most:
                     break
             else:
                 high = min(high, nominal)
-            following = nominal + 8 * (room - slack * limit_bytes / 2) / target.rotated.numel()
+            following = nominal + 8 * (unused_bytes - slack * limit_bytes / 2) / target.rotated.numel()
             if not low < following < high:
                 following = (low + high) / 2 if high < math.inf else following
             nominal = min(max(following, 0.0), self._most)
@@ -256,24 +257,24 @@ class _Encoder(Encoder):
         """Code with the step of a rate; below 0, with ever shorter targets."""
         rate = max(nominal, 0.0)
         step, shrink = self._curve.step(rate), (1 - self._curve.t2(rate)) * 2.0 ** min(nominal, 0.0)
-        least, most = stream.bounds(self._codec.states, self._codec.wide)
+        least, most = bitstream.bounds(self._codec.states, self._codec.wide)
         lanes = lanes_for(len(target.x))
         found = search(target.x * np.float32(shrink / step), self._codec.states, lanes, least, most)
-        coded = stream.code(target.x, found, self._codec.states, self._codec.wide, 4 * step)
+        coded = bitstream.code(target.x, found, self._codec.states, self._codec.wide, 4 * step)
         return _Try(nominal, coded, target.side_bytes + len(coded.tables) + len(coded.payload))
 
     def _write(self, target: _Target, one: _Try) -> Iterator[Piece]:
         rows, width = target.rotated.shape
         values = torch.from_numpy(one.coded.values[: rows * width].astype(np.float32)).view(rows, width)
-        deviations = stream.scale_values(target.scale_codes, target.unit).astype(np.float32)
+        deviations = bitstream.scale_values(target.scale_codes, target.unit).astype(np.float32)
         unscaled = values * per_weight(torch.from_numpy(deviations), width)
         unit = float(np.float32(target.unit * _gain(target.rotated, unscaled, self._rho)))
-        scales = stream.scale_values(target.scale_codes, unit).astype(np.float32)
+        scales = bitstream.scale_values(target.scale_codes, unit).astype(np.float32)
         error = target.rotated - values * per_weight(torch.from_numpy(scales), width)
         unit_power = 4.0**self._exponent
         self.noise_power += float(error.double().square().sum()) * unit_power
         self.power += float(target.rotated.double().square().sum()) * unit_power
-        data = stream.write(one.coded, unit, target.scale_codes, target.scale_bits)
+        data = bitstream.write(one.coded, unit, target.scale_codes, target.scale_bits)
         yield Piece("streams", self._at, data)
         self._at += len(data)
         self._ends.append(self._at)
@@ -289,14 +290,14 @@ def _target(rotated: torch.Tensor) -> _Target:
     rows, width = rotated.shape
     deviation = (group_sums(rotated.double().square()) / group_sizes(width, torch.float64)).sqrt().numpy()
     largest = float(deviation.max())
-    used = deviation > largest * 2.0 ** (-(2**stream.MOST_SCALE_BITS - 3) / SCALE_STEPS)
+    used = deviation > largest * 2.0 ** (-(2**bitstream.MOST_SCALE_BITS - 3) / SCALE_STEPS)
     unit = float(np.float32(deviation[used].min())) if largest else 0.0
     codes = np.zeros(deviation.shape, np.int64)
     if largest:
         codes[used] = np.rint(SCALE_STEPS * np.log2(deviation[used] / unit)).astype(np.int64) + 1
     bits = 0 if (codes == 1).all() else int(codes.max()).bit_length()
     scale = np.where(codes > 0, unit * 2.0 ** ((codes - 1) / SCALE_STEPS), np.inf).astype(np.float32)
-    x = np.zeros(stream.padded(rows * width), np.float32)
+    x = np.zeros(bitstream.padded(rows * width), np.float32)
     x[: rows * width] = (rotated / per_weight(torch.from_numpy(scale), width)).reshape(-1).numpy()
     return _Target(rotated, x, codes, bits, unit)
 
@@ -328,7 +329,7 @@ def _decode_reference(
         try:
             if not start <= end <= len(data):
                 raise DamagedError("the index is damaged")
-            found, part = stream.read(data[start:end].tobytes(), rows, width, codec.states, codec.wide)
+            found, part = bitstream.read(data[start:end].tobytes(), rows, width, codec.states, codec.wide)
             if i == len(count) - 1 and data[end:].any():
                 raise DamagedError("what follows the last stream is not zeros")
         except DamagedError as error:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from waterfill.base.writing import write_file
 from waterfill.codecs.entropy import MOST_LANES, code_length_bits, from_counts
+from waterfill.codecs.trellis.bitstream import MOST_LEVEL_SYMBOLS, centroids
 from waterfill.codecs.trellis.code import indices, search
 from waterfill.codecs.trellis.curves import FILE, STATES
-from waterfill.codecs.trellis.stream import MOST_LEVEL_SYMBOLS, centroids
 
 SAMPLES = 1 << 20
 LEAST, MOST = -512, 511

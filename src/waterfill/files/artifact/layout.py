@@ -114,13 +114,13 @@ def _place(tensor: TensorSpec) -> tuple[int, int]:
 
 def _cut(tensors: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
     groups: list[list[TensorSpec]] = []
-    room = 0
+    left_bytes = 0
     for tensor in tensors:
-        if not groups or tensor.size_bytes > room or len(groups[-1]) == SHARD_TENSORS:
+        if not groups or tensor.size_bytes > left_bytes or len(groups[-1]) == SHARD_TENSORS:
             groups.append([])
-            room = shard_bytes
+            left_bytes = shard_bytes
         groups[-1].append(tensor)
-        room -= tensor.size_bytes
+        left_bytes -= tensor.size_bytes
     return groups
 
 

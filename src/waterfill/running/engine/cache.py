@@ -157,14 +157,14 @@ class KeysValues:
         self._written = self._resident(self.length, self.capacity) if self.length else 0
         for arrays in (self._keys, self._values):
             for layer in range(shape.layers):
-                room = np.empty(
+                array = np.empty(
                     (shape.kv_heads, self.capacity, shape.head_dim), np.uint16 if shape.half else np.float32
                 )
                 if layer < len(arrays):
-                    room[:, : self.length] = arrays[layer][:, : self.length]
-                    arrays[layer] = room
+                    array[:, : self.length] = arrays[layer][:, : self.length]
+                    arrays[layer] = array
                 else:
-                    arrays.append(room)
+                    arrays.append(array)
         self._addresses = tuple(_pointers(arrays) for arrays in (self._keys, self._values))
 
     def append(self, tokens: int) -> None:

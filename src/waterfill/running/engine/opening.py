@@ -18,7 +18,7 @@ from waterfill.running.engine.families.llama import LlamaModel, working
 from waterfill.running.engine.families.llama_spec import EMBEDDING, PROJECTIONS, Spec, read_spec
 from waterfill.running.engine.weights import Floats, Resident, Streamed
 from waterfill.running.streaming.fit import Fit, fit, packed_names
-from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Limit, held_bytes, room
+from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Limit, held_bytes, spare_bytes
 from waterfill.running.streaming.storage import Storage
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.tuning import USUAL, Tuning
@@ -101,7 +101,7 @@ def _streamed(
         matrices = {
             name: tuning.matrix(artifact.tensors[name], storage, verify=verify) for name in packed_names(artifact)
         }
-        spare = room(
+        spare = spare_bytes(
             artifact.path,
             matrices.values(),
             chosen.limit_bytes,

@@ -18,7 +18,7 @@ from waterfill.running.hf.source import StreamedSource
 from waterfill.running.hf.trial import Blank, Trial, try_passes
 from waterfill.running.streaming.chunks import StreamedMatrix
 from waterfill.running.streaming.fit import Fit
-from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, OVERHEAD_BYTES, Limit, held_bytes, room
+from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, OVERHEAD_BYTES, Limit, held_bytes, spare_bytes
 from waterfill.running.streaming.storage import Storage
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.tuning import USUAL, Tuning
@@ -48,7 +48,7 @@ def attach(
     storage = Storage()
     try:
         matrices = {path: tuning.matrix(tensor, storage, verify=verify) for path, tensor in _tensors(modules, artifact)}
-        spare = room(
+        spare = spare_bytes(
             artifact.path,
             matrices.values(),
             chosen.limit_bytes,

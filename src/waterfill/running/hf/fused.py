@@ -38,7 +38,7 @@ _ATTENTION, _GATED = (
     for part in ("self_attn.", "mlp.")
 )
 _FIRST_CAPACITY = 256  # positions of a cache that begins to grow in place
-_ROOM = "_waterfill_room"
+_BUFFERS = "_waterfill_buffers"
 
 _log = logging.getLogger("waterfill.kernels")
 
@@ -180,12 +180,12 @@ def _native(layer: Any) -> DecoderLayer | _Obstacle:
 
 def _held(entry: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The larger buffers that an entry's keys and values begin, if a native layer wrote to it last."""
-    held: tuple[torch.Tensor, torch.Tensor] | None = entry.__dict__.get(_ROOM)
+    held: tuple[torch.Tensor, torch.Tensor] | None = entry.__dict__.get(_BUFFERS)
     if held is None:
         return None
     same = (
-        x.data_ptr() == room.data_ptr() and x.stride() == room.stride()
-        for x, room in zip((entry.keys, entry.values), held, strict=True)
+        x.data_ptr() == buffer.data_ptr() and x.stride() == buffer.stride()
+        for x, buffer in zip((entry.keys, entry.values), held, strict=True)
     )
     return held if all(same) else None
 
@@ -206,7 +206,7 @@ def _buffers(entry: Any) -> tuple[torch.Tensor, torch.Tensor]:
     capacity = max(_FIRST_CAPACITY, 2 * used)
     keys, values = (x.new_empty(1, x.shape[1], capacity, x.shape[3]) for x in (entry.keys, entry.values))
     keys[:, :, :used], values[:, :, :used] = entry.keys, entry.values
-    setattr(entry, _ROOM, (keys, values))
+    setattr(entry, _BUFFERS, (keys, values))
     return keys, values
 
 

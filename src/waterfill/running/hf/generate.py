@@ -25,7 +25,14 @@ from waterfill.files.settings.messages import Message, check_messages, check_tex
 from waterfill.files.settings.templates import conversation_text
 from waterfill.files.settings.tokenizing import failed, in_words
 from waterfill.running.hf.turns import Turn
-from waterfill.running.text.sampling import DRAFT_TOKENS, GenerationStats, Sampling, begun, check_speculation, room
+from waterfill.running.text.sampling import (
+    DRAFT_TOKENS,
+    GenerationStats,
+    Sampling,
+    begun,
+    check_speculation,
+    free_positions,
+)
 
 # What a generation_config.json says besides how to choose.
 _NO_CHOICES = {"_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -92,7 +99,7 @@ def generate(
     known = getattr(model.config.get_text_config(), "vocab_size", None)
     if known is not None and (highest := int(ids.max())) >= known:
         raise unknown_token("the prompt", highest, known)
-    most = min(sampling.max_new_tokens, room(ids.shape[1], context_length(model.config)))
+    most = min(sampling.max_new_tokens, free_positions(ids.shape[1], context_length(model.config)))
     drafted = DRAFT_TOKENS if draft is not None else lookup or 0
     arguments = {
         "input_ids": ids.to(model.device),

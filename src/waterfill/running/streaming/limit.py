@@ -2,8 +2,8 @@
 
 limit = what the process holds already + keys and values of a text + activations of a pass + ring + kept weights
 
-`room` divides it when a streamed model is loaded. Afterwards a `Limit` looks at every text before it is begun, and has
-kept weights yield before every pass.
+`spare_bytes` divides it when a streamed model is loaded. Afterwards a `Limit` looks at every text before it is begun,
+and has kept weights yield before every pass.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Limit:
 
     def _yield(self, needed_bytes: int) -> None:
         if self._streamer is not None:
-            self._streamer.make_room(needed_bytes + self._draft_bytes)
+            self._streamer.make_way(needed_bytes + self._draft_bytes)
 
     def _text_bytes(self, text: int, prompt: int, logits: int, *, whole: bool = False) -> int:
         piece = min(prompt, LEAST_PASS) if self.pieces and not whole else prompt
@@ -171,7 +171,7 @@ def held_bytes() -> int:
     return process.resident_bytes()
 
 
-def room(
+def spare_bytes(
     path: Path,
     matrices: Iterable[StreamedMatrix],
     limit_bytes: int,

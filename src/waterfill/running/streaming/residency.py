@@ -49,7 +49,7 @@ class Residency:
         return frozenset(self.coded) | frozenset(self.decoded)
 
 
-def choose(chunks: Sequence[Chunk], budget_bytes: int, speeds: Speeds, steps: int = 16) -> Residency:
+def choose_residency(chunks: Sequence[Chunk], budget_bytes: int, speeds: Speeds, steps: int = 16) -> Residency:
     """The residency that fits in the budget and makes a pass shortest, of shares of the budget for decoded chunks.
 
     Kept chunks are spread evenly over the pass: storage reads ahead while they are multiplied.

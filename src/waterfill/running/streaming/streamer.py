@@ -88,7 +88,7 @@ class Streamer:
         )
         # Experts come first: how often each is used is not known, but all of them cannot be read for every token.
         cache_bytes = int(tuning.cache_share * spare_bytes) if _has_experts(others) else 0
-        self.kept = Kept(tuning.choose(chunks, spare_bytes - cache_bytes, self.speeds))
+        self.kept = Kept(tuning.choose_residency(chunks, spare_bytes - cache_bytes, self.speeds))
         self.on_demand = OnDemand(storage, self.kept, cache_bytes=cache_bytes, meter=self._meter)
         for data in read_first(storage, matrices, self.kept.residency.kept, verify=verify, progress=progress):
             self.kept.put(data, lent=True)
@@ -202,13 +202,13 @@ class Streamer:
             kept = self.kept.nbytes + self.on_demand.nbytes
         return (self._ring_bytes if self._ahead is None else 0) - kept
 
-    def make_room(self, size_bytes: int) -> None:
+    def make_way(self, size_bytes: int) -> None:
         """Before a pass that takes so much more memory: give up kept chunks for it, or take back what was given up."""
-        room = self.limit_bytes - process.resident_bytes() - size_bytes
+        spare_bytes = self.limit_bytes - process.resident_bytes() - size_bytes
         with self._lock:
-            if room < 0:
-                self._shed(-room)
-            elif taken := self.kept.take_back(room, self.on_demand.read):
+            if spare_bytes < 0:
+                self._shed(-spare_bytes)
+            elif taken := self.kept.take_back(spare_bytes, self.on_demand.read):
                 _log.info("memory is free again: %d chunks are kept as before", taken)
                 self._follow()
 

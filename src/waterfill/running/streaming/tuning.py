@@ -20,13 +20,13 @@ from waterfill.files.artifact import StoredTensor
 from waterfill.running.streaming.ahead import SLOTS
 from waterfill.running.streaming.calibration import READING_S, WORKING_S
 from waterfill.running.streaming.chunks import CHUNK_BYTES, PART_WEIGHTS, Chunk, StreamedMatrix
-from waterfill.running.streaming.residency import Residency, Speeds, choose
+from waterfill.running.streaming.residency import Residency, Speeds, choose_residency
 from waterfill.running.streaming.storage import Storage
 
 CACHE_SHARE = 0.9  # of what is left over, for experts
 PASS_BYTES = 64 << 20  # of activations; longer prompts are read in several passes
 
-Choose = Callable[[Sequence[Chunk], int, Speeds], Residency]  # chunks of a pass, bytes that they may take
+ChooseResidency = Callable[[Sequence[Chunk], int, Speeds], Residency]  # chunks of a pass, bytes that they may take
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tuning:
     working_s: float = WORKING_S  # of measuring
     cache_share: float = CACHE_SHARE
     pass_bytes: int = PASS_BYTES
-    choose: Choose = choose  # what is kept in memory
+    choose_residency: ChooseResidency = choose_residency  # what is kept in memory
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("chunk_bytes", "part_weights", "slots", "pass_bytes"), 1)

@@ -19,7 +19,7 @@ from waterfill.files.settings.messages import Message
 from waterfill.running.text.defaults import Defaults
 from waterfill.running.text.model import Lease, Sequences, TokenModel, TokenSequence, read
 from waterfill.running.text.next_token import Floats, Rules
-from waterfill.running.text.sampling import DRAFT_TOKENS, GenerationStats, Sampling, check_speculation, room
+from waterfill.running.text.sampling import DRAFT_TOKENS, GenerationStats, Sampling, check_speculation, free_positions
 from waterfill.running.text.speculate import Draft, Drafter, DraftModel, Lookup, verify
 from waterfill.running.text.tokenizer import TextStream, Tokenizer
 
@@ -124,7 +124,7 @@ class Asked:
         ids, model = self._tokenizer.prompt_ids(prompt), self._sequences.model
         if max(ids) >= model.vocabulary:
             raise unknown_token("the prompt", max(ids), model.vocabulary)
-        room(len(ids), model.positions)
+        free_positions(len(ids), model.positions)
         return ids
 
     def run(self, ids: list[int]) -> Run:
@@ -136,7 +136,7 @@ class Asked:
             leases.append(Lease(self._draft))
             draft, drafted = leases[-1].sequence, DRAFT_TOKENS
             drafter = DraftModel(draft, self._rules)
-        most = min(self._sampling.max_new_tokens, room(len(ids), model.positions))
+        most = min(self._sampling.max_new_tokens, free_positions(len(ids), model.positions))
         model.expect(lease.sequence, len(ids) + most, len(ids), logits=drafted + 1, draft=draft)
         seed = self._sampling.seed
         return Run(lease.sequence, ids, most, self._rules, self._defaults.ends, drafter, seed, tuple(leases))

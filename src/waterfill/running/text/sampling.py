@@ -98,7 +98,7 @@ def begun(ids: list[int], beginning: int | None) -> list[int]:
     return ids if beginning is None or ids else [beginning]
 
 
-def room(prompt_tokens: int, positions: int | None) -> int:
+def free_positions(prompt_tokens: int, positions: int | None) -> int:
     """How many tokens a model can add to a prompt before its positions are used up. WaterfillError if none."""
     if not positions:
         return sys.maxsize

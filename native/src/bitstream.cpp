@@ -1,4 +1,4 @@
-#include "stream.hpp"
+#include "bitstream.hpp"
 
 #include <algorithm>
 #include <cstring>
@@ -217,7 +217,7 @@ bool rans_decode(const Functions& f, const uint8_t* in, int64_t bytes, int lanes
 
 int64_t stream_rows(int64_t width) { return kTile * most(1, kStreamWeights / (kTile * width)); }
 
-int64_t stream_count(const StreamShape& s) { return ceil_div(s.rows, stream_rows(s.width)); }
+int64_t stream_count(const BitstreamShape& s) { return ceil_div(s.rows, stream_rows(s.width)); }
 
 int64_t padded_count(int64_t weights, int* lanes) {
     *lanes = kMostLanes;
@@ -228,7 +228,7 @@ int64_t padded_count(int64_t weights, int* lanes) {
 namespace {
 
 // Everything before the words: false where that is damaged.
-bool open_stream(const StreamShape& s, const StreamPart& part, LevelReader& r) {
+bool open_stream(const BitstreamShape& s, const BitstreamPart& part, LevelReader& r) {
     Reader reader{part.in, part.in + part.bytes};
     const int64_t rows = part.rows;
     uint16_t* scales = part.scales;
@@ -291,7 +291,7 @@ void put_levels(const Level* levels, int64_t rows, int64_t width, const LevelPla
 
 // All of a stream, symbols first.
 template <class Level>
-bool decode_levels(const Functions& f, const StreamShape& s, LevelReader& r, const StreamPart& part) {
+bool decode_levels(const Functions& f, const BitstreamShape& s, LevelReader& r, const BitstreamPart& part) {
     uint8_t* symbols = scratch(kSymbols, r.left);
     Level* levels = reinterpret_cast<Level*>(scratch(kLevels, r.left * int64_t(sizeof(Level))));
     if (!f.decode_symbols(r.table, r.lanes, r.x, r.at, r.end, r.left, symbols)) return false;
@@ -314,18 +314,18 @@ void pad_rows(int64_t rows, int64_t width, int64_t item, const LevelPlace& to) {
 
 }  // namespace
 
-LevelPlace in_rows(const StreamShape& s, uint8_t* codes) {
+LevelPlace in_rows(const BitstreamShape& s, uint8_t* codes) {
     const int64_t item = s.wide ? 2 : 1, row = s.width * item;
     return {codes, kTile * row, row, kChunk * item, false, uint16_t(s.wide ? 0x8000 : 0x80)};
 }
 
-LevelPlace in_tiles(const StreamShape& s, uint8_t* codes, int bias) {
+LevelPlace in_tiles(const BitstreamShape& s, uint8_t* codes, int bias) {
     const int64_t chunk = kChunk * (s.wide ? 2 : 1);
     // adding 128 turns the upper bit over
     return {codes, chunks_per_row(s.width, 1) * kTile * chunk, chunk, kTile * chunk, true, uint16_t(s.wide ? 0 : bias)};
 }
 
-void read_streams(const Functions& f, const StreamShape& s, const StreamPart* parts, int count, bool* good) {
+void read_streams(const Functions& f, const BitstreamShape& s, const BitstreamPart* parts, int count, bool* good) {
     LevelReader readers[kTogether], *sound[kTogether];
     LevelPlace places[kTogether];
     int sounds = 0;
@@ -340,7 +340,7 @@ void read_streams(const Functions& f, const StreamShape& s, const StreamPart* pa
     for (int i = 0; i < count; ++i) {
         LevelReader& r = readers[i];
         LevelReader* const alone = &r;
-        const StreamPart& part = parts[i];
+        const BitstreamPart& part = parts[i];
         const int64_t done = together ? rows : 0;
         if (r.good && !s.wide && done < part.rows) f.decode_rows(&alone, &part.to, 1, s.width, done, part.rows);
         if (r.good && r.left)

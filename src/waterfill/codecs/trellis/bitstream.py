@@ -6,7 +6,7 @@
     raw bits    the low bits of every j, where rates are so high that they are noise
     symbols     rANS: states of the lanes, words
 
-`native/src/stream.cpp` reads the same.
+`native/src/bitstream.cpp` reads the same.
 """
 
 from __future__ import annotations
