@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
+from benchmarks.shared.report import REPOSITORY, BenchmarkReport, parse_arguments
 from waterfill.planning.allocate import Allocation, Choice, allocate, relax, smallest
 
 Menus = list[list[Choice]]
@@ -46,7 +46,7 @@ BUDGETS_BITS = (2.5, 3.0, 3.25, 3.5, 4.0, 4.25, 5.0, 6.0)
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    report = Report("allocation: multiple-choice knapsack over tensors")
+    report = BenchmarkReport("allocation: multiple-choice knapsack over tensors")
     unused = measure_experts(report, quick=arguments.quick)
     llama = published_sensitivities()
     if llama is None:
@@ -57,7 +57,7 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def measure_llama(report: Report, alphas: list[float], weights: list[int], *, quick: bool) -> list[float]:
+def measure_llama(report: BenchmarkReport, alphas: list[float], weights: list[int], *, quick: bool) -> list[float]:
     """Time, agreement with HiGHS and predicted perplexity at every budget; returns the unused shares."""
     menus = make_menus(alphas, weights)
     rows, deviations, times, unused = [], [], [], []
@@ -79,7 +79,7 @@ def measure_llama(report: Report, alphas: list[float], weights: list[int], *, qu
     return unused
 
 
-def measure_experts(report: Report, *, quick: bool) -> list[float]:
+def measure_experts(report: BenchmarkReport, *, quick: bool) -> list[float]:
     """Time and memory on a mixture of experts, for two kinds of sensitivities; returns the unused shares."""
     tensors, weights = 25_000, 2048 * 768
     alphas = np.exp(np.random.default_rng(0).normal(scale=math.log(1000) / 6, size=tensors)) / tensors

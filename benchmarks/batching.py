@@ -22,7 +22,7 @@ import numpy as np
 
 import waterfill
 from benchmarks.shared.make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
-from benchmarks.shared.report import Report, median_spread, parse_arguments
+from benchmarks.shared.report import BenchmarkReport, median_spread, parse_arguments
 from benchmarks.shared.rounds import Effort, Round, ratios, undisturbed
 from benchmarks.streaming.models import even_sensitivity
 from waterfill.base.errors import MemoryLimitError
@@ -48,7 +48,7 @@ def main() -> None:
     arguments = parse_arguments(
         __doc__, patience={"type": float, "default": PATIENCE_S, "help": "seconds to repeat disturbed rounds for"}
     )
-    report = Report("several texts in one pass")
+    report = BenchmarkReport("several texts in one pass")
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             row
@@ -80,7 +80,7 @@ def packed(folder: Path, purpose: str, arguments: Namespace) -> Path:
     return folder / purpose
 
 
-def measure_artifact(report: Report, artifact: Path, arguments: Namespace) -> list[list[Any]]:
+def measure_artifact(report: BenchmarkReport, artifact: Path, arguments: Namespace) -> list[list[Any]]:
     """Rows of the table: in memory, and streamed."""
     size = sum(file.stat().st_size for file in artifact.glob("*.safetensors"))
     rows = []
@@ -106,7 +106,7 @@ def least_bytes(artifact: Path) -> int:
     raise SystemExit("a model in 1 MB: the limit is not held")
 
 
-def measure_model(report: Report, what: str, model: LlamaModel, arguments: Namespace) -> list[float]:
+def measure_model(report: BenchmarkReport, what: str, model: LlamaModel, arguments: Namespace) -> list[float]:
     tokens = QUICK_TOKENS if arguments.quick else NEW_TOKENS
     effort = Effort(QUICK_ROUNDS if arguments.quick else ROUNDS, 0 if arguments.quick else arguments.patience)
     samples = undisturbed(report, what, effort, partial(one_round, model, tokens))

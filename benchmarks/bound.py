@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.allocation import PUBLISHED_T2
-from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
+from benchmarks.shared.report import REPOSITORY, BenchmarkReport, parse_arguments
 from waterfill.codecs import Higgs, get_codec
 from waterfill.planning.menu import CODECS
 
@@ -56,7 +56,7 @@ class BoundedCode:
 
 def main() -> None:
     arguments = parse_arguments(__doc__, figure={"type": Path, "default": FIGURE, "metavar": "FILE"})
-    report = Report("the fixed-rate menu and the Gaussian bound")
+    report = BenchmarkReport("the fixed-rate menu and the Gaussian bound")
     codecs = [codec for codec in map(get_codec, CODECS) if isinstance(codec, Higgs)]
     points = sorted(map(BoundedCode, codecs), key=lambda point: (point.rate_bits, point.codec.p))
     columns = ["codec", "R", *(f"stored at {width}" for width in WIDTHS)]
@@ -71,7 +71,7 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def compare_published(report: Report, points: list[BoundedCode]) -> None:
+def compare_published(report: BenchmarkReport, points: list[BoundedCode]) -> None:
     """Each grid that was published is matched, and the best ratio at every whole rate is told."""
     published = {(p, n): t2 for p, grids in PUBLISHED_T2.items() for n, t2 in grids.items()}
     excess = {}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shared.models import OpenedModel, open_model, split_windows, spread
-from benchmarks.shared.report import EXAMPLE_MODEL, REPOSITORY, Report, held_out_text, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, REPOSITORY, BenchmarkReport, held_out_text, parse_arguments
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import get_codec
 from waterfill.planning.budget import Budget
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def run(setup: CompareSetup, figures: Path | None, json: Path | None) -> None:
-    report = Report("methods at true bytes, and the theorem under test")
+    report = BenchmarkReport("methods at true bytes, and the theorem under test")
     opened = open_model(EXAMPLE_MODEL)
     held_out, rest = split_windows(opened.tokenizer, held_out_text(report), CONTEXT)
     ids = spread(held_out, setup.windows).flatten()
@@ -148,7 +148,7 @@ def measured_on(opened: OpenedModel, tokens: Tensor, kind: str) -> Sensitivity:
 # ------------------------------------------------------------------------------------------------------ the comparison
 
 
-def compare(report: Report, subject: StudiedModel, ids: Tensor, setup: CompareSetup) -> Comparison:
+def compare(report: BenchmarkReport, subject: StudiedModel, ids: Tensor, setup: CompareSetup) -> Comparison:
     found = compare_methods(
         subject,
         ids,
@@ -184,7 +184,7 @@ def compare(report: Report, subject: StudiedModel, ids: Tensor, setup: CompareSe
     return found
 
 
-def criteria(report: Report, found: Comparison) -> None:
+def criteria(report: BenchmarkReport, found: Comparison) -> None:
     peers = [row for row in found.measured if row.family != "waterfill" and row.ratio is not None]
     free = [row for row in peers if not row.calibrated]
     for row in free:
@@ -212,7 +212,7 @@ def draw_comparison(found: Comparison, path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the theorem
 
 
-def theorem(report: Report, subject: StudiedModel, ids: Tensor, setup: CompareSetup) -> list[Variant]:
+def theorem(report: BenchmarkReport, subject: StudiedModel, ids: Tensor, setup: CompareSetup) -> list[Variant]:
     """Pack, decode and measure every variant; say in which range of bits predictions hold."""
     cases = list({c[2].options: c for c in [*allotted_cases(subject, setup), *uniform_cases(subject, setup)]}.values())
     found = compare_methods(

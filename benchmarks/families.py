@@ -22,7 +22,7 @@ from textwrap import fill
 import torch
 import transformers
 
-from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
+from benchmarks.shared.report import REPOSITORY, BenchmarkReport, parse_arguments
 from tests.support.family_check import BITS, FAMILIES, TOLERANCE, Outcome, check
 
 PAGE = REPOSITORY / "docs" / "families.md"
@@ -69,7 +69,7 @@ def main() -> None:
         jobs={"type": int, "default": 1, "help": "processes, with a thread each"},
         only={"nargs": "*", "default": FAMILIES, "help": "families"},
     )
-    report = Report("every causal family")
+    report = BenchmarkReport("every causal family")
     chosen = list(arguments.only)[: QUICK if arguments.quick else None]
     outcomes = []
     for outcome in _outcomes(chosen, arguments.jobs):

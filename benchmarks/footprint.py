@@ -22,7 +22,7 @@ import torch
 import waterfill
 from benchmarks.shared.limits import process_memory
 from benchmarks.shared.make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, median_spread, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, median_spread, parse_arguments
 from waterfill.codecs import get_codec
 from waterfill.codecs.contract import BLOCK_WEIGHTS
 
@@ -45,7 +45,7 @@ class Footprint:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    report = Report("memory and time of plan and pack")
+    report = BenchmarkReport("memory and time of plan and pack")
     with tempfile.TemporaryDirectory() as folder:
         shapes = TINY if arguments.quick else LLAMA_3_2_1B
         name = "tiny" if arguments.quick else "llama-3.2-1b"
@@ -60,7 +60,7 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def measure_model(report: Report, model: Path, folder: Path, probe: dict[str, int]) -> list[list[Any]]:
+def measure_model(report: BenchmarkReport, model: Path, folder: Path, probe: dict[str, int]) -> list[list[Any]]:
     """Rows of `plan` and of `pack` by that plan; the criterion on the memory of `pack`."""
     plan_file = folder / f"{model.name}.json"
     planned = measure(plan, model, plan_file, probe)
@@ -120,7 +120,7 @@ def _run(sender: Connection, step: Callable[..., None], arguments: tuple[Any, ..
     sender.send((time.perf_counter() - start, process_memory("self")["VmHWM"]))
 
 
-def measure_encoding(report: Report, repetitions: int) -> None:
+def measure_encoding(report: BenchmarkReport, repetitions: int) -> None:
     """Million weights per second on one matrix, in the blocks that `pack` uses."""
     weight = torch.randn(MATRIX).to(torch.bfloat16)
     blocks = weight.split(BLOCK_WEIGHTS // MATRIX[1])

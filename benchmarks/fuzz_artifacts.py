@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
+from benchmarks.shared.report import REPOSITORY, BenchmarkReport, parse_arguments
 from tests.support.artifact_drafts import write
 from tests.support.artifact_loaders import FindingError, judge
 from tests.support.artifact_mutations import Mutator
@@ -61,7 +61,7 @@ def main() -> None:
         findings={"type": Path, "metavar": "FOLDER", "default": FINDINGS, "help": "where to keep what went wrong"},
     )
     minutes = arguments.minutes or (QUICK_MINUTES if arguments.quick else MINUTES)
-    report = Report("lying artifacts through every loader")
+    report = BenchmarkReport("lying artifacts through every loader")
     with tempfile.TemporaryDirectory(prefix="fuzz-artifacts-") as folder:
         samples = sample_artifacts(Path(folder))
         if arguments.case:

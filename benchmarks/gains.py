@@ -26,7 +26,7 @@ from benchmarks.shared.models import (
     stored_bits,
     uniform_plan,
 )
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
 from benchmarks.shared.small_gpt2 import QUICK, Training, small_gpt2
 from waterfill.planning.loss import GAINS, Gain, gain_rho
 from waterfill.planning.menu import planned_kl
@@ -41,7 +41,7 @@ MARGIN = 0.03
 def main() -> None:
     arguments = parse_arguments(__doc__)
     torch.manual_seed(0)
-    report = Report("the three gains")
+    report = BenchmarkReport("the three gains")
     text = held_out_text(report)
     measure_family(report, "llama", EXAMPLE_MODEL, text, context=512, quick=arguments.quick)
     trained = small_gpt2(QUICK if arguments.quick else Training())
@@ -49,7 +49,7 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def measure_family(report: Report, family: str, path: Path, text: Path, *, context: int, quick: bool) -> None:
+def measure_family(report: BenchmarkReport, family: str, path: Path, text: Path, *, context: int, quick: bool) -> None:
     """KL of every gain at every rate; the criterion of this family."""
     subject = open_model(path)
     held_out, _ = split_windows(subject.tokenizer, text, context)

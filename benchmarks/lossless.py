@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, parse_arguments
 from waterfill import api
 from waterfill.base import native
 from waterfill.codecs import lossless
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parse_arguments(
         __doc__, model={"type": Path, "default": EXAMPLE_MODEL, "help": "whose weights are coded"}
     )
-    report = Report("lossless coding of weights")
+    report = BenchmarkReport("lossless coding of weights")
     repetitions = 2 if arguments.quick else 7
     threads = torch.get_num_threads()
     report.note(f"kernels: {native.isa()}, {threads} thread{'s' if threads > 1 else ''}; best of {repetitions}")
@@ -76,7 +76,7 @@ def weights(model: Path) -> Mapping[str, torch.Tensor]:
     return {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
 
 
-def compare(report: Report, name: str, tensors: Mapping[str, torch.Tensor], repetitions: int) -> list[Any]:
+def compare(report: BenchmarkReport, name: str, tensors: Mapping[str, torch.Tensor], repetitions: int) -> list[Any]:
     """One row of the table, and its criteria."""
     original = sum(tensor.nbytes for tensor in tensors.values())
     ideal = sum(map(ideal_bytes, tensors.values()))
@@ -183,7 +183,7 @@ def by_plane(name: str, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor])
     return [f"{name}, {str(dtype).removeprefix('torch.')}", float(bits[0]), rest, 100 * left / (8 * dtype.itemsize)]
 
 
-def whole_model(report: Report, model: Path) -> None:
+def whole_model(report: BenchmarkReport, model: Path) -> None:
     """`--lossless`: weight files with all headers against the entropy, and the time of planning."""
     start_s = time.perf_counter()
     plan = api.plan(model, lossless=True)

@@ -21,7 +21,7 @@ from typing import Any
 import waterfill
 from benchmarks.shared.limits import Limits, run_limited
 from benchmarks.shared.make_checkpoint import TINY, make_checkpoint
-from benchmarks.shared.report import Report, held_out_text, parse_arguments
+from benchmarks.shared.report import BenchmarkReport, held_out_text, parse_arguments
 from benchmarks.streaming.models import even_sensitivity
 
 SHAPES = TINY | {
@@ -72,14 +72,14 @@ class Way:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    report = Report("peak memory beside its limit")
+    report = BenchmarkReport("peak memory beside its limit")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["WATERFILL_CACHE"] = str(Path(folder) / "cache")
         measure(report, Path(folder), arguments)
     report.save(arguments.json)
 
 
-def measure(report: Report, folder: Path, arguments: Namespace) -> None:
+def measure(report: BenchmarkReport, folder: Path, arguments: Namespace) -> None:
     checkpoint = make_checkpoint(folder / "model", QUICK_SHAPES if arguments.quick else SHAPES)
     options: dict[str, Any] = {"uniform": True, "sensitivity": even_sensitivity(checkpoint)}
     waterfill.pack(checkpoint, folder / "packed", bits=BITS, **options)

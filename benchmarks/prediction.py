@@ -31,7 +31,7 @@ from benchmarks.shared.models import (
     stored_bits,
     uniform_plan,
 )
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
 from waterfill.files.architecture import Matrix
 from waterfill.planning.menu import planned_kl
 from waterfill.planning.plan import Plan, TensorPlan
@@ -87,7 +87,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__, full={"action": "store_true", "help": "every matrix in the last table"})
     setup = QUICK if arguments.quick else FULL
     torch.manual_seed(0)
-    report = Report("prediction against measurement")
+    report = BenchmarkReport("prediction against measurement")
     subject = open_model(EXAMPLE_MODEL)
     held_out, probe = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
     held_out = spread(held_out[: FULL.windows], setup.windows)
@@ -131,7 +131,7 @@ def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> float:
     return sum(planned_kl(tensor, sensitivity.tensors[tensor.name], tensor.rho) for tensor in tensors)
 
 
-def report_points(report: Report, points: Sequence[PlannedPoint]) -> None:
+def report_points(report: BenchmarkReport, points: Sequence[PlannedPoint]) -> None:
     columns = ["bits", "plan", "probe", "stored bits", "predicted", "measured", "stderr", "ratio", "ratio of random"]
     rows = [
         [
@@ -150,7 +150,7 @@ def report_points(report: Report, points: Sequence[PlannedPoint]) -> None:
     report.table("KL in nats per token; ratio = predicted / measured", columns, rows, key="points")
 
 
-def report_criteria(report: Report, points: Sequence[PlannedPoint]) -> None:
+def report_criteria(report: BenchmarkReport, points: Sequence[PlannedPoint]) -> None:
     promised = [point for point in points if point.bits in RATES]
     for probe, goal in PROMISED.items():
         worst = max((abs(point.ratio - 1) for point in promised if point.probe == probe), default=None)
@@ -174,7 +174,7 @@ def report_criteria(report: Report, points: Sequence[PlannedPoint]) -> None:
 
 
 def report_tensors(
-    report: Report,
+    report: BenchmarkReport,
     subject: OpenedModel,
     sensitivity: Sensitivity,
     held_out: Tensor,

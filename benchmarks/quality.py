@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shared.models import OpenedModel, decoded_copy, measure_sensitivity, open_model, split_windows
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
 from waterfill.codecs.grids import available
 from waterfill.evaluation import Divergence, divergence
 from waterfill.planning.budget import Budget
@@ -67,7 +67,7 @@ class QualityBench:
 def main() -> None:
     arguments = parse_arguments(__doc__)
     windows, sequences = (6, 6) if arguments.quick else (60, 32)
-    report = Report("quality at equal stored bits")
+    report = BenchmarkReport("quality at equal stored bits")
     subject = open_model(EXAMPLE_MODEL)
     held_out, _ = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
     sensitivity = measure_sensitivity(subject, "self", sequences, CONTEXT)
@@ -80,7 +80,7 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def compare_peers(report: Report, bench: QualityBench) -> None:
+def compare_peers(report: BenchmarkReport, bench: QualityBench) -> None:
     """Every peer beside the uniform and the allotted plan of at most its stored bits."""
     rows = []
     ours: dict[float, list[tuple[Plan, Divergence]]] = {}
@@ -106,7 +106,7 @@ def compare_peers(report: Report, bench: QualityBench) -> None:
     report.note(f"perplexity of the model itself: {report.results['ppl_reference']:.2f}")
 
 
-def compare_allotment(report: Report, bench: QualityBench) -> None:
+def compare_allotment(report: BenchmarkReport, bench: QualityBench) -> None:
     """What allotting gains over one grid for all, with the whole menu and with scalar grids only."""
     rows = []
     for menu, codecs in (("all grids", ()), ("scalar grids", SCALAR_GRIDS)):

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.shared.models import OpenedModel, open_model, split_windows, spread
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
 from waterfill.planning.loss import Coefficients
 from waterfill.planning.sensitivity import Method, measure
 
@@ -34,7 +34,7 @@ class ProbeRun:
 def main() -> None:
     arguments = parse_arguments(__doc__)
     context, parts = (128, 2) if arguments.quick else (512, 4)
-    report = Report("sensitivities: fisher against perturb")
+    report = BenchmarkReport("sensitivities: fisher against perturb")
     subject = open_model(EXAMPLE_MODEL)
     _, probe = split_windows(subject.tokenizer, held_out_text(report), context)
     tokens = spread(probe, PART * parts).split(PART)
@@ -63,7 +63,7 @@ def average(runs: Sequence[ProbeRun], coefficient: str) -> dict[str, float]:
     return {name: statistics.fmean(getattr(run.tensors[name], coefficient) for run in runs) for name in runs[0].tensors}
 
 
-def report_agreement(report: Report, fisher: Sequence[ProbeRun], perturb: Sequence[ProbeRun]) -> None:
+def report_agreement(report: BenchmarkReport, fisher: Sequence[ProbeRun], perturb: Sequence[ProbeRun]) -> None:
     columns = {(c, m): average(runs, c) for c in ("alpha", "beta") for m, runs in (("f", fisher), ("p", perturb))}
     names = list(columns["alpha", "f"])
     rows = [[name, *(columns[c, m][name] for c in ("alpha", "beta") for m in ("f", "p"))] for name in names]
@@ -83,7 +83,7 @@ def log_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(np.log(a), np.log(b))[0, 1])
 
 
-def report_shared_scales(report: Report, beta: dict[str, float]) -> None:
+def report_shared_scales(report: BenchmarkReport, beta: dict[str, float]) -> None:
     """Scores depend on the product of q and k only, so each layer's two must have the same β."""
     pairs = [(beta[name], beta[name.replace("q_proj", "k_proj")]) for name in beta if name.endswith("q_proj")]
     worst = max(abs(q / k - 1) for q, k in pairs)

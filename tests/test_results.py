@@ -24,7 +24,7 @@ def reports() -> dict[str, dict[str, Any]]:
 @pytest.fixture
 def saved(tmp_path: Path) -> dict[str, Any]:
     """What a run leaves: a table, a criterion that holds and one that does not, a note."""
-    report = common.Report("a title")
+    report = common.BenchmarkReport("a title")
     report.table("printed", ["codec", "bits|b", "±"], [["p1", 2.0, None], ["p2", 3.14159, 1]], key="by_codec")
     report.criterion("worst_ratio", 1.23456, "<= 1", False)
     report.criterion("ratio_of_p1", 0.5, "|x| <= 1", True)
@@ -93,7 +93,7 @@ def test_the_summary_names_what_is_not_met(reports: dict[str, dict[str, Any]], s
 def test_a_report_names_the_text_it_was_measured_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some.txt").write_bytes(b"x = 1\n")
     monkeypatch.setenv("WATERFILL_TEXT", str(tmp_path / "some.txt"))
-    report = common.Report("a title")
+    report = common.BenchmarkReport("a title")
     assert common.held_out_text(report) == tmp_path / "some.txt"
     assert report.text == {"name": "some.txt", "bytes": 6, "sha256": hashlib.sha256(b"x = 1\n").hexdigest()}
 
@@ -101,7 +101,7 @@ def test_a_report_names_the_text_it_was_measured_on(tmp_path: Path, monkeypatch:
 def test_the_text_is_taken_from_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WATERFILL_TEXT", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    report = common.Report("a title")
+    report = common.BenchmarkReport("a title")
     assert common.held_out_text(report).name.startswith("standard-library-")
     assert report.text["name"].startswith("standard library of Python")
     held_out.cached().write_bytes(b"x = 1\n")

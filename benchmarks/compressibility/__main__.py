@@ -36,7 +36,7 @@ from benchmarks.shared.models import (
     split_windows,
     spread,
 )
-from benchmarks.shared.report import EXAMPLE_MODEL, REPOSITORY, Report, held_out_text, machine, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, REPOSITORY, BenchmarkReport, held_out_text, machine, parse_arguments
 from waterfill.codecs import get_codec, scale_exponent
 from waterfill.planning.budget import Budget
 from waterfill.planning.estimators import matrix_view
@@ -91,7 +91,7 @@ def main() -> None:
         figure={"type": Path, "metavar": "FILE", "nargs": "?", "const": FIGURE},
     )
     quick = arguments.quick
-    report = Report("compressibility of quantised weights")
+    report = BenchmarkReport("compressibility of quantised weights")
     subject = open_model(EXAMPLE_MODEL)
     held_out, probe = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
     held_out = spread(held_out[:60], QUICK_WINDOWS if quick else WINDOWS)
@@ -118,7 +118,11 @@ def main() -> None:
 
 
 def measure_methods(
-    report: Report, subject: OpenedModel, sensitivity: Sensitivity, held_out: Tensor, methods: Mapping[str, Quantiser]
+    report: BenchmarkReport,
+    subject: OpenedModel,
+    sensitivity: Sensitivity,
+    held_out: Tensor,
+    methods: Mapping[str, Quantiser],
 ) -> list[RatePoint]:
     """Sizes and loss of every method; the table of sizes."""
     points, rows = [], []
@@ -198,7 +202,7 @@ def add_sizes(total: Sizes, found: Quantised) -> None:
 
 
 def measure_joint(
-    report: Report, subject: OpenedModel, sensitivity: Sensitivity, held_out: Tensor, rates: Sequence[float]
+    report: BenchmarkReport, subject: OpenedModel, sensitivity: Sensitivity, held_out: Tensor, rates: Sequence[float]
 ) -> dict[str, list[RatePoint]]:
     """The trellis at several rates: {how rates are given: points}."""
     joint: dict[str, list[RatePoint]] = {}
@@ -242,7 +246,7 @@ def trellis_copy(subject: OpenedModel, plan: Sequence[TensorPlan]) -> Any:
 # At equal KL
 
 
-def compare(report: Report, points: Sequence[RatePoint], joint: Mapping[str, Sequence[RatePoint]]) -> None:
+def compare(report: BenchmarkReport, points: Sequence[RatePoint], joint: Mapping[str, Sequence[RatePoint]]) -> None:
     """Bytes of each method, stored and coded, beside those of the joint design with the same KL."""
     rows, ratios = [], {}
     for point in points:

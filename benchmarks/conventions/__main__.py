@@ -20,10 +20,10 @@ from lm_eval.tasks import TaskManager
 import waterfill
 from benchmarks.conventions.llama_perplexity import Program, Replica, as_printed, find_program
 from benchmarks.shared.gguf_file import quantise, write_gguf
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
 from waterfill.api import load_tokenizer
 from waterfill.base.machine import package_version
-from waterfill.evaluation import Cache, KldFile, convention, divergence, perplexity, token_ids
+from waterfill.evaluation import EvaluationCache, KldFile, convention, divergence, perplexity, token_ids
 from waterfill.evaluation.llamacpp import load_gguf
 from waterfill.evaluation.local_tasks import read_task
 from waterfill.files.checkpoint import open_checkpoint
@@ -38,7 +38,7 @@ def main() -> None:
     program_option = {"type": Path, "metavar": "PATH", "help": "the program; on the PATH when not given"}
     arguments = parse_arguments(__doc__, llama_perplexity=program_option)
     chunks = 8 if arguments.quick else 40
-    report = Report("waterfill's figures against llama.cpp's and lm-evaluation-harness's")
+    report = BenchmarkReport("waterfill's figures against llama.cpp's and lm-evaluation-harness's")
     peers = ("llama_cpp_python", "lm_eval")
     report.note(", ".join(f"{name} {package_version(name) or 'not installed'}" for name in peers))
     text = held_out_text(report)
@@ -64,7 +64,9 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def same_engine(report: Report, llama_cpp: Program | Replica, models: dict[str, Path], text: Path, chunks: int) -> None:
+def same_engine(
+    report: BenchmarkReport, llama_cpp: Program | Replica, models: dict[str, Path], text: Path, chunks: int
+) -> None:
     """Every figure of llama-perplexity beside ours, llama.cpp computing the logits of both."""
     rows: list[list[Any]] = []
     for kind, path in models.items():
@@ -89,7 +91,7 @@ def same_engine(report: Report, llama_cpp: Program | Replica, models: dict[str, 
     report.criterion("largest_difference_in_last_digits", worst, f"<= {LAST_DIGIT}", worst <= LAST_DIGIT)
 
 
-def other_engine(report: Report, llama_cpp: Program, path: Path, text: Path, chunks: int) -> None:
+def other_engine(report: BenchmarkReport, llama_cpp: Program, path: Path, text: Path, chunks: int) -> None:
     """transformers computes ours, from the safetensors file. llama.cpp's cache of keys and values is 16-bit unless it
     is told otherwise."""
     model = load_checkpoint(open_checkpoint(EXAMPLE_MODEL))
@@ -104,7 +106,7 @@ def other_engine(report: Report, llama_cpp: Program, path: Path, text: Path, chu
     report.criterion("transformers_against_llama_cpp_in_last_digits", apart, f"<= {LAST_DIGIT}", apart <= LAST_DIGIT)
 
 
-def references(report: Report, models: dict[str, Path], text: Path, chunks: int, folder: Path) -> None:
+def references(report: BenchmarkReport, models: dict[str, Path], text: Path, chunks: int, folder: Path) -> None:
     """The model against itself, and what storing a reference does to the KL."""
     base = load_checkpoint(open_checkpoint(EXAMPLE_MODEL))
     ids = token_ids(load_tokenizer(EXAMPLE_MODEL), text)[: min(chunks, 16) * CONTEXT]
@@ -118,7 +120,7 @@ def references(report: Report, models: dict[str, Path], text: Path, chunks: int,
     rows = [["live", None, live.kl, live.kl, live.kl, 0.0]]
     all_bytes = sum(len(window.targets) for window in cut) * 8192 * 4
     for share in (1.01, 0.25, 0.0625):
-        store = Cache(folder / str(share), int(share * all_bytes)).reference("key")
+        store = EvaluationCache(folder / str(share), int(share * all_bytes)).reference("key")
         store.fill(base, cut, how)
         known = divergence(store, packed, ids, convention="llama.cpp")
         form = known.reference
@@ -138,7 +140,7 @@ def references(report: Report, models: dict[str, Path], text: Path, chunks: int,
     report.criterion("decode_mode_against_one_pass_nats", apart, "<= 1e-6", apart <= 1e-6)
 
 
-def word_perplexity(report: Report, gguf: Path, text: Path, folder: Path) -> None:
+def word_perplexity(report: BenchmarkReport, gguf: Path, text: Path, folder: Path) -> None:
     """The figures of lm-eval's `wikitext` on local documents: its own `hf` model against `waterfill eval --tasks`."""
     import lm_eval
 

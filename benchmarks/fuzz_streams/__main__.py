@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.fuzz_streams.mutations import Mutator
-from benchmarks.shared.report import REPOSITORY, Report, parse_arguments
+from benchmarks.shared.report import REPOSITORY, BenchmarkReport, parse_arguments
 from tests.support.stream_cases import CORPUS, Case, DisagreementError, judge, read_cases, write_cases
 from waterfill.base import native
 
@@ -73,7 +73,7 @@ def main() -> None:
     path = arguments.library or native.find()
     if path is None:
         raise SystemExit("there is no native library to be compared with the reference")
-    report = Report("damaged streams through every decoder")
+    report = BenchmarkReport("damaged streams through every decoder")
     report.note(f"{path.name}: {', '.join(native.Native(path).isas)}, and the numpy reference; {seconds:g} s")
     tally, crashes, elapsed_s = fuzz(report, path, seconds, arguments.seed)
     rows = [[kind, said, count] for (kind, said), count in tally.met.most_common()]
@@ -95,7 +95,7 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def fuzz(report: Report, library: Path, seconds: float, seed: int) -> tuple[Tally, int, float]:
+def fuzz(report: BenchmarkReport, library: Path, seconds: float, seed: int) -> tuple[Tally, int, float]:
     """(what was met, how many of the findings are crashes or hangs, seconds)."""
     context = multiprocessing.get_context("spawn")
     tally, crashes, start = Tally(), 0, time.monotonic()
@@ -180,7 +180,7 @@ def lanes(case: Case) -> int:
     return lanes_for(case.numbers[2] * case.numbers[3])
 
 
-def write_corpus(report: Report, tally: Tally, path: Path) -> None:
+def write_corpus(report: BenchmarkReport, tally: Tally, path: Path) -> None:
     """The shortest cases of their kinds, those found wrong first."""
     kept = sorted(tally.shortest.items(), key=lambda item: str(item[0]))
     cases = [replace(case, name=f"{key[1]}".partition(";")[0]) for key, case in kept if len(case.data) <= CORPUS_BYTES]

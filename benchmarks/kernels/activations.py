@@ -12,7 +12,7 @@ import torch
 
 import waterfill
 from benchmarks.shared.models import measure_sensitivity, open_model, split_windows
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text
 from waterfill.base.native import FLOAT_ACTIVATIONS
 from waterfill.evaluation import divergence
 
@@ -22,7 +22,7 @@ ALLOTTED_BITS = (2.0, 3.0, 4.0)
 GOAL = 0.02  # relative change of KL
 
 
-def measure_accuracy(report: Report, *, quick: bool) -> None:
+def measure_accuracy(report: BenchmarkReport, *, quick: bool) -> None:
     """The example model with one codec for all matrices, and with bits allotted."""
     windows, codecs = (2, CODECS[::3]) if quick else (24, CODECS)
     subject = open_model(EXAMPLE_MODEL)

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.peers.processes import PeerError, PeerProcess, open_peers, peers_python
 from benchmarks.shared.make_checkpoint import LLAMA_3_2_1B
-from benchmarks.shared.report import Report, median_spread
+from benchmarks.shared.report import BenchmarkReport, median_spread
 from benchmarks.shared.rounds import Effort, Round, Series, ratios, undisturbed
 from benchmarks.shared.timing import SETTLE_S, Memory
 from waterfill.base import native
@@ -159,7 +159,7 @@ def random_bytes(count: int) -> npt.NDArray[np.uint8]:
     return found
 
 
-def measure_decode(report: Report, memory: Memory, arguments: argparse.Namespace) -> None:
+def measure_decode(report: BenchmarkReport, memory: Memory, arguments: argparse.Namespace) -> None:
     """Ours and llama.cpp's models of the same bits in turn."""
     shapes = SMALL if arguments.quick else LLAMA_3_2_1B
     effort = Effort(2 if arguments.quick else 8, arguments.patience)
@@ -206,7 +206,7 @@ def measure_model(model: RandomModel, memory: Memory) -> dict[str, float]:
     }
 
 
-def load_peer(report: Report, peer: PeerProcess, kind: str, shapes: dict[str, Any], folder: str) -> bool:
+def load_peer(report: BenchmarkReport, peer: PeerProcess, kind: str, shapes: dict[str, Any], folder: str) -> bool:
     """Whether llama.cpp has loaded a model of this type of weights."""
     try:
         peer.call("load", kind=kind, shapes=shapes, folder=folder, threads=torch.get_num_threads())
@@ -216,7 +216,7 @@ def load_peer(report: Report, peer: PeerProcess, kind: str, shapes: dict[str, An
     return True
 
 
-def report_models(report: Report, models: Sequence[Size], samples: Series) -> None:
+def report_models(report: BenchmarkReport, models: Sequence[Size], samples: Series) -> None:
     rows = []
     for model in models:
         series = samples[model.codec]
@@ -231,7 +231,7 @@ def report_models(report: Report, models: Sequence[Size], samples: Series) -> No
     report.table(title, columns, rows, key="decode")
 
 
-def report_peers(report: Report, samples: Series) -> None:
+def report_peers(report: BenchmarkReport, samples: Series) -> None:
     """Ours beside the best peer of the same bits."""
     rows = [[name, *median_spread(s[DECODE]), *median_spread(s[PREFILL])] for name, s in samples.items()]
     columns = ["model", f"decode, {DECODE}", "±", f"prefill of {PREFILL_TOKENS}, tokens/s", "± "]

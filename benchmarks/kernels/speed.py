@@ -36,7 +36,7 @@ from benchmarks.peers.processes import (
     torch_int8,
     torch_products,
 )
-from benchmarks.shared.report import Report, median_spread, parse_arguments
+from benchmarks.shared.report import BenchmarkReport, median_spread, parse_arguments
 from benchmarks.shared.rounds import Effort, Round, Series, ratios, undisturbed
 from benchmarks.shared.timing import (
     COLD_BYTES,
@@ -100,7 +100,7 @@ def main() -> None:
         peers_python={"type": Path, "metavar": "FILE", "help": "interpreter that has the peers installed"},
     )
     kernels()
-    report = Report("the native kernels")
+    report = BenchmarkReport("the native kernels")
     report.note(f"{torch.get_num_threads()} threads, {native.isa()}")
     if arguments.patience is None:
         arguments.patience = QUICK_PATIENCE_S if arguments.quick else PATIENCE_S
@@ -111,7 +111,7 @@ def main() -> None:
     report.save(arguments.json)
 
 
-def measure_gemv(report: Report, memory: Memory, arguments: argparse.Namespace) -> None:
+def measure_gemv(report: BenchmarkReport, memory: Memory, arguments: argparse.Namespace) -> None:
     """Each codec at each shape, as a share of the bandwidth measured around it."""
     for shape in SHAPES[:1] if arguments.quick else SHAPES:
         products = [packed_products(memory, codec, shape) for codec in GEMV_GOALS]
@@ -133,7 +133,7 @@ def row_of(product: TimedProduct, samples: Mapping[str, list[float]]) -> list[ob
     return [product.name, 8 * product.size_bytes / product.weights, *figures]
 
 
-def compare_peers(report: Report, memory: Memory, arguments: argparse.Namespace) -> None:
+def compare_peers(report: BenchmarkReport, memory: Memory, arguments: argparse.Namespace) -> None:
     """Codecs and peers of comparable bits in the same rounds."""
     with open_peers(report, peers_python(arguments.peers_python), FAMILIES) as processes:
         for shape in SHAPES[:1] if arguments.quick else SHAPES:
@@ -147,7 +147,7 @@ def compare_peers(report: Report, memory: Memory, arguments: argparse.Namespace)
             report_peers(report, shape, products, samples)
 
 
-def report_peers(report: Report, shape: Shape, products: Sequence[TimedProduct], samples: Series) -> None:
+def report_peers(report: BenchmarkReport, shape: Shape, products: Sequence[TimedProduct], samples: Series) -> None:
     size = f"{shape[0]}x{shape[1]}"
     rows = [row_of(product, samples[product.name]) for product in products]
     report.table(f"beside other libraries: cold weights {size} times one vector", COLUMNS, rows, key=f"peers_{size}")
@@ -173,7 +173,7 @@ def report_peers(report: Report, shape: Shape, products: Sequence[TimedProduct],
     report.table(f"speed against the best peer, {size}", columns, speeds, key=f"speed_{size}")
 
 
-def measure_gemm(report: Report, memory: Memory, arguments: argparse.Namespace) -> None:
+def measure_gemm(report: BenchmarkReport, memory: Memory, arguments: argparse.Namespace) -> None:
     """Throughput by tokens: where it falls, the switch from one kernel to another comes too early or too late."""
     counts = TOKENS[::3] if arguments.quick else TOKENS
     gops: dict[str, list[tuple[float, float]]] = {}
@@ -199,7 +199,7 @@ def measure_gemm(report: Report, memory: Memory, arguments: argparse.Namespace) 
         report.criterion(f"gemm_least_speed_over_torch_floats_{codec}", least, ">= 1", least >= 1)
 
 
-def throughput(report: Report, products: Sequence[ColdProduct], tokens: int, effort: Effort) -> Series:
+def throughput(report: BenchmarkReport, products: Sequence[ColdProduct], tokens: int, effort: Effort) -> Series:
     """GOP/s of each product, a multiplication and an addition being two."""
     calls = {p.name: max(1, min(len(p.calls), int(GEMM_SAMPLE_S / max(p.seconds(2) / 2, 1e-6)))) for p in products}
 
@@ -213,7 +213,7 @@ def throughput(report: Report, products: Sequence[ColdProduct], tokens: int, eff
     return undisturbed(report, f"gemm of {tokens}", effort, one_round)
 
 
-def measure_fwht(report: Report, _: Memory, arguments: argparse.Namespace) -> None:
+def measure_fwht(report: BenchmarkReport, _: Memory, arguments: argparse.Namespace) -> None:
     """The transform with its random signs, in place, as the activations get it; 16 KiB at a time, one thread.
 
     The cost of a call, found with one block, is taken off.

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.shared.limits import REPOSITORY, with_source
-from benchmarks.shared.report import Report
+from benchmarks.shared.report import BenchmarkReport
 from benchmarks.shared.rounds import own_processes
 from benchmarks.shared.timing import COLD_BYTES, SETTLE_S, ColdProduct, Shape
 
@@ -103,7 +103,7 @@ def peers_python(given: Path | None) -> str:
 
 
 @contextmanager
-def open_peers(report: Report, python: str, families: Sequence[str]) -> Iterator[list[PeerProcess]]:
+def open_peers(report: BenchmarkReport, python: str, families: Sequence[str]) -> Iterator[list[PeerProcess]]:
     """The libraries that are there; a note names versions, and what is left out."""
     with ExitStack() as stack:
         found = []
@@ -133,7 +133,7 @@ class PeerProduct:
 
 
 def peer_products(
-    report: Report, processes: Sequence[PeerProcess], shape: Shape, cold_bytes: int = COLD_BYTES
+    report: BenchmarkReport, processes: Sequence[PeerProcess], shape: Shape, cold_bytes: int = COLD_BYTES
 ) -> list[PeerProduct]:
     """Every product that the processes offer, made ready."""
     products = []

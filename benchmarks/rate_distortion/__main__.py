@@ -16,7 +16,7 @@ from benchmarks.rate_distortion.checkpoint import measure_checkpoint
 from benchmarks.rate_distortion.gaussian import measure_gaussian
 from benchmarks.rate_distortion.model import measure_model
 from benchmarks.rate_distortion.speed import measure_speed
-from benchmarks.shared.report import Report, parse_arguments
+from benchmarks.shared.report import BenchmarkReport, parse_arguments
 
 SECTIONS = {
     "gaussian": measure_gaussian,
@@ -34,7 +34,7 @@ def main() -> None:
     )
     # Starting the checkpoint's processes takes a quick run's minute.
     chosen = arguments.only or [name for name in names if not (arguments.quick and name == "checkpoint")]
-    report = Report("rate and distortion of entropy-coded weights")
+    report = BenchmarkReport("rate and distortion of entropy-coded weights")
     for name in names:
         if name in chosen:
             SECTIONS[name](report, arguments.quick)

@@ -15,7 +15,7 @@ import torch
 import waterfill
 from benchmarks.footprint import Footprint, figures, measure, nothing
 from benchmarks.shared.make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
-from benchmarks.shared.report import Report
+from benchmarks.shared.report import BenchmarkReport
 
 BITS = 4.0
 PURPOSES = ("storage", "memory")
@@ -30,7 +30,7 @@ QUICK_SHAPES = TINY | {
 }
 
 
-def measure_checkpoint(report: Report, quick: bool) -> None:
+def measure_checkpoint(report: BenchmarkReport, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         model = make_checkpoint(home / "model", QUICK_SHAPES if quick else LLAMA_3_2_1B)

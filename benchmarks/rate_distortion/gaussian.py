@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from benchmarks.shared.report import Report
+from benchmarks.shared.report import BenchmarkReport
 from waterfill.codecs import Codec, get_codec
 
 MATRIX, QUICK_MATRIX = (2048, 4096), (192, 4096)
@@ -48,7 +48,7 @@ SEED = 20261122
 COLUMNS = ["method", "bits", "t²", "gap bits", "gap dB"]
 
 
-def measure_gaussian(report: Report, quick: bool) -> None:
+def measure_gaussian(report: BenchmarkReport, quick: bool) -> None:
     weight = torch.randn(QUICK_MATRIX if quick else MATRIX, generator=torch.Generator().manual_seed(SEED))
     rates, rows, worst_mismatch = QUICK_RATES if quick else RATES, [], 0.0
     gaps: dict[int, list[float]] = {}

@@ -15,7 +15,7 @@ import numpy as np
 
 import waterfill
 from benchmarks.shared.models import Measured, divergences, measure_sensitivity, open_model, split_windows, spread
-from benchmarks.shared.report import EXAMPLE_MODEL, Report, held_out_text
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text
 from waterfill.planning.plan import Plan
 
 CONTEXT = 512
@@ -42,7 +42,7 @@ class MeasuredArtifact:
         return self.plan.predicted.kl / self.measured.kl
 
 
-def measure_model(report: Report, quick: bool) -> None:
+def measure_model(report: BenchmarkReport, quick: bool) -> None:
     subject = open_model(EXAMPLE_MODEL)
     held_out, probe = split_windows(subject.tokenizer, held_out_text(report), CONTEXT)
     held_out = spread(held_out[:WINDOWS], QUICK_WINDOWS if quick else WINDOWS)
@@ -75,7 +75,7 @@ def weight_bytes(path: Path) -> int:
 
 
 def report_model(
-    report: Report, bits: Sequence[float], coded: Sequence[MeasuredArtifact], fixed: Sequence[MeasuredArtifact]
+    report: BenchmarkReport, bits: Sequence[float], coded: Sequence[MeasuredArtifact], fixed: Sequence[MeasuredArtifact]
 ) -> None:
     rows, ratios, saved = [], [], []
     for rate, trellis, grids in zip(bits, coded, fixed, strict=False):

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.compressibility.coders import HUFF0_PIECE, Huff0
-from benchmarks.shared.report import Report, median_spread
+from benchmarks.shared.report import BenchmarkReport, median_spread
 from benchmarks.shared.rounds import Effort, Round, undisturbed
 from waterfill.base import native
 from waterfill.codecs import get_codec
@@ -60,7 +60,7 @@ class Decoder:
     call: Callable[[int], object]
 
 
-def measure_speed(report: Report, quick: bool) -> None:
+def measure_speed(report: BenchmarkReport, quick: bool) -> None:
     library = native.library()
     if library is None:
         raise SystemExit("these are speeds of the native library, which is not built")
@@ -72,7 +72,7 @@ def measure_speed(report: Report, quick: bool) -> None:
     measure_encoding(report, quick)
 
 
-def measure_decoding(report: Report, decoders: Sequence[Decoder], bits: int, effort: Effort) -> None:
+def measure_decoding(report: BenchmarkReport, decoders: Sequence[Decoder], bits: int, effort: Effort) -> None:
     def one_round() -> Round:
         return {decoder.name: {f"{FIGURE} on {n}": speed(decoder, n) for n in THREADS} for decoder in decoders}
 
@@ -136,7 +136,7 @@ def gaussian(shape: tuple[int, int]) -> torch.Tensor:
 # Peers
 
 
-def peers(report: Report, pool: ThreadPoolExecutor, bits: int, quick: bool) -> list[Decoder]:
+def peers(report: BenchmarkReport, pool: ThreadPoolExecutor, bits: int, quick: bool) -> list[Decoder]:
     """Those that are installed; each is checked once."""
     symbols = uniform_symbols(bits, math.prod(QUICK_MATRIX if quick else MATRIX))
     counts = np.bincount(symbols).astype(np.int64)
@@ -241,7 +241,7 @@ def threaded(
 # Encoding
 
 
-def measure_encoding(report: Report, quick: bool) -> None:
+def measure_encoding(report: BenchmarkReport, quick: bool) -> None:
     """Rotation, normalisation, search, choice of step and coding, on one thread; beside it the search alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
 """What every script in benchmarks/ shares: arguments, the machine, the held-out text, and one report per run.
 
-A script parses its arguments, measures, hands tables and criteria to a `Report`, and ends by saving it::
+A script parses its arguments, measures, hands tables and criteria to a `BenchmarkReport`, and ends by saving it::
 
     arguments = parse_arguments(__doc__, model={"type": Path, "default": EXAMPLE_MODEL, "help": "what to measure"})
-    report = Report("prediction against measurement")
+    report = BenchmarkReport("prediction against measurement")
     text = held_out_text(report)
     report.table("KL by bits", ["bits", "predicted", "measured"], rows, key="kl_by_bits")
     report.criterion("prediction_within_10_percent", worst, "<= 0.10", worst <= 0.10)
@@ -83,7 +83,7 @@ def median_spread(samples: Sequence[float]) -> tuple[float, float]:
     return float(median), float(high - low) / 2
 
 
-def held_out_text(report: Report | None = None) -> Path:
+def held_out_text(report: BenchmarkReport | None = None) -> Path:
     """File of code that the example model was not trained on; the report (or the terminal) says which one it is.
 
     It is the file that WATERFILL_TEXT names; or else the text of the published figures, where `held_out.py` has made
@@ -113,7 +113,7 @@ def held_out_text(report: Report | None = None) -> Path:
     return path
 
 
-class Report:
+class BenchmarkReport:
     """Tables, notes and criteria of one run: printed as they come, written as one JSON object at the end.
 
     The object: `title`; `quick`, whether --quick was given; `machine`; `text`, the name, bytes and SHA-256 of the text

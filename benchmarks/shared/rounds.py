@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.shared.report import Report
+from benchmarks.shared.report import BenchmarkReport
 
 QUIET = 0.1  # processors that others may use in a round that counts
 COARSE_S = 0.02  # processor times are counted in hundredths of a second
@@ -33,7 +33,7 @@ class Effort:
     patience_s: float
 
 
-def undisturbed(report: Report, what: str, effort: Effort, one_round: Callable[[], Round]) -> Series:
+def undisturbed(report: BenchmarkReport, what: str, effort: Effort, one_round: Callable[[], Round]) -> Series:
     """Rounds, after one to warm up: the least disturbed ones of all that were tried."""
     one_round()
     count = effort.rounds

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from benchmarks.shared.report import Report, median_spread
+from benchmarks.shared.report import BenchmarkReport, median_spread
 from benchmarks.shared.rounds import Effort, Round, Series, undisturbed
 from waterfill.base import native
 from waterfill.codecs import Higgs, get_codec
@@ -79,7 +79,7 @@ class ColdProduct:
 class Memory:
     """Random bytes in DRAM, and how fast `torch.get_num_threads()` threads read them."""
 
-    def __init__(self, report: Report, size_bytes: int, patience_s: float) -> None:
+    def __init__(self, report: BenchmarkReport, size_bytes: int, patience_s: float) -> None:
         self.words = torch.empty(size_bytes // 8, dtype=torch.int64).random_()
         self.size_bytes = self.words.nbytes
         self._executor = ThreadPoolExecutor(torch.get_num_threads())
@@ -183,7 +183,9 @@ def _multiply(library: native.Native, isa: int, matrix: Any, kept: tuple[Any, ..
     library.matmul(isa, matrix, x.data_ptr(), results, dtype=native.FLOAT32, tokens=len(x))
 
 
-def interleave(report: Report, what: str, memory: Memory, products: Sequence[TimedProduct], effort: Effort) -> Series:
+def interleave(
+    report: BenchmarkReport, what: str, memory: Memory, products: Sequence[TimedProduct], effort: Effort
+) -> Series:
     """For every product ns/weight, GB/s, and the share that these are of the bandwidth just before and after."""
 
     def one_round() -> Round:

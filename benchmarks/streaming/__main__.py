@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.peers.processes import peers_python
 from benchmarks.shared.limits import LimitError
-from benchmarks.shared.report import Report, median_spread, parse_arguments
+from benchmarks.shared.report import BenchmarkReport, median_spread, parse_arguments
 from benchmarks.streaming.faults import measure_faults
 from benchmarks.streaming.models import CODED, FAST, FIXED, KINDS, MODELS, QUICK_MODELS, Store, StreamedArtifact
 from benchmarks.streaming.runs import RATES, StreamingBench, WorkerRun, key
@@ -63,7 +63,7 @@ def main() -> None:
         memory={"default": None, "metavar": "SIZE", "help": "limit; `none` loads all of an artifact, to try it out"},
         peers_python={"type": Path, "default": None, "metavar": "PATH", "help": "interpreter that has the peers"},
     )
-    report = Report("models larger than memory")
+    report = BenchmarkReport("models larger than memory")
     arguments.folder.mkdir(parents=True, exist_ok=True)
     memory = arguments.memory if arguments.memory in (None, "none") else parse_size(arguments.memory)
     store = Store(arguments.folder, report)

@@ -21,7 +21,7 @@ from typing import Any
 
 import waterfill
 from benchmarks.shared.make_checkpoint import LLAMA_3_2_1B, TINY, make_checkpoint
-from benchmarks.shared.report import EXAMPLE_MODEL, Report
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport
 from waterfill.files.architecture import describe
 from waterfill.files.checkpoint import open_checkpoint
 from waterfill.planning.loss import Coefficients
@@ -65,7 +65,7 @@ class Store:
     """A folder of models, made when they are first asked for."""
 
     folder: Path
-    report: Report
+    report: BenchmarkReport
 
     def checkpoint(self, name: str) -> Path:
         return self._made(f"{name}-bf16", lambda path: make_checkpoint(path, shapes_of(name)))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.shared.limits import LimitError, Limits, Outcome, Peaks, enforcement, evict, run_limited, with_source
-from benchmarks.shared.report import Report
+from benchmarks.shared.report import BenchmarkReport
 from benchmarks.streaming.models import Store, StreamedArtifact
 from waterfill.planning.budget import format_size
 
@@ -56,7 +56,7 @@ class WorkerRun:
 class StreamingBench:
     """How workers are run, and what is known of artifacts."""
 
-    report: Report
+    report: BenchmarkReport
     store: Store
     quick: bool
     peers_python: str

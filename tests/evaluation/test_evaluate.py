@@ -17,7 +17,7 @@ import waterfill
 from tests.support.commands import Command
 from waterfill.base.errors import WaterfillError
 from waterfill.base.records import Estimate, finite, flattened
-from waterfill.evaluation import Cache, plots, subjects
+from waterfill.evaluation import EvaluationCache, plots, subjects
 from waterfill.evaluation import evaluate as evaluation
 
 TEXT_OPTIONS = {"context": 64, "max_windows": 9}
@@ -44,7 +44,7 @@ def test_the_reference_is_read_once(work: Path, ref_llama: Path, monkeypatch: py
     again = measured(work, ref_llama, progress=lambda what, *_: stages.append(what))
     assert again == first
     assert stages == ["measuring"] * 9
-    assert not list((Cache.default().folder / "scores").iterdir())
+    assert not list((EvaluationCache.default().folder / "scores").iterdir())
 
 
 @pytest.mark.parametrize("size", ["4GB", "10kB"])  # the original's predictions are on disk, and they are not

@@ -14,7 +14,15 @@ from transformers import LlamaForCausalLM
 
 from tests.support.measure_samples import CONTEXT, VOCABULARY, random_ids, tiny_llama
 from waterfill.base.errors import WaterfillError
-from waterfill.evaluation import Cache, Divergence, KldFile, convention, divergence, evaluation_key, perplexity
+from waterfill.evaluation import (
+    Divergence,
+    EvaluationCache,
+    KldFile,
+    convention,
+    divergence,
+    evaluation_key,
+    perplexity,
+)
 from waterfill.evaluation import store as store_module
 from waterfill.evaluation.expected import SAMPLED
 from waterfill.evaluation.journal import Journal
@@ -26,7 +34,7 @@ EXACT_BYTES = WINDOWS * (CONTEXT - 1) * VOCABULARY * 4
 
 
 def stored(folder: Path, limit_bytes: int, seed: int = 1, **options: object) -> ReferenceStore:
-    store = Cache(folder, limit_bytes).reference(f"key{seed}")
+    store = EvaluationCache(folder, limit_bytes).reference(f"key{seed}")
     cut = HOW.cut(random_ids(WINDOWS * CONTEXT))
     assert store.fill(tiny_llama(seed), cut, HOW, **options)  # type: ignore[arg-type]
     assert store.complete(cut)
@@ -40,9 +48,9 @@ def figures(result: Divergence) -> dict[str, object]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_exact_reference_changes_no_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     reference, model, ids = tiny_llama(1).to(dtype), tiny_llama(2), random_ids(WINDOWS * CONTEXT)
-    store = Cache(tmp_path).reference("key")
+    store = EvaluationCache(tmp_path).reference("key")
     store.fill(reference, HOW.cut(ids), HOW, batch=4)
-    again = Cache(tmp_path).reference("key")  # as the next process finds it
+    again = EvaluationCache(tmp_path).reference("key")  # as the next process finds it
     assert (again.form, again.kept, again.vocabulary) == ("exact", None, VOCABULARY)
     live, known = divergence(reference, model, ids, context=CONTEXT), divergence(again, model, ids, context=CONTEXT)
     assert figures(known) == figures(live)
@@ -106,7 +114,7 @@ def test_space_is_bounded_and_the_least_recently_used_makes_room(tmp_path: Path)
     assert folders == {"key1", "key3"}
     size = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     assert size <= limit
-    assert not Cache(tmp_path, 1000).reference("small").fill(tiny_llama(1), HOW.cut(random_ids(99)), HOW)
+    assert not EvaluationCache(tmp_path, 1000).reference("small").fill(tiny_llama(1), HOW.cut(random_ids(99)), HOW)
     assert not (tmp_path / "references" / "small").exists()
 
 
@@ -118,14 +126,14 @@ def test_an_interrupted_reference_is_continued(tmp_path: Path) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
-    store = Cache(tmp_path).reference("key1")
+    store = EvaluationCache(tmp_path).reference("key1")
     with pytest.raises(KeyboardInterrupt):
         store.fill(tiny_llama(1), cut, HOW, progress=interrupt)
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     assert len(files) == 4
     assert not store.complete(cut)
     seen: list[int] = []
-    again = Cache(tmp_path).reference("key1")
+    again = EvaluationCache(tmp_path).reference("key1")
     assert again.fill(tiny_llama(1), cut, HOW, progress=lambda done, _: seen.append(done))
     assert seen == [5, 6, 7, 8, 9]
     assert all(file.stat().st_mtime_ns == time for file, time in files.items())
@@ -138,7 +146,7 @@ def test_damaged_references_are_named(tmp_path: Path) -> None:
         divergence(store, tiny_llama(2), random_ids(WINDOWS * CONTEXT), context=CONTEXT)
     (store.folder / "meta.json").write_text("{")
     cut = HOW.cut(random_ids(WINDOWS * CONTEXT))
-    assert not Cache(tmp_path).reference("key1").complete(cut)
+    assert not EvaluationCache(tmp_path).reference("key1").complete(cut)
 
 
 def test_keys_tell_everything_apart() -> None:
@@ -160,10 +168,10 @@ def test_keys_tell_everything_apart() -> None:
 def test_default_cache_obeys_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATERFILL_CACHE", str(tmp_path))
     monkeypatch.setenv("WATERFILL_CACHE_SIZE", "3MB")
-    assert Cache.default() == Cache(tmp_path, 3_000_000)
+    assert EvaluationCache.default() == EvaluationCache(tmp_path, 3_000_000)
     monkeypatch.delenv("WATERFILL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert Cache.default().folder == tmp_path / "waterfill"
+    assert EvaluationCache.default().folder == tmp_path / "waterfill"
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x07\0\0", b"\xff" * 400])
@@ -196,7 +204,7 @@ def test_scores_survive_an_interruption(damage: bytes, tmp_path: Path) -> None:
 
 
 def test_forgotten_journals_are_removed(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
+    cache = EvaluationCache(tmp_path)
     for name, age_days in (("old", 31), ("young", 29)):
         Journal(cache.journal_path(name), 1).add(0, torch.zeros(1, 2, dtype=torch.float64))
         then = time.time() - age_days * 24 * 3600

@@ -12,15 +12,15 @@ from waterfill.evaluation.conventions import CONVENTIONS, Convention, convention
 from waterfill.evaluation.divergences import Divergence, divergence
 from waterfill.evaluation.kld_file import KldFile
 from waterfill.evaluation.perplexities import Perplexity, perplexity
-from waterfill.evaluation.store import Cache, ReferenceStore, evaluation_key
+from waterfill.evaluation.store import EvaluationCache, ReferenceStore, evaluation_key
 from waterfill.evaluation.text import begin_token, default_context, token_ids, windows
 
 __all__ = [
     "CONVENTIONS",
-    "Cache",
     "Convention",
     "Divergence",
     "Estimate",
+    "EvaluationCache",
     "KldFile",
     "Perplexity",
     "Record",

@@ -37,7 +37,7 @@ from waterfill.evaluation.on_text import (
     perplexity_of,
 )
 from waterfill.evaluation.perplexities import Perplexity
-from waterfill.evaluation.store import Cache
+from waterfill.evaluation.store import EvaluationCache
 from waterfill.evaluation.subjects import CHECKPOINT, PACKED, Subject, open_subject
 from waterfill.evaluation.tasks import EFFICIENCY, TaskResults, names_of, run_tasks, task_specs
 from waterfill.planning.plan import PLAN_FILE, read_plan
@@ -124,7 +124,7 @@ def evaluate(
             "there is nothing to measure; give a text, tasks or efficiency (--text, --tasks, --efficiency)"
         )
     subject = open_subject(model, revision=revision, memory=memory)
-    run = EvaluationRun(Cache.default() if cache else None, batch, progress)
+    run = EvaluationRun(EvaluationCache.default() if cache else None, batch, progress)
     reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision, memory=memory)
     if revision is not None and reference is None and subject.kind != CHECKPOINT:
         raise WaterfillError(f"{model} has no revision {revision!r}, only a hub model has; leave the revision out")

@@ -29,7 +29,7 @@ from waterfill.evaluation.divergences import Divergence, measure_divergence
 from waterfill.evaluation.journal import Journal
 from waterfill.evaluation.kld_file import KldFile
 from waterfill.evaluation.perplexities import Perplexity, measure_perplexity
-from waterfill.evaluation.store import Cache, ReferenceStore, evaluation_key
+from waterfill.evaluation.store import EvaluationCache, ReferenceStore, evaluation_key
 from waterfill.evaluation.subjects import GGUF, Subject
 from waterfill.evaluation.text import begin_token, token_ids
 from waterfill.running.streaming.fit import memory_bytes
@@ -42,7 +42,7 @@ SETTINGS = (native.ISA_VARIABLE, FLOAT_ACTIVATIONS)  # of the environment, that 
 class EvaluationRun:
     """How to measure, whatever it is."""
 
-    cache: Cache | None
+    cache: EvaluationCache | None
     batch: int
     progress: Progress | None
 

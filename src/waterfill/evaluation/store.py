@@ -45,14 +45,14 @@ EXACT, TOP_K = "exact", "top-k"
 
 
 @dataclass(frozen=True)
-class Cache:
+class EvaluationCache:
     """Where evaluations keep what they can use again, and how much of it."""
 
     folder: Path
     limit_bytes: int = LIMIT_BYTES  # of all references together
 
     @classmethod
-    def default(cls) -> Cache:
+    def default(cls) -> EvaluationCache:
         """The user's cache folder, or WATERFILL_CACHE; as much as WATERFILL_CACHE_SIZE says.
 
         Raises:
