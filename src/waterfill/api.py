@@ -172,11 +172,11 @@ def _plan(
     )
     architecture = _describe(checkpoint, request.keep)
     codec_names(architecture, request.codecs)  # refuses what is none, before minutes of measuring
-    given = options.get("sensitivity")
-    if given is None:
+    sensitivity = options.get("sensitivity")
+    if sensitivity is None:
         measured = measure_checkpoint(checkpoint, architecture, progress, cast(ProbeOptions, options))
     else:
-        measured = given_sensitivity(given, checkpoint)
+        measured = given_sensitivity(sensitivity, checkpoint)
     sizes = _coded_bytes(checkpoint, architecture, progress)
     made = make_plan(name, architecture, measured, budget, request, sizes)
     return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture
@@ -214,11 +214,11 @@ def _unused(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Unused,
 def _check_alone(options: PlanOptions) -> None:
     """Refuse options that a lossless plan has no use for."""
     others = {"lossless", "revision"}
-    given = [name for name, value in options.items() if name not in others and value not in (None, False, (), [])]
-    if given:
+    refused = [name for name, value in options.items() if name not in others and value not in (None, False, (), [])]
+    if refused:
         raise BudgetError(
             f"a lossless plan keeps every bit, whatever else is asked for; leave out "
-            f"{', '.join(sorted(given))}, or lossless"
+            f"{', '.join(sorted(refused))}, or lossless"
         )
 
 

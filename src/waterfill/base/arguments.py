@@ -127,11 +127,11 @@ def checked(options: type | None = None, **more: Check) -> Callable[[Callable[P,
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            given = dict(signature.bind(*args, **kwargs).arguments)
-            others = given.pop("options", {})
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            others = arguments.pop("options", {})
             if unknown := sorted(others.keys() - names):
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}")
-            for name, value in {**given, **others}.items():
+            for name, value in {**arguments, **others}.items():
                 if name in checks and value is not defaults.get(name, inspect.Parameter.empty):
                     check(name, value, checks[name])
             return function(*args, **kwargs)

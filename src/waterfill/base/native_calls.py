@@ -46,14 +46,14 @@ Halves = npt.NDArray[np.uint16]  # the bits of float16
 
 def matrices_of(views: Iterable[MatrixView]) -> Matrices:
     """Matrices as `matmul` takes them; keeps the views alive."""
-    found = [ctypes.pointer(view) for view in views]
-    return (ctypes.POINTER(MatrixView) * len(found))(*found)
+    pointers = [ctypes.pointer(view) for view in views]
+    return (ctypes.POINTER(MatrixView) * len(pointers))(*pointers)
 
 
 def addresses_of(places: Iterable[int]) -> Addresses:
     """Addresses as `matmul` and `run_layers` take them."""
-    found = list(places)
-    return (ctypes.c_void_p * len(found))(*found)
+    addresses = list(places)
+    return (ctypes.c_void_p * len(addresses))(*addresses)
 
 
 class Functions:
@@ -315,8 +315,8 @@ class Functions:
         """
         (rows, width), groups = shape, _groups(shape[1])
         places = _at(codes, _U8, rows * width * (2 if wide else 1)), _at(scales, _U16, rows * groups)
-        given = _at(arena, _U8, 0), len(arena)
-        return _damaged("trellis_decode", self.raw.wf_trellis_decode(isa, states, wide, *given, rows, width, *places))
+        source = _at(arena, _U8, 0), len(arena)
+        return _damaged("trellis_decode", self.raw.wf_trellis_decode(isa, states, wide, *source, rows, width, *places))
 
     def lossless_capacity(self, item_bytes: int) -> int:
         """Bytes that surely suffice for a stream of numbers of so many bytes, 2 or 4."""
@@ -340,8 +340,8 @@ class Functions:
         Returns the number of the first stream that is damaged, or None.
         """
         count = out.size // item_bytes
-        given = _at(data, _U8, 0), len(data), _at(sizes, _U32, -(-count >> 18))
-        status = self.raw.wf_lossless_decode(isa, item_bytes, *given, count, _at(out, _U8, 0))
+        source = _at(data, _U8, 0), len(data), _at(sizes, _U32, -(-count >> 18))
+        status = self.raw.wf_lossless_decode(isa, item_bytes, *source, count, _at(out, _U8, 0))
         return _damaged("lossless_decode", status)
 
 

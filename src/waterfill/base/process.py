@@ -80,7 +80,7 @@ def _group_bytes(proc: Path, cgroups: Path) -> list[float]:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    found = []
+    free = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -93,11 +93,11 @@ def _group_bytes(proc: Path, cgroups: Path) -> list[float]:
         if not folder.is_dir():  # in a container the path is the host's, and the mounted root is the group itself
             folder = root
         while True:
-            found.append(_left(folder, *names))
+            free.append(_left(folder, *names))
             if folder == root:
                 break
             folder = folder.parent
-    return found
+    return free
 
 
 def _left(folder: Path, limit_name: str, usage_name: str, reclaimable: str) -> float:

@@ -153,11 +153,11 @@ def inspect(artifact: Path, every: bool, as_json: bool) -> None:
     from waterfill import api
 
     with shown("checking"):
-        found = api.inspect(artifact)
+        inspection = api.inspect(artifact)
     if as_json:
-        console.print_json(show_plan.inspection_record(found))
+        console.print_json(show_plan.inspection_record(inspection))
     else:
-        console.out().print(show_plan.inspection_view(found, every=every))
+        console.out().print(show_plan.inspection_view(inspection, every=every))
 
 
 @commands.command()
@@ -240,12 +240,12 @@ def doctor(as_json: bool) -> None:
     from waterfill.studies.diagnosis.doctor import diagnose
 
     logging.getLogger("waterfill").setLevel(logging.ERROR)  # a diagnosis says all of that itself
-    found = diagnose()
+    diagnosis = diagnose()
     if as_json:
-        console.print_json(asdict(found))
+        console.print_json(asdict(diagnosis))
     else:
-        console.out().print(show_doctor.view(found))
-    sys.exit(0 if found.healthy else 1)
+        console.out().print(show_doctor.view(diagnosis))
+    sys.exit(0 if diagnosis.healthy else 1)
 
 
 class _Log(logging.Handler):

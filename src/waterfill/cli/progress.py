@@ -116,12 +116,12 @@ class Stages:
         return "; ".join(stages) or self._between()
 
     def _of(self, what: str, stage: _Stage) -> str:
-        said = f"{what}: {100 * stage.done // stage.total} % ({stage.done:,} of {stage.total:,})"
+        line = f"{what}: {100 * stage.done // stage.total} % ({stage.done:,} of {stage.total:,})"
         steps, passed_s = stage.done - stage.begun, stage.changed_s - stage.begun_s
         if not steps or not passed_s:
-            return f"{said} after {duration(self._clock() - stage.begun_s)}"
+            return f"{line} after {duration(self._clock() - stage.begun_s)}"
         left_s = passed_s * (stage.total - stage.done) / steps - (self._clock() - stage.changed_s)
-        return f"{said}, {duration(max(0.0, left_s))} left"
+        return f"{line}, {duration(max(0.0, left_s))} left"
 
     def _between(self) -> str:
         """Before the first stage, or behind the last one that is known."""

@@ -121,10 +121,10 @@ class _Running:
 
     def record(self, stream: Pieces) -> dict[str, Any]:
         """What a generation took, and what was streamed for it."""
-        found = generation_record(stream.stats)
+        record = generation_record(stream.stats)
         if self.streaming is not None:
-            found["streaming"] = self.streaming.summary().to_dict()
-        return found
+            record["streaming"] = self.streaming.summary().to_dict()
+        return record
 
     def text(self, stream: Pieces) -> str:
         """All of a text; how far it is is shown meanwhile."""

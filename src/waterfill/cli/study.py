@@ -73,15 +73,15 @@ def compare(
     lists["bits"] = [_number(rate) for rate in _listed("--bits", rates)]
     chosen = console.given(options) | {name: values for name, values in lists.items() if values}
     with shown() as progress:
-        found = compare_models(model, text_file, match=not no_match, progress=progress, **chosen)
+        comparison = compare_models(model, text_file, match=not no_match, progress=progress, **chosen)
     if plot is not None:
         from waterfill.studies.comparison.plot import save as draw
 
-        draw(found, plot)
+        draw(comparison, plot)
     if as_json:
-        console.print_json(found.to_dict())
+        console.print_json(comparison.to_dict())
     else:
-        console.out().print(show_study.comparison_view(found))
+        console.out().print(show_study.comparison_view(comparison))
     console.note(f"compared in {duration(time.perf_counter() - start_s)}")
     if plot is not None:
         console.note(f"drawn as {plot}")

@@ -209,12 +209,12 @@ class Codec(ABC):
         self, buffers: Mapping[str, torch.Tensor], shape: Shape, first: int, last: int
     ) -> Mapping[str, torch.Tensor]:
         """Buffers of rows, of those of a matrix whose rows are of a fixed size."""
-        found = {}
+        rows = {}
         for key, part in self.layout(shape).items():
             flat = buffers[key].contiguous().reshape(-1).view(torch.uint8)
             some = flat[first * part.row_bytes : last * part.row_bytes].view(buffers[key].dtype)
-            found[key] = some.reshape(-1, *part.shape[1:])
-        return found
+            rows[key] = some.reshape(-1, *part.shape[1:])
+        return rows
 
     def memory_bytes(self, shape: Shape) -> int:
         """What a matrix takes in memory, as it is multiplied."""

@@ -51,16 +51,16 @@ class NearestSearch:
         counts = np.bincount(boxes, minlength=len(self._ends)).tolist()
         sorted_x = np.ones((len(x), x.shape[1] + 1))
         sorted_x[:, :-1] = np.take(x, order, axis=0)
-        found = np.empty(len(x), dtype=np.int64)
+        sorted_indices = np.empty(len(x), dtype=np.int64)
         at = first = 0
         for count, end in zip(counts, self._ends, strict=True):
             if count:
                 some = self._lists[first:end]
-                found[at : at + count] = some[_argmax_product(sorted_x[at : at + count], self._table[some])]
+                sorted_indices[at : at + count] = some[_argmax_product(sorted_x[at : at + count], self._table[some])]
                 at += count
             first = end
-        indices = np.empty_like(found)
-        indices[order] = found
+        indices = np.empty_like(sorted_indices)
+        indices[order] = sorted_indices
         return torch.from_numpy(indices)
 
     def _box_of(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:

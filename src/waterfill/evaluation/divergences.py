@@ -137,9 +137,9 @@ def measure_divergence(
         else:
             rows = window_logits(reference, some, how)
             expected, vocabulary = [Exact(logits) for logits in rows], rows[0].shape[-1]
-        given = window_logits(model, some, how)
-        _check_same_vocabulary(vocabulary, given[0].shape[-1])
-        trios = zip(expected, given, some, strict=True)
+        predictions = window_logits(model, some, how)
+        _check_same_vocabulary(vocabulary, predictions[0].shape[-1])
+        trios = zip(expected, predictions, some, strict=True)
         return [score(predictions, logits, window.targets) for predictions, logits, window in trios]
 
     scores = score_windows(cut, compare, batch=batch, progress=progress, journal=journal)

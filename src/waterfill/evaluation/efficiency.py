@@ -158,15 +158,15 @@ def _in_process(task: dict[str, Any]) -> Figures:
         env={**os.environ, "PYTHONPATH": path},
     )
     try:
-        said = json.loads(done.stdout.splitlines()[-1])
+        record = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise WaterfillError(
             f"the process that ran {task['model']} ended with code {done.returncode} ({last}); try fewer tokens"
         ) from None
-    if "error" in said:
-        raise WaterfillError(said["error"])
-    return Figures(**said)
+    if "error" in record:
+        raise WaterfillError(record["error"])
+    return Figures(**record)
 
 
 def _measure(task: dict[str, Any]) -> Figures:
@@ -261,10 +261,10 @@ def main() -> None:
     """Measure what the task on standard input says."""
     task = json.loads(sys.stdin.read())
     try:
-        said = asdict(_measure(task))
+        record = asdict(_measure(task))
     except WaterfillError as error:
-        said = {"error": str(error)}
-    sys.stdout.write(json.dumps(said) + "\n")
+        record = {"error": str(error)}
+    sys.stdout.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ class _Reporting:
         for start in range(0, len(requests), AT_A_TIME):
             some = list(requests[start : start + AT_A_TIME])
             answers = answer(some)
-            for request, given in zip(some, answers, strict=True):
-                self.cache_hook.add_partial(kind, request.args, given)
+            for request, reply in zip(some, answers, strict=True):
+                self.cache_hook.add_partial(kind, request.args, reply)
             results += answers
             if self.progress is not None:
                 self.progress(f"tasks: {_KINDS[kind]}", len(results), len(requests))
@@ -149,8 +149,8 @@ class Gguf(_Reporting, TemplateLM):  # type: ignore[misc]
         most = int(options.get("max_gen_toks", 256))
         ids = self.tok_encode(context)[-max(1, self.max_length - most) :]
 
-        def ended(said: list[int]) -> bool:
-            text = self.tokenizer.decode(said)
+        def ended(answer: list[int]) -> bool:
+            text = self.tokenizer.decode(answer)
             return any(end in text for end in ends)
 
         text: str = self.tokenizer.decode(self.model.generate(ids, most, [self.eot_token_id], ended))

@@ -360,8 +360,8 @@ def _no_weights(path: Path, source: str | Path) -> CheckpointError:
         f"src, dst = {json.dumps(name)}, {json.dumps(name.rstrip('/').rpartition('/')[2] + '-safetensors')}; "
         'M.from_pretrained(src, dtype="auto").save_pretrained(dst); T.from_pretrained(src).save_pretrained(dst)'
     )
-    found = f"only pickles ({', '.join(pickles)})" if pickles else f"no {SINGLE_FILE}"
+    contents = f"only pickles ({', '.join(pickles)})" if pickles else f"no {SINGLE_FILE}"
     return CheckpointError(
-        f"{source} has {found}, and opening a pickle can run code; give safetensors or, if you trust it, convert "
+        f"{source} has {contents}, and opening a pickle can run code; give safetensors or, if you trust it, convert "
         f"it with: python -c {shlex.quote(code)}"
     )

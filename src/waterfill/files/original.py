@@ -56,10 +56,10 @@ def from_pretrained(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
             f"transformers {transformers.__version__} would add the adapter beside the model in {path} to it; move "
             f"{ADAPTER} to another directory, or update transformers"
         )
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
         path, adapter_kwargs=nowhere, trust_remote_code=False, output_loading_info=True, **options
     )
-    return model.eval(), found
+    return model.eval(), loading
 
 
 def load_tokenizer(path: Path) -> Any:

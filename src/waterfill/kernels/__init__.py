@@ -53,8 +53,8 @@ def implementation() -> str:
 
 def usable(layout: str) -> bool:
     """Whether matrices in that layout can be multiplied in this process."""
-    found = library.library()
-    return layout == STORED or (found is not None and layout in found.isas)
+    native = library.library()
+    return layout == STORED or (native is not None and layout in native.isas)
 
 
 def arrange(packed: Packed) -> Packed:

@@ -47,8 +47,8 @@ def matmul_many(x: torch.Tensor, matrices: list[Packed]) -> list[torch.Tensor]:
 
 def rows(packed: Packed, ids: torch.Tensor) -> torch.Tensor:
     """Rows of W by index: int64 `[...]` -> float32 `[..., in]`."""
-    found: torch.Tensor = torch.ops.waterfill.rows.default(ids, *_constants(packed), packed.shape[1], packed.layout)
-    return found
+    weights: torch.Tensor = torch.ops.waterfill.rows.default(ids, *_constants(packed), packed.shape[1], packed.layout)
+    return weights
 
 
 def _check_width(x: torch.Tensor, packed: Packed) -> None:

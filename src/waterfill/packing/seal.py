@@ -77,7 +77,7 @@ def seal(artifact: str | Path) -> Sealed:
 
 def _files(artifact: Artifact, known: set[str]) -> list[str]:
     """Names of the files that a manifest lists; what is of no use to a model, and no danger, is left out of it."""
-    found = []
+    names = []
     for file in sorted(artifact.path.iterdir()):
         if is_unsafe(file.name) or (file.suffix == ".safetensors" and file.name not in known):
             raise ArtifactError(f"{file} may hold code or other weights, and is no part of an artifact; remove it")
@@ -90,10 +90,10 @@ def _files(artifact: Artifact, known: set[str]) -> list[str]:
                 )
             if not is_file_name(file.name):
                 raise ArtifactError(f"{file} is not a plain file name; give it letters, digits, and . _ + - only")
-            found.append(file.name)
+            names.append(file.name)
     if (artifact.path / MANIFEST).is_symlink():
         raise ArtifactError(f"{artifact.path / MANIFEST} is a link, as in the hub's cache; copy the artifact first")
-    return found
+    return names
 
 
 def _check(artifact: Artifact, sealed: Sealed) -> None:

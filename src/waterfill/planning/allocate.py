@@ -89,14 +89,14 @@ def smallest(menus: Sequence[Sequence[Choice]], max_loss: float, *, ties: Sequen
     rounding = ROUNDING * float(np.abs(task.loss).sum())
     # A sum that meets the limit may be rounded to just above it: look there first, and below only if it does exceed.
     for limit in (max_loss + rounding, max_loss - rounding):
-        found = knapsack.solve(problem, limit, grain=0.5)
-        picked = task.allocation(found.picks, gap=math.inf, exact=False)
+        solution = knapsack.solve(problem, limit, grain=0.5)
+        picked = task.allocation(solution.picks, gap=math.inf, exact=False)
         best = task.allocate(picked.size_bytes)
         if picked.loss < best.loss:  # by rounding, or because that search was cut short
             best = replace(picked, bound=best.bound, exact=best.exact)
         if best.loss <= max_loss:
             break
-    return replace(best, exact=best.exact and found.exact)
+    return replace(best, exact=best.exact and solution.exact)
 
 
 def feasible_bytes(menus: Sequence[Sequence[Choice]], *, ties: Sequence[Sequence[int]] = ()) -> tuple[int, int]:

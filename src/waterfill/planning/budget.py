@@ -21,13 +21,13 @@ class Budget:
     max_kl: float | None = None  # predicted KL, nats per token
 
     def __post_init__(self) -> None:
-        given = {"--size": self.size_bytes, "--bits": self.bits, "--max-kl": self.max_kl}
-        named = [name for name, value in given.items() if value is not None]
+        limits = {"--size": self.size_bytes, "--bits": self.bits, "--max-kl": self.max_kl}
+        named = [name for name, value in limits.items() if value is not None]
         if len(named) != 1:
             raise BudgetError(
                 f"a plan needs exactly one of --size, --bits, --max-kl and --lossless, got {', '.join(named) or 'none'}"
             )
-        value = given[named[0]]
+        value = limits[named[0]]
         assert value is not None
         if not math.isfinite(value) or value < 0 or (value == 0 and named[0] != "--max-kl"):
             raise BudgetError(f"{named[0]} {value} is not a budget; give a positive number")

@@ -99,15 +99,15 @@ def solve(problem: Problem, limit: float, grain: float) -> Solution:
     reach, effort = 0.0, 0
     while gap - proven > grain and effort < SEARCHES * EFFORT:
         reach = min(max(neighbourhood.wider(reach), grain), gap)
-        found = _search(neighbourhood, reach)
-        effort += found.effort
-        if found.complete:
-            proven = min(reach, found.gap)
-        elif reach == gap <= found.gap:
+        result = _search(neighbourhood, reach)
+        effort += result.effort
+        if result.complete:
+            proven = min(reach, result.gap)
+        elif reach == gap <= result.gap:
             break  # the widest search was cut short and found nothing better
-        if found.gap < gap:
-            gap, picks = found.gap, relaxed.picks.copy()
-            picks[problem.owner[found.moves]] = found.moves
+        if result.gap < gap:
+            gap, picks = result.gap, relaxed.picks.copy()
+            picks[problem.owner[result.moves]] = result.moves
     return Solution(picks, gap - proven, exact=gap - proven <= grain)
 
 
@@ -161,8 +161,8 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a search found: the moves away from the relaxed solution, and the gap that they lead to."""
+class _SearchResult:
+    """The outcome of a search: the moves away from the relaxed solution, and the gap that they lead to."""
 
     moves: Ints  # indices into the problem's choices
     gap: float
@@ -170,14 +170,14 @@ class _Found:
     effort: int  # candidate states
 
 
-def _search(near: _Neighbourhood, reach: float) -> _Found:
+def _search(near: _Neighbourhood, reach: float) -> _SearchResult:
     """The best of the solutions within reach (and of some beyond): two lists of half the groups each, the best pair."""
     groups = near.groups(reach)
     one, other = (_States.of(half, near.multiplier, reach) for half in (groups[0::2], groups[1::2]))
     partner = np.searchsorted(other.weight, near.slack - one.weight, side="right") - 1  # the heaviest costs least
     cost = np.where(partner >= 0, one.cost + other.cost[partner], math.inf)
     best = int(cost.argmin())
-    return _Found(
+    return _SearchResult(
         moves=np.array(one.moves(best) + other.moves(int(partner[best])), dtype=np.intp),
         gap=max(0.0, float(cost[best]) + near.multiplier * near.slack),
         complete=one.complete and other.complete,

@@ -51,8 +51,8 @@ class Probe:
                 "use fewer or shorter sequences"
             )
         if (self.kind == "text") != (self.text is not None):
-            given = "no text file" if self.text is None else f"the text file {self.text}"
-            raise WaterfillError(f"probe {self.kind!r} and {given} do not go together; a text file makes a text probe")
+            source = "no text file" if self.text is None else f"the text file {self.text}"
+            raise WaterfillError(f"probe {self.kind!r} and {source} do not go together; a text file makes a text probe")
 
 
 def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Step | None = None) -> torch.Tensor:

@@ -119,9 +119,9 @@ def _sources(menus: Menus, points: Sequence[MenuPoint], ties: Sequence[Sequence[
 
 def _source(menus: Menus, members: tuple[int, ...], kind: Rates) -> _Source:
     rates = np.arange(math.ceil(kind.least * GRID), int(kind.most * GRID) + 1) / GRID
-    found = [[_point(menus, i, kind, float(rate)) for rate in rates] for i in members]
-    sizes = np.array([[point.size_bytes for point in row] for row in found], np.float64).sum(0)
-    losses = np.array([[_loss(menus, i, p) for p in row] for i, row in zip(members, found, strict=True)]).sum(0)
+    points = [[_point(menus, i, kind, float(rate)) for rate in rates] for i in members]
+    sizes = np.array([[point.size_bytes for point in row] for row in points], np.float64).sum(0)
+    losses = np.array([[_loss(menus, i, p) for p in row] for i, row in zip(members, points, strict=True)]).sum(0)
     hull: list[int] = []
     for k in range(len(rates)):
         if hull and sizes[k] <= sizes[hull[-1]]:

@@ -111,14 +111,14 @@ def _packed_model(path: Path, dtype: torch.dtype | None, *, tensors: int) -> Any
                 f"{path} has {tensors} tensors, which cannot be those of the {layers} layers of its config.json; fetch "
                 "the artifact again, or pack again"
             )
-        model, found = from_pretrained(path, config=config, dtype="auto" if dtype is None else dtype)
+        model, loading = from_pretrained(path, config=config, dtype="auto" if dtype is None else dtype)
     except WaterfillError:
         raise
     except Exception as error:  # what its classes raise at a config.json or shapes that they do not expect
         raise ArtifactError(
             f"transformers cannot load {path} ({first_line(error)}); fetch the artifact again, or pack again"
         ) from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading["missing_keys"]):
         raise ArtifactError(
             f"{path} has nothing for {missing[0]!r}, one of {len(missing)} tensors that the model of its config.json "
             "has; fetch the artifact again, or pack again"

@@ -69,17 +69,17 @@ def open_runner(
     Raises WaterfillError as `waterfill.load` does, and with "native" for a model that the engine does not run.
     """
     check_speculation(draft, lookup)
-    given = (Path(artifact), memory, None if draft is None else Path(draft), lookup)
+    arguments = (Path(artifact), memory, None if draft is None else Path(draft), lookup)
     if engine != "transformers":
         try:
-            return _Native(*given)
+            return _Native(*arguments)
         except UnsupportedError as reason:
             if engine == "native":
                 raise WaterfillError(
                     f"the native engine does not run {artifact}: {reason}; leave it to transformers"
                 ) from reason
             _log.info("%s is run by transformers, slower and in more memory: %s", artifact, reason)
-    return _Transformers(*given)
+    return _Transformers(*arguments)
 
 
 class Runner(ABC):
@@ -97,8 +97,8 @@ class Runner(ABC):
     @property
     def streaming(self) -> Streamer | None:
         """Who reads the weights; None where they are in memory."""
-        found: Streamer | None = self._model.streaming
-        return found
+        streamer: Streamer | None = self._model.streaming
+        return streamer
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None, **overrides: Any) -> Pieces:
         """Continue a text, or answer a conversation: pieces of text as they come.
@@ -162,15 +162,15 @@ class _Native(Runner):
         return self._model.generate(prompt, sampling, draft=self._draft, lookup=self._lookup)
 
     def _ask_many(self, prompts: Sequence[Prompt], sampling: Sampling, together: int) -> Generations:
-        found: Generations = self._model.generate_many(prompts, sampling, lookup=self._lookup, together=together)
-        return found
+        generations: Generations = self._model.generate_many(prompts, sampling, lookup=self._lookup, together=together)
+        return generations
 
 
 class _Transformers(Runner):
-    def __init__(self, artifact: Path, *given: Any) -> None:
+    def __init__(self, artifact: Path, *arguments: Any) -> None:
         from waterfill.files.original import load_tokenizer
 
-        super().__init__(artifact, *given)
+        super().__init__(artifact, *arguments)
         self._tokenizer = load_tokenizer(artifact)
 
     def _open(self, artifact: Path, *, streamed: bool | None) -> Any:

@@ -17,33 +17,33 @@ if TYPE_CHECKING:  # they import torch, which the command line does without unti
     from waterfill.studies.report import Report
 
 
-def comparison_view(found: Comparison) -> RenderableType:
+def comparison_view(comparison: Comparison) -> RenderableType:
     """Measured methods by size, then those that cannot run here, with their reasons."""
-    matched = any(row.ours_kl is not None for row in found.measured)
+    matched = any(row.ours_kl is not None for row in comparison.measured)
     titles = ["bytes", "bits", "KL", "±", "top-1 %", "ppl", "promised", *(["ours", "ratio"] if matched else [])]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("method", no_wrap=True)
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for row in found.measured:
+    for row in comparison.measured:
         table.add_row(*_cells(row)[: 1 + len(titles)], style="bold" if row.family == "waterfill" else "")
     lines: list[RenderableType] = [table, ""]
-    lines += [Text(f"{row.title}: {row.note}", "dim") for row in found.measured if row.note]
-    lines += [Text(f"{row.title} was not measured: {row.problem}", "yellow") for row in found.rows if row.problem]
-    lines.append(Text(_about(found, matched), "dim"))
+    lines += [Text(f"{row.title}: {row.note}", "dim") for row in comparison.measured if row.note]
+    lines += [Text(f"{row.title} was not measured: {row.problem}", "yellow") for row in comparison.rows if row.problem]
+    lines.append(Text(_about(comparison, matched), "dim"))
     return Group(*lines)
 
 
-def _about(found: Comparison, matched: bool) -> str:
+def _about(comparison: Comparison, matched: bool) -> str:
     """What the figures are of, and what the columns mean."""
-    perplexity = "" if found.ppl_reference is None else f", perplexity {found.ppl_reference:.3f}"
+    perplexity = "" if comparison.ppl_reference is None else f", perplexity {comparison.ppl_reference:.3f}"
     sentences = [
-        f"{found.model}, {format_size(found.original_bytes)}{perplexity}; "
-        f"{found.tokens:,} tokens of {found.text} in windows of {found.context}."
+        f"{comparison.model}, {format_size(comparison.original_bytes)}{perplexity}; "
+        f"{comparison.tokens:,} tokens of {comparison.text} in windows of {comparison.context}."
     ]
     if matched:
         sentences.append("ours: KL of our plan within the method's bytes; ratio: that over the method's.")
-    if any(row.calibrated for row in found.measured):
+    if any(row.calibrated for row in comparison.measured):
         sentences.append("*: calibrated on text.")
     return " ".join(sentences)
 
@@ -68,10 +68,10 @@ def _cells(row: Row) -> list[str]:
 
 def report_view(report: Report) -> RenderableType:
     """Where the page is, and what it says in a line."""
-    predicted, found = report.plan.predicted, report.divergence
+    predicted, divergence = report.plan.predicted, report.divergence
     line = f"{report.plan.model} in {format_size(report.size_bytes)}: promised KL {predicted.kl:.4g}"
-    if found is not None:
-        line += f", measured {found.kl:.4g} ± {found.kl_stderr:.2g}"
+    if divergence is not None:
+        line += f", measured {divergence.kl:.4g} ± {divergence.kl_stderr:.2g}"
     return Group(Text(str(report.path)), Text(line, "dim"))
 
 

@@ -72,9 +72,9 @@ def available() -> tuple[tuple[int, int], ...]:
 
 def read_grids(path: Path, sha256: str) -> dict[tuple[int, int], Grid]:
     """All grids of a grid file, keyed and sorted by (p, n). Raises GridError unless the file has this SHA-256."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise GridError(f"{path} has SHA-256 {found}, expected {sha256}: the file is damaged, reinstall waterfill")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise GridError(f"{path} has SHA-256 {digest}, expected {sha256}: the file is damaged, reinstall waterfill")
     with safe_open(path, framework="np") as file:
         t2: Mapping[str, float] = json.loads(file.metadata()["t2"])
         grids = [_grid(file.get_tensor(name), t2[name]) for name in t2]

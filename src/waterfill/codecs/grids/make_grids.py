@@ -59,8 +59,8 @@ def sizes() -> list[tuple[int, int]]:
 
 def generate(p: int, n: int) -> tuple[npt.NDArray[np.float32], float]:
     """Points float32 [n, p] in lexicographic order, and their t2. Deterministic."""
-    found = scalar_grid(n) if p == 1 else vector_grid(p, n)
-    points = found[np.lexsort(found.T[::-1])].astype(np.float32)
+    grid = scalar_grid(n) if p == 1 else vector_grid(p, n)
+    points = grid[np.lexsort(grid.T[::-1])].astype(np.float32)
     rounded = points.astype(np.float64)
     return points, scalar_t2(rounded[:, 0]) if p == 1 else measure(rounded, np.random.default_rng((p, n, 1)))
 

@@ -87,17 +87,17 @@ class CodedLevels(NamedTuple):
     values: npt.NDArray[np.float64]  # of every symbol that was coded, what the decoder multiplies with the scale
 
 
-def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spacing: float) -> CodedLevels:
+def code(x: Floats, path: npt.NDArray[np.int16], states: int, wide: bool, spacing: float) -> CodedLevels:
     """Code levels that were found for x.
 
     Args:
         x: the targets, `[count]`, any unit.
-        found: levels, `[count]`; a multiple of the lanes.
+        path: levels, `[count]`; a multiple of the lanes.
         spacing: distance of levels 4j + 1 and 4 (j + 1) + 1 in standard deviations; how many bits of wide levels are
             left raw depends on it.
     """
-    count, lanes = len(found), lanes_for(len(found))
-    j = indices(found, states)
+    count, lanes = len(path), lanes_for(len(path))
+    j = indices(path, states)
     raw_bits = 0
     while wide and spacing * 2**raw_bits < RAW_SPACING / 2 and raw_bits < MOST_RAW_BITS:
         raw_bits += 1
@@ -109,9 +109,9 @@ def code(x: Floats, found: npt.NDArray[np.int16], states: int, wide: bool, spaci
     coded = ((j >> raw_bits) + center).astype(np.uint8)
     counts = np.bincount(coded, minlength=symbols).astype(np.int64)
 
-    values, with_levels = found.astype(np.float64), b""
+    values, with_levels = path.astype(np.float64), b""
     if symbols <= MOST_LEVEL_SYMBOLS and not wide:
-        mean, sign = centroids(x, found, coded, symbols, states)
+        mean, sign = centroids(x, path, coded, symbols, states)
         table = np.rint(mean * (127 / max(float(np.abs(mean).max()), 1e-30))).astype(np.int8)
         better = sign * table.astype(np.float64)[coded]
         # In bits, what the distortion that it saves would cost.
@@ -192,11 +192,11 @@ def read(
     low = unpack_fields(source.take(-(-count * raw_bits // 8)), count, raw_bits) if raw_bits else 0
     coded = rans.decode_reference(source.rest(), lanes, frequencies, count)
     j = ((coded.astype(np.int64) - center) << raw_bits) + low
-    found = levels(j, states, lanes)
+    values = levels(j, states, lanes)
     if table is not None:
-        sign = np.where(found & 2, -1, 1) if states > 1 else 1
-        found = sign * table.astype(np.int64)[coded]
-    return found[: rows * width].reshape(rows, width), scales
+        sign = np.where(values & 2, -1, 1) if states > 1 else 1
+        values = sign * table.astype(np.int64)[coded]
+    return values[: rows * width].reshape(rows, width), scales
 
 
 class _ByteReader:
@@ -214,10 +214,10 @@ class _ByteReader:
 
 
 def centroids(
-    x: Floats, found: npt.NDArray[np.int16], coded: npt.NDArray[Any], symbols: int, states: int
+    x: Floats, path: npt.NDArray[np.int16], coded: npt.NDArray[Any], symbols: int, states: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """(mean of the x that got each symbol, both unions counted together; sign of each level's union)."""
-    sign = np.where(found & 2, -1.0, 1.0) if states > 1 else np.ones(len(found))
+    sign = np.where(path & 2, -1.0, 1.0) if states > 1 else np.ones(len(path))
     count = np.bincount(coded, minlength=symbols)
     return np.bincount(coded, sign * x, minlength=symbols) / np.maximum(count, 1), sign
 

@@ -93,16 +93,16 @@ def search_reference(x: Floats, states: int, lanes: int, least: int, most: int) 
 
 def _candidates(target: Floats, least: int, most: int) -> tuple[npt.NDArray[np.int64], Floats]:
     """(j, squared distance), `[4, lanes]`: the nearest member of each subset z0 + 2 z1."""
-    found, cost = [], []
+    nearest, cost = [], []
     for subset in range(4):
         z0 = subset & 1
         parity = (subset >> 1) ^ z0
         wanted = (-target if z0 else target) - np.float32(4 * parity + 1)
         i = np.clip(np.rint(wanted * np.float32(0.125)), -(-(least - parity) // 2), (most - parity) // 2)
         error = wanted - np.float32(8) * i.astype(np.float32)
-        found.append(2 * i.astype(np.int64) + parity)
+        nearest.append(2 * i.astype(np.int64) + parity)
         cost.append(error * error)
-    return np.stack(found), np.stack(cost)
+    return np.stack(nearest), np.stack(cost)
 
 
 def indices(levels: npt.NDArray[Any], states: int) -> npt.NDArray[np.int16]:

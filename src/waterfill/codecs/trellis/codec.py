@@ -209,10 +209,10 @@ class _Encoder(Encoder):
             self._nominal = self._fit(targets[0], self._share(len(targets[0].rotated)), 20 * FIT_SLACK).nominal
             self._started = True
         with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(targets)))) as pool:
-            found = list(pool.map(lambda target: self._try(target, self._nominal), targets))
+            tries = list(pool.map(lambda target: self._try(target, self._nominal), targets))
         rows = sum(len(target.rotated) for target in targets)
-        excess = sum(one.size_bytes for one in found) - self._share(rows)
-        for target, one in zip(targets, found, strict=True):
+        excess = sum(one.size_bytes for one in tries) - self._share(rows)
+        for target, one in zip(targets, tries, strict=True):
             yield from self._write(target, one)
         # What went wrong is corrected over the rows that are left, and what made it go wrong from now on.
         drift = 8 * excess / (rows * self._width)
@@ -259,8 +259,8 @@ class _Encoder(Encoder):
         step, shrink = self._curve.step(rate), (1 - self._curve.t2(rate)) * 2.0 ** min(nominal, 0.0)
         least, most = bitstream.bounds(self._codec.states, self._codec.wide)
         lanes = lanes_for(len(target.x))
-        found = search(target.x * np.float32(shrink / step), self._codec.states, lanes, least, most)
-        coded = bitstream.code(target.x, found, self._codec.states, self._codec.wide, 4 * step)
+        levels = search(target.x * np.float32(shrink / step), self._codec.states, lanes, least, most)
+        coded = bitstream.code(target.x, levels, self._codec.states, self._codec.wide, 4 * step)
         return _Try(nominal, coded, target.side_bytes + len(coded.tables) + len(coded.payload))
 
     def _write(self, target: _Target, one: _Try) -> Iterator[Piece]:
@@ -329,12 +329,12 @@ def _decode_reference(
         try:
             if not start <= end <= len(data):
                 raise DamagedError("the index is damaged")
-            found, part = bitstream.read(data[start:end].tobytes(), rows, width, codec.states, codec.wide)
+            levels, part = bitstream.read(data[start:end].tobytes(), rows, width, codec.states, codec.wide)
             if i == len(count) - 1 and data[end:].any():
                 raise DamagedError("what follows the last stream is not zeros")
         except DamagedError as error:
             raise _damaged(i) from error
-        target[row * width : (row + rows) * width] = (found + codec.levels.n // 2).reshape(-1)
+        target[row * width : (row + rows) * width] = (levels + codec.levels.n // 2).reshape(-1)
         scales[row : row + rows] = part
         start, row = end, row + rows
 

@@ -48,15 +48,15 @@ def point(x: Floats, states: int, t2: float) -> list[float]:
 
 def measure(x: Floats, states: int, t2: float, step: float) -> tuple[float, float]:
     """(bits per sample, distortion)."""
-    found = search(x * np.float32((1 - t2) / step), states, MOST_LANES, LEAST, MOST)
-    j = indices(found, states)
+    nearest = search(x * np.float32((1 - t2) / step), states, MOST_LANES, LEAST, MOST)
+    j = indices(nearest, states)
     counts = np.bincount(j - j.min()).astype(np.int64)
     if len(counts) > 256:
         raise ValueError(f"step {step} needs {len(counts)} symbols")
     rate = code_length_bits(counts, from_counts(counts)) / len(x)
-    levels = found.astype(np.float64)
+    levels = nearest.astype(np.float64)
     if len(counts) <= MOST_LEVEL_SYMBOLS:
-        mean, sign = centroids(x, found, j - j.min(), len(counts), states)
+        mean, sign = centroids(x, nearest, j - j.min(), len(counts), states)
         levels = sign * mean[j - j.min()]
     inner, power = float(x @ levels), float(levels @ levels)
     return rate, 1 - inner**2 / (power * float(x.astype(np.float64) @ x)) if power else 1.0

@@ -47,8 +47,8 @@ def is_packed(codec: str) -> bool:
 class FormatError(ValueError):
     """A broken rule of the format: the middle of a sentence that begins with a file's name and ends with a remedy."""
 
-    def __init__(self, found: str, remedy: str | None = None) -> None:
-        super().__init__(found)
+    def __init__(self, fault: str, remedy: str | None = None) -> None:
+        super().__init__(fault)
         self.remedy = remedy
 
 

@@ -206,8 +206,8 @@ def validate(path: Path, file: BinaryIO, size_bytes: int) -> ShardMetadata:
 def check_version(version: object) -> None:
     """Refuse a format version that this program does not know; raises FormatError."""
     if type(version) is not int or version != FORMAT_VERSION:
-        found = f"it has format version {reprlib.repr(version)} and this waterfill reads version {FORMAT_VERSION}"
-        raise FormatError(found, "upgrade waterfill, or pack again")
+        fault = f"it has format version {reprlib.repr(version)} and this waterfill reads version {FORMAT_VERSION}"
+        raise FormatError(fault, "upgrade waterfill, or pack again")
 
 
 def _read_head(file: BinaryIO, size_bytes: int) -> bytes:

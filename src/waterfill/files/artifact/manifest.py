@@ -63,11 +63,13 @@ def shards_of_index(index: Mapping[str, Any]) -> tuple[str, ...]:
 
 def check_index(index: Mapping[str, Any], shards: Iterable[ShardMetadata]) -> None:
     """Raises FormatError unless the index says of every buffer, and only of these, what the shards' own headers say."""
-    found = _index((shard.path.name, {buffer.name: buffer.size_bytes for buffer in shard.buffers}) for shard in shards)
-    differing = dict(index["weight_map"].items() ^ found["weight_map"].items())
+    expected = _index(
+        (shard.path.name, {buffer.name: buffer.size_bytes for buffer in shard.buffers}) for shard in shards
+    )
+    differing = dict(index["weight_map"].items() ^ expected["weight_map"].items())
     if differing:
         raise FormatError(f"it does not agree with the shards about buffer {quote(min(differing))}")
-    if index != found:
+    if index != expected:
         raise FormatError("it has other fields or another total_size than the shards ask for")
 
 

@@ -153,8 +153,8 @@ def read_bytes(buffer: StoredBuffer, *, verify: bool = True) -> npt.NDArray[np.u
     return data
 
 
-def _compare(buffer: StoredBuffer, found: str) -> None:
-    if found != buffer.digest:
+def _compare(buffer: StoredBuffer, digest: str) -> None:
+    if digest != buffer.digest:
         raise FormatError(f"buffer {quote(buffer.name)} does not match its digest")
 
 

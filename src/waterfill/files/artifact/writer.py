@@ -159,13 +159,13 @@ class ArtifactWriter:
     def _claim(self, identity: Mapping[str, str]) -> None:
         """Continue the run that the ledger speaks of, or begin a new one in an empty directory."""
         shards = {shard.file for shard in self._layout.shards}
-        found = self._ledger.entries[0] if self._ledger.entries else None
-        if found == identity:
+        unfinished = self._ledger.entries[0] if self._ledger.entries else None
+        if unfinished == identity:
             for path in self._new.iterdir() if self._new.exists() else ():
                 if path.name not in shards:
                     path.unlink()  # of a `publish` that did not end; it may be called with other files now
-        elif found is None or self._overwrite:
-            if found is not None:
+        elif unfinished is None or self._overwrite:
+            if unfinished is not None:
                 _log.warning("%s: discarding the unfinished run of another plan or checkpoint", self._work)
             self._ledger.clear()
             if self._new.exists():

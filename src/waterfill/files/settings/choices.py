@@ -47,12 +47,12 @@ def check_choices(path: Path, vocabulary: int | None) -> None:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise WaterfillError(f"{file} is larger than {MOST_BYTES} bytes; give the one that came with the model")
-        found = json.loads(file.read_text("utf-8"))
+        settings = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise WaterfillError(f"{file} cannot be read as JSON ({error}); repair or remove it") from error
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise WaterfillError(f"{file} holds no JSON object; repair or remove it")
-    for name, value in found.items():
+    for name, value in settings.items():
         expected, holds = _EXPECTED.get(name, ("", _any))
         if value is not None and not holds(value):
             raise WaterfillError(f"{file} sets {name} to {_quoted(value)}: expected {expected}; change or remove it")

@@ -97,11 +97,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {_TICK: self._tick, _WEIGH: budget.weigh, _CONCAT: self._join}
         self.tests = {name: self._metered_test(test) for name, test in self.tests.items()}
 
-    def _generate(self, source: nodes.Template, *given: Any, **options: Any) -> str:
+    def _generate(self, source: nodes.Template, *arguments: Any, **options: Any) -> str:
         """Jinja's hook between its nodes and its code."""
         metered = _Meter().visit(source)
         metered.set_environment(self)
-        return super()._generate(metered, *given, **options)
+        return super()._generate(metered, *arguments, **options)
 
     def _tick(self, work: int) -> bool:
         self.budget.spend(work)
@@ -148,11 +148,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         @wraps(function)
         def metered(*args: Any, **kwargs: Any) -> Any:
-            given = args[passed:]
-            self.budget.spend(CALL + sum(map(_length, (*given, *kwargs.values()))))
+            operands = args[passed:]
+            self.budget.spend(CALL + sum(map(_length, (*operands, *kwargs.values()))))
             if growth is not None:
-                self.budget.weigh([*given[1:], *kwargs.values()])
-                self.budget.allow(growth(*given, **kwargs))
+                self.budget.weigh([*operands[1:], *kwargs.values()])
+                self.budget.allow(growth(*operands, **kwargs))
             return self._made(function(*args, **kwargs))
 
         return metered
@@ -202,8 +202,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return self.budget.weigh(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Any:
-        found = super().wrap_str_format(value)
-        return None if found is None else _Format(found, value.__self__, self.budget)
+        method = super().wrap_str_format(value)
+        return None if method is None else _Format(method, value.__self__, self.budget)
 
 
 class _Meter(NodeTransformer):

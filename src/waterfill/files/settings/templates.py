@@ -38,9 +38,9 @@ def conversation_text(template: str, messages: Sequence[Message], special_tokens
             what the user says in either form.
     """
     program = _Program(template, special_tokens, len(str(messages)))
-    if not all(isinstance(said["content"], str) for said in messages):
+    if not all(isinstance(message["content"], str) for message in messages):
         return program.text(messages)
-    asked = [{**said, "content": _NEEDLE} if said["role"] == "user" else said for said in messages]
+    asked = [{**message, "content": _NEEDLE} if message["role"] == "user" else message for message in messages]
     failure = WaterfillError("the model's chat template leaves out what the user says; change it")
     for form in (list, _in_parts):
         try:
@@ -57,7 +57,7 @@ def check_template(template: str) -> None:
 
 
 def _in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{**said, "content": [{"type": "text", "text": said["content"]}]} for said in messages]
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 class _Program:
@@ -75,7 +75,7 @@ class _Program:
 
     def text(self, messages: Sequence[Mapping[str, Any]]) -> str:
         # Templates print a null as "None", and handle what is missing.
-        conversation = [{name: value for name, value in said.items() if value is not None} for said in messages]
+        conversation = [{name: value for name, value in message.items() if value is not None} for message in messages]
         with _in_words():
             return self._template.render(messages=conversation, **self._variables)
 
@@ -128,10 +128,10 @@ class _Namespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args  # as Jinja has it: a template may say namespace(self=...)
-        found = dict(*rest, **kwargs)
-        for name in found:
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
             _check(name)
-        Namespace.__init__(self, found)
+        Namespace.__init__(self, attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check(name)

@@ -104,49 +104,49 @@ class Config:
     activation: int = SILU  # of the gate
 
 
-def check_fields(found: Fields, read: Set[str], architecture: str) -> None:
+def check_fields(fields: Fields, read: Set[str], architecture: str) -> None:
     """Nothing that is not known, and a causal model."""
-    if unknown := found.keys() - read - HARMLESS - OPTIONS:
+    if unknown := fields.keys() - read - HARMLESS - OPTIONS:
         raise UnsupportedError(f"its config.json sets {min(unknown)}, which is not known here")
-    if found.get("architectures") not in (None, [architecture]):
-        raise UnsupportedError(f"its architecture is {found['architectures']!r}")
+    if fields.get("architectures") not in (None, [architecture]):
+        raise UnsupportedError(f"its architecture is {fields['architectures']!r}")
 
 
-def expect(found: Fields, **allowed: set[Any]) -> None:
+def expect(fields: Fields, **allowed: set[Any]) -> None:
     """Each field has one of the values; None is also one that is absent."""
     for name, values in allowed.items():
-        value = found.get(name)
+        value = fields.get(name)
         if not isinstance(value, str | int | float | None) or value not in values:
             raise UnsupportedError(f"its {name} is {value!r}")
 
 
-def integer(found: Fields, name: str) -> int:
+def integer(fields: Fields, name: str) -> int:
     """From 1 to `MOST`."""
-    value = found.get(name)
+    value = fields.get(name)
     if type(value) is not int or not 1 <= value <= MOST:
         raise UnsupportedError(f"its {name} is {value!r}")
     return value
 
 
-def number(found: Fields, name: str) -> float:
+def number(fields: Fields, name: str) -> float:
     """From 0 to `MOST`."""
-    value = found.get(name)
+    value = fields.get(name)
     if type(value) not in (int, float) or not 0 <= value <= MOST:  # type: ignore[operator]
         raise UnsupportedError(f"its {name} is {value!r}")
     return float(value)  # type: ignore[arg-type]
 
 
-def flag(found: Fields, name: str, *, absent: bool = False) -> bool:
+def flag(fields: Fields, name: str, *, absent: bool = False) -> bool:
     """`absent` is what every class has where it is."""
-    value = found.get(name, absent)
+    value = fields.get(name, absent)
     if not isinstance(value, bool):
         raise UnsupportedError(f"its {name} is {value!r}")
     return value
 
 
-def layer_count(found: Fields) -> int:
+def layer_count(fields: Fields) -> int:
     """num_hidden_layers, not more than any model has."""
-    layers = integer(found, "num_hidden_layers")
+    layers = integer(fields, "num_hidden_layers")
     if layers > MOST_LAYERS:
         raise UnsupportedError(f"its num_hidden_layers is {layers}")
     return layers
@@ -159,9 +159,9 @@ def check_head_dim(head_dim: object) -> int:
     return head_dim
 
 
-def dtype_of(found: Fields) -> str | None:
+def dtype_of(fields: Fields) -> str | None:
     """F32, BF16 or F16; None where it is not stated."""
-    name = found.get("dtype") or found.get("torch_dtype")
+    name = fields.get("dtype") or fields.get("torch_dtype")
     if name is None:
         return None
     if not isinstance(name, str) or name not in _DTYPES:
@@ -169,9 +169,9 @@ def dtype_of(found: Fields) -> str | None:
     return _DTYPES[name]
 
 
-def positive(found: Fields, name: str) -> float:
+def positive(fields: Fields, name: str) -> float:
     """More than 0, to `MOST`."""
-    value = number(found, name)
+    value = number(fields, name)
     if not value:
         raise UnsupportedError(f"its {name} is 0")
     return value

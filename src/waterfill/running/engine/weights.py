@@ -75,9 +75,9 @@ class Resident:
 
     def rows(self, ids: npt.NDArray[np.int64]) -> Floats:
         view = self._views[EMBEDDING]
-        found = np.empty((len(ids), view.width), np.float32)
-        self._library.rows(self._isa, view, ids.ctypes.data, found.ctypes.data, count=len(ids), rotated=False)
-        return found
+        rows = np.empty((len(ids), view.width), np.float32)
+        self._library.rows(self._isa, view, ids.ctypes.data, rows.ctypes.data, count=len(ids), rotated=False)
+        return rows
 
     def logits(self, x: Floats) -> Floats:
         view = self._views[self._head]
@@ -130,9 +130,9 @@ class Streamed:
         """wf_product. An exception cannot pass through the library: it is kept, and raised behind it."""
         try:
             matrices = self._layers[layer][first : first + count]
-            given = View(x, native.FLOAT32, tokens, matrices[0].shape[1], None)
+            activations = View(x, native.FLOAT32, tokens, matrices[0].shape[1], None)
             results = [View(ys[i], native.FLOAT32, tokens, matrix.shape[0], None) for i, matrix in enumerate(matrices)]
-            self._streamer.products(matrices, given, results)
+            self._streamer.products(matrices, activations, results)
             status[0] = 0
         except BaseException as error:
             self._failure = error

@@ -109,28 +109,30 @@ def _hold(model: Any, path: Path, chosen: Fit, trial: Trial, streamer: Streamer 
         model.generation_config.prefill_chunk_size = limit.widest(LONGEST, LONGEST)
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """What a model's forward is called with, `[batch, tokens, …]`."""
     named = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
-    found: torch.Tensor = next(tensor for tensor in (*args[:1], *named, torch.empty(0, 0)) if tensor is not None)
-    return found
+    inputs: torch.Tensor = next(tensor for tensor in (*args[:1], *named, torch.empty(0, 0)) if tensor is not None)
+    return inputs
 
 
 def _end_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
     """A hook behind a model's forward: the working memory of a wide pass is not needed by the next ones."""
     library = native.library()
-    if library is not None and _given(args, kwargs).shape[:2].numel() > LEAST_PASS:
+    if library is not None and _inputs(args, kwargs).shape[:2].numel() > LEAST_PASS:
         library.release_memory()
 
 
 def _begin_pass(limit: Limit, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A hook before a model's forward."""
-    given = _given(args, kwargs)
-    tokens, mask, kept = given.shape[:2].numel(), kwargs.get("attention_mask"), kwargs.get("logits_to_keep", 0)
-    context = mask.shape[-1] if isinstance(mask, torch.Tensor) else given.shape[1]
-    logits = kept if isinstance(kept, int) and kept else len(kept) if isinstance(kept, torch.Tensor) else given.shape[1]
+    inputs = _inputs(args, kwargs)
+    tokens, mask, kept = inputs.shape[:2].numel(), kwargs.get("attention_mask"), kwargs.get("logits_to_keep", 0)
+    context = mask.shape[-1] if isinstance(mask, torch.Tensor) else inputs.shape[1]
+    logits = (
+        kept if isinstance(kept, int) and kept else len(kept) if isinstance(kept, torch.Tensor) else inputs.shape[1]
+    )
     growth = limit.working.text_bytes(tokens)
-    limit.begin_pass(tokens, context, logits=given.shape[0] * logits, growth_bytes=growth, whole=True)
+    limit.begin_pass(tokens, context, logits=inputs.shape[0] * logits, growth_bytes=growth, whole=True)
 
 
 def _show(bar: Any, done_bytes: int, total_bytes: int) -> None:

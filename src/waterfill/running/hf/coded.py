@@ -135,20 +135,20 @@ def _find(model: nn.Module, stored: StoredTensor) -> torch.Tensor:
         owner = model.get_submodule(path)
     except AttributeError:
         owner = nn.Module()
-    found: torch.Tensor | None = owner._parameters.get(name)
-    found = owner._buffers.get(name) if found is None else found
-    if found is None:
+    tensor: torch.Tensor | None = owner._parameters.get(name)
+    tensor = owner._buffers.get(name) if tensor is None else tensor
+    if tensor is None:
         raise ArtifactError(f"tensor {stored.name!r} has no place in {type(model).__name__}; pack the model again")
-    if tuple(found.shape) != stored.shape or stored.dtype not in WEIGHT_DTYPES:
+    if tuple(tensor.shape) != stored.shape or stored.dtype not in WEIGHT_DTYPES:
         raise ArtifactError(
-            f"tensor {stored.name!r} is {stored.dtype} {list(stored.shape)} where the model has {list(found.shape)}; "
+            f"tensor {stored.name!r} is {stored.dtype} {list(stored.shape)} where the model has {list(tensor.shape)}; "
             "pack the model again"
         )
     if [(buffer.dtype, len(buffer.shape)) for buffer in stored.buffers] != [("U8", 1)] or stored.keys != (
         lossless.BUFFER,
     ):
         raise ArtifactError(f"tensor {stored.name!r} is not stored as {lossless.BUFFER!r} alone; pack the model again")
-    return found
+    return tensor
 
 
 def _replace(model: nn.Module, path: str, coded: Coded, orders: dict[nn.Module, list[str]]) -> _Place:

@@ -123,14 +123,14 @@ def _unknown(reason: str) -> _Obstacle:
     return _Obstacle(f"transformers {transformers.__version__} {reason}", logging.WARNING)
 
 
-def _is_for_the_model(layer: Any, hidden: torch.Tensor, given: dict[str, Any]) -> bool:
+def _is_for_the_model(layer: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> bool:
     """Whether nobody expects a call to be a native one: it is not one token on its way to text, or is watched."""
     attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
     return bool(
         hidden.shape[:-1] != (1, 1)
         or hidden.device.type != "cpu"
-        or given.get("attention_mask") is not None
-        or given.get("output_attentions")
+        or arguments.get("attention_mask") is not None
+        or arguments.get("output_attentions")
         or layer.training
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -140,10 +140,10 @@ def _is_for_the_model(layer: Any, hidden: torch.Tensor, given: dict[str, Any]) -
     )
 
 
-def _step(layer: Any, hidden: torch.Tensor, given: dict[str, Any]) -> tuple[DecoderLayer, Any] | _Obstacle | None:
+def _step(layer: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> tuple[DecoderLayer, Any] | _Obstacle | None:
     """The native layer and its entry of the cache, or what is in the way; None without a cache or its first token."""
-    handed, past = handed_cache(given)
-    if not handed or "position_embeddings" not in given:
+    handed, past = handed_cache(arguments)
+    if not handed or "position_embeddings" not in arguments:
         return _unknown(f"hands them no {' or '.join(LAYER_ARGUMENTS)} with position_embeddings")
     if past is None:
         return None
@@ -158,7 +158,7 @@ def _step(layer: Any, hidden: torch.Tensor, given: dict[str, Any]) -> tuple[Deco
         return None  # a text of one token so far
     if type(entry) is not DynamicLayer:
         return _Obstacle(f"their cache holds a {type(entry).__name__}, not a {DynamicLayer.__name__}")
-    cosine = given["position_embeddings"][0]
+    cosine = arguments["position_embeddings"][0]
     dtypes = {hidden.dtype, entry.keys.dtype, cosine.dtype, native.dtype}
     if len(dtypes) != 1:
         return _Obstacle(f"they are handed several dtypes, {', '.join(sorted(map(str, dtypes)))}")

@@ -32,8 +32,8 @@ class StreamedSource:
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of W by number: int64 `[...]` -> float32 `[..., in]`."""
-        found = self.streamer.rows(self.matrix, ids.reshape(-1).to(torch.int64).numpy())
-        return self._times(torch.from_numpy(found)).reshape(*ids.shape, self.matrix.shape[1])
+        rows = self.streamer.rows(self.matrix, ids.reshape(-1).to(torch.int64).numpy())
+        return self._times(torch.from_numpy(rows)).reshape(*ids.shape, self.matrix.shape[1])
 
     def dense(self) -> torch.Tensor:
         """W itself, float32 `[out, in]`."""

@@ -118,8 +118,8 @@ class StandIn(torch.Tensor):
             return pieces
         if (changed := _changed(func, args, kwargs)) is not None:
             return changed._change(func, args)
-        if (found := _unread(func, args)) is not None:
-            return found
+        if (answer := _unread(func, args)) is not None:
+            return answer
         held: dict[int | None, Holder] = {}
 
         def decode(weight: StandIn) -> torch.Tensor:
@@ -131,8 +131,8 @@ class StandIn(torch.Tensor):
             holder = held.get(_memory(x))
             return x if holder is None else StandIn(holder, x.shape, x.dtype, x.device, strides=x.stride(), view=x)
 
-        found = func(*tree_map_only(cls, decode, args), **tree_map_only(cls, decode, kwargs))
-        return tree_map_only(torch.Tensor, stand_in, found)
+        result = func(*tree_map_only(cls, decode, args), **tree_map_only(cls, decode, kwargs))
+        return tree_map_only(torch.Tensor, stand_in, result)
 
     def _change(self, func: Any, args: Any) -> StandIn:
         if self._holder.loading:
@@ -247,9 +247,9 @@ def _each_from_codes(x: Any, weights: Any) -> torch.Tensor | None:
 def _changed(func: Any, args: Any, kwargs: Any) -> StandIn | None:
     """The stand-in that `func` writes to."""
     parameters = func._schema.arguments
-    given = dict(zip((parameter.name for parameter in parameters), args, strict=False)) | kwargs
+    arguments = dict(zip((parameter.name for parameter in parameters), args, strict=False)) | kwargs
     written = [p.name for p in parameters if p.alias_info is not None and p.alias_info.is_write]
-    return next((x for name in written for x in tree_leaves(given.get(name)) if isinstance(x, StandIn)), None)
+    return next((x for name in written for x in tree_leaves(arguments.get(name)) if isinstance(x, StandIn)), None)
 
 
 def _unread(func: Any, args: Any) -> torch.Tensor | None:

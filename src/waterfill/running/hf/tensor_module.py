@@ -37,8 +37,8 @@ def _forward(name: str) -> None:
     """Give `TensorModule` an operator of tensors, which Python looks up in the class."""
 
     def apply(self: TensorModule, *args: Any) -> Any:
-        found = getattr(self.stand_in(), name)(*args)
-        return self if name in _IN_PLACE else found
+        result = getattr(self.stand_in(), name)(*args)
+        return self if name in _IN_PLACE else result
 
     setattr(TensorModule, name, apply)
 

@@ -60,8 +60,8 @@ class Blank:
 @torch.inference_mode()
 def try_passes(model: Any) -> Trial:
     """Run a model on a few tokens."""
-    found = [_run(model, tokens) for tokens in LENGTHS]
-    peaks, held, vocabulary = ([getattr(each, name) for each in found] for name in ("peak", "held", "vocabulary"))
+    runs = [_run(model, tokens) for tokens in LENGTHS]
+    peaks, held, vocabulary = ([getattr(each, name) for each in runs] for name in ("peak", "held", "vocabulary"))
     slopes = [(b - a) / (n - m) for a, b, m, n in zip(peaks, peaks[1:], LENGTHS, LENGTHS[1:], strict=False)]
     scores = max(0.0, (slopes[1] - slopes[0]) / (LENGTHS[2] - LENGTHS[0]))  # a x + b x^2 through three points
     each = max(slopes[0] - scores * (LENGTHS[0] + LENGTHS[1]), peaks[-1] / BLOCK)
@@ -74,7 +74,7 @@ def try_passes(model: Any) -> Trial:
         scores=MARGIN * scores,
         fixed=MARGIN * max(0.0, fixed),
     )
-    return Trial(working, found[0].pieces)
+    return Trial(working, runs[0].pieces)
 
 
 def _product_bytes(model: Any, vocabulary: int) -> int:
@@ -96,13 +96,13 @@ def _run(model: Any, tokens: int) -> _TrialRun:
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
     wanted = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True, "logits_to_keep": 1}
     known = inspect.signature(model.forward).parameters
-    given = {name: value for name, value in wanted.items() if name in known}
+    arguments = {name: value for name, value in wanted.items() if name in known}
     try:
         with _Alive() as alive:
-            output = model(**given)
+            output = model(**arguments)
     except Exception:  # a class that can make no cache of its own, as BLT's cannot, fails in its own way
         with _Alive() as alive:
-            output = model(**given | {"use_cache": False})
+            output = model(**arguments | {"use_cache": False})
     return _TrialRun(alive.peak, alive.now, output.logits.shape[-1], _can_go_on(model, output, tokens))
 
 
@@ -130,15 +130,15 @@ class _Alive(TorchDispatchMode):
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if _has_memory(x)}
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if _has_memory(x)}
         result = func(*args, **(kwargs or {}))
         for made in tree_leaves(result):
             if _has_memory(made):
-                self._count(made.untyped_storage(), given)
+                self._count(made.untyped_storage(), inputs)
         return result
 
-    def _count(self, storage: Any, given: set[int]) -> None:
-        if storage.data_ptr() in given or storage in self._seen:
+    def _count(self, storage: Any, inputs: set[int]) -> None:
+        if storage.data_ptr() in inputs or storage in self._seen:
             return
         self._seen.add(storage)
         self.now += storage.nbytes()

@@ -150,12 +150,12 @@ class StreamedMatrix:
         return ends
 
     def _chunks(self, chunk_bytes: int) -> list[Chunk]:
-        found, first, parts = [], 0, len(self.ends) - 1
+        chunks, first, parts = [], 0, len(self.ends) - 1
         for part in range(1, parts + 1):
             if part == parts or self.ends[part + 1] - self.ends[first] > chunk_bytes:
-                found.append(Chunk(self, first, part))
+                chunks.append(Chunk(self, first, part))
                 first = part
-        return found
+        return chunks
 
     def whole(self, *, verify: bool) -> ChunkData:
         """All of it in memory, as stored; with `verify`, compared with its digest."""
@@ -173,8 +173,8 @@ class StreamedMatrix:
         bytes_of = {self.parts.key: self.parts.alone(chunk.ends, data)}
         rows = slice(chunk.first_row, chunk.first_row + chunk.rows)
         bytes_of |= {key: held[rows].reshape(-1) for key, held in self.held.items()}
-        found = {key: torch.from_numpy(bytes_of[key]).view(TORCH_DTYPES[part.dtype]) for key, part in layout.items()}
-        return {key: found[key].view(-1, *part.shape[1:]) for key, part in layout.items()}
+        tensors = {key: torch.from_numpy(bytes_of[key]).view(TORCH_DTYPES[part.dtype]) for key, part in layout.items()}
+        return {key: tensors[key].view(-1, *part.shape[1:]) for key, part in layout.items()}
 
     @property
     def coded_bytes(self) -> int:
@@ -194,13 +194,13 @@ class StreamedMatrix:
         if library is None:
             return
         isa = library.isas[native.isa() or "scalar"]
-        found = np.empty(len(chunk.ends), np.uint64)
-        library.checksums(isa, data, chunk.ends, found)
+        sums = np.empty(len(chunk.ends), np.uint64)
+        library.checksums(isa, data, chunk.ends, sums)
         known = self.sums[chunk.first_part : chunk.last_part]
-        changed = np.flatnonzero((known != 0) & (found != known))
+        changed = np.flatnonzero((known != 0) & (sums != known))
         if len(changed):
             raise self.changed(chunk, int(changed[0]))
-        known[:] = found
+        known[:] = sums
 
     def changed(self, chunk: Chunk, part: int) -> ArtifactError:
         return self.damaged(chunk, part, "is not what it was when it was first read")
@@ -293,10 +293,10 @@ class ChunkData:
 
             return kernels.rows(self.packed(), torch.from_numpy(numbers)).numpy()
         whole = self if self.arranged else self.arrange()
-        found = np.empty((len(numbers), self.chunk.matrix.shape[1]), np.float32)
-        places = numbers.ctypes.data, found.ctypes.data
+        rows = np.empty((len(numbers), self.chunk.matrix.shape[1]), np.float32)
+        places = numbers.ctypes.data, rows.ctypes.data
         library.rows(library.isas[isa], whole.matrix_view, *places, count=len(numbers), rotated=False)
-        return found
+        return rows
 
     @property
     def matrix_view(self) -> native.MatrixView:

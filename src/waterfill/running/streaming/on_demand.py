@@ -67,12 +67,12 @@ class OnDemand:
         wanted, place = np.unique(ids, return_inverse=True)
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < matrix.shape[0]:
             raise IndexError(f"row {wanted[0]} or {wanted[-1]} is outside a matrix of {matrix.shape[0]} rows")
-        found = np.empty((len(wanted), matrix.shape[1]), np.float32)
+        rows = np.empty((len(wanted), matrix.shape[1]), np.float32)
         parts = wanted // matrix.part_rows
         for part in np.unique(parts).tolist():
             here = parts == part
-            found[here] = self._part(matrix, part * matrix.part_rows).rows(wanted[here])
-        return found[place]
+            rows[here] = self._part(matrix, part * matrix.part_rows).rows(wanted[here])
+        return rows[place]
 
     def dense(self, matrix: StreamedMatrix) -> npt.NDArray[np.float32]:
         """W itself, `[out, in]`."""

@@ -137,14 +137,14 @@ def read_defaults(path: Path) -> Defaults:
     own = path / GENERATION_FILE
     file = own if own.exists() else path / CONFIG_FILE
     try:
-        found = {name: value for name, value in json.loads(read_text(file)).items() if value is not None}
+        fields = {name: value for name, value in json.loads(read_text(file)).items() if value is not None}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UnsupportedError(f"{file.name} is not a JSON object that can be read") from error
-    for name, value in found.items():
+    for name, value in fields.items():
         if not _covered(name, value, known=file is own):
             raise UnsupportedError(f"{file.name} sets {name} to {json.dumps(value)}")
-    ends = _ids(found.get("eos_token_id", []))
-    return Defaults({name: found[name] for name in _LIBRARY if name in found}, frozenset(ends))
+    ends = _ids(fields.get("eos_token_id", []))
+    return Defaults({name: fields[name] for name in _LIBRARY if name in fields}, frozenset(ends))
 
 
 def _covered(name: str, value: Any, *, known: bool) -> bool:

@@ -67,8 +67,8 @@ class Sequences:
         try:
             return self._idle.pop()
         except IndexError:
-            found: TokenSequence = self.model.sequence()
-            return found
+            sequence: TokenSequence = self.model.sequence()
+            return sequence
 
     def give_back(self, sequence: TokenSequence) -> None:
         """The text has ended; the one that was kept until now is forgotten."""
@@ -99,8 +99,8 @@ def read(
     for sequence, ids, count in zip(sequences, texts, wanted, strict=True):
         sequence.truncate(min(_common(sequence.ids, ids), len(ids) - count))
         new.append(ids[len(sequence.ids) :])
-    found: list[Floats] = sequences[0].model.forward(sequences, new, wanted)
-    return found
+    predictions: list[Floats] = sequences[0].model.forward(sequences, new, wanted)
+    return predictions
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

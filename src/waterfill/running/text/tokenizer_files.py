@@ -92,12 +92,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def _read(file: Path) -> Settings:
     try:
-        found = json.loads(read_text(file)) if file.exists() else {}
+        settings = json.loads(read_text(file)) if file.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedError(f"{file.name} cannot be read") from error
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise UnsupportedError(f"{file.name} is not a JSON object")
-    return found
+    return settings
 
 
 def _class(settings: Settings, config: Settings, content: bytes) -> _Class | None:
@@ -158,10 +158,10 @@ def _add_special_tokens(backend: Backend, path: Path, settings: Settings, known:
 
 def _old_special_tokens(file: Path) -> Settings:
     """What special_tokens_map.json says, which is read where tokenizer_config.json does not list the added tokens."""
-    found = _read(file)
+    tokens = _read(file)
     return {
         name: {**value, "__type": "AddedToken", "special": True} if isinstance(value, dict) else value
-        for name, value in found.items()
+        for name, value in tokens.items()
     }
 
 
@@ -181,11 +181,11 @@ def _state(tokens: dict[int, AddedToken]) -> dict[int, Any]:
 def _templates(path: Path, settings: Settings) -> dict[str, str]:
     """Chat templates by name. Files come before the settings, which have one as text, or several with their names."""
     files: Iterable[Path] = (path / "additional_chat_templates").glob("*.jinja")
-    found = {file.name.removesuffix(".jinja"): read_text(file) for file in files}
+    templates = {file.name.removesuffix(".jinja"): read_text(file) for file in files}
     if (path / "chat_template.jinja").exists():
-        found["default"] = read_text(path / "chat_template.jinja")
-    if found:
-        return found
+        templates["default"] = read_text(path / "chat_template.jinja")
+    if templates:
+        return templates
     own = settings.get("chat_template") or {}
     if isinstance(own, str):
         return {"default": own}

@@ -131,8 +131,8 @@ def _budget_case(
     """One of our methods at a budget, or the row that says why there is no such plan."""
     request = replace(request, uniform=name == OURS[1])
     asked = f"{budget.bits:g} bits" if budget.bits is not None else f"{budget.size_bytes:,} bytes"
-    said = ("waterfill", "uniform" * request.uniform, "for memory" * (request.purpose == "memory"), asked)
-    title = ", ".join(filter(None, said))
+    facts = ("waterfill", "uniform" * request.uniform, "for memory" * (request.purpose == "memory"), asked)
+    title = ", ".join(filter(None, facts))
     try:
         return packed(plan_for(subject, budget, request), title=title, name=name, progress=packing)
     except BudgetError as error:

@@ -150,9 +150,9 @@ def _measured(
 ) -> tuple[Sensitivity, torch.Tensor | None]:
     """Sensitivities, and the tokens that calibrated peers see: those of the same probe. Both are kept on disk."""
     wanted = options.get("sensitivity")
-    given = None if wanted is None else given_sensitivity(wanted, checkpoint)
-    if given is not None and not calibrated:
-        return given, None
+    sensitivity = None if wanted is None else given_sensitivity(wanted, checkpoint)
+    if sensitivity is not None and not calibrated:
+        return sensitivity, None
     text = options.get("calibration")
     probe = probe_of(cast(ProbeOptions, options), text)
     folder = comparisons_folder() / checkpoint.fingerprint / "probes"
@@ -164,8 +164,8 @@ def _measured(
     except (OSError, ValueError):
         tokens = probe_tokens(model, tokenizer, probe, step_of(progress, "sampling a probe"))
         write_file(tokens_file, json.dumps(tokens.tolist()))
-    if given is not None:
-        return given, tokens
+    if sensitivity is not None:
+        return sensitivity, tokens
     kept = "-".join(sorted(options.get("keep", ())))
     suffix = f"-{blake2b(kept.encode(), digest_size=6).hexdigest()}" if kept else ""
     sensitivity_file = folder / f"{identity}{suffix}.sensitivity.json"

@@ -51,8 +51,8 @@ def bytes_by_layer(report: Report, units: Sequence[Unit]) -> Markup:
         ("kept as it is", kept, f"{len(report.plan.kept)} tensors that are no matrices, or kept on request"),
         ("headers", headers, "names, shapes and checksums of the weight files"),
     )
-    for label, size_bytes, said in others:
-        rows.append((label, [(size_bytes, f"{label}\n{format_size(size_bytes)}\n{said}", "f0s2")]))
+    for label, size_bytes, tooltip in others:
+        rows.append((label, [(size_bytes, f"{label}\n{format_size(size_bytes)}\n{tooltip}", "f0s2")]))
     totals = [sum(size for size, *_ in blocks) for _, blocks in rows]
     most = _line_bytes(totals, [bool(row[0].place.layer) for row in rows_of(units).values()])
     pitch = 26 if len(rows) <= TALL_ROWS else 15
@@ -62,8 +62,8 @@ def bytes_by_layer(report: Report, units: Sequence[Unit]) -> Markup:
     for (label, blocks), total, count in zip(rows, totals, lines, strict=True):
         plot.add(_row_label(label, top, pitch))
         start = 0
-        for size_bytes, said, colour in blocks:
-            plot.add(mark(_block(plot, start, size_bytes, most, top, pitch), said, f"block {colour}"))
+        for size_bytes, tooltip, colour in blocks:
+            plot.add(mark(_block(plot, start, size_bytes, most, top, pitch), tooltip, f"block {colour}"))
             start += size_bytes
         top += pitch * count
         plot.add(_row_value(format_size(total), total / most - (count - 1), top - pitch, pitch))
@@ -151,12 +151,12 @@ def bits_map(units: Sequence[Unit]) -> Markup:
                 shape.append(
                     tag("text", f"{bits:.2f}", x=at, y=line * pitch + pitch / 2, dy="0.3em", text_anchor="middle")
                 )
-            said = (
+            tooltip = (
                 about(some[0])
                 if len(some) == 1
                 else f"{layer}, {kind}\n{len(some)} matrices\n{bits:.3f} bits per weight"
             )
-            plot.add(mark(tag("g", shape), said, f"cell h{step}"))
+            plot.add(mark(tag("g", shape), tooltip, f"cell h{step}"))
     return plot.svg("map")
 
 
@@ -231,8 +231,8 @@ def promise(report: Report) -> Markup:
         low, up = max(0.0, measured.kl - 2 * measured.kl_stderr), measured.kl + 2 * measured.kl_stderr
         error = tag("line", x1=plot.px(low), x2=plot.px(up), y1=78, y2=78, class_="stroke")
         dot = tag("circle", cx=plot.px(measured.kl), cy=78, r=7)
-        said = f"measured on {measured.tokens:,} tokens\nKL {number(measured.kl)} ± {number(measured.kl_stderr, 2)}"
-        plot.add(mark(tag("g", [error, dot]), said, "measured"))
+        tooltip = f"measured on {measured.tokens:,} tokens\nKL {number(measured.kl)} ± {number(measured.kl_stderr, 2)}"
+        plot.add(mark(tag("g", [error, dot]), tooltip, "measured"))
     return plot.svg()
 
 
@@ -248,8 +248,10 @@ def noise_check(units: Sequence[Unit]) -> Markup:
     plot.x_axis("matrices in execution order", str, [])
     plot.add(tag("line", x1="0%", x2="100%", y1=plot.py(0), y2=plot.py(0), class_="base"))
     for place, (unit, ratio) in enumerate(zip(shown, ratios, strict=True)):
-        said = f"{unit.name}\nt² promised {number(unit.t2)}\nt² as packed {number(unit.t2_measured)} ({ratio:+.2f} %)"
-        plot.dot(place, ratio, said, unit.place.colour, 4.5)
+        tooltip = (
+            f"{unit.name}\nt² promised {number(unit.t2)}\nt² as packed {number(unit.t2_measured)} ({ratio:+.2f} %)"
+        )
+        plot.dot(place, ratio, tooltip, unit.place.colour, 4.5)
     return plot.svg()
 
 
@@ -287,9 +289,9 @@ def pareto(report: Report) -> Markup:
     for row in peers:
         assert row.kl is not None
         loss = f"KL {number(row.kl)} ± {number(row.kl_stderr or 0, 2)}"
-        said = f"{row.title}\n{format_size(row.size_bytes or 0)}, {row.bits or 0:.2f} bits per weight\n{loss}"
+        tooltip = f"{row.title}\n{format_size(row.size_bytes or 0)}, {row.bits or 0:.2f} bits per weight\n{loss}"
         family = families.index(row.family)
-        plot.shape(row.size_bytes or 0, row.kl, said, f"peer p{family % FAMILIES}", family)
+        plot.shape(row.size_bytes or 0, row.kl, tooltip, f"peer p{family % FAMILIES}", family)
     for row in report.ours:
         kl = f"KL {number(row.kl or 0)} ± {number(row.kl_stderr or 0, 2)}, promised {number(row.predicted_kl or 0)}"
         plot.dot(
@@ -297,8 +299,8 @@ def pareto(report: Report) -> Markup:
         )
     here = report.divergence or report.plan.predicted
     how = "measured" if report.divergence else "promised"
-    said = f"this model\n{format_size(report.size_bytes)}\n{how} KL {number(here.kl)}"
-    plot.dot(report.size_bytes, here.kl, said, "here", 8)
+    tooltip = f"this model\n{format_size(report.size_bytes)}\n{how} KL {number(here.kl)}"
+    plot.dot(report.size_bytes, here.kl, tooltip, "here", 8)
     return plot.svg()
 
 

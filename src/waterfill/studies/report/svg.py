@@ -166,14 +166,14 @@ class Plot:
             back = [self._place(x, low) for x, low, _ in reversed(points)]
             self.add(self._stretched(tag("path", d="M" + "L".join(there + back) + "Z", class_=class_)))
 
-    def dot(self, x: float, y: float, said: str, class_: str, radius: float = 5.5) -> None:
-        """A mark that can be pointed at and focused; `said` is what it tells, one fact per line."""
-        self.add(mark(tag("circle", cx=self.px(x), cy=self.py(y), r=radius), said, class_))
+    def dot(self, x: float, y: float, tooltip: str, class_: str, radius: float = 5.5) -> None:
+        """A mark that can be pointed at and focused; `tooltip` is what it tells, one fact per line."""
+        self.add(mark(tag("circle", cx=self.px(x), cy=self.py(y), r=radius), tooltip, class_))
 
-    def shape(self, x: float, y: float, said: str, class_: str, number_: int, radius: float = 5) -> None:
+    def shape(self, x: float, y: float, tooltip: str, class_: str, number_: int, radius: float = 5) -> None:
         """A mark like `dot`, with an outline of its own."""
         place = tag("svg", [outline(number_, radius)], x=self.px(x), y=self.py(y), class_="inner")
-        self.add(mark(place, said, class_))
+        self.add(mark(place, tooltip, class_))
 
     def svg(self, class_: str = "") -> Markup:
         """The drawing, inside the element that gives it its margins and scrolls if need be."""
@@ -199,9 +199,9 @@ class Plot:
         )
 
 
-def mark(shape: Markup, said: str, class_: str) -> Markup:
-    """A shape as a focusable mark; `said` is shown in the tooltip and read out."""
-    spoken = said.replace("\n", ", ")
+def mark(shape: Markup, tooltip: str, class_: str) -> Markup:
+    """A shape as a focusable mark; `tooltip` is shown in the tooltip and read out."""
+    spoken = tooltip.replace("\n", ", ")
     return tag(
-        "g", [shape], class_=f"mark {class_}".strip(), tabindex="-1", role="img", aria_label=spoken, data_tip=said
+        "g", [shape], class_=f"mark {class_}".strip(), tabindex="-1", role="img", aria_label=spoken, data_tip=tooltip
     )

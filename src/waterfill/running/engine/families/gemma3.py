@@ -73,30 +73,30 @@ _READ = frozenset(
 )
 
 
-def read_config(found: Fields) -> Config:
+def read_config(fields: Fields) -> Config:
     """Raises UnsupportedError for a model that the engine does not run, or cannot be sure of."""
-    check_fields(found, _READ, "Gemma3ForCausalLM")
-    expect(found, hidden_activation={"gelu_pytorch_tanh"}, is_encoder_decoder={None, False})
-    expect(found, attn_logit_softcapping={None}, final_logit_softcapping={None})
-    expect(found, use_bidirectional_attention={None, False})
-    if flag(found, "attention_bias"):
+    check_fields(fields, _READ, "Gemma3ForCausalLM")
+    expect(fields, hidden_activation={"gelu_pytorch_tanh"}, is_encoder_decoder={None, False})
+    expect(fields, attn_logit_softcapping={None}, final_logit_softcapping={None})
+    expect(fields, use_bidirectional_attention={None, False})
+    if flag(fields, "attention_bias"):
         raise UnsupportedError("its attention_bias is True")
-    hidden, head_dim = integer(found, "hidden_size"), check_head_dim(found.get("head_dim"))
+    hidden, head_dim = integer(fields, "hidden_size"), check_head_dim(fields.get("head_dim"))
     return Config(
-        layers=layer_count(found),
+        layers=layer_count(fields),
         hidden=hidden,
-        heads=integer(found, "num_attention_heads"),
-        kv_heads=integer(found, "num_key_value_heads"),
+        heads=integer(fields, "num_attention_heads"),
+        kv_heads=integer(fields, "num_key_value_heads"),
         head_dim=head_dim,
-        inner=integer(found, "intermediate_size"),
-        vocabulary=integer(found, "vocab_size"),
-        positions=integer(found, "max_position_embeddings"),
-        epsilon=number(found, "rms_norm_eps"),
-        dtype=dtype_of(found),
-        frequencies=np.stack([frequencies(_rotary(found, kind), head_dim, kind) for kind in (FULL, SLIDING)]),
-        tied=flag(found, "tie_word_embeddings", absent=True),
-        scaling=float(integer(found, "query_pre_attn_scalar") ** -0.5),
-        attention=tuple(_attention(found, kind) for kind in _layer_types(found)),
+        inner=integer(fields, "intermediate_size"),
+        vocabulary=integer(fields, "vocab_size"),
+        positions=integer(fields, "max_position_embeddings"),
+        epsilon=number(fields, "rms_norm_eps"),
+        dtype=dtype_of(fields),
+        frequencies=np.stack([frequencies(_rotary(fields, kind), head_dim, kind) for kind in (FULL, SLIDING)]),
+        tied=flag(fields, "tie_word_embeddings", absent=True),
+        scaling=float(integer(fields, "query_pre_attn_scalar") ** -0.5),
+        attention=tuple(_attention(fields, kind) for kind in _layer_types(fields)),
         vectors=("q_norm", "k_norm"),
         norms=NORMS,
         norm_offset=1.0,
@@ -105,24 +105,24 @@ def read_config(found: Fields) -> Config:
     )
 
 
-def _layer_types(found: Fields) -> list[str]:
+def _layer_types(fields: Fields) -> list[str]:
     """What each layer attends to: stated, or in older configs every so manieth to everything."""
-    layers, types = layer_count(found), found.get("layer_types")
+    layers, types = layer_count(fields), fields.get("layer_types")
     if types is None:
-        every = integer(found, "sliding_window_pattern")
+        every = integer(fields, "sliding_window_pattern")
         return [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
     if not isinstance(types, list) or len(types) != layers or any(kind not in (FULL, SLIDING) for kind in types):
         raise UnsupportedError("its layer_types are not one for each layer, of a window or of everything")
     return types
 
 
-def _attention(found: Fields, kind: str) -> Attention:
-    return Attention() if kind == FULL else Attention(window=integer(found, "sliding_window"), table=1)
+def _attention(fields: Fields, kind: str) -> Attention:
+    return Attention() if kind == FULL else Attention(window=integer(fields, "sliding_window"), table=1)
 
 
-def _rotary(found: Fields, kind: str) -> Fields:
+def _rotary(fields: Fields, kind: str) -> Fields:
     """The parameters of the rotary positions of one kind of layer, under their older names or their newer one."""
-    newer, older = found.get("rope_parameters"), found.get("rope_scaling")
+    newer, older = fields.get("rope_parameters"), fields.get("rope_scaling")
     if newer is not None and older is not None:
         raise UnsupportedError("it has both rope_parameters and rope_scaling")
     stated: Any = older if kind == FULL else None
@@ -132,7 +132,7 @@ def _rotary(found: Fields, kind: str) -> Fields:
         stated = newer.get(kind)
     if not isinstance(stated, dict | None) or "type" in (stated or {}):
         raise UnsupportedError(f"the rotary positions of its {kind} are {stated!r}")
-    beside = {"rope_theta": found[_BASES[kind]]} if _BASES[kind] in found else {}
+    beside = {"rope_theta": fields[_BASES[kind]]} if _BASES[kind] in fields else {}
     rotary = {**beside, **(stated or {})}
     positive(rotary, "rope_theta")
     return rotary

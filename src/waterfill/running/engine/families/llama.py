@@ -199,10 +199,10 @@ class LlamaModel:
 
     def _logits(self, parts: abc.Sequence[_Part]) -> list[Floats]:
         states = [np.concatenate(part.states) for part in parts]
-        found = self.weights.logits(np.concatenate(states))
+        logits = self.weights.logits(np.concatenate(states))
         if len(parts) == 1:
-            return [found]
-        return np.split(found, np.cumsum([len(rows) for rows in states])[:-1])
+            return [logits]
+        return np.split(logits, np.cumsum([len(rows) for rows in states])[:-1])
 
     def _layer(self, number: int) -> native.LayerView:
         spec, prefix = self.spec, f"model.layers.{number}."

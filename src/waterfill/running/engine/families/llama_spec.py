@@ -58,11 +58,11 @@ class Spec(Config):
 
 def read_spec(artifact: Artifact) -> Spec:
     """Raises UnsupportedError for a model that the engine does not run."""
-    found, tensors = read_json(artifact.path / "config.json"), artifact.tensors
-    kind = found.get("model_type")
+    fields, tensors = read_json(artifact.path / "config.json"), artifact.tensors
+    kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UnsupportedError(f"its kind is {kind!r}, not one of {', '.join(sorted(FAMILIES))}")
-    spec = Spec(**vars(FAMILIES[kind](found)))
+    spec = Spec(**vars(FAMILIES[kind](fields)))
     _check_names(tensors, spec)
     _check_shapes(tensors, spec)
     return replace(spec, dtype=spec.dtype or tensors[EMBEDDING].dtype)
@@ -71,12 +71,12 @@ def read_spec(artifact: Artifact) -> Spec:
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object. Raises UnsupportedError where there is none."""
     try:
-        found = json.loads(read_text(path, CONFIG_BYTES))
+        values = json.loads(read_text(path, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedError(f"{path.name} cannot be read ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise UnsupportedError(f"{path.name} is not an object")
-    return found
+    return values
 
 
 def rounded(value: float, dtype: str | None) -> np.float32:
