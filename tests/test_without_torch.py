@@ -103,7 +103,7 @@ before = native.threads(), native.library().shares_threads
 import torch
 from waterfill import kernels
 torch.set_num_threads(1)
-kernels.implementation()
+kernels.set_up()
 after = native.threads(), native.library().shares_threads
 torch.set_num_threads(3)
 native.share_threads()

@@ -205,7 +205,7 @@ def test_chat(command: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_logs_and_warnings_of_others_stay_out_of_the_way(command: Command, work: Path) -> None:
-    kernels.implementation()  # says which kernels run, once per process
+    kernels.set_up()  # says which kernels run, once per process
     result = command("generate", work / "packed", "--prompt", "x " * 2000)
     assert result.code == 2
     assert result.out == ""

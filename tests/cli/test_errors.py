@@ -94,7 +94,7 @@ def test_an_error_is_one_sentence(
     names["REUSE"] = ["--sensitivity", f"{work}/plan.sensitivity.json"]
     given = [part.replace("WORK", str(work)) for argument in arguments for part in names.get(argument, [argument])]
     before = sorted(work.iterdir())
-    kernels.implementation()  # logs which kernels run, once per process: not part of an error
+    kernels.set_up()  # logs which kernels run, once per process: not part of an error
     result = command(*given)
     assert (result.code, result.out) == (2, "")
     assert re.search(sentence, result.err)

@@ -124,7 +124,7 @@ def hostile(parameter: click.Parameter) -> list[str]:
 
 @pytest.mark.parametrize(("name", "parameter"), parameters())
 def test_hostile_values(name: str, parameter: click.Parameter, command: Command, tiny: Path, here: Path) -> None:
-    kernels.implementation()  # logs which kernels run, once per process: not part of an error
+    kernels.set_up()  # logs which kernels run, once per process: not part of an error
     before = sorted(here.iterdir())
     for value in hostile(parameter):
         given = [part.replace("WORK", str(tiny)) for part in USUAL[name]]

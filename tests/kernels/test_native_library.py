@@ -55,6 +55,10 @@ def test_the_best_instruction_set_is_used_unless_told_otherwise(
         with nothing_decided():
             monkeypatch.setenv(native.ISA_VARIABLE, name)
             caplog.clear()
+            kernels.implementation()
+            assert messages(caplog) == [], "it is said where a model is opened"
+            for _ in range(2):
+                kernels.set_up()
             matrices = [kernels.arrange(stored("higgs-p2-n16", rows, 172)) for rows in (7, 8)]
             assert [matrix.layout for matrix in matrices] == [name, name]
             assert messages(caplog) == [f"packed matrices are multiplied by the native kernels, {name}"]
@@ -89,7 +93,7 @@ def test_slow_tables_are_mentioned_in_one_line(caplog: pytest.LogCaptureFixture)
     fast = ["higgs-p1-n2", "higgs-p1-n16", "higgs-p1-n256", "higgs-p2-n16", "higgs-p2-n256"]
     slow = ["higgs-p4-n4096", "higgs-p2-n1024", "higgs-p3-n4096", "higgs-p4-n4096"]  # on every machine
     caplog.set_level(logging.INFO, "waterfill.kernels")
-    kernels.implementation()  # says a line of its own
+    kernels.set_up()  # says a line of its own
     caplog.clear()
     kernels.log_slow(higgs(codec) for codec in fast)
     assert messages(caplog) == []

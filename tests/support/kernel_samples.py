@@ -79,7 +79,7 @@ def one_thread() -> Iterator[None]:
 @contextmanager
 def nothing_decided() -> Iterator[None]:
     """Forget which library, instruction set and implementation were chosen, before and after."""
-    caches = (native.library, native.isa, kernels.implementation)
+    caches = (native.library, native.isa, kernels.implementation, kernels._say_once)
     try:
         for cache in caches:
             cache.cache_clear()

@@ -2,8 +2,8 @@
 
     artifact ──Packed("stored")──► arrange ──Packed(instruction set)──► matmul, matmul_many, rows, dense
 
-Which implementation runs is decided once per process and logged once: the native library with the best instruction
-set, or the torch reference, which is always there (`native.isa` says why).
+Which implementation runs is decided once per process: the native library with the best instruction set, or the torch
+reference, which is always there (`native.isa` says why). Whoever opens a model calls `set_up`, which says so once.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = [
     "matmul",
     "matmul_many",
     "rows",
+    "set_up",
     "usable",
 ]
 
@@ -43,12 +44,20 @@ _log = logging.getLogger("waterfill.kernels")
 @lru_cache(maxsize=1)
 def implementation() -> str:
     """Who multiplies: an instruction set of the native library, or "stored", the torch reference."""
-    isa = library.isa()
-    if isa is None:
-        return STORED
-    library.share_threads()
+    return library.isa() or STORED
+
+
+def set_up() -> None:
+    """Before a model's first product: share torch's threads, and say once which native kernels multiply."""
+    isa = implementation()
+    if isa != STORED:
+        library.share_threads()
+        _say_once(isa)
+
+
+@lru_cache(maxsize=1)
+def _say_once(isa: str) -> None:
     _log.info("packed matrices are multiplied by the native kernels, %s", isa)
-    return isa
 
 
 def usable(layout: str) -> bool:

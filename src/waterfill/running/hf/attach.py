@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from waterfill import kernels
 from waterfill.base import native
 from waterfill.files.artifact import Artifact, StoredTensor
 from waterfill.files.context import context_length
@@ -44,6 +45,7 @@ def attach(
     modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
     for module in modules.values():
         module.source = Blank(module.shape)
+    kernels.set_up()
     trial = try_passes(model)
     storage = Storage()
     try:

@@ -70,6 +70,8 @@ def arrange(model: Any) -> None:
     decode_coded(model)
     every = [module for module in model.modules() if isinstance(module, PackedMatrix)]
     packed = [module for module in every if not module.streamed]
+    if packed:
+        kernels.set_up()
     coded = [module for module in packed if module.stored is not module.codec]
     stored = _buffer_bytes(coded)
     for module in tqdm(packed, desc="decoding weights", disable=None if coded else True, leave=False, delay=1):
