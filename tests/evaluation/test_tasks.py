@@ -26,6 +26,9 @@ try:
     import lm_eval
     import lm_eval.models.huggingface
     from lm_eval.tasks import TaskManager
+    from tqdm import tqdm
+
+    from waterfill.evaluation import harness
 except ImportError:
     HAS_HARNESS = False
 needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-evaluation-harness is not installed: waterfill[eval]")
@@ -96,6 +99,18 @@ def test_answers_are_generated_greedily(files: dict[str, Path], loaded: tuple[An
     assert score.value == pytest.approx(sum(right) / len(right))
     assert 0 < score.value < 1
     assert (score.task, score.shots, score.samples, score.version) == ("line", 0, task_samples.ANSWERS, "1.0")
+
+
+@needs_harness
+def test_the_harness_draws_no_bars_and_others_do(
+    files: dict[str, Path], loaded: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with harness.without_bars():
+        run_tasks(*loaded, [read_task(files["line"])], limit=2)
+        assert capsys.readouterr().err == ""
+        assert list(tqdm(range(3), desc="mine")) == [0, 1, 2]
+        assert "mine" in capsys.readouterr().err
+    assert lm_eval.api.task.tqdm is lm_eval.models.huggingface.tqdm is tqdm
 
 
 @needs_harness

@@ -6,10 +6,12 @@ the same with llama.cpp's logits and tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
@@ -34,19 +36,32 @@ def harness_model(model: Any, tokenizer: Any, batch: int, progress: Callable[[st
     return Transformers(model, tokenizer, batch, progress)
 
 
+class _NoBar(tqdm):  # type: ignore[misc]  # tqdm is untyped
+    """Counts, and draws nothing."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "disable": True})
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Keeps the harness from drawing bars of its own."""
-    original = tqdm.__init__
-
-    def disabled(self: Any, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **{**options, "disable": True})
-
-    tqdm.__init__ = disabled
+    """Keeps the harness, and what it reads its data with, from drawing bars; those of anybody else are left alone."""
+    drawing = [
+        module
+        for name, module in sys.modules.copy().items()
+        if name.startswith("lm_eval.") and vars(module).get("tqdm") is tqdm
+    ]
+    data_bars = not datasets.are_progress_bars_disabled()
     try:
+        datasets.disable_progress_bars()
+        for module in drawing:
+            vars(module)["tqdm"] = _NoBar
         yield
     finally:
-        tqdm.__init__ = original
+        for module in drawing:
+            vars(module)["tqdm"] = tqdm
+        if data_bars:
+            datasets.enable_progress_bars()
 
 
 class _Reporting:
