@@ -106,7 +106,11 @@ CHECKS: Mapping[str, Check] = {
 
 
 def check(name: str, value: object, wanted: Check) -> None:
-    """Raise WaterfillError unless a value is what is wanted."""
+    """Refuse a value that is not what is wanted.
+
+    Raises:
+        WaterfillError: it is something else.
+    """
     if not wanted.holds(value):
         raise WaterfillError(f"{name} is {_shown(value)}; choose {wanted.expected}")
 

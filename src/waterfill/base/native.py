@@ -104,7 +104,11 @@ def library() -> Native | None:
 
 
 def load() -> Native:
-    """The library, anew. Raises WaterfillError where there is none that can be used; says why."""
+    """The library, anew.
+
+    Raises:
+        WaterfillError: there is none that can be used; says why.
+    """
     path = find()
     if path is None:
         raise WaterfillError("it was not built; install waterfill again where there are CMake and a C++ compiler")
@@ -171,7 +175,8 @@ def float_activations() -> bool:
 def isa() -> str | None:
     """Name of the instruction set in use: the best one, or WATERFILL_ISA's. None is the torch reference; says why once.
 
-    Raises WaterfillError for a name that this machine or build does not have.
+    Raises:
+        WaterfillError: the name is of none that this machine or build has.
     """
     wanted = os.environ.get(ISA_VARIABLE, "")
     native = library()

@@ -59,7 +59,9 @@ def addresses_of(places: Iterable[int]) -> Addresses:
 class Functions:
     """The functions of the library in a file.
 
-    Raises OSError where it cannot be loaded, WaterfillError where it was built from another header than this package's.
+    Raises:
+        OSError: it cannot be loaded.
+        WaterfillError: it was built from another header than this package's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,7 +122,8 @@ class Functions:
         """Address of the table of a grid, whose points are int16 `[n, p]` units, as numbers of `precision` bits, 8 or
         16, and exactly float32 `[n, p]`. Both are copied.
 
-        Raises MemoryError where there is no memory for it, or can be no such table.
+        Raises:
+            MemoryError: there is no memory for it, or can be no such table.
         """
         n, p = points.shape
         table = self.raw.wf_table_new(isa, p, n, precision, _at(units, _I16, n * p), _at(points, _F32, n * p))
@@ -133,11 +136,19 @@ class Functions:
         self.raw.wf_table_free(table)
 
     def codes_bytes(self, *, p: int, n: int, rows: int, width: int) -> int:
-        """Bytes of a matrix's codes in the kernels' layout. ValueError for a matrix that cannot be."""
+        """Bytes of a matrix's codes in the kernels' layout.
+
+        Raises:
+            ValueError: there can be no such matrix.
+        """
         return _expect_size("codes_bytes", self.raw.wf_codes_bytes(p, n, rows, width))
 
     def scales_count(self, *, rows: int, width: int) -> int:
-        """Scales of a matrix in the kernels' layout. ValueError for a matrix that cannot be."""
+        """Scales of a matrix in the kernels' layout.
+
+        Raises:
+            ValueError: there can be no such matrix.
+        """
         return _expect_size("scales_count", self.raw.wf_scales_count(rows, width))
 
     def arrange(
@@ -237,7 +248,8 @@ class Functions:
     def activations_new(self, isa: int, table: int, x: int, *, dtype: int, tokens: int, width: int) -> int:
         """Address of activations x `[tokens, width]` of `dtype`, rotated and rounded as matrices of a table take them.
 
-        Raises MemoryError where there is no memory for them.
+        Raises:
+            MemoryError: there is no memory for them.
         """
         made = self.raw.wf_activations_new(isa, table, x, dtype, tokens, width)
         if not made:

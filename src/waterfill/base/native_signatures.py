@@ -179,7 +179,8 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
 def bind(library: ctypes.CDLL, path: Path) -> None:
     """Give the functions of the library in `path` their types.
 
-    Raises WaterfillError where it was built from another header, or has structures of other sizes.
+    Raises:
+        WaterfillError: it was built from another header, or has structures of other sizes.
     """
     _expect_same_header(library, path)  # before anything else is called: others' functions have other arguments
     for name, (result, arguments) in SIGNATURES.items():

@@ -60,7 +60,11 @@ def read_small(path: Path, limit_bytes: int = SMALL_BYTES) -> bytes:
 
 
 def read_text(path: Path, limit_bytes: int = SMALL_BYTES) -> str:
-    """`read_small` as UTF-8, which else raises UnicodeDecodeError, a ValueError."""
+    """`read_small` as UTF-8.
+
+    Raises:
+        UnicodeDecodeError: the file is something else; a ValueError.
+    """
     return read_small(path, limit_bytes).decode("utf-8")
 
 

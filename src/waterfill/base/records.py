@@ -31,7 +31,11 @@ class Record:
 
 
 def pandas() -> Any:
-    """The module; WaterfillError where it is not installed."""
+    """The module.
+
+    Raises:
+        WaterfillError: it is not installed.
+    """
     try:
         return import_module("pandas")
     except ImportError as error:

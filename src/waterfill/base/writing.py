@@ -13,7 +13,11 @@ from waterfill.base.errors import WaterfillError
 
 
 def prepare_file(path: Path) -> None:
-    """Make the folder of a file that is to be written. Raises WaterfillError where it cannot be: before the work."""
+    """Make the folder of a file that is to be written.
+
+    Raises:
+        WaterfillError: it cannot be written; said before the work.
+    """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -62,7 +66,11 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def resolved(path: Path) -> Path:
-    """Where a path leads, links followed, whether or not anything is there. Raises OSError for links in a circle."""
+    """Where a path leads, links followed, whether or not anything is there.
+
+    Raises:
+        OSError: the links go in a circle.
+    """
     real = Path(os.path.realpath(path))
     if real.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))

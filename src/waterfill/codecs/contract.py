@@ -192,7 +192,8 @@ class Codec(ABC):
     def to_memory(self, buffers: Mapping[str, torch.Tensor], shape: Shape, exponent: int) -> Mapping[str, torch.Tensor]:
         """Buffers of a matrix, or of a block of its rows -> those of `memory`, with the same exponent; on the CPU.
 
-        Raises ArtifactError where they are damaged.
+        Raises:
+            ArtifactError: they are damaged.
         """
         decoded.say_once(self.name)
         in_blocks = all(part.row_bytes for part in self.layout(shape).values())

@@ -87,15 +87,20 @@ def encode(tensor: torch.Tensor) -> torch.Tensor:
 def decode(buffer: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """The tensor that `encode` was given, bit by bit.
 
-    Raises ArtifactError where the buffer is none of a tensor of that shape and dtype; no memory is taken before the
-    lengths of the streams are right.
+    Raises:
+        ArtifactError: the buffer is none of a tensor of that shape and dtype; no memory is taken before the lengths of
+            the streams are right.
     """
     numbers = _decode(buffer.contiguous().numpy(), math.prod(shape), dtype.itemsize)
     return torch.from_numpy(numbers.view(f"i{dtype.itemsize}")).view(dtype).view(shape)
 
 
 def decode_floats(buffer: Bytes, shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.float32]:
-    """The values of a tensor of `dtype`, F32, F16 or BF16, without torch. Raises ArtifactError as `decode` does."""
+    """The values of a tensor of `dtype`, F32, F16 or BF16, without torch.
+
+    Raises:
+        ArtifactError: as `decode` does.
+    """
     return floats(_decode(buffer, math.prod(shape), ITEM_BYTES[dtype]), dtype).reshape(shape)
 
 
@@ -197,7 +202,11 @@ def encode_reference(numbers: Bytes, item_bytes: int) -> bytes:
 
 
 def decode_reference(stream: bytes, item_bytes: int, count: int) -> Bytes:
-    """One stream -> its numbers' bytes. Raises DamagedError."""
+    """One stream -> its numbers' bytes.
+
+    Raises:
+        DamagedError: it is no stream of so many numbers.
+    """
     if not stream or stream[0] >> item_bytes:
         raise DamagedError("the head of a stream is damaged")
     coded = [p for p in range(item_bytes) if stream[0] >> p & 1]

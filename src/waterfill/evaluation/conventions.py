@@ -54,7 +54,11 @@ class Convention:
         return self.name == "decode"
 
     def cut(self, ids: Tensor) -> list[Window]:
-        """Windows of token ids [tokens]. Raises WaterfillError where there is no window or no target."""
+        """Windows of token ids [tokens].
+
+        Raises:
+            WaterfillError: there is no window or no target.
+        """
         if self.name == "strided":
             return self._strides(ids)
         first = self.context // 2 if self.name == "llama.cpp" else 0

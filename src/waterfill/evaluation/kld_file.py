@@ -22,7 +22,11 @@ _HEADER = struct.Struct("<8s3i")
 
 
 class KldFile:
-    """The file, opened; predictions are read window by window. Raises WaterfillError for a file of another kind."""
+    """The file, opened; predictions are read window by window.
+
+    Raises:
+        WaterfillError: the file is of another kind.
+    """
 
     form = "llama.cpp"
     kept: int | None = None

@@ -50,7 +50,11 @@ class Output:
 
 
 def load_gguf(path: Path) -> tuple[GgufModel, GgufTokenizer]:
-    """A model and its tokenizer. Raises WaterfillError where llama-cpp-python is missing or cannot read the file."""
+    """A model and its tokenizer.
+
+    Raises:
+        WaterfillError: llama-cpp-python is missing or cannot read the file.
+    """
     model = GgufModel(path)
     return model, GgufTokenizer(model)
 

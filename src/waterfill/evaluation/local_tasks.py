@@ -32,7 +32,11 @@ _KINDS: dict[str, Mapping[str, type]] = {
 
 
 def read_task(path: Path) -> dict[str, Any]:
-    """A file as a task configuration of lm-eval. Raises WaterfillError, with the line, for what is no such file."""
+    """A file as a task configuration of lm-eval.
+
+    Raises:
+        WaterfillError: it is no such file; names the line.
+    """
     documents = _documents(path)
     kind = _kind(path, documents)
     common = {"task": path.stem, "custom_dataset": _dataset(documents), "test_split": "test", "num_fewshot": 0}

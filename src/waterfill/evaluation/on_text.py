@@ -119,7 +119,11 @@ def divergence_from_file(subject: Subject, file: KldFile, max_windows: int | Non
 
 
 def check_tokenising(text: Path, memory: str | float | None) -> None:
-    """Raises MemoryLimitError where a text, which is tokenised as a whole, takes more than the process may have."""
+    """Look whether there is memory for a text, which is tokenised as a whole.
+
+    Raises:
+        MemoryLimitError: it takes more than the process may have.
+    """
     limit, size_bytes = memory_bytes(memory), text.stat().st_size if text.is_file() else 0
     smallest = math.ceil((process.resident_bytes() + TOKENISING_BYTES * size_bytes) / 1e6)
     if limit is not None and 1e6 * smallest > limit:

@@ -46,8 +46,11 @@ def plot_kl_against_size(evaluations: Mapping[str, Evaluation]) -> Any:
 
 
 def plot_kl_percentiles(evaluations: Mapping[str, Evaluation]) -> Any:
-    """How the KL divergence is spread over tokens: its percentiles (logarithmic), one line per label. Raises
-    WaterfillError where there is nothing to draw."""
+    """How the KL divergence is spread over tokens: its percentiles (logarithmic), one line per label.
+
+    Raises:
+        WaterfillError: there is nothing to draw.
+    """
     known = {label: each.divergence for label, each in evaluations.items() if each.divergence is not None}
     if not known:
         raise WaterfillError("none of the evaluations has a KL divergence; evaluate against the original model")

@@ -30,8 +30,10 @@ def score_windows(
 ) -> list[Tensor]:
     """Scores, float64 [columns, targets], of every window, in order: `score` gets some windows of one shape at a time.
 
-    What the journal holds already is not computed again, and what is computed is added to it at once. Raises
-    WaterfillError for a batch below 1.
+    What the journal holds already is not computed again, and what is computed is added to it at once.
+
+    Raises:
+        WaterfillError: the batch is below 1.
     """
     if batch < 1:
         raise WaterfillError(f"a batch of {batch} windows was asked for; choose at least 1")
@@ -63,7 +65,11 @@ def window_logits(model: Any, some: Sequence[Window], how: Convention) -> list[T
 
 
 def prepare(model: Any, cut: Sequence[Window]) -> None:
-    """Put a model into evaluation mode. Raises WaterfillError when it cannot read the windows."""
+    """Put a model into evaluation mode.
+
+    Raises:
+        WaterfillError: it cannot read the windows.
+    """
     context, limit = max(len(window.ids) for window in cut), context_length(model.config)
     if limit is not None and context > limit:
         raise WaterfillError(f"a context of {context} tokens was asked for, but the model has {limit}; choose fewer")
@@ -99,7 +105,11 @@ def token_error(scores: Tensor) -> float:
 
 
 def check_finite(scores: Tensor, whose: str) -> None:
-    """Raise WaterfillError when scores hold NaN or infinity, as NaN or infinite logits make them."""
+    """Refuse scores that NaN or infinite logits have made.
+
+    Raises:
+        WaterfillError: they hold NaN or infinity.
+    """
     if not bool(torch.isfinite(scores).all()):
         raise WaterfillError(
             f"{whose} gives NaN or infinite logits; "

@@ -143,7 +143,11 @@ class ReferenceStore:
         return True
 
     def expected(self, window: Window) -> Expected:
-        """The reference's predictions for a window. Raises WaterfillError when they have gone or are damaged."""
+        """The reference's predictions for a window.
+
+        Raises:
+            WaterfillError: they have gone or are damaged.
+        """
         try:
             tensors = load_file(self._file(window))
             os.utime(self.folder / META)

@@ -61,7 +61,11 @@ class Subject(ABC):
 
     @abstractmethod
     def tokenizer(self) -> Any:
-        """Raises WaterfillError where there is none."""
+        """That came with the model.
+
+        Raises:
+            WaterfillError: there is none.
+        """
 
     def dtype(self) -> torch.dtype | None:
         """What to measure it in, as memory allows; None for the model's own."""
@@ -149,10 +153,13 @@ class GgufSubject(Subject):
 
 
 def open_subject(source: str | Path, *, revision: str | None = None, memory: str | float | None = None) -> Subject:
-    """An artifact, a checkpoint (local directory or hub id) or a GGUF file. Raises WaterfillError for anything else.
+    """An artifact, a checkpoint (local directory or hub id) or a GGUF file.
 
     `memory` is what the process may take in all when it runs the model. An artifact is streamed where that is little,
     of a checkpoint what does not fit is refused.
+
+    Raises:
+        WaterfillError: it is anything else.
     """
     path = Path(source)
     if path.suffix == SUFFIX:

@@ -23,7 +23,8 @@ USUAL_CONTEXT = 2048  # of the published WikiText-2 figures
 def token_ids(tokenizer: Any, path: str | Path) -> Tensor:
     """Token ids, int64 [tokens], of a UTF-8 text file tokenised as one string with default special tokens.
 
-    Raises WaterfillError when the file cannot be read as text.
+    Raises:
+        WaterfillError: the file cannot be read as text.
     """
     try:
         text = reading.read_text(Path(path), sys.maxsize)
@@ -48,7 +49,8 @@ def default_context(model: Any) -> int:
 def windows(ids: Tensor, context: int) -> Tensor:
     """Cut token ids [tokens] into non-overlapping windows [windows, context], dropping the tail.
 
-    Raises WaterfillError when the text is shorter than one window, or the context scores no target.
+    Raises:
+        WaterfillError: the text is shorter than one window, or the context scores no target.
     """
     if ids.ndim != 1:
         raise WaterfillError(f"token ids have shape {list(ids.shape)}, expected [tokens]; pass the ids of one text")

@@ -208,7 +208,11 @@ def read_rows(checkpoint: Checkpoint, matrix: Matrix, start: int, stop: int) -> 
 
 
 def read_kept(checkpoint: Checkpoint, kept: Kept) -> torch.Tensor:
-    """A kept tensor in its own shape and dtype; raises CheckpointError if it holds NaN or Inf."""
+    """A kept tensor in its own shape and dtype.
+
+    Raises:
+        CheckpointError: it holds NaN or Inf.
+    """
     groups = []
     for group in kept.sources:
         parts = [checkpoint.read(part.source, ... if part.whole else slice(part.start, part.stop)) for part in group]

@@ -176,7 +176,11 @@ def warn_of_adapter(path: Path) -> None:
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
-    """Raise CheckpointError if `tensor`, read from tensor `name` of `file`, holds NaN or Inf."""
+    """Refuse weights, read from tensor `name` of `file`, that are no numbers.
+
+    Raises:
+        CheckpointError: `tensor` holds NaN or Inf.
+    """
     # The sum of finite weights is finite, and needs no temporary; a sum that overflows is told apart by counting.
     if torch.isfinite(tensor.sum(dtype=torch.float32)):
         return

@@ -65,7 +65,8 @@ def from_pretrained(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer in the directory of a checkpoint or artifact. Code that comes with it is never run.
 
-    Raises WaterfillError if there is none, or none without code of its own.
+    Raises:
+        WaterfillError: there is none, or none without code of its own.
     """
     try:
         check_settings(path)
@@ -94,7 +95,8 @@ def _no_tokenizer(path: Path, reason: str) -> WaterfillError:
 def load_checkpoint(checkpoint: Checkpoint) -> Any:
     """The original model: in float32, where products are exact enough and CPUs are fast, unless memory forbids it.
 
-    Raises CheckpointError for NaN or infinite weights, whose traces in the model's outputs would name no tensor.
+    Raises:
+        CheckpointError: weights are NaN or infinite; their traces in the model's outputs would name no tensor.
     """
     return load_original(checkpoint, measuring_dtype(checkpoint.tensors.values()))
 

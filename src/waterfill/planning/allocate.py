@@ -81,7 +81,11 @@ def relax(menus: Sequence[Sequence[Choice]], budget_bytes: int, *, ties: Sequenc
 def smallest(menus: Sequence[Sequence[Choice]], max_loss: float, *, ties: Sequence[Sequence[int]] = ()) -> Allocation:
     """Least bytes with a predicted loss of at most `max_loss` nats per token, and the least loss at that size.
 
-    Arguments and errors as for `allocate`; BudgetError if no allocation is predicted to lose so little.
+    Arguments as for `allocate`.
+
+    Raises:
+        BudgetError: no allocation is predicted to lose so little.
+        WaterfillError: as `allocate` does.
     """
     task = _Task.of(menus, ties)
     task.check_loss(max_loss)

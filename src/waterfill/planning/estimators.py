@@ -104,7 +104,11 @@ class _Arrivals(TorchFunctionMode):
 
 
 def check_probabilities(p: torch.Tensor) -> None:
-    """Raise WaterfillError when probabilities, or their logarithms, are NaN, as NaN or infinite logits make them."""
+    """Refuse probabilities, or their logarithms, that NaN or infinite logits have made.
+
+    Raises:
+        WaterfillError: some are NaN.
+    """
     if bool(p.sum().isnan()):  # the sum needs no temporary
         raise WaterfillError(
             "the model gives NaN or infinite logits on the probe, which say nothing about its sensitivities; "

@@ -32,7 +32,11 @@ def probe_of(options: ProbeOptions, text: str | Path | None) -> Probe:
 def measure_checkpoint(
     checkpoint: Checkpoint, architecture: Architecture, progress: Progress | None, options: ProbeOptions
 ) -> Sensitivity:
-    """Load the model and measure it. Raises WaterfillError where its class, or the text, does not allow it."""
+    """Load the model and measure it.
+
+    Raises:
+        WaterfillError: its class, or the text, does not allow it.
+    """
     probe = probe_of(options, options.get("text"))
     tokenizer = load_tokenizer(checkpoint.path) if probe.text else None  # before minutes of loading
     if probe.text:

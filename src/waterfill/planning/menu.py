@@ -120,9 +120,12 @@ def codec_names(
     tensors: Inventory, codecs: Sequence[str] | None = None, purpose: Purpose = "storage"
 ) -> tuple[str, ...]:
     """What a matrix may be given: `codecs` (names, patterns, "fast", "trellis"), or what serves the purpose and `raw`,
-    the matrix as it is. WaterfillError for a codec that is unknown or cannot be.
+    the matrix as it is.
 
     `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed.
+
+    Raises:
+        WaterfillError: a codec is unknown or cannot be.
     """
     fused = any(matrix.role == "expert" for matrix in tensors.matrices)
     raw = () if fused else (RAW,)

@@ -175,7 +175,11 @@ class Plan:
 
     @staticmethod
     def load(path: Path) -> Plan:
-        """Read a plan that `to_json` wrote; WaterfillError if it is not one, or does not agree with itself."""
+        """Read a plan that `to_json` wrote.
+
+        Raises:
+            WaterfillError: it is not one, or does not agree with itself.
+        """
         return typed.load(path, "plan", VERSION, _from_json)
 
 

@@ -114,7 +114,11 @@ def _start_token(config: Any) -> int | None:
 
 
 def read_text(path: Path) -> str:
-    """A text to measure on; WaterfillError if it is none."""
+    """A text to measure on.
+
+    Raises:
+        WaterfillError: it is none.
+    """
     try:
         return reading.read_text(path, sys.maxsize)
     except (OSError, UnicodeDecodeError) as error:

@@ -62,7 +62,11 @@ class Sensitivity:
 
     @staticmethod
     def load(path: Path) -> Sensitivity:
-        """Read a file that `to_json` wrote; WaterfillError if it is not one."""
+        """Read a file that `to_json` wrote.
+
+        Raises:
+            WaterfillError: it is not one.
+        """
         return typed.load(path, "sensitivity file", VERSION, _from_json)
 
 
@@ -168,7 +172,11 @@ def _only_trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
 
 
 def given_sensitivity(given: str | Path | Sensitivity, checkpoint: Checkpoint) -> Sensitivity:
-    """Sensitivities that were measured before; WaterfillError if they are not of these weights."""
+    """Sensitivities that were measured before.
+
+    Raises:
+        WaterfillError: they are not of these weights.
+    """
     measured = given if isinstance(given, Sensitivity) else Sensitivity.load(Path(given))
     if measured.fingerprint != checkpoint.fingerprint:
         raise WaterfillError(

@@ -131,7 +131,11 @@ def load_checkpoint_in(
 ) -> Any:
     """The original model in a dtype, None for its own, held below a limit where one is given.
 
-    Raises MemoryLimitError where `memory`, what the process may take in all, is too little; `logits` as of `load`.
+    Args:
+        memory, logits: as of `load`.
+
+    Raises:
+        MemoryLimitError: `memory` is too little.
     """
     limit = memory_bytes(memory)
     if limit is not None:

@@ -66,7 +66,8 @@ def open_runner(
         lookup: draft up to so many tokens from what the text said before.
         engine: who runs the model; "auto" is "native" where that can be.
 
-    Raises WaterfillError as `waterfill.load` does, and with "native" for a model that the engine does not run.
+    Raises:
+        WaterfillError: as `waterfill.load` does, and with "native" for a model that the engine does not run.
     """
     check_speculation(draft, lookup)
     arguments = (Path(artifact), memory, None if draft is None else Path(draft), lookup)
@@ -103,8 +104,11 @@ class Runner(ABC):
     def generate(self, prompt: Prompt, sampling: Sampling | None = None, **overrides: Any) -> Pieces:
         """Continue a text, or answer a conversation: pieces of text as they come.
 
-        `overrides` replace fields of `sampling`. Raises WaterfillError for what cannot be asked, MemoryLimitError where
-        the text does not fit in memory.
+        `overrides` replace fields of `sampling`.
+
+        Raises:
+            WaterfillError: that cannot be asked.
+            MemoryLimitError: the text does not fit in memory.
         """
         chosen = replace(sampling or Sampling(), **overrides)
         pieces: Pieces = self._within_memory(lambda: self._ask(prompt, chosen))

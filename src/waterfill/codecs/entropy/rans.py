@@ -34,7 +34,11 @@ def lanes_for(symbols: int) -> int:
 
 
 def encode(symbols: Symbols, lanes: int, frequencies: Frequencies) -> bytes:
-    """Symbols, a multiple of `lanes`, to bytes. ValueError if one of them has no frequency."""
+    """Symbols, a multiple of `lanes`, to bytes.
+
+    Raises:
+        ValueError: one of them has no frequency.
+    """
     library = native.library()
     symbols = np.ascontiguousarray(symbols)
     if library is None:
@@ -47,7 +51,11 @@ def encode(symbols: Symbols, lanes: int, frequencies: Frequencies) -> bytes:
 
 
 def decode(data: bytes | memoryview, lanes: int, frequencies: Frequencies, count: int) -> Symbols:
-    """`count` symbols, a multiple of `lanes`. DamagedError unless `data` is exactly what they were encoded to."""
+    """`count` symbols, a multiple of `lanes`.
+
+    Raises:
+        DamagedError: `data` is not exactly what they were encoded to.
+    """
     isa = native.isa()
     if isa is None:
         return decode_reference(data, lanes, frequencies, count)

@@ -55,7 +55,11 @@ class Grid:
 
 
 def grid(p: int, n: int) -> Grid:
-    """The shipped grid of n points in p dimensions, the same object on every call; GridError if there is none."""
+    """The shipped grid of n points in p dimensions, the same object on every call.
+
+    Raises:
+        GridError: there is none.
+    """
     shipped = _shipped()
     if (p, n) not in shipped:
         sizes = [str(m) for q, m in shipped if q == p]
@@ -71,7 +75,11 @@ def available() -> tuple[tuple[int, int], ...]:
 
 
 def read_grids(path: Path, sha256: str) -> dict[tuple[int, int], Grid]:
-    """All grids of a grid file, keyed and sorted by (p, n). Raises GridError unless the file has this SHA-256."""
+    """All grids of a grid file, keyed and sorted by (p, n).
+
+    Raises:
+        GridError: the file has another SHA-256.
+    """
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != sha256:
         raise GridError(f"{path} has SHA-256 {digest}, expected {sha256}: the file is damaged, reinstall waterfill")

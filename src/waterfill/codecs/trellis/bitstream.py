@@ -149,7 +149,8 @@ def read(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float16]]:
     """A stream's levels `[rows, width]` and scales `[rows, groups]`: the reference that native decoding must equal.
 
-    Raises DamagedError.
+    Raises:
+        DamagedError: it is no stream of such rows.
     """
     source = _ByteReader(memoryview(data))
     flags, symbols, center, scale_bits, unit = HEADER.unpack(source.take(HEADER_BYTES))

@@ -111,7 +111,8 @@ class Trellis(Codec):
     def to_levels(self, streams: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode to buffers of `self.levels`: codes U8, scales F16 `[rows, groups]`.
 
-        Raises ArtifactError where a stream is damaged.
+        Raises:
+            ArtifactError: a stream is damaged.
         """
         isa, data = native.isa(), streams.contiguous()
         layout = self.levels.layout(shape)

@@ -19,7 +19,11 @@ MAX_WEIGHTS_PER_BYTE = 64  # no codec spends less than an eighth of a bit
 
 
 def check_claims(tensor: TensorSpec, exponent: int) -> None:
-    """Raises FormatError unless the buffers are those that the codec makes of a tensor of that shape and dtype."""
+    """Compare buffers with those that the codec makes of a tensor of that shape and dtype.
+
+    Raises:
+        FormatError: they are others.
+    """
     if tensor.codec == RAW:
         return
     codec = None if tensor.codec == LOSSLESS else _known(tensor.codec)

@@ -204,7 +204,11 @@ def hasher() -> hashlib.blake2b:
 
 
 def digest_region(file: BinaryIO, offset_bytes: int, size_bytes: int) -> str:
-    """Digest of a region of an open file, in constant memory; raises FormatError if the file ends before it."""
+    """Digest of a region of an open file, in constant memory.
+
+    Raises:
+        FormatError: the file ends before it.
+    """
     state = hasher()
     file.seek(offset_bytes)
     while size_bytes:

@@ -57,7 +57,11 @@ class Completion:
     digests: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Raises FormatError on an exponent or t2 that a header has no room for."""
+        """Refuse what no header can hold.
+
+        Raises:
+            FormatError: there is no room for the exponent or t2.
+        """
         _integer(self.exponent, -MAX_EXPONENT, MAX_EXPONENT, "its exponent")
         if not 0 <= self.t2 < T2_LIMIT:
             raise FormatError(f"its t2 is {self.t2!r}, not a number from 0 to {T2_LIMIT:g}")
@@ -204,7 +208,11 @@ def validate(path: Path, file: BinaryIO, size_bytes: int) -> ShardMetadata:
 
 
 def check_version(version: object) -> None:
-    """Refuse a format version that this program does not know; raises FormatError."""
+    """Refuse a format version that this program does not know.
+
+    Raises:
+        FormatError: it is another one.
+    """
     if type(version) is not int or version != FORMAT_VERSION:
         fault = f"it has format version {reprlib.repr(version)} and this waterfill reads version {FORMAT_VERSION}"
         raise FormatError(fault, "upgrade waterfill, or pack again")

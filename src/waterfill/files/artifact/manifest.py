@@ -62,7 +62,11 @@ def shards_of_index(index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check_index(index: Mapping[str, Any], shards: Iterable[ShardMetadata]) -> None:
-    """Raises FormatError unless the index says of every buffer, and only of these, what the shards' own headers say."""
+    """Compare what the index says of every buffer with the shards' own headers.
+
+    Raises:
+        FormatError: it says anything else, or speaks of other buffers.
+    """
     expected = _index(
         (shard.path.name, {buffer.name: buffer.size_bytes for buffer in shard.buffers}) for shard in shards
     )

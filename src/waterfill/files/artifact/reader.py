@@ -64,7 +64,11 @@ class Artifact:
         return data
 
     def verify_files(self) -> None:
-        """Compare everything but the shards' buffers with the manifest. Raises ArtifactError at what differs."""
+        """Compare everything but the shards' buffers with the manifest.
+
+        Raises:
+            ArtifactError: something differs; says what.
+        """
         _verify_files(self.path, self._shards)
 
     def stated(self) -> tuple[dict[str, tuple[int, str]], dict[str, tuple[int, str]]]:

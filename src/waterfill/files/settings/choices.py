@@ -40,7 +40,11 @@ _FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 
 def check_choices(path: Path, vocabulary: int | None) -> None:
     """Refuse a generation_config.json, in the directory of a model, that is no JSON object, has values of other types
-    than its options take, or forces tokens that the vocabulary does not have. Raises WaterfillError."""
+    than its options take, or forces tokens that the vocabulary does not have.
+
+    Raises:
+        WaterfillError: it is one of these; names the field.
+    """
     file = path / FILE
     if not file.exists():
         return

@@ -44,7 +44,11 @@ class StepBudget:
         self._work, self._left, self._most_text = work, work, most_text
 
     def spend(self, work: int) -> None:
-        """Raises SecurityError when there is no more."""
+        """Take steps from what is left.
+
+        Raises:
+            SecurityError: there are no more.
+        """
         self._left -= work
         if self._left < 0:
             raise SecurityError(f"it takes more than {self._work} steps")
@@ -82,7 +86,10 @@ class StepBudget:
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """Jinja with `functions` beside its own; everything that a template does is paid for from `budget`.
 
-    It serves one rendering. A template that asks for too much raises SecurityError, a TemplateError.
+    It serves one rendering.
+
+    Raises:
+        SecurityError: from a template that asks for too much; a TemplateError.
     """
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)

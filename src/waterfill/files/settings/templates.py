@@ -52,7 +52,11 @@ def conversation_text(template: str, messages: Sequence[Message], special_tokens
 
 
 def check_template(template: str) -> None:
-    """Raise WaterfillError if a template is no Jinja, or too long."""
+    """Refuse a template that nothing can be rendered with.
+
+    Raises:
+        WaterfillError: it is no Jinja, or too long.
+    """
     _Program(template, {}, 0)
 
 

@@ -24,7 +24,8 @@ _UNICODE = {"BertNormalizer": 3, "ByteLevel": 4, "Lowercase": 3, "NFC": 3, "NFD"
 def check_growth(backend: Any) -> None:
     """Refuse a tokenizer of the library `tokenizers` that may make more than MOST_GROWTH characters, or tokens, of one.
 
-    Raises WaterfillError.
+    Raises:
+        WaterfillError: it may; says by which of its parts.
     """
     for name in ("normalizer", "post_processor", "decoder"):
         part = getattr(backend, name)

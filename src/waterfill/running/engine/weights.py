@@ -56,7 +56,8 @@ class Resident:
     def load(cls, artifact: Artifact, spec: Spec, *, verify: bool) -> Resident:
         """Decode and arrange all matrices of an artifact.
 
-        Raises ArtifactError where a stream is damaged or, with `verify`, a buffer is not what was packed.
+        Raises:
+            ArtifactError: a stream is damaged or, with `verify`, a buffer is not what was packed.
         """
         held: dict[str, ChunkData] = {}
         storage = Storage(direct=False)

@@ -86,8 +86,11 @@ def attach(
 
 
 def hold(model: Any, path: Path, chosen: Fit, *, logits: int = 1, tuning: Tuning = USUAL) -> None:
-    """Hold a model of a directory, whose weights are all in memory, below a limit, as `attach` does. Raises
-    MemoryLimitError if it is below what the model needs at least."""
+    """Hold a model of a directory, whose weights are all in memory, below a limit, as `attach` does.
+
+    Raises:
+        MemoryLimitError: it is below what the model needs at least.
+    """
     _hold(model, path, chosen, try_passes(model), None, tuning.pass_bytes)
     tokens = max(logits, min(LEAST_CONTEXT, context_length(model.config) or LEAST_CONTEXT))
     model.memory_limit.admit(tokens, tokens, logits=logits)

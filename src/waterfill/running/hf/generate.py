@@ -89,10 +89,13 @@ def generate(
 
     Several threads may generate with one model: their texts take turns, token by token.
 
-    Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
-    WaterfillError for a sampling value outside its range, malformed messages, a prompt that is not valid UTF-8, leaves
-    no room or holds tokens that the model does not know, or a text that does not fit in the memory that the model was
-    loaded with; from the iteration, for choices of the model's generation_config.json that transformers refuses.
+    Generation starts with the first piece asked for; an exception of the model is raised from the iteration.
+
+    Raises:
+        WaterfillError: a sampling value is outside its range, messages are malformed, a prompt is not valid UTF-8,
+            leaves no room or holds tokens that the model does not know, or a text does not fit in the memory that the
+            model was loaded with; from the iteration, transformers refuses choices of the model's
+            generation_config.json.
     """
     sampling = replace(sampling or Sampling(), **overrides)
     ids = _prompt_ids(tokenizer, prompt)

@@ -132,7 +132,11 @@ class PackedMatrix(_HasWeight):
         return kernels.dense(self.packed) if self.source is None else self.source.dense()
 
     def scale_by_power(self, power: int) -> None:
-        """Multiply W by 2^power from now on, exactly. Raises WaterfillError where float32 might not hold it."""
+        """Multiply W by 2^power from now on, exactly.
+
+        Raises:
+            WaterfillError: float32 might not hold it.
+        """
         if self.exponent + power not in _EXPONENTS:
             raise WaterfillError(f"a packed weight {list(self.shape)} cannot be multiplied by 2^{power} as well")
         self.exponent += power

@@ -21,7 +21,11 @@ class StreamedSource:
     power: int = 0
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T: `[..., in]` -> `[..., out]`, as `kernels.matmul`. Raises ArtifactError for a chunk that is damaged."""
+        """x W^T: `[..., in]` -> `[..., out]`, as `kernels.matmul`.
+
+        Raises:
+            ArtifactError: a chunk is damaged.
+        """
         rows, width = self.matrix.shape
         flat = x.reshape(-1, width)
         known = flat.dtype in DTYPES and not self.power  # a power may be what keeps y within its dtype

@@ -106,7 +106,9 @@ class StreamedMatrix:
     """A matrix `[out, in]` whose codes stay on disk. What is small beside them, the scales of fixed-rate codes, does
     not: it is `held`, as the bytes of each row, and with `verify` compared with its digest.
 
-    Raises ArtifactError where that differs, or the index is damaged, and WaterfillError where the codec is not known.
+    Raises:
+        ArtifactError: that differs, or the index is damaged.
+        WaterfillError: the codec is not known.
     """
 
     def __init__(
@@ -188,7 +190,8 @@ class StreamedMatrix:
     def check(self, chunk: Chunk, data: npt.NDArray[np.uint8]) -> None:
         """Compare parts with what they were when they were first read.
 
-        Raises ArtifactError, which names file, tensor and offset.
+        Raises:
+            ArtifactError: they differ; names file, tensor and offset.
         """
         library = native.library()
         if library is None:
@@ -240,7 +243,8 @@ class ChunkData:
 
         Time spent decoding and multiplying, by all threads, is added to `nanoseconds`, `[2]`.
 
-        Raises ArtifactError where a part is damaged.
+        Raises:
+            ArtifactError: a part is damaged.
         """
         prepared = x.prepared(self.chunk.matrix.codec)
         if prepared is None or x.isa is None:

@@ -80,7 +80,11 @@ def fit(
 
 
 def memory_bytes(memory: str | float | None) -> int | None:
-    """What was given as the memory of a process, in bytes. Raises WaterfillError for what is not a size."""
+    """What was given as the memory of a process, in bytes.
+
+    Raises:
+        WaterfillError: it is not a size.
+    """
     return None if memory is None else parse_size(memory)
 
 

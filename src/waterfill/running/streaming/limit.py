@@ -96,8 +96,10 @@ class Limit:
         `held` have been read already.
 
         A draft's text counts as well, and kept weights yield to it from now on; so does what texts that were admitted
-        before are to take yet (`others_bytes`). Raises MemoryLimitError if the text does not fit, even with all kept
-        weights given up and in the narrowest passes.
+        before are to take yet (`others_bytes`).
+
+        Raises:
+            MemoryLimitError: the text does not fit, even with all kept weights given up and in the narrowest passes.
         """
         self._draft_bytes, self._leader = 0, None
         if draft is not None:
@@ -120,8 +122,11 @@ class Limit:
         """Before the next `tokens`, the last of which is the text's token `context`: have kept weights yield to a pass,
         and to a cache of keys and values that grows by `growth_bytes`.
 
-        Returns how many of the tokens to read in this pass: all of them if it is to be a `whole` one. Raises
-        MemoryLimitError where there is too little memory for that.
+        Returns:
+            How many of the tokens to read in this pass: all of them if it is to be a `whole` one.
+
+        Raises:
+            MemoryLimitError: there is too little memory for that.
         """
         count = tokens if whole else self.widest(tokens, context, logits=logits, growth_bytes=growth_bytes)
         self._yield(growth_bytes + self.working.pass_bytes(count, context, logits))

@@ -25,7 +25,8 @@ class OnDemand:
         cache_bytes: what the chunks that were used last may take; the very last one stays whatever it takes.
         meter: told what is read, and how long that is waited for.
 
-    Every method raises ArtifactError where the file cannot be read or is not what it was.
+    Raises:
+        ArtifactError: from every method: the file cannot be read or is not what it was.
     """
 
     def __init__(self, storage: Storage, kept: Kept, *, cache_bytes: int, meter: Meter) -> None:

@@ -75,7 +75,11 @@ def make_slots(count: int, size_bytes: int) -> list[Slot]:
 
 
 def read_at(descriptor: int, memory: memoryview, offset: int) -> int:
-    """The system's positioned read: how many bytes it put into memory. Raises OSError."""
+    """The system's positioned read: how many bytes it put into memory.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [memory], offset)
     data = os.pread(descriptor, len(memory), offset)
@@ -104,7 +108,8 @@ class Storage:
     def read_into(self, region: Region, slot: Slot) -> npt.NDArray[np.uint8]:
         """The region, as a view of the slot's memory.
 
-        Raises ArtifactError where the file ends early or cannot be read; the message names file and offset.
+        Raises:
+            ArtifactError: the file ends early or cannot be read; names file and offset.
         """
         start = region.offset_bytes // BLOCK_BYTES * BLOCK_BYTES
         lead = region.offset_bytes - start

@@ -105,7 +105,11 @@ class Streamer:
     # ------------------------------------------------------------------------------------------- what is computed
 
     def product(self, matrix: StreamedMatrix, x: View, y: View) -> None:
-        """Write x W^T: x `[tokens, in]`, y `[tokens, out]`. Raises ArtifactError for a chunk that is damaged."""
+        """Write x W^T: x `[tokens, in]`, y `[tokens, out]`.
+
+        Raises:
+            ArtifactError: a chunk is damaged.
+        """
         self.products([matrix], x, [y])
 
     def products(self, matrices: Sequence[StreamedMatrix], x: View, ys: Sequence[View]) -> None:

@@ -31,7 +31,11 @@ ChooseResidency = Callable[[Sequence[Chunk], int, Speeds], Residency]  # chunks 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What may be chosen about streaming. WaterfillError for sizes and times with which nothing could be read."""
+    """What may be chosen about streaming.
+
+    Raises:
+        WaterfillError: nothing could be read with such sizes and times.
+    """
 
     chunk_bytes: int = CHUNK_BYTES  # read at once, about
     part_weights: int = PART_WEIGHTS  # of codes of a fixed rate, decoded by one thread
@@ -49,7 +53,11 @@ class Tuning:
                 raise WaterfillError(f"{name} is {getattr(self, name)}; choose at least {value}")
 
     def matrix(self, tensor: StoredTensor, storage: Storage, *, verify: bool) -> StreamedMatrix:
-        """A matrix in chunks and parts of these sizes. Raises ArtifactError as `StreamedMatrix` does."""
+        """A matrix in chunks and parts of these sizes.
+
+        Raises:
+            ArtifactError: as `StreamedMatrix` does.
+        """
         sizes = {"chunk_bytes": self.chunk_bytes, "part_weights": self.part_weights}
         return StreamedMatrix(tensor, storage, verify=verify, **sizes)
 

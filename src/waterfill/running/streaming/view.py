@@ -25,7 +25,11 @@ class View(NamedTuple):
 
     @classmethod
     def of_array(cls, array: npt.NDArray[np.float32]) -> View:
-        """Of float32 `[tokens, width]`. ValueError unless it lies row after row."""
+        """Of float32 `[tokens, width]`.
+
+        Raises:
+            ValueError: it does not lie row after row.
+        """
         tokens, width = array.shape
         if array.dtype != np.float32 or not array.flags.c_contiguous:
             raise ValueError(f"expected contiguous float32, got {array.dtype} with strides {array.strides}")
@@ -33,7 +37,11 @@ class View(NamedTuple):
 
     @classmethod
     def of_tensor(cls, tensor: torch.Tensor) -> View:
-        """Of float32, bfloat16 or float16 `[tokens, width]`. ValueError unless it lies row after row, on the CPU."""
+        """Of float32, bfloat16 or float16 `[tokens, width]`.
+
+        Raises:
+            ValueError: it does not lie row after row, on the CPU.
+        """
         tokens, width = tensor.shape
         dtype = DTYPES.get(tensor.dtype)
         if dtype is None or not tensor.is_contiguous() or not tensor.is_cpu:

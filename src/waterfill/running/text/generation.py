@@ -84,10 +84,12 @@ def generate(
 
     Given a model's `Sequences`, a prompt that begins as the last text did is read from where it differs.
 
-    Generation starts with the first piece asked for; an exception of the model is raised from the iteration. Raises
-    WaterfillError for a sampling value outside its range, malformed messages, a prompt that is not valid UTF-8 or
-    leaves no room, tokens that the model does not know, a text that does not fit in the model's memory, or a draft of
-    another vocabulary.
+    Generation starts with the first piece asked for; an exception of the model is raised from the iteration.
+
+    Raises:
+        WaterfillError: a sampling value is outside its range, messages are malformed, a prompt is not valid UTF-8,
+            leaves no room or holds tokens that the model does not know, a text does not fit in the model's memory, or a
+            draft has another vocabulary.
     """
     asked = Asked(model, tokenizer, sampling, defaults, draft=draft, lookup=lookup, **overrides)
     run = asked.run(asked.ids(prompt))
@@ -120,7 +122,11 @@ class Asked:
             )
 
     def ids(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Of a prompt. Raises WaterfillError where they are not the model's, or leave no room."""
+        """Of a prompt.
+
+        Raises:
+            WaterfillError: they are not the model's, or leave no room.
+        """
         ids, model = self._tokenizer.prompt_ids(prompt), self._sequences.model
         if max(ids) >= model.vocabulary:
             raise unknown_token("the prompt", max(ids), model.vocabulary)
@@ -128,7 +134,11 @@ class Asked:
         return ids
 
     def run(self, ids: list[int]) -> Run:
-        """A text behind a prompt, not begun. Raises MemoryLimitError where it does not fit."""
+        """A text behind a prompt, not begun.
+
+        Raises:
+            MemoryLimitError: it does not fit.
+        """
         model, lease = self._sequences.model, Lease(self._sequences)
         leases, draft, drafted = [lease], None, self._lookup or 0
         drafter: Drafter | None = None if self._lookup is None else Lookup(self._lookup)

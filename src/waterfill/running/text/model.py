@@ -32,7 +32,11 @@ class TokenModel(Protocol):
 
     def expect(self, sequence: Any, tokens: int, prompt: int, *, logits: int = 1, draft: Any = None) -> None:
         """Look whether there is memory for a text of `tokens`, of which `prompt` are read first, with the logits of so
-        many positions at a time, and for that of a draft's sequence. Raises MemoryLimitError if there is not."""
+        many positions at a time, and for that of a draft's sequence.
+
+        Raises:
+            MemoryLimitError: there is not.
+        """
 
     def forward(
         self, sequences: Sequence[Any], tokens: Sequence[Sequence[int]], logits: int | Sequence[int] = 1

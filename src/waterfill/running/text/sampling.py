@@ -92,14 +92,22 @@ def check_speculation(draft: object, lookup: int | None) -> None:
 
 
 def begun(ids: list[int], beginning: int | None) -> list[int]:
-    """A prompt's ids; if it has none, the id that a text begins with. WaterfillError if there is none either."""
+    """A prompt's ids; if it has none, the id that a text begins with.
+
+    Raises:
+        WaterfillError: there is none either.
+    """
     if not ids and beginning is None:
         raise WaterfillError("the prompt is empty and the tokenizer has no token to begin with; give a prompt")
     return ids if beginning is None or ids else [beginning]
 
 
 def free_positions(prompt_tokens: int, positions: int | None) -> int:
-    """How many tokens a model can add to a prompt before its positions are used up. WaterfillError if none."""
+    """How many tokens a model can add to a prompt before its positions are used up.
+
+    Raises:
+        WaterfillError: there are none.
+    """
     if not positions:
         return sys.maxsize
     if prompt_tokens >= positions:

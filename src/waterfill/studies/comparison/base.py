@@ -37,7 +37,11 @@ class StudiedModel:
     calibration: Tensor | None = None  # token ids [sequences, length] for the methods that need activations
 
     def calibration_tokens(self) -> Tensor:
-        """Token ids [sequences, length]; Unavailable where there are none."""
+        """Token ids [sequences, length].
+
+        Raises:
+            Unavailable: there are none.
+        """
         if self.calibration is None:
             raise Unavailable("it needs calibration tokens")
         return self.calibration

@@ -24,8 +24,11 @@ STYLES = (
 
 
 def check(path: Path | None = None) -> None:
-    """Raise WaterfillError where matplotlib is not installed, or a file of this name cannot be drawn or written: before
-    minutes of measuring, not after."""
+    """Look whether a file can be drawn: before minutes of measuring, not after.
+
+    Raises:
+        WaterfillError: matplotlib is not installed, or a file of this name cannot be drawn or written.
+    """
     if find_spec("matplotlib") is None:
         raise WaterfillError("plots need matplotlib; pip install 'waterfill[plot]'")
     if path is not None:

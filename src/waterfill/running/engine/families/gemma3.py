@@ -74,7 +74,11 @@ _READ = frozenset(
 
 
 def read_config(fields: Fields) -> Config:
-    """Raises UnsupportedError for a model that the engine does not run, or cannot be sure of."""
+    """What a config.json says, checked.
+
+    Raises:
+        UnsupportedError: the engine does not run such a model, or cannot be sure of it.
+    """
     check_fields(fields, _READ, "Gemma3ForCausalLM")
     expect(fields, hidden_activation={"gelu_pytorch_tanh"}, is_encoder_decoder={None, False})
     expect(fields, attn_logit_softcapping={None}, final_logit_softcapping={None})

@@ -72,8 +72,9 @@ class LlamaModel:
     ) -> None:
         """Before a text of `tokens`, of which `prompt` are read first, with the logits of so many positions at a time.
 
-        Raises MemoryLimitError where it does not fit in the memory that the model was given, with what the texts of
-        other sequences are to take yet, and that of its draft's sequence.
+        Raises:
+            MemoryLimitError: it does not fit in the memory that the model was given, with what the texts of other
+                sequences are to take yet, and that of its draft's sequence.
         """
         sequence.expected = 0
         with self._lock:
@@ -105,11 +106,14 @@ class LlamaModel:
         Args:
             logits: how many of a sequence's tokens, the last ones, logits are wanted of; one number for all, or each's.
 
-        Returns, for each sequence, float32 `[logits, vocabulary]`.
+        Returns:
+            For each sequence, float32 `[logits, vocabulary]`.
 
-        Raises WaterfillError where tokens do not fit the model's positions, IndexError for an id that is none of its
-        tokens, ValueError for a sequence that comes twice, ArtifactError for damaged weights. The sequences are as they
-        were then.
+        Raises:
+            WaterfillError: tokens do not fit the model's positions.
+            IndexError: an id is none of its tokens.
+            ValueError: a sequence comes twice.
+            ArtifactError: weights are damaged. The sequences are as they were, whatever is raised.
         """
         wanted = [logits] * len(sequences) if isinstance(logits, int) else list(logits)
         parts = [

@@ -56,7 +56,11 @@ _READ = frozenset(
 
 
 def read_config(fields: Fields) -> Config:
-    """Raises UnsupportedError for a model that the engine does not run, or cannot be sure of."""
+    """What a config.json says, checked.
+
+    Raises:
+        UnsupportedError: the engine does not run such a model, or cannot be sure of it.
+    """
     kind = fields["model_type"]
     check_fields(fields, _READ, f"{kind.capitalize()}ForCausalLM")
     expect(fields, hidden_act={"silu"}, pretraining_tp={None, 1}, mlp_bias={None, False})

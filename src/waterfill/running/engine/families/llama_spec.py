@@ -57,7 +57,11 @@ class Spec(Config):
 
 
 def read_spec(artifact: Artifact) -> Spec:
-    """Raises UnsupportedError for a model that the engine does not run."""
+    """What a model is made of, by its config.json and its tensors.
+
+    Raises:
+        UnsupportedError: the engine does not run such a model.
+    """
     fields, tensors = read_json(artifact.path / "config.json"), artifact.tensors
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -69,7 +73,11 @@ def read_spec(artifact: Artifact) -> Spec:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object. Raises UnsupportedError where there is none."""
+    """A small JSON object.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
     try:
         values = json.loads(read_text(path, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
