@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ from waterfill.planning.budget import Budget
 from waterfill.planning.estimators import matrix_view
 from waterfill.running.engine.opening import open_model
 from waterfill.running.hf.packed import PackedMatrix
+from waterfill.running.hf.trial import _Alive
+from waterfill.running.streaming.ahead import ring_bytes
+from waterfill.running.streaming.chunks import decoding_bytes
+from waterfill.running.streaming.limit import Working, spare_bytes
 
 NAMES = ("six", "whole")
 MOST = 31  # of 6 bits with a sign
@@ -276,6 +281,36 @@ def test_damage_is_found_where_it_is_streamed(packed: Mapping[str, Path], tmp_pa
             file.write(bytes([first ^ 1]))
         with pytest.raises(waterfill.ArtifactError, match=re.escape(tensor.name)):
             streams.load(copy)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_decoding_takes_is_measured_and_counted_in_the_limit(name: str, packed: Mapping[str, Path]) -> None:
+    codec, shape = get_codec(name), (700, 1024)
+    buffers = codec.encode(torch.randn(shape, generator=torch.Generator().manual_seed(5))).buffers
+    tracemalloc.start()
+    with _Alive() as tensors, torch.inference_mode():
+        memory = codec.to_memory(buffers, shape, 0)
+        kernels.arrange(kernels.Packed(codec.memory, memory["scales"], memory["codes"], 0, shape))
+    _, arrays = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.7 * codec.decoding_bytes(shape) < tensors.peak + arrays < codec.decoding_bytes(shape)
+
+    streamed = streams.load(packed[name])
+    matrices, kept = streamed.streaming.sequence, streamed.streaming.kept.nbytes
+    assert decoding_bytes(matrices) == max(
+        codec.decoding_bytes((chunk.rows, matrix.shape[1])) for matrix in matrices for chunk in matrix.chunks
+    )
+    assert streamed.streaming.firm_bytes == decoding_bytes(matrices) - kept
+    working = Working(token=0, activations=0, logits=0)
+    needs: dict[str, Any] = {"held": 0, "context": None, "logits": 1}
+    taken = (1 << 30) - spare_bytes(packed[name], matrices, 1 << 30, working, **needs)
+    assert taken == ring_bytes(matrices) + decoding_bytes(matrices)
+
+
+def test_what_the_library_decodes_takes_nothing_more(packed: Mapping[str, Path]) -> None:
+    streamed = streams.load(packed["mixed"])
+    for matrix in streamed.streaming.sequence:
+        assert (matrix.decoding_bytes > 0) == (matrix.stored.name == "six")
 
 
 # ---------------------------------------------------------------------------------------- the contract, codec by codec

@@ -36,6 +36,7 @@ from waterfill.codecs.hadamard import rotate
 Shape = tuple[int, int]  # (out_features, in_features)
 
 BLOCK_WEIGHTS = 1 << 20  # 4 MiB of float32; encoding takes about 25 times that
+DECODING_BYTES = 32  # per weight of a block, while it is decoded, rotated and rounded: measured
 
 
 class BufferLayout(NamedTuple):
@@ -196,15 +197,22 @@ class Codec(ABC):
             ArtifactError: they are damaged.
         """
         decoded.say_once(self.name)
-        in_blocks = all(part.row_bytes for part in self.layout(shape).values())
-        step, parts = max(1, BLOCK_WEIGHTS // shape[1]) if in_blocks else shape[0], []
+        step, parts = self._rows_at_a_time(shape), []
         for first in range(0, shape[0], step):
             last = min(first + step, shape[0])
-            some = self._rows(buffers, shape, first, last) if in_blocks else buffers
+            some = self._rows(buffers, shape, first, last) if self._in_rows(shape) else buffers
             encoded = Encoded((last - first, shape[1]), some, exponent, noise_power=0.0, power=0.0)
             parts.append(decoded.rounded(rotate(self.decode(encoded)) * 2.0**-exponent))
         scales, codes = (torch.cat([part[i] for part in parts]) for i in range(2))
         return {"scales": scales, "codes": codes}
+
+    def _rows_at_a_time(self, shape: Shape) -> int:
+        """That `to_memory` decodes together: all of them where they have no fixed size."""
+        return min(shape[0], max(1, BLOCK_WEIGHTS // shape[1])) if self._in_rows(shape) else shape[0]
+
+    def _in_rows(self, shape: Shape) -> bool:
+        """Whether rows are of a fixed size."""
+        return all(part.row_bytes for part in self.layout(shape).values())
 
     def _rows(
         self, buffers: Mapping[str, torch.Tensor], shape: Shape, first: int, last: int
@@ -221,6 +229,11 @@ class Codec(ABC):
         """What a matrix takes in memory, as it is multiplied."""
         return layout_bytes(self.memory.layout(shape))
 
+    def decoding_bytes(self, shape: Shape) -> int:
+        """What a block of rows takes for a while, about, where `to_memory` decodes it for one product: twice its
+        result, which is arranged for the kernels, and the rows on the way. Who takes more has to say so here."""
+        return 2 * self.memory_bytes(shape) + DECODING_BYTES * self._rows_at_a_time(shape) * shape[1]
+
     def native_fields(self, width: int) -> Mapping[str, int] | None:
         """How the native library decodes parts of rows of `width` into `memory`: fields of its `wf_chunk`, beside the
         `scales` if there are any. None: it cannot, and `to_memory` does."""
@@ -230,7 +243,7 @@ class Codec(ABC):
         """How a matrix is cut into parts of about so many weights, unless the codec has parts of its own."""
         layout = self.layout(shape)
         key = max(layout, key=lambda key: layout[key].row_bytes)
-        if not all(part.row_bytes for part in layout.values()):
+        if not self._in_rows(shape):
             raise NotImplementedError(f"{self.name} has rows of no fixed size; define its `parts`")
         return Parts(key, 4 * max(1, weights // (4 * shape[1])), layout[key].row_bytes)
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -177,6 +177,13 @@ class StreamedMatrix:
         bytes_of |= {key: held[rows].reshape(-1) for key, held in self.held.items()}
         tensors = {key: torch.from_numpy(bytes_of[key]).view(TORCH_DTYPES[part.dtype]) for key, part in layout.items()}
         return {key: tensors[key].view(-1, *part.shape[1:]) for key, part in layout.items()}
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Memory that its largest chunk takes for a while where the library does not decode it."""
+        if self.native is not None:
+            return 0
+        return max(self.stored.decoding_bytes((chunk.rows, self.shape[1])) for chunk in self.chunks)
 
     @property
     def coded_bytes(self) -> int:
@@ -359,6 +366,11 @@ class ChunkData:
         if not self._unchecked:
             view.sums = None
         return view
+
+
+def decoding_bytes(matrices: Iterable[StreamedMatrix]) -> int:
+    """Memory that decoding chunks of these in Python takes at most, one at a time (`Products`); 0 where none is."""
+    return max(matrix.decoding_bytes for matrix in matrices)
 
 
 def expect(status: int, flaw: native.Flaw, chunks: Sequence[Chunk]) -> None:

@@ -1,6 +1,7 @@
 """A limit on a process's memory: what it leaves for weights, and how it is held while texts are read.
 
-limit = what the process holds already + keys and values of a text + activations of a pass + ring + kept weights
+limit = what the process holds already + keys and values of a text + activations of a pass + ring
+        + a chunk that Python decodes, of codecs that the library does not know + kept weights
 
 `spare_bytes` divides it when a streamed model is loaded. Afterwards a `Limit` looks at every text before it is begun,
 and has kept weights yield before every pass.
@@ -9,14 +10,14 @@ and has kept weights yield before every pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from waterfill.base import process
 from waterfill.base.errors import MemoryLimitError
 from waterfill.running.streaming.ahead import SLOTS, ring_bytes
-from waterfill.running.streaming.chunks import StreamedMatrix
+from waterfill.running.streaming.chunks import StreamedMatrix, decoding_bytes
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.tuning import PASS_BYTES
 
@@ -178,7 +179,7 @@ def held_bytes() -> int:
 
 def spare_bytes(
     path: Path,
-    matrices: Iterable[StreamedMatrix],
+    matrices: Collection[StreamedMatrix],
     limit_bytes: int,
     working: Working,
     *,
@@ -202,7 +203,7 @@ def spare_bytes(
     """
     tokens = LEAST_CONTEXT if context is None else min(LEAST_CONTEXT, context)
     text, piece = working.text_bytes(tokens), working.pass_bytes(max(LEAST_PASS, logits), tokens, logits)
-    least = held + ring_bytes(matrices, slots) + text + piece
+    least = held + ring_bytes(matrices, slots) + decoding_bytes(matrices) + text + piece
     if limit_bytes < least:
         smallest = math.ceil(least / 1e6)
         raise MemoryLimitError(

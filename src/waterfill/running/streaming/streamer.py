@@ -26,7 +26,7 @@ from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Step
 from waterfill.running.streaming.ahead import ReadAhead, ring_bytes
 from waterfill.running.streaming.calibration import calibrate
-from waterfill.running.streaming.chunks import Chunk, StreamedMatrix
+from waterfill.running.streaming.chunks import Chunk, StreamedMatrix, decoding_bytes
 from waterfill.running.streaming.first_reading import read_first
 from waterfill.running.streaming.kept import Kept
 from waterfill.running.streaming.meter import Meter
@@ -78,7 +78,7 @@ class Streamer:
         self._lock = threading.RLock()  # passes are one at a time: they share the ring
         self._warned = False
         matrices = (*sequence, *others)
-        self._ring_bytes = ring_bytes(matrices, tuning.slots)
+        self._ring_bytes, self._decoding_bytes = ring_bytes(matrices, tuning.slots), decoding_bytes(matrices)
         chunks = [chunk for matrix in sequence for chunk in matrix.chunks]
         self.speeds, self.threads = calibrate(
             storage,
@@ -192,7 +192,7 @@ class Streamer:
             self._ahead.set_sequence(self.streamed)
 
     def _look_at_memory(self) -> None:
-        excess = process.resident_bytes() - self.limit_bytes
+        excess = process.resident_bytes() + self._decoding_bytes - self.limit_bytes
         if excess > 0 and (self.kept or self.on_demand):
             self._shed(excess)
         elif excess > 0 and not self._warned:
@@ -201,14 +201,15 @@ class Streamer:
 
     @property
     def firm_bytes(self) -> int:
-        """What the process takes beyond what it has once all kept weights are given up: mostly less than nothing."""
+        """What the process takes in a pass beyond what it has now, once all kept weights are given up: mostly less than
+        nothing."""
         with self._lock:
             kept = self.kept.nbytes + self.on_demand.nbytes
-        return (self._ring_bytes if self._ahead is None else 0) - kept
+        return self._decoding_bytes + (self._ring_bytes if self._ahead is None else 0) - kept
 
     def make_way(self, size_bytes: int) -> None:
         """Before a pass that takes so much more memory: give up kept chunks for it, or take back what was given up."""
-        spare_bytes = self.limit_bytes - process.resident_bytes() - size_bytes
+        spare_bytes = self.limit_bytes - process.resident_bytes() - self._decoding_bytes - size_bytes
         with self._lock:
             if spare_bytes < 0:
                 self._shed(-spare_bytes)
