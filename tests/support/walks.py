@@ -66,7 +66,7 @@ class Walk:
         return Counter({move: count for move, count in self.moves.items() if FLOOR[move[1].room] > FLOOR[move[0].room]})
 
     def show(self, title: str) -> None:
-        rooms = sorted({place.room for place in self.places}, key=lambda room: -FLOOR[room])
+        rooms = sorted({place.room for place in self.places}, key=lambda room: (-FLOOR[room], room))
         print(f"{title}: {len(rooms)} rooms ({', '.join(rooms)}), {len({place.file for place in self.places})} files")
         print(f"    {len(self.moves)} moves between rooms ({self.moves.total()})")
         print(f"    {len(self.climbs)} climbs ({self.climbs.total()})")
