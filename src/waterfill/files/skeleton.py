@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise, zip_longest
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import transformers
@@ -63,8 +65,11 @@ class ModelTensor:
     sources: Groups
 
 
-def build_skeleton(checkpoint: Checkpoint) -> Any:
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Any:
     """The transformers model of `checkpoint` on the meta device. Code that comes with a checkpoint is never run.
+
+    With a `dtype`, only its parameters are there: buffers are what the model sets them to, and it computes in `dtype`
+    once it has weights.
 
     Raises:
         CheckpointError: transformers does not know the model type or cannot build it, or is no causal language model.
@@ -83,16 +88,32 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
             f"{file} is not a valid {model_type} config ({first_line(error)}); repair or replace it"
         ) from error
     _check_causal(checkpoint, config)
+    options = {} if dtype is None else {"dtype": dtype}
     try:
-        with torch.device("meta"):
+        with torch.device("meta") if dtype is None else _parameters_on_meta():
             return transformers.AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, experts_implementation="eager"
+                config, trust_remote_code=False, experts_implementation="eager", **options
             )
     except Exception as error:  # each model class fails in its own way on a config that it cannot build
         raise CheckpointError(
             f"{file}: transformers {transformers.__version__} cannot build this {model_type} model "
             f"({first_line(error)}); repair the config, or use the version that wrote it"
         ) from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that are built inside of the block give up the memory of a parameter as soon as they register it, before
+    anything is written there."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # else it is being tied
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    with mock.patch.object(nn.Module, "register_parameter", on_meta):
+        yield
 
 
 def _check_causal(checkpoint: Checkpoint, config: Any) -> None:

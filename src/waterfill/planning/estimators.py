@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.files.architecture import Matrix, parameters_of
+from waterfill.files.blockwise import CHUNK_WEIGHTS, Watcher
 from waterfill.files.model_calls import read
 
 PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
@@ -35,52 +38,122 @@ class ProbePass:
 
 
 def fisher_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> ProbePass:
-    """Gradients of one sampled labelling of `part`, int64 `[sequences, length]`; their parameters must require them."""
-    alpha: dict[str, float] = {}
-    beta: dict[str, float] = {}
+    """Gradients of one sampled labelling of `part`, int64 `[sequences, length]`."""
     positions = part.shape[0] * (part.shape[1] - 1)
-    by_parameter: dict[str, list[Matrix]] = {}
-    for matrix in matrices:
-        by_parameter.setdefault(matrix.parameter, []).append(matrix)
-    parameters = parameters_of(model)
-
-    def consume(name: str) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            for matrix in by_parameter[name]:
-                gradient = matrix_view(parameter.grad, matrix).to(torch.float32)
-                weight = matrix_view(parameter.detach(), matrix).to(torch.float32)
-                alpha[matrix.name] = 0.5 * float(_noise_cost(weight, gradient)) / positions
-                beta[matrix.name] = 0.5 * float((gradient * weight).double().sum()) ** 2 / positions
-            parameter.grad = None  # one tensor's gradient at a time
-
-        return hook
-
-    handles = [parameters[name].register_post_accumulate_grad_hook(consume(name)) for name in by_parameter]
-    try:
-        with _Arrivals(parameters, matrices) as arrivals:
-            log_p = _log_probabilities(model, part)
-        check_probabilities(log_p.detach())
-        labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        log_p.gather(1, labels).sum().backward()
-        nll = -float(log_p.detach().gather(1, part[:, 1:].reshape(-1, 1)).mean())
-    finally:
-        for handle in handles:
-            handle.remove()
-    for matrix in matrices:  # no gradient comes to what no token came by
-        alpha.setdefault(matrix.name, 0.0)
-        beta.setdefault(matrix.name, 0.0)
+    costs = _Costs(matrices)
+    with _gradients(model, {matrix.parameter for matrix in matrices}, costs.add):
+        with _arrivals(model, matrices) as arrivals:
+            logits = read(model, part)
+        slope, nll = _sampled_score(logits.detach(), part, generator)
+        logits.backward(slope)
+        del logits, slope
+    # No gradient comes to what no token came by.
+    alpha = {name: 0.5 * across / positions for name, across in costs.across.items()}
+    beta = {name: 0.5 * along**2 / positions for name, along in costs.along.items()}
     return ProbePass(alpha, beta, arrivals.tokens(beta, positions), nll)
 
 
-class _Arrivals(TorchFunctionMode):
+def _sampled_score(logits: torch.Tensor, part: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, float]:
+    """Gradient, by the logits `[sequences, tokens, vocabulary]`, of the summed log-probability of labels drawn from
+    their own predictions: one-hot less probability, 0 at the last token, which predicts nothing here. And the mean
+    negative log-probability of the tokens themselves."""
+    following = part[:, 1:].flatten()
+    slope = logits.to(torch.float32).softmax(-1)
+    predictions = slope[:, :-1].flatten(0, 1)
+    check_probabilities(predictions)
+    of_tokens = logits[:, :-1].flatten(0, 1).gather(1, following[:, None])[:, 0].to(torch.float32)
+    nll = float((logits[:, :-1].to(torch.float32).logsumexp(-1).flatten() - of_tokens).mean())
+    labels = torch.multinomial(predictions, 1, generator=generator).view(*part[:, 1:].shape, 1)
+    slope.neg_()[:, :-1].scatter_add_(2, labels, torch.ones_like(labels, dtype=slope.dtype))
+    slope[:, -1] = 0
+    return slope.to(logits.dtype), nll
+
+
+class _Costs:
+    """Sums over the groups of every matrix, from gradients of whole parameters or of some of their rows."""
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self.across = {matrix.name: 0.0 for matrix in matrices}  # of (gradient . noise)^2
+        self.along = {matrix.name: 0.0 for matrix in matrices}  # of gradient . weight
+        self._by_parameter: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            self._by_parameter.setdefault(matrix.parameter, []).append(matrix)
+
+    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor, sign: int) -> None:
+        """A parameter's, by its state-dict name; `sign` -1 takes back what was added."""
+        for matrix in self._by_parameter.get(name, ()):
+            views = matrix_view(weight, matrix), matrix_view(gradient, matrix)
+            for w, g in zip(*(view.split(max(1, CHUNK_WEIGHTS // view.shape[1])) for view in views), strict=True):
+                w, g = w.to(torch.float32), g.to(torch.float32)
+                self.across[matrix.name] += sign * float(_noise_cost(w, g))
+                self.along[matrix.name] += sign * float((g * w).sum(1).double().sum())
+
+
+@contextmanager
+def _gradients(
+    model: Any, wanted: Set[str], consume: Callable[[str, torch.Tensor, torch.Tensor, int], None]
+) -> Iterator[None]:
+    """Hand out gradients as `Blockwise.gradients` does; of a model in memory, whose parameters must require them."""
+    if (blockwise := getattr(model, "blockwise", None)) is not None:
+        with blockwise.gradients(wanted, consume):
+            yield
+        return
+
+    def arrived(name: str, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        consume(name, parameter.detach(), parameter.grad, 1)
+        parameter.grad = None  # one tensor's at a time
+
+    parameters = parameters_of(model)
+    handles = [
+        parameters[name].register_post_accumulate_grad_hook(partial(arrived, name))
+        for name in wanted
+        if parameters[name].requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _arrivals(model: Any, matrices: Sequence[Matrix]) -> Iterator[_Arrivals]:
+    """Count who comes by which matrix inside of the block."""
+    arrivals = _Arrivals(matrices)
+    if (blockwise := getattr(model, "blockwise", None)) is not None:
+        with blockwise.watched(arrivals), arrivals:
+            yield arrivals
+        return
+    parameters = parameters_of(model)
+    for name in {matrix.parameter for matrix in matrices}:
+        arrivals.read(name, parameters[name])
+    with arrivals:
+        yield arrivals
+
+
+class _Arrivals(TorchFunctionMode, Watcher):
     """Counts the tokens that every matrix is multiplied with inside the block, whatever module's code does it."""
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], matrices: Sequence[Matrix]) -> None:
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
         super().__init__()
-        # Experts are views into one parameter, told apart by where they begin.
-        self._matrices = {_stored(parameters[m.parameter], m).data_ptr(): m for m in matrices}
+        self._by_parameter: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            self._by_parameter.setdefault(matrix.parameter, []).append(matrix)
+        self._matrices: dict[int, Matrix] = {}
         self._rows = {matrix.name: 0 for matrix in matrices}
+
+    def read(self, name: str, weight: torch.Tensor) -> None:
+        # Experts are views into one parameter, told apart by where they begin.
+        self._matrices |= {_stored(weight, m).data_ptr(): m for m in self._by_parameter.get(name, ())}
+
+    def forgotten(self, name: str, weight: torch.Tensor) -> None:
+        for matrix in self._by_parameter.get(name, ()):
+            self._matrices.pop(_stored(weight, matrix).data_ptr(), None)
+
+    def multiplied(self, name: str, tokens: int) -> None:
+        for matrix in self._by_parameter.get(name, ()):
+            self._rows[matrix.name] += tokens
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,7 +193,7 @@ def check_probabilities(p: torch.Tensor) -> None:
 def perturb_pass(model: Any, matrices: Sequence[Matrix], part: torch.Tensor, generator: torch.Generator) -> ProbePass:
     """KL on `part`, int64 `[sequences, length]`, as one matrix after the other is disturbed."""
     parameters = parameters_of(model)
-    with _Arrivals(parameters, matrices) as arrivals:
+    with _arrivals(model, matrices) as arrivals:
         reference = _log_probabilities(model, part)
     alpha: dict[str, float] = {}
     beta: dict[str, float] = {}

@@ -1,0 +1,310 @@
+"""The original model with little of it in memory: blocks are read from the checkpoint as they are run, and forgotten.
+
+    forward    embedding: the rows that are looked up ──► block after block ──► head: some rows at a time ──► logits
+    backward   the same the other way; a block is read and computed again (Chen et al. 2016, arXiv 1604.06174)
+
+What is kept meanwhile is a block's inputs. Gradients of weights are handed to whoever asked for them as they come,
+block by block and row by row, so that no two blocks' are in memory at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from waterfill.base.errors import WaterfillError, first_line
+from waterfill.files.architecture import read_kept
+from waterfill.files.block_division import Block, Division, Slot, Table, divide
+from waterfill.files.checkpoint import Checkpoint
+from waterfill.files.model_calls import read
+from waterfill.files.original import load_original
+from waterfill.files.skeleton import ModelTensor, build_skeleton, locate
+
+_log = logging.getLogger(__name__)
+
+CHUNK_WEIGHTS = 1 << 24  # of the head, in memory at a time
+
+Consume = Callable[[str, Tensor, Tensor, int], None]
+"""Called with a parameter's state-dict name, some of its rows or all of it, their gradient, and 1; or -1 to take back
+what was handed out of these rows before."""
+
+
+class Watcher:
+    """Who wants to know what becomes of weights; parameters go by their state-dict names."""
+
+    def read(self, name: str, weight: Tensor) -> None:
+        """A parameter is in memory, and about to be used."""
+
+    def forgotten(self, name: str, weight: Tensor) -> None:
+        """It is not any more."""
+
+    def multiplied(self, name: str, tokens: int) -> None:
+        """A parameter was multiplied with so many tokens, or looked up for them, row by row, without being `read`."""
+
+
+def load_blockwise(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The transformers model of a checkpoint, computing in `dtype`, whose weights are read as they are needed.
+
+    `model.blockwise` gives its gradients. Where a model's code reaches past its own blocks, all of it is loaded, a line
+    says so, and `model.blockwise` is None.
+
+    Raises:
+        CheckpointError: a tensor is absent, or holds NaN or Inf.
+    """
+    try:
+        model = build_skeleton(checkpoint, dtype).eval().requires_grad_(False)
+        model.blockwise = Blockwise(model, checkpoint, dtype)
+        with torch.no_grad():
+            read(model, torch.zeros(1, 2, dtype=torch.int64))
+    except WaterfillError:
+        raise
+    except Exception as error:  # code that takes weights from where they are not
+        _log.warning("%s is loaded as a whole: it does not run block by block (%s)", checkpoint.path, first_line(error))
+        model = load_original(checkpoint, dtype)
+        model.blockwise = None
+    return model
+
+
+class Blockwise:
+    """Reads the weights of one model, and hands out their gradients."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._wanted: Set[str] = frozenset()
+        self._consume: Consume | None = None
+        self._watcher: Watcher | None = None
+        self._anchor = torch.zeros((), requires_grad=True)  # a block may have no other input to differentiate by
+        self._parts = self._divided(model)
+        self._hold_outside()
+        for module, block in self._parts.blocks.items():
+            _replace(module, partial(self._run, block, module.forward))
+        for embedding, table in self._parts.embeddings.items():
+            _replace(embedding, partial(self._look_up, embedding, table, embedding.forward))
+        if (head := self._parts.head) is not None:
+            _replace(head.module, partial(self._multiply, head.module, head.table))
+
+    def _divided(self, model: Any) -> Division:
+        state = model.state_dict(keep_vars=True)
+        tensors = {id(state[tensor.name]): tensor for tensor in locate(model, self._checkpoint)[0]}
+        for name, buffer in state.items():
+            if not isinstance(buffer, nn.Parameter) and id(buffer) in tensors:
+                state[name].copy_(read_kept(self._checkpoint, tensors[id(buffer)]))
+        return divide(model, tensors)
+
+    def _hold_outside(self) -> None:
+        self._outside: dict[str, nn.Parameter] = {}
+        for slot in self._parts.outside:
+            if slot.tensor.name not in self._outside:
+                self._outside[slot.tensor.name] = nn.Parameter(self._read(slot.tensor), requires_grad=False)
+            slot.fill(self._outside[slot.tensor.name])
+
+    def _read(self, tensor: ModelTensor) -> Tensor:
+        return read_kept(self._checkpoint, tensor).to(self._dtype)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What is asked for
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Tell somebody what becomes of weights inside of the block."""
+        self._watcher = watcher
+        for name, parameter in self._outside.items():
+            watcher.read(name, parameter)
+        try:
+            yield
+        finally:
+            self._watcher = None
+
+    @contextmanager
+    def gradients(self, wanted: Set[str], consume: Consume) -> Iterator[None]:
+        """Hand the gradients of these parameters, of one backward pass inside of the block, to somebody.
+
+        Those of weights that lie outside of blocks, or are used more than once, come at the end.
+        """
+        self._wanted, self._consume = wanted, consume
+        held = [parameter for name, parameter in self._outside.items() if name in wanted]
+        for parameter in held:
+            parameter.requires_grad_()
+        self._forget()
+        try:
+            yield
+            self._hand_out_sums()
+        finally:
+            for parameter in held:
+                parameter.requires_grad_(False).grad = None
+            self._forget()
+            self._wanted, self._consume = frozenset(), None
+
+    def _hand_out_sums(self) -> None:
+        assert self._consume is not None
+        for name, parameter in self._outside.items():
+            if parameter.grad is not None:
+                self._consume(name, parameter.detach(), parameter.grad, 1)
+        for block in self._parts.blocks.values():
+            for slot in block.slots:
+                if (total := block.sums.pop(slot.tensor.name, None)) is not None:
+                    self._consume(slot.tensor.name, self._read(slot.tensor), total, 1)
+
+    def _forget(self) -> None:
+        for block in self._parts.blocks.values():
+            block.calls = 0
+            block.sums.clear()
+        for table in self._parts.tables:
+            table.looked_up.clear()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Blocks
+
+    def _run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        once = partial(self._run_once, block, forward)
+        if self._consume is None or not torch.is_grad_enabled():
+            return once(*args, **kwargs)
+        block.calls += 1
+        return _recomputed(once, args, kwargs, self._anchor)
+
+    def _run_once(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        weights = [self._leaf(block, slot.tensor) for slot in block.slots]
+        before = [slot.fill(weight) for slot, weight in zip(block.slots, weights, strict=True)]
+        self._tell("read", block.slots, weights)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._tell("forgotten", block.slots, weights)
+            for slot, parameter in zip(block.slots, before, strict=True):
+                slot.fill(parameter)
+
+    def _tell(self, what: str, slots: list[Slot], weights: list[nn.Parameter]) -> None:
+        if self._watcher is not None:
+            for slot, weight in zip(slots, weights, strict=True):
+                getattr(self._watcher, what)(slot.tensor.name, weight)
+
+    def _leaf(self, block: Block, tensor: ModelTensor) -> nn.Parameter:
+        weight = nn.Parameter(self._read(tensor), requires_grad=False)
+        if self._asked(tensor.name):
+            weight.requires_grad_()
+            weight.register_post_accumulate_grad_hook(partial(self._arrived, block, tensor.name))
+        return weight
+
+    def _asked(self, name: str) -> bool:
+        return self._consume is not None and name in self._wanted and torch.is_grad_enabled()
+
+    def _arrived(self, block: Block, name: str, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        assert self._consume is not None
+        if block.calls == 1:
+            self._consume(name, weight.detach(), gradient, 1)
+        elif name in block.sums:
+            block.sums[name] += gradient
+        else:
+            block.sums[name] = gradient
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Tables of tokens: embeddings and the head
+
+    def _look_up(self, module: nn.Embedding, table: Table, forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
+        """The module's own forward, of a table that has only the rows of these tokens."""
+        rows, places = ids.unique(return_inverse=True)
+        weight = nn.Parameter(self._checkpoint.read(table.source)[rows].to(self._dtype), requires_grad=False)
+        if self._asked(table.name):
+            weight.requires_grad_()
+            head = torch.zeros(weight.shape) if table.is_head else None
+            table.looked_up.append((rows, head))
+            weight.register_post_accumulate_grad_hook(partial(self._rows_arrived, table, head))
+        if self._watcher is not None:
+            self._watcher.multiplied(table.name, ids.numel())
+        before, padding = table.slot_of(module).fill(weight), module.padding_idx
+        module.padding_idx = None  # its number would be another
+        try:
+            return forward(places)
+        finally:
+            module.padding_idx = padding
+            table.slot_of(module).fill(before)
+
+    def _rows_arrived(self, table: Table, head: Tensor | None, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        assert self._consume is not None
+        if head is not None:  # the table is the head's as well: its gradient is the sum of both
+            self._consume(table.name, weight.detach(), head.to(gradient.dtype), -1)
+            gradient = gradient + head
+        self._consume(table.name, weight.detach(), gradient, 1)
+
+    def _multiply(self, module: nn.Linear, table: Table, x: Tensor) -> Tensor:
+        if self._watcher is not None:
+            self._watcher.multiplied(table.name, x.numel() // x.shape[-1])
+        product: Callable[..., Tensor] = _HeadProduct.apply
+        logits = product(x, self, table, self._asked(table.name))
+        return logits if module.bias is None else logits + module.bias
+
+    def chunks(self, table: Table) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of a table, and their weights `[rows, width]`."""
+        height, width = table.shape
+        step = max(1, CHUNK_WEIGHTS // width)
+        for start in range(0, height, step):
+            rows = slice(start, min(start + step, height))
+            yield rows, self._checkpoint.read(table.source, rows).to(self._dtype)
+
+    def consume_rows(self, table: Table, rows: slice, weight: Tensor, gradient: Tensor) -> None:
+        """Of the head. Those that the embedding looked up are kept until its own gradient comes."""
+        assert self._consume is not None
+        self._consume(table.name, weight, gradient, 1)
+        for ids, head in table.looked_up:
+            inside = (ids >= rows.start) & (ids < rows.stop)
+            if head is not None:
+                head[inside] = gradient[ids[inside] - rows.start].to(head.dtype)
+
+
+class _HeadProduct(torch.autograd.Function):
+    """x `[..., in]` times the head, some of its rows at a time, both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Blockwise, table: Table, wanted: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weights, ctx.table, ctx.wanted = weights, table, wanted
+        logits = x.new_empty(*x.shape[:-1], table.shape[0])
+        for rows, weight in weights.chunks(table):
+            logits[..., rows] = nn.functional.linear(x, weight)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        flat, slope = x.flatten(0, -2), gradients[0].flatten(0, -2)
+        total = torch.zeros_like(flat)
+        for rows, weight in ctx.weights.chunks(ctx.table):
+            total += slope[:, rows] @ weight
+            if ctx.wanted:
+                ctx.weights.consume_rows(ctx.table, rows, weight, slope[:, rows].T @ flat)
+        return total.view_as(x), None, None, None
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """What a module does when it is called; its hooks stay."""
+    vars(module)["forward"] = forward
+
+
+def _recomputed(forward: Callable[..., Any], args: Any, kwargs: Any, anchor: Tensor) -> Any:
+    """Call it without keeping what it computes; that is done again when gradients come back."""
+    values, structure = tree_flatten((args, kwargs))
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
+    inputs = [values[place] for place in places]
+    for place in places:
+        values[place] = None  # its graph would be held, too
+
+    def again(_: Tensor, *given: Tensor) -> Any:
+        whole = list(values)
+        for place, value in zip(places, given, strict=True):
+            whole[place] = value
+        args, kwargs = tree_unflatten(whole, structure)
+        return forward(*args, **kwargs)
+
+    return recomputed(again, anchor, *inputs, use_reentrant=True, preserve_rng_state=False)
