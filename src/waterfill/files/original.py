@@ -25,6 +25,7 @@ from waterfill.files.settings.tokenizing import check_growth, in_words
 
 _log = logging.getLogger(__name__)
 
+OWN_SHARE = 0.7  # of the free memory that the model may take in its own dtype
 FLOAT32_SHARE = 0.4  # of the free memory that a float32 copy of the model may take; else it keeps its own dtype
 
 
@@ -109,6 +110,11 @@ def load_original(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     if dtype is None:
         _log.warning("%s is measured in its own dtype: a float32 copy would not fit in memory", checkpoint.path)
     return model_of(checkpoint.path, dtype=dtype or "auto", experts_implementation="eager")
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """Whether all of a checkpoint fits in the memory that is free, at least in its own dtype."""
+    return sum(tensor.size_bytes for tensor in checkpoint.tensors.values()) <= OWN_SHARE * process.free_bytes()
 
 
 def measuring_dtype(tensors: Iterable[TensorInfo | TensorSpec]) -> torch.dtype | None:

@@ -1,26 +1,50 @@
-"""Sensitivities of a checkpoint: a probe is read or sampled, and the model measured on it.
+"""Sensitivities of a checkpoint: sequences of a probe, one pass of the model on each, until they say enough.
 
-checkpoint ──► model (float32) ──► probe: tokens ──► sensitivity.measure ──► Sensitivity, which says what it was made of
+    checkpoint ──► own text, or another probe: sequence k ──► pass k: alpha, beta ──► enough? ──► Sensitivity
+                              └───── both are kept by the weights' fingerprint ─────┘
+
+The model is read block by block as it is run, so that it may be larger than memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
+from hashlib import blake2b
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 import torch
+import transformers
 
-from waterfill.base.errors import WaterfillError, first_line
+from waterfill.base.errors import UnsupportedError, WaterfillError, first_line
 from waterfill.base.progress import Progress, Step, step_of
 from waterfill.files.architecture import Architecture
+from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint
-from waterfill.files.original import load_checkpoint, load_tokenizer
+from waterfill.files.context import context_length
+from waterfill.files.original import fits, load_checkpoint, load_tokenizer
+from waterfill.planning.ancestral import Writer
+from waterfill.planning.estimators import ProbePass
 from waterfill.planning.options import ProbeOptions
-from waterfill.planning.probe import Probe, probe_tokens, read_text
-from waterfill.planning.sensitivity import Method, Sensitivity, measure
+from waterfill.planning.precision import PRECISION, relative_error
+from waterfill.planning.probe import MOST_SEQUENCES, Probe, own_text, probe_tokens, read_text, spread_windows
+from waterfill.planning.probe_store import ProbeStore
+from waterfill.planning.sensitivity import Method, Sensitivity, measure, one_pass, summary, trainable
+
+_log = logging.getLogger(__name__)
+
+FIRST = 4  # sequences before it is asked whether they are enough
+TOGETHER = 12  # of own text that are sampled at once: more cost little beside these
+MEASURING = "measuring sensitivities"
+SAMPLING = "sampling a probe"
+
+Error = Callable[[Sensitivity], float]
+"""How well what is to be known is known from sensitivities: half of a 95 % interval, as a share."""
 
 
 def probe_of(options: ProbeOptions, text: str | Path | None) -> Probe:
@@ -30,28 +54,170 @@ def probe_of(options: ProbeOptions, text: str | Path | None) -> Probe:
 
 
 def measure_checkpoint(
-    checkpoint: Checkpoint, architecture: Architecture, progress: Progress | None, options: ProbeOptions
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    progress: Progress | None,
+    options: ProbeOptions,
+    *,
+    write: Writer | None = None,
+    error: Error | None = None,
 ) -> Sensitivity:
-    """Load the model and measure it.
+    """Measure as many sequences as are asked for; else as many as it takes for `error`, that of a predicted loss, to
+    be below the `precision` asked for.
+
+    Args:
+        write: own text; transformers samples it when None.
+        error: of an optimal allocation's loss when None.
 
     Raises:
-        WaterfillError: its class, or the text, does not allow it.
+        WaterfillError: the model's class, or the text, does not allow it.
     """
-    probe = probe_of(options, options.get("text"))
-    tokenizer = load_tokenizer(checkpoint.path) if probe.text else None  # before minutes of loading
-    if probe.text:
-        read_text(probe.text)
-    model = load_checkpoint(checkpoint)
-    method = options.get("method", "fisher")
-    with _failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
-        tokens = probe_tokens(model, tokenizer, probe, step_of(progress, "sampling a probe"))
-    with _failing(model, f"being measured by {method}", "the other method may do (--method), or keep all (--lossless)"):
-        return measure_on(
-            model, checkpoint, architecture, probe, tokens, method=method, progress=step_of(progress, MEASURING)
+    passes = _Passes(checkpoint, architecture, progress, options, write)
+    count = options.get("sequences")
+    if count is not None:
+        return passes.sensitivity(count)
+    error = error or partial(relative_error, matrices=architecture.matrices)
+    precision = options.get("precision", PRECISION)
+    count = min(FIRST, passes.most)
+    while True:
+        measured = passes.sensitivity(count)
+        known = error(measured)
+        if known <= precision or count >= passes.most:
+            break
+        count = min(passes.most, max(count + 1, math.ceil(count * min(2.0, (known / precision) ** 2))))
+    if known > precision:
+        _log.warning(
+            "after %d sequences the predicted loss is known to ±%.0f %%, not to ±%.0f %%; ask for more with --sequences",
+            *(count, 100 * known, 100 * precision),
+        )
+    return measured
+
+
+class _Passes:
+    """Passes over a probe's sequences, one after the other, each of them made once."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        progress: Progress | None,
+        options: ProbeOptions,
+        write: Writer | None,
+    ) -> None:
+        self._checkpoint, self._matrices, self._progress = checkpoint, architecture.matrices, progress
+        self._write = write
+        self._method: Method = options.get("method", "fisher")
+        self._probe = probe_of(options, options.get("text"))
+        self._adaptive = options.get("sequences") is None
+        text = read_text(self._probe.text) if self._probe.text else ""  # before minutes of loading
+        self._tokenizer = load_tokenizer(checkpoint.path) if self._probe.text else None
+        store = ProbeStore.of(checkpoint.fingerprint, kept=options.get("cache", True))
+        probe = self._probe.kind, self._probe.length, self._probe.seed, write is None
+        windows = 0 if self._adaptive else self._probe.sequences  # of a text: they are spread over it
+        self._texts = store.text(*probe)
+        self._passes = store.passes(self._matrices, *probe, _digest(text), windows if text else 0, self._method)
+        self._done: list[ProbePass] = []
+
+    @cached_property
+    def most(self) -> int:
+        """Sequences that are measured at most where nobody says how many."""
+        return len(self._given) if self._probe.kind == "text" else MOST_SEQUENCES
+
+    def sensitivity(self, count: int) -> Sensitivity:
+        """Of the first `count` sequences."""
+        self._reuse(count)
+        step = step_of(self._progress, MEASURING)
+        for number in range(len(self._done), count):
+            self._done.append(self._measure(number, count))
+            if step:
+                step(number + 1, count)
+        return summary(
+            self._done,
+            [1] * count,
+            count * (self._length - 1),
+            method=self._method,
+            fingerprint=self._checkpoint.fingerprint,
+            probe=described(self._probe, count, self._length),
         )
 
+    def _reuse(self, count: int) -> None:
+        """What was measured before."""
+        begun = len(self._done)
+        while len(self._done) < count and (stored := self._passes.probe_pass(len(self._done))) is not None:
+            self._done.append(stored)
+        if len(self._done) > begun:
+            _log.info("%d sequences of the probe were measured before, and are not again", len(self._done) - begun)
 
-MEASURING = "measuring sensitivities"
+    def _measure(self, number: int, count: int) -> ProbePass:
+        tokens, model, method = self._sequence(number, count), self._model, self._method
+        advice = "the other method may do (--method), or keep all (--lossless)"
+        with failing(model, f"being measured by {method}", advice), trainable(model, self._matrices, method):
+            measured = one_pass(model, self._matrices, tokens[None], method=method, seed=self._probe.seed, number=number)
+        self._passes.keep_pass(number, measured)
+        return measured
+
+    @cached_property
+    def _model(self) -> Any:
+        if self._method == "perturb":  # it changes weights where they are
+            return load_checkpoint(self._checkpoint)
+        return load_blockwise(self._checkpoint, torch.float32)
+
+    @cached_property
+    def _length(self) -> int:
+        """Tokens of a sequence: those asked for, or as many as the model reads."""
+        config = transformers.AutoConfig.from_pretrained(self._checkpoint.path, trust_remote_code=False)
+        return min(self._probe.length, context_length(config) or self._probe.length)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Tokens
+
+    def _sequence(self, number: int, count: int) -> torch.Tensor:
+        """int64 `[length]`."""
+        if self._probe.kind != "self":
+            return self._given[number]
+        stored = self._texts.sequence(number)
+        if stored is None:
+            self._sample(range(number, count if not self._adaptive else max(count, number + TOGETHER)))
+            stored = self._fresh[number]
+        return stored
+
+    @cached_property
+    def _fresh(self) -> dict[int, torch.Tensor]:
+        return {}
+
+    def _sample(self, numbers: range) -> None:
+        missing = [number for number in numbers if self._texts.sequence(number) is None]
+        for number, sequence in zip(missing, self._written(missing), strict=True):
+            self._texts.keep_sequence(number, sequence)
+            self._fresh[number] = sequence
+
+    def _written(self, numbers: list[int]) -> torch.Tensor:
+        """By who was given to write, or else by the model itself, loaded as a whole where it fits in memory."""
+        step, seed = step_of(self._progress, SAMPLING), self._probe.seed
+        if self._write is not None:
+            with suppress(UnsupportedError):  # it has said why
+                return self._write(numbers, self._length, seed, step)
+        model = load_checkpoint(self._checkpoint) if fits(self._checkpoint) else self._model
+        with failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
+            return own_text(model, numbers, self._length, seed, step)
+
+    @cached_property
+    def _given(self) -> torch.Tensor:
+        """All sequences that there are without sampling, int64 `[sequences, length]`, the first ones of them spread as
+        the others are."""
+        if self._adaptive and self._probe.kind == "text":
+            return spread_windows(self._model, self._tokenizer, self._probe)
+        return probe_tokens(self._model, self._tokenizer, self._probe)
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
+
+
+def described(probe: Probe, sequences: int, length: int) -> dict[str, Any]:
+    """What sensitivities say of the probe that they were measured on."""
+    text = as_text(probe.text.name) if probe.text else None
+    return {"kind": probe.kind, "sequences": sequences, "length": length, "seed": probe.seed, "text": text}
 
 
 def measure_on(
@@ -72,19 +238,13 @@ def measure_on(
         method=method,
         seed=probe.seed,
         fingerprint=checkpoint.fingerprint,
-        probe={
-            "kind": probe.kind,
-            "sequences": tokens.shape[0],
-            "length": tokens.shape[1],
-            "seed": probe.seed,
-            "text": as_text(probe.text.name) if probe.text else None,
-        },
+        probe=described(probe, *tokens.shape),
         progress=progress,
     )
 
 
 @contextmanager
-def _failing(model: object, doing: str, advice: str) -> Iterator[None]:
+def failing(model: object, doing: str, advice: str) -> Iterator[None]:
     """What transformers' code raises becomes a sentence: a model class may lack what others have."""
     try:
         yield

@@ -37,13 +37,21 @@ from waterfill.base.typed import Count, Range
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.planning.estimators import ProbePass, fisher_pass, perturb_pass
-from waterfill.planning.loss import Coefficients
+from waterfill.planning.loss import Coefficients, Cost
 
 Method = Literal["fisher", "perturb"]
 
 VERSION = 1
 PASSES: Mapping[Method, Callable[..., ProbePass]] = MappingProxyType({"fisher": fisher_pass, "perturb": perturb_pass})
 SENSITIVITY_FILE = "waterfill-sensitivity.json"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What every pass said of one tensor."""
+
+    alpha: tuple[Cost, ...]
+    beta: tuple[Cost, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class Sensitivity:
     nll: Annotated[float, Range(-1, 1e12)]  # of the undisturbed model on the probe's tokens, nats per token
     tokens: Count  # predicted positions
     tensors: Mapping[str, Coefficients]
+    samples: Mapping[str, Samples] | None = None  # by tensor; None where they were not kept
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
@@ -111,24 +120,55 @@ def measure(
     if len(passes) < 2:
         raise WaterfillError(f"{len(tokens)} sequences in batches of {batch} make one pass; a standard error needs two")
     samples = []
-    with _only_trainable(model, {m.parameter for m in matrices} if method == "fisher" else set()):
-        for done, part in enumerate(passes):
-            samples.append(
-                PASSES[method](model, matrices, part, torch.Generator().manual_seed((seed * 1_000_003 + done) % 2**64))
-            )
-            _check_finite(samples[-1])
+    with trainable(model, matrices, method):
+        for number, part in enumerate(passes):
+            samples.append(one_pass(model, matrices, part, method=method, seed=seed, number=number))
             if progress:
-                progress(done + 1, len(passes))
-    weights = torch.tensor([part.shape[0] for part in passes], dtype=torch.float64)
+                progress(number + 1, len(passes))
+    return summary(
+        samples,
+        [part.shape[0] for part in passes],
+        tokens.shape[0] * (tokens.shape[1] - 1),
+        method=method,
+        fingerprint=fingerprint,
+        probe=probe,
+    )
+
+
+def one_pass(
+    model: nn.Module, matrices: Sequence[Matrix], part: torch.Tensor, *, method: Method, seed: int, number: int
+) -> ProbePass:
+    """What a part of a probe says, int64 `[sequences, length]`; its labels depend on the seed and its number alone.
+
+    Raises:
+        WaterfillError: logits or gradients are not finite.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64)
+    sample = PASSES[method](model, matrices, part, generator)
+    _check_finite(sample)
+    return sample
+
+
+def summary(
+    samples: Sequence[ProbePass],
+    sequences: Sequence[int],
+    positions: int,
+    *,
+    method: Method,
+    fingerprint: str = "",
+    probe: Mapping[str, Any] | None = None,
+) -> Sensitivity:
+    """Means and standard errors of passes, each of so many `sequences`, which predicted so many `positions` in all."""
+    weights = torch.tensor(sequences, dtype=torch.float64)
     nll, _ = _mean_and_stderr([sample.nll for sample in samples], weights)
-    tensors = {}
-    for name in (matrix.name for matrix in matrices):
-        alpha, alpha_stderr = _mean_and_stderr([sample.alpha[name] for sample in samples], weights)
-        beta, beta_stderr = _mean_and_stderr([sample.beta[name] for sample in samples], weights)
+    tensors, single = {}, {}
+    for name in samples[0].alpha:
+        single[name] = Samples(*(tuple(getattr(s, what)[name] for s in samples) for what in ("alpha", "beta")))
+        alpha, alpha_stderr = _mean_and_stderr(single[name].alpha, weights)
+        beta, beta_stderr = _mean_and_stderr(single[name].beta, weights)
         reached = sum(sample.tokens[name] for sample in samples)
         tensors[name] = Coefficients(alpha, beta, alpha_stderr, beta_stderr, reached)
-    positions = tokens.shape[0] * (tokens.shape[1] - 1)
-    return Sensitivity(fingerprint, method, dict(probe or {}), nll, positions, tensors)
+    return Sensitivity(fingerprint, method, dict(probe or {}), nll, positions, tensors, single)
 
 
 def _check_finite(sample: ProbePass) -> None:
@@ -151,8 +191,13 @@ def _mean_and_stderr(values: Sequence[float], weights: torch.Tensor) -> tuple[fl
 
 
 @contextmanager
-def _only_trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
-    """Gradients for these parameters alone, evaluation mode; flags are put back afterwards, gradients are dropped."""
+def trainable(model: nn.Module, matrices: Sequence[Matrix], method: Method) -> Iterator[None]:
+    """Gradients for parameters that a method asks for, and no others; evaluation mode. Flags are put back afterwards,
+    gradients are dropped."""
+    if getattr(model, "blockwise", None) is not None:  # it has its parameters for as long as they are used
+        yield
+        return
+    names = {matrix.parameter for matrix in matrices} if method == "fisher" else set()
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = {module: module.training for module in model.modules()}
     model.eval()

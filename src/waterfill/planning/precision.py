@@ -1,0 +1,57 @@
+"""How well a predicted loss is known from what each sequence of a probe says alone.
+
+Sequences are independent, so that the spread of what each predicts for the whole model gives the error of their mean,
+whatever matrices have to do with each other:
+
+    half width = t(.975, n - 1) · standard deviation / √n
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
+
+from waterfill.planning.inventory import PlannedMatrix
+from waterfill.planning.sensitivity import Sensitivity
+
+PRECISION = 0.1  # of a predicted loss, as a share of it: where sequences are enough
+_Z = NormalDist().inv_cdf(0.975)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of their mean; infinite for less than two."""
+    if len(values) < 2:
+        return math.inf
+    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def t_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t: exact for 1 and 2 degrees of freedom, else the expansion about the normal one
+    (Abramowitz & Stegun 26.7.5), which is within half a percent."""
+    if freedom == 1:
+        return math.tan(math.pi * 0.475)
+    if freedom == 2:
+        return 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
+    z, v = _Z, freedom
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )
+
+
+def relative_error(measured: Sensitivity, matrices: Sequence[PlannedMatrix]) -> float:
+    """Half width of what an optimal allocation is predicted to lose, as a share of it.
+
+    Such an allocation gives every weight the same loss (docs/design.md §5), so that the relative error of each alpha
+    counts by its matrix's weights, whatever the budget. 0 where nothing is known of single sequences.
+    """
+    if not measured.samples:
+        return 0.0
+    sizes = {matrix.name: math.prod(matrix.shape) for matrix in matrices}
+    reached = [name for name in sizes if measured.tensors[name].alpha > 0]
+    passes = zip(*([value / measured.tensors[n].alpha * sizes[n] for value in measured.samples[n].alpha] for n in reached))
+    losses = [math.fsum(shares) for shares in passes]
+    return half_width(losses) / fmean(losses) if losses else 0.0

@@ -1,0 +1,106 @@
+"""What probes were made of, and what each of their sequences said, on disk: nothing is sampled or measured twice.
+
+    cache folder / probes / FINGERPRINT / text-KEY / 0003.json        a sequence of the model's own text
+                                        / passes-KEY / 0003.json      alpha, beta of every matrix on it
+
+Each file is written whole, as soon as it is known: a run that was broken off goes on behind the last of them. One that
+cannot be read is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from waterfill.base import typed
+from waterfill.base.cache import cache_folder
+from waterfill.base.errors import WaterfillError, first_line
+from waterfill.base.reading import read_text
+from waterfill.base.typed import Count, Range
+from waterfill.base.writing import write_file
+from waterfill.files.architecture import Matrix
+from waterfill.planning.estimators import ProbePass
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    tokens: tuple[Annotated[int, Range(0, 2**31)], ...]
+
+
+@dataclass(frozen=True)
+class ProbeStore:
+    """Of one model's weights; with no `folder` it forgets everything."""
+
+    folder: Path | None
+
+    @classmethod
+    def of(cls, fingerprint: str, *, kept: bool = True) -> ProbeStore:
+        """In the user's cache folder."""
+        return cls(cache_folder() / "probes" / fingerprint if kept else None)
+
+    def text(self, *key: object) -> Shelf:
+        """Own text sampled in one way."""
+        return self._shelf("text", key)
+
+    def passes(self, matrices: Iterable[Matrix], *key: object) -> Shelf:
+        """Passes that measured these matrices in one way."""
+        return self._shelf("passes", (*key, *(matrix.name for matrix in matrices)))
+
+    def _shelf(self, kind: str, key: Sequence[object]) -> Shelf:
+        digest = blake2b(repr(tuple(key)).encode(), digest_size=8).hexdigest()
+        return Shelf(None if self.folder is None else self.folder / f"{kind}-{digest}")
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Numbered things of one kind."""
+
+    folder: Path | None
+
+    def sequence(self, number: int) -> torch.Tensor | None:
+        """Token ids `[length]`, int64; None where they are not there."""
+        stored = self._load(_Sequence, number)
+        return None if stored is None else torch.tensor(stored.tokens, dtype=torch.int64)
+
+    def keep_sequence(self, number: int, tokens: torch.Tensor) -> None:
+        """Write token ids `[length]`."""
+        self._write(number, {"tokens": tokens.tolist()})
+
+    def probe_pass(self, number: int) -> ProbePass | None:
+        """What a sequence said; None where that is not there."""
+        stored: ProbePass | None = self._load(ProbePass, number)
+        return stored
+
+    def keep_pass(self, number: int, measured: ProbePass) -> None:
+        """Write what a sequence said."""
+        self._write(number, asdict(measured))
+
+    def _load(self, kind: Any, number: int) -> Any:
+        if self.folder is None:
+            return None
+        try:
+            return typed.read(kind, json.loads(read_text(self._file(number))))
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def _write(self, number: int, content: Any) -> None:
+        if self.folder is None:
+            return
+        try:
+            write_file(self._file(number), json.dumps(content))
+        except WaterfillError as error:
+            _log.warning("what a probe said cannot be kept in %s (%s)", self.folder, first_line(error))
+
+    def _file(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{number:04d}.json"
+
