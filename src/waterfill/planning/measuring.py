@@ -152,7 +152,9 @@ class _Passes:
         tokens, model, method = self._sequence(number, count), self._model, self._method
         advice = "the other method may do (--method), or keep all (--lossless)"
         with failing(model, f"being measured by {method}", advice), trainable(model, self._matrices, method):
-            measured = one_pass(model, self._matrices, tokens[None], method=method, seed=self._probe.seed, number=number)
+            measured = one_pass(
+                model, self._matrices, tokens[None], method=method, seed=self._probe.seed, number=number
+            )
         self._passes.keep_pass(number, measured)
         return measured
 

@@ -19,7 +19,9 @@ class ProbeOptions(TypedDict, total=False):
 
     probe: Literal["self", "random", "text"]
     text: str | Path | None  # with probe="text", which it implies
-    sequences: int
+    sequences: int  # as many as `precision` takes, where that is not said
+    precision: float  # of the predicted loss, as a share of it
+    cache: bool  # whether probes and what they said are kept on disk, and used again
     length: int
     seed: int
     method: Method

@@ -52,6 +52,8 @@ def relative_error(measured: Sensitivity, matrices: Sequence[PlannedMatrix]) -> 
         return 0.0
     sizes = {matrix.name: math.prod(matrix.shape) for matrix in matrices}
     reached = [name for name in sizes if measured.tensors[name].alpha > 0]
-    passes = zip(*([value / measured.tensors[n].alpha * sizes[n] for value in measured.samples[n].alpha] for n in reached))
+    passes = zip(
+        *([value / measured.tensors[n].alpha * sizes[n] for value in measured.samples[n].alpha] for n in reached)
+    )
     losses = [math.fsum(shares) for shares in passes]
     return half_width(losses) / fmean(losses) if losses else 0.0

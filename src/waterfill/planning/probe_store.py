@@ -103,4 +103,3 @@ class Shelf:
     def _file(self, number: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{number:04d}.json"
-
