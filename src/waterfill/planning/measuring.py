@@ -87,7 +87,7 @@ def measure_checkpoint(
         count = min(passes.most, max(count + 1, math.ceil(count * min(2.0, (known / precision) ** 2))))
     if known > precision:
         _log.warning(
-            "after %d sequences the predicted loss is known to ±%.0f %%, not to ±%.0f %%; ask for more with --sequences",
+            "after %d sequences the predicted loss is known to ±%.0f %%, not ±%.0f %%; ask for more with --sequences",
             *(count, 100 * known, 100 * precision),
         )
     return measured

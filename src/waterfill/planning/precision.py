@@ -51,9 +51,10 @@ def relative_error(measured: Sensitivity, matrices: Sequence[PlannedMatrix]) -> 
     if not measured.samples:
         return 0.0
     sizes = {matrix.name: math.prod(matrix.shape) for matrix in matrices}
-    reached = [name for name in sizes if measured.tensors[name].alpha > 0]
-    passes = zip(
-        *([value / measured.tensors[n].alpha * sizes[n] for value in measured.samples[n].alpha] for n in reached)
-    )
-    losses = [math.fsum(shares) for shares in passes]
+    shares = [
+        [size * value / measured.tensors[name].alpha for value in measured.samples[name].alpha]
+        for name, size in sizes.items()
+        if measured.tensors[name].alpha > 0
+    ]
+    losses = [math.fsum(of_pass) for of_pass in zip(*shares, strict=True)]
     return half_width(losses) / fmean(losses) if losses else 0.0

@@ -23,7 +23,7 @@ from waterfill.base import typed
 from waterfill.base.cache import cache_folder
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.reading import read_text
-from waterfill.base.typed import Count, Range
+from waterfill.base.typed import Range
 from waterfill.base.writing import write_file
 from waterfill.files.architecture import Matrix
 from waterfill.planning.estimators import ProbePass
