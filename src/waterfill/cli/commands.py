@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from waterfill.base.lazy import after_import
+from waterfill.cli import events
 
 _SECTIONS = {
     "On a text": ("text_file", "against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
@@ -95,4 +96,5 @@ def _quiet_transformers() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    enable_progress_bars()  # the line above silences downloads too
+    if not events.wanted():
+        enable_progress_bars()  # the line above silences downloads too

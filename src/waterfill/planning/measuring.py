@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from waterfill.base.errors import WaterfillError, first_line
-from waterfill.base.progress import Progress, Step, step_of
+from waterfill.base.progress import LOADING, Progress, Step, stage, step_of
 from waterfill.files.architecture import Architecture
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.files.original import load_checkpoint, load_tokenizer
@@ -37,7 +37,8 @@ def measure_checkpoint(
     tokenizer = load_tokenizer(checkpoint.path) if probe.text else None  # before minutes of loading
     if probe.text:
         read_text(probe.text)
-    model = load_checkpoint(checkpoint)
+    with stage(progress, LOADING):
+        model = load_checkpoint(checkpoint)
     method = options.get("method", "fisher")
     with _failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
         tokens = probe_tokens(model, tokenizer, probe, step_of(progress, "sampling a probe"))

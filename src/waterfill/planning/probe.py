@@ -88,6 +88,8 @@ def _sample(model: Any, sequences: int, length: int, generator: torch.Generator,
     vocabulary = _vocabulary(model)
     tokens[:, 0] = start if start is not None else torch.randint(vocabulary, (sequences,), generator=generator)
     past = None
+    if progress:
+        progress(0, length - 1)
     for position in range(1, length):
         logits, past = read_on(model, tokens[:, position - 1 : position], past)
         if logits.shape[1] != 1:

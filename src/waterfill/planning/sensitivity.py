@@ -93,7 +93,7 @@ def measure(
         tokens: int64 `[sequences, length]`, the probe.
         batch: sequences per pass; standard errors come from the spread between passes.
         fingerprint, probe: recorded in the result.
-        progress: called with (passes done, passes in all).
+        progress: called with (passes done, passes in all), at first with none done.
 
     Raises:
         WaterfillError: no matrix, too few sequences for a standard error, an unknown method, or a model whose logits
@@ -107,6 +107,8 @@ def measure(
     if len(passes) < 2:
         raise WaterfillError(f"{len(tokens)} sequences in batches of {batch} make one pass; a standard error needs two")
     samples = []
+    if progress:
+        progress(0, len(passes))
     with _only_trainable(model, {m.parameter for m in matrices} if method == "fisher" else set()):
         for done, part in enumerate(passes):
             samples.append(
