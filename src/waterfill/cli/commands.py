@@ -45,7 +45,12 @@ class SectionedCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         after_import("transformers", _quiet_transformers)  # which most commands do, but not all
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if events.wanted():  # click would write an empty line between the events
+                raise click.Abort from error
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         section_of = {name: section for section, names in _SECTIONS.items() for name in names}
