@@ -21,6 +21,7 @@ import waterfill
 from tests.support.commands import SCALAR, Command, Result
 from tests.support.models import tiny_llama
 from waterfill.cli import main as cli
+from waterfill.cli import stages
 from waterfill.files.architecture import Architecture, describe
 from waterfill.files.checkpoint import open_checkpoint
 
@@ -62,6 +63,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     """Run a command in this process: `command("plan", model, "--size", "3MB")`."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(stages, "FIRST_S", 3600.0)  # standard error does not depend on how fast a machine is
 
     def run(*arguments: str | Path) -> Result:
         monkeypatch.setattr(sys, "argv", ["waterfill", *map(str, arguments)])

@@ -53,6 +53,7 @@ PLACEHOLDERS = (
     (rf"(?<=takes ){NUMBER} [kMG]B(?= at least)", "<memory>"),
     (r"(?m)^.* \d+ % \([\d,]+ of [\d,]+\)(?:, .* left| after .*)$\n", ""),  # of a command that took half a minute
     (r"(?m)^\w.*: .* so far$\n", ""),
+    (r'(?m)^\{"event": "progress".*$\n', ""),  # how many there are depends on the time
 )
 
 BLURRED = (

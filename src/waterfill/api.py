@@ -16,7 +16,7 @@ from typing import Unpack, cast
 from waterfill.base.ambient import own_torch_modes
 from waterfill.base.arguments import checked
 from waterfill.base.errors import BudgetError, WaterfillError
-from waterfill.base.progress import Progress
+from waterfill.base.progress import DESCRIBING, OPENING, PLANNING, Progress, stage
 from waterfill.base.writing import prepare_file, write_file
 from waterfill.evaluation.evaluate import Evaluation, evaluate
 from waterfill.files.architecture import Architecture, describe
@@ -59,8 +59,8 @@ def sensitivity(
     model: str | Path, *, keep: Sequence[str] = (), progress: Progress | None = None, **options: Unpack[ProbeOptions]
 ) -> Sensitivity:
     """Measure what a disturbance of each matrix costs the model; reuse it for any number of plans."""
-    checkpoint = open_checkpoint(model, revision=options.get("revision"))
-    return _measure(checkpoint, _describe(checkpoint, keep), progress, options)
+    checkpoint = _open(model, options.get("revision"), progress)
+    return _measure(checkpoint, _describe(checkpoint, keep, progress), progress, options)
 
 
 @own_torch_modes()
@@ -81,7 +81,7 @@ def plan(
     if save is not None:
         save = Path(save)
         prepare_file(save)  # fails before minutes of measuring, if it does
-    checkpoint = open_checkpoint(model, revision=options.get("revision"))
+    checkpoint = _open(model, options.get("revision"), progress)
     made, measured = _plan(str(model), checkpoint, progress, options)[:2]
     if save is not None:
         write_file(save, made.to_json())
@@ -111,13 +111,13 @@ def pack(
     check_target(Path(out), overwrite)  # before minutes of downloading and measuring
     if plan is not None and any(value is not None for name, value in options.items() if name != "revision"):
         raise WaterfillError("a plan has its budget and its choices in it; give either a plan or the options for one")
-    checkpoint = open_checkpoint(model, revision=options.get("revision"))
+    checkpoint = _open(model, options.get("revision"), progress)
     measured: Sensitivity | None = None
     if plan is None:
         made, measured, architecture = _plan(str(model), checkpoint, progress, options)
     else:
         made = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
-        architecture = _describe(checkpoint, made.keep)
+        architecture = _describe(checkpoint, made.keep, progress)
     extra = {SENSITIVITY_FILE: measured.to_json().encode()} if measured else {}
     pack_plan(
         made,
@@ -157,9 +157,10 @@ def _plan(
     name = as_text(Path(model).resolve().name if Path(model).is_dir() else model)
     if options.get("lossless"):
         _check_alone(options)
-        architecture = _describe(checkpoint, EVERYTHING)
+        architecture = _describe(checkpoint, EVERYTHING, progress)
         sizes = _coded_bytes(checkpoint, architecture, progress)
-        lossless = make_lossless_plan(name, architecture, checkpoint.fingerprint, sizes)
+        with stage(progress, PLANNING):
+            lossless = make_lossless_plan(name, architecture, checkpoint.fingerprint, sizes)
         return replace(lossless, unused=_unused(checkpoint, architecture)), None, architecture
     size = options.get("size")
     budget = Budget(None if size is None else parse_size(size), options.get("bits"), options.get("max_kl"))
@@ -171,7 +172,7 @@ def _plan(
         codecs=tuple(options.get("codecs", ())),
         purpose=options.get("purpose", "storage"),
     )
-    architecture = _describe(checkpoint, request.keep)
+    architecture = _describe(checkpoint, request.keep, progress)
     codec_names(architecture, request.codecs)  # refuses what is none, before minutes of measuring
     sensitivity = options.get("sensitivity")
     if sensitivity is None:
@@ -179,7 +180,8 @@ def _plan(
     else:
         measured = given_sensitivity(sensitivity, checkpoint)
     sizes = _coded_bytes(checkpoint, architecture, progress)
-    made = make_plan(name, architecture, measured, budget, request, sizes)
+    with stage(progress, PLANNING):
+        made = make_plan(name, architecture, measured, budget, request, sizes)
     return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture
 
 
@@ -190,9 +192,15 @@ def _measure(
         return measure_checkpoint(checkpoint, architecture, progress, options, write=text.sample)
 
 
-def _describe(checkpoint: Checkpoint, keep: Sequence[str]) -> Architecture:
+def _open(model: str | Path, revision: str | None, progress: Progress | None) -> Checkpoint:
+    with stage(progress, OPENING):
+        return open_checkpoint(model, revision=revision)
+
+
+def _describe(checkpoint: Checkpoint, keep: Sequence[str], progress: Progress | None) -> Architecture:
     """The architecture; a warning says what does not fit together between config.json and the weights."""
-    architecture = describe(checkpoint, keep)
+    with stage(progress, DESCRIBING):
+        architecture = describe(checkpoint, keep)
     unused = [tensor for tensor in _unused(checkpoint, architecture) if not tensor.expected]
     if unused:
         _log.warning(
@@ -243,6 +251,9 @@ def _coded_bytes(checkpoint: Checkpoint, architecture: Architecture, progress: P
             progress("coding what is kept", done, total)
 
     def size(name: str) -> int | None:
-        return coded_bytes(checkpoint, kept[name], step) if name in kept else coded_bytes(checkpoint, matrices[name])
+        if name not in kept:
+            return coded_bytes(checkpoint, matrices[name])
+        step(0)  # what comes first may be the largest
+        return coded_bytes(checkpoint, kept[name], step)
 
     return size

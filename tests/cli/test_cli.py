@@ -67,7 +67,8 @@ def test_plan_writes_nothing_and_says_everything(
     monkeypatch.chdir(tmp_path)
     result = command("plan", ref_llama, "--size", "2.5MB", *SCALAR, *PROBE, "--json")
     assert result.code == 0
-    assert re.fullmatch(r"planned in [\d.]+ s\n", result.err)
+    assert len(result.remarks) == 1
+    assert re.fullmatch(r"planned in [\d.]+ s", result.remarks[0])
     record = result.record
     assert shape(record) == shape(documented_plan())
     assert record["size_bytes"] <= 2_500_000
@@ -126,14 +127,15 @@ def test_plan_save_pack_inspect(command: Command, ref_llama: Path, work: Path, t
     reuse = ["--sensitivity", work / "plan.sensitivity.json"]
     saved = command("plan", ref_llama, "--size", "3MB", *SCALAR, *reuse, "--save", tmp_path / "p.json", "--json")
     assert json.loads((tmp_path / "p.json").read_text()) == saved.record
-    assert f"saved as {tmp_path / 'p.json'}, the sensitivities as {tmp_path / 'p.sensitivity.json'}" in saved.err
+    assert f"saved as {tmp_path / 'p.json'}, the sensitivities as {tmp_path / 'p.sensitivity.json'}" in saved.remarks
     assert (tmp_path / "p.sensitivity.json").read_bytes() == (work / "plan.sensitivity.json").read_bytes()
 
     out = tmp_path / "out"
     packed = command("pack", ref_llama, out, "--plan", tmp_path / "p.json", "--json")
     assert packed.record == {"path": str(out), **saved.record}
     assert shape(packed.record) == shape(documented("pack") | documented_plan())
-    assert re.fullmatch(rf"packed into {out} in [\d.]+ s\n", packed.err)
+    assert len(packed.remarks) == 1
+    assert re.fullmatch(rf"packed into {out} in [\d.]+ s", packed.remarks[0])
     assert (out / "model.safetensors").stat().st_size == packed.record["size_bytes"]
     assert (out / "model.safetensors").read_bytes() == (work / "packed" / "model.safetensors").read_bytes()
 
@@ -144,7 +146,7 @@ def test_plan_save_pack_inspect(command: Command, ref_llama: Path, work: Path, t
     for before, after in zip(saved.record["tensors"], inspected.record["tensors"], strict=True):
         assert after == {**before, "t2_measured": after["t2_measured"]}
         assert after["t2_measured"] == pytest.approx(after["t2"], rel=0.3)
-    assert inspected.err == ""
+    assert {event["event"] for event in inspected.events} == {"progress"}
     table = command("inspect", out)
     assert "t² measured" in table.out
     assert "--size 3,000,000" in table.out
@@ -242,7 +244,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def test_a_pipe_gets_the_text_and_nothing_else(start: Callable[..., subprocess.Popen[str]], work: Path) -> None:
     process = start("inspect", work / "packed", "--json")
     out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, [json.loads(line)["done"] for line in err.splitlines()]) == (0, [0, 1])
     assert json.loads(out)["size_bytes"] == (work / "packed" / "model.safetensors").stat().st_size
 
 
@@ -272,7 +274,8 @@ def test_whatever_ends_a_command_is_an_object(
         assert json.loads(printed.getvalue()) == {"error": sentence}
         return
     result = command("inspect", "x", "--json")
-    assert (result.code, result.record, result.err.strip()) == (code, {"error": sentence}, "")
+    assert (result.code, result.record) == (code, {"error": sentence})
+    assert result.events[-1] == {"event": "error", "message": sentence}
     plain = command("inspect", "x")
     assert (plain.code, plain.out) == (code, "")
     assert plain.err.strip().removeprefix("error: ") == sentence
@@ -290,7 +293,7 @@ def test_standard_output_on_a_full_disk(work: Path) -> None:
                 check=False,
             )
         assert done.returncode == 2
-        assert re.fullmatch(r"error: [^\n]+\n", done.stderr)
+        assert json.loads(done.stderr.splitlines()[-1])["event"] == "error"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

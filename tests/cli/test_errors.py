@@ -100,8 +100,10 @@ def test_an_error_is_one_sentence(
     assert re.search(sentence, result.err)
     assert re.fullmatch(r"error: [^\n]+\n", result.err)
     as_json = command(*given, "--json")
-    assert (as_json.code, as_json.err) == (2, "")
-    assert as_json.record == {"error": result.err.removeprefix("error: ").removesuffix("\n")}
+    sentence = result.err.removeprefix("error: ").removesuffix("\n")
+    assert (as_json.code, as_json.record) == (2, {"error": sentence})
+    assert as_json.events[-1] == {"event": "error", "message": sentence}
+    assert {event["event"] for event in as_json.events[:-1]} <= {"progress"}
     assert sorted(work.iterdir()) == before, "nothing is left behind"
 
 

@@ -148,7 +148,7 @@ def test_batches_and_scratch_change_nothing(batch: int, monkeypatch: pytest.Monk
     for name, value in flattened(whole.to_dict()).items():
         expected = pytest.approx(value, rel=1e-5, abs=1e-12) if isinstance(value, float) else value
         assert flattened(parts.to_dict())[name] == expected, name
-    assert seen == [(min(done, 9), 9) for done in range(batch, 9 + batch, batch)]
+    assert seen == [(min(done, 9), 9) for done in range(0, 9 + batch, batch)]
 
 
 def test_dropout_does_not_reach_the_figures() -> None:

@@ -169,10 +169,10 @@ def test_an_interrupted_run_asks_only_what_is_missing(
     journal = tmp_path / "scores" / "key"
     with pytest.raises(KeyboardInterrupt):
         run_tasks(model, tokenizer, spec, batch=8, journal=journal, progress=interrupt)
-    assert seen == [("tasks: choices", done, total) for done in (8, 16)]
+    assert seen == [("tasks: choices", done, total) for done in (0, 8, 16)]
     seen.clear()
     again = run_tasks(model, tokenizer, spec, batch=8, journal=journal, progress=lambda *step: seen.append(step))
-    assert seen == [("tasks: choices", done, total - 16) for done in (8, 16)]
+    assert seen == [("tasks: choices", done, total - 16) for done in (0, 8, 16)]
     assert again == whole
     assert not list(journal.parent.iterdir())
 

@@ -263,7 +263,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     waterfill.pack(model, tmp_path / "out", lossless=True, progress=lambda *step: seen.append(step))
     packing = [(done, total) for what, done, total in seen if what == "packing"]
-    assert packing[0][0] > packing[0][1] / 2
+    assert packing[0][0] > packing[0][1] / 3, "the tensor that was under way begins again"
     assert packing[-1][0] == packing[-1][1]
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()

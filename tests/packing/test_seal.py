@@ -49,7 +49,7 @@ def test_settings_are_accepted(artifact: Path, command: Command) -> None:
         waterfill.load(artifact)
     weights = (artifact / "model.safetensors").read_bytes()
     result = command("seal", artifact, "--json")
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, [event["stage"] for event in result.events]) == (0, ["checking"] * 2)
     assert result.record == {
         "path": str(artifact), "changed": ["generation_config.json"], "added": ["chat_template.jinja"], "removed": []
     }  # fmt: skip

@@ -201,7 +201,8 @@ class StopHereError(Exception):
 
 
 def interrupt(done: int, total: int) -> None:
-    raise StopHereError
+    if done:
+        raise StopHereError
 
 
 def state_of(model: Any) -> tuple[Any, ...]:
@@ -316,7 +317,7 @@ def test_progress_and_arguments(llama: Path) -> None:
         probe={"kind": "random"},
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert (found.fingerprint, found.probe, found.method) == ("f", {"kind": "random"}, "fisher")
     with pytest.raises(WaterfillError, match="5 sequences in batches of 8 make one pass; a standard error needs two"):
         measure(model, matrices, tokens, batch=8)

@@ -19,5 +19,15 @@ class Result(NamedTuple):
         assert self.out.count("\n") == 1, "one object on one line"
         return json.loads(self.out)
 
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What --json has on standard error."""
+        return [json.loads(line) for line in self.err.splitlines()]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What would be lines for people without --json, other than those about progress."""
+        return [event["message"] for event in self.events if event["event"] == "log"]
+
 
 Command = Callable[..., Result]

@@ -23,6 +23,13 @@ def documented(name: str) -> Any:
     return json.loads(blocks[0])
 
 
+def documented_events() -> list[dict[str, Any]]:
+    """The events that docs/cli.md shows, one a line."""
+    blocks = re.findall(r"```jsonl\n(.*?)```", sections()["Events"], flags=re.DOTALL)
+    assert len(blocks) == 1
+    return [json.loads(line) for line in blocks[0].splitlines()]
+
+
 def shape(value: Any) -> Any:
     """Keys and types of a JSON value, in order; of a list, those of its first item."""
     if isinstance(value, dict):

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from waterfill.base.lazy import after_import
+from waterfill.cli import events
 
 _SECTIONS = {
     "On a text": ("text_file", "against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
@@ -44,7 +45,12 @@ class SectionedCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         after_import("transformers", _quiet_transformers)  # which most commands do, but not all
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            if events.wanted():  # click would write an empty line between the events
+                raise click.Abort from error
+            raise
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         section_of = {name: section for section, names in _SECTIONS.items() for name in names}
@@ -95,4 +101,5 @@ def _quiet_transformers() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    enable_progress_bars()  # the line above silences downloads too
+    if not events.wanted():
+        enable_progress_bars()  # the line above silences downloads too

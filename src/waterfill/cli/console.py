@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from waterfill.base.records import finite
+from waterfill.cli import events
 
 PIPED_WIDTH = 200  # of tables that no terminal limits
 
@@ -37,7 +38,16 @@ def out() -> Console:
 
 def note(sentence: str) -> None:
     """What is not part of the result."""
-    click.echo(click.style(sentence, dim=True), err=True)
+    say("info", sentence)
+
+
+def say(level: str, sentence: str) -> None:
+    """A remark: a line, or an event with --json. `level` is as in Python's logging, in lower case."""
+    if events.wanted():
+        events.log(level, sentence)
+        return
+    colour = "yellow" if level in ("warning", "error", "critical") else None
+    click.echo(click.style(sentence, fg=colour, dim=colour is None), err=True)
 
 
 def print_json(record: Mapping[str, Any]) -> None:

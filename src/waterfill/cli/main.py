@@ -1,7 +1,7 @@
 """The command line: parse, call the Python function of the same name, print. Nothing else happens here.
 
 Results go to standard output: a table, or with `--json` one object (docs/cli.md). Progress, logs and errors go to
-standard error. An error is one sentence (with `--json`, an object), and exit code 2.
+standard error, with `--json` as events. An error is one sentence (with `--json`, an object), and exit code 2.
 
 Help and usage errors are quick: what imports torch or transformers, which take seconds, is imported by the commands.
 """
@@ -12,6 +12,7 @@ import io
 import logging
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ import click
 from waterfill.base import interrupts
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.version import __version__
-from waterfill.cli import console, run, study
+from waterfill.cli import console, events, run, study
 from waterfill.cli.commands import FILE, PATH, OrderedGroup, combined, purpose_option
-from waterfill.cli.progress import duration, shown
+from waterfill.cli.progress import shown
 from waterfill.cli.show import doctor as show_doctor
 from waterfill.cli.show import evaluation as show_evaluation
 from waterfill.cli.show import plan as show_plan
+from waterfill.cli.stages import duration
 
 _model = click.argument("model")
 _artifact = click.argument("artifact", type=PATH)
@@ -252,8 +254,7 @@ class _Log(logging.Handler):
     """Waterfill's own messages, on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        colour = "yellow" if record.levelno >= logging.WARNING else None
-        click.echo(click.style(record.getMessage(), fg=colour, dim=colour is None), err=True)
+        console.say(record.levelname.lower(), record.getMessage())
 
 
 def main() -> None:
@@ -263,7 +264,7 @@ def main() -> None:
     log.handlers = [_Log()]
     log.setLevel(logging.INFO)
     try:
-        with interrupts.kept():
+        with interrupts.kept(), events.python_warnings() if events.wanted() else nullcontext():
             commands.main(prog_name="waterfill", standalone_mode=False)
     except WaterfillError as error:
         _fail(str(error))
@@ -274,13 +275,13 @@ def main() -> None:
     except MemoryError:
         _fail("there is not enough memory; free some, or ask for less at a time")
     except (KeyboardInterrupt, click.Abort):
-        if _as_json():
+        if events.wanted():
             _print_error("interrupted")
         else:
             console.note("interrupted")
         sys.exit(130)
     except Exception as error:
-        if _as_json():
+        if events.wanted():
             _print_error(f"a fault of waterfill: {type(error).__name__}, {first_line(error)}; please report it")
         raise
 
@@ -290,20 +291,17 @@ def _help_hint(error: click.ClickException) -> str:
     return f"try {path} --help"
 
 
-def _as_json() -> bool:
-    return "--json" in sys.argv
-
-
 def _fail(sentence: str) -> None:
     _print_error(sentence)
     sys.exit(2)
 
 
 def _print_error(sentence: str) -> None:
-    if _as_json():
+    if events.wanted():
+        events.write("error", message=sentence)
         try:
             console.print_json({"error": sentence})
-            return
         except OSError:  # standard output cannot be written, which may be the error itself
             sys.stdout = io.StringIO()
+        return
     click.echo(click.style("error: ", fg="red", bold=True) + sentence, err=True)

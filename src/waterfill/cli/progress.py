@@ -1,4 +1,4 @@
-"""How far a long command is, on standard error: bars on a terminal, and elsewhere a line now and then.
+"""How far a long command is, on standard error: bars on a terminal, elsewhere a line now and then, with --json events.
 
 with shown("reading") as step:     # what is being done until the first step
     step("measuring", 3, 32)       # (what, steps done, steps in all)
@@ -7,10 +7,8 @@ with shown("reading") as step:     # what is being done until the first step
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import click
 from rich import progress as rich_progress
@@ -24,29 +22,30 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from waterfill.base.progress import Progress
+from waterfill.base.progress import OPENING, Progress
+from waterfill.cli import events, stages
+from waterfill.cli.stages import EventLog, Lines
 
-LINE_S = 30.0  # between two lines
+TICK_S = 1.0  # between two looks at whether a line is due
 
 
-def duration(elapsed_s: float) -> str:
-    """Seconds as people say them: 8.3 s, 2 min 5 s, 1 h 7 min."""
-    if elapsed_s < 60:
-        return f"{elapsed_s:.1f} s"
-    minutes, seconds = divmod(round(elapsed_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+def shown(first: str = "preparing", *, every_s: float = stages.EVENT_S) -> AbstractContextManager[Progress]:
+    """A bar with an ETA per stage on a terminal, else lines, and with `--json` events; yields the callback.
+
+    `first` is what is being done until that is called for the first time; a stage has an event at most every `every_s`
+    seconds between its beginning and its end.
+    """
+    if events.wanted():
+        return _events(first, every_s)
+    console = Console(stderr=True, markup=False)
+    return _bars(console) if console.is_interactive else _lines(first)
 
 
 @contextmanager
-def shown(first: str = "preparing") -> Iterator[Progress]:
-    """A bar with an ETA per stage on a terminal, else a line every `LINE_S` seconds; yields the callback.
-
-    `first` is what is being done until that is called for the first time.
-    """
-    console = Console(stderr=True, markup=False)
-    with _bars(console) if console.is_interactive else _lines(first) as step:
-        yield step
+def _events(first: str, every_s: float) -> Iterator[Progress]:
+    log = EventLog(first, events.write, every_s)
+    yield log.step
+    log.close()
 
 
 @contextmanager
@@ -54,12 +53,19 @@ def _bars(console: Console) -> Iterator[Progress]:
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     bars = rich_progress.Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
     tasks: dict[str, TaskID] = {}
+    before: dict[str, int] = {}  # steps done
 
     def step(what: str, done: int, total: int) -> None:
-        bars.start()  # not earlier: downloads have bars of their own
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
+        if what == OPENING:  # downloads have bars of their own
+            return
+        bars.start()
+        if what not in tasks:  # steps that were done before say nothing of the pace
+            tasks[what] = bars.add_task(what, total=_countable(total), completed=done)
+        elif done < before[what]:  # it begins anew
+            bars.reset(tasks[what], total=_countable(total), completed=done, visible=True)
+        else:
+            bars.update(tasks[what], completed=done, total=_countable(total), visible=total > 1 or done < total)
+        before[what] = done
 
     try:
         yield step
@@ -67,64 +73,26 @@ def _bars(console: Console) -> Iterator[Progress]:
         bars.stop()
 
 
+def _countable(total: int) -> int | None:
+    """One step is a bar that moves to and fro."""
+    return total if total > 1 else None
+
+
 @contextmanager
 def _lines(first: str) -> Iterator[Progress]:
     """A thread writes the lines: they come whatever the command itself waits for."""
-    stages, ended = Stages(first), threading.Event()
+    lines, ended = Lines(first, stages.FIRST_S, stages.LINE_S), threading.Event()
 
     def write() -> None:
         with suppress(OSError):  # standard error is closed
-            while not ended.wait(LINE_S):
-                click.echo(click.style(stages.line(), dim=True), err=True)
+            while not ended.wait(TICK_S):
+                if (line := lines.due()) is not None:
+                    click.echo(click.style(line, dim=True), err=True)
 
     writer = threading.Thread(target=write, name="waterfill-progress", daemon=True)
     writer.start()
     try:
-        yield stages.step
+        yield lines.step
     finally:
         ended.set()
         writer.join()
-
-
-@dataclass
-class _Stage:
-    begun_s: float
-    begun: int  # steps that were done by then: an interrupted run goes on where it was
-    done: int
-    total: int
-    changed_s: float
-
-
-class Stages:
-    """What a command does, some of it inside of another, and how far it is. `clock` gives seconds."""
-
-    def __init__(self, first: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._first, self._clock, self._start_s = first, clock, clock()
-        self._stages: dict[str, _Stage] = {}
-
-    def step(self, what: str, done: int, total: int) -> None:
-        """Of a stage, so many steps are done."""
-        now_s, known = self._clock(), self._stages.get(what)
-        if known is None or done < known.done:  # it has begun, or begun anew
-            self._stages[what] = _Stage(now_s, done, done, total, now_s)
-        else:
-            known.done, known.total, known.changed_s = done, total, now_s
-
-    def line(self) -> str:
-        """What is under way now: how far each stage is, and how long it will still take at this pace."""
-        stages = [self._of(what, stage) for what, stage in list(self._stages.items()) if stage.done < stage.total]
-        return "; ".join(stages) or self._between()
-
-    def _of(self, what: str, stage: _Stage) -> str:
-        line = f"{what}: {100 * stage.done // stage.total} % ({stage.done:,} of {stage.total:,})"
-        steps, passed_s = stage.done - stage.begun, stage.changed_s - stage.begun_s
-        if not steps or not passed_s:
-            return f"{line} after {duration(self._clock() - stage.begun_s)}"
-        left_s = passed_s * (stage.total - stage.done) / steps - (self._clock() - stage.changed_s)
-        return f"{line}, {duration(max(0.0, left_s))} left"
-
-    def _between(self) -> str:
-        """Before the first stage, or behind the last one that is known."""
-        ended = max((stage.changed_s for stage in self._stages.values()), default=self._start_s)
-        what = f"after {list(self._stages)[-1]}" if self._stages else self._first
-        return f"{what}: {duration(self._clock() - ended)} so far"

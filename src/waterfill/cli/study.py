@@ -11,8 +11,9 @@ import click
 
 from waterfill.cli import console
 from waterfill.cli.commands import FILE, PATH, SectionedCommand, purpose_option
-from waterfill.cli.progress import duration, shown
+from waterfill.cli.progress import shown
 from waterfill.cli.show import study as show_study
+from waterfill.cli.stages import duration
 
 
 @click.command(cls=SectionedCommand)

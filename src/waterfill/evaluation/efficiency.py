@@ -92,6 +92,8 @@ def measure_efficiency(
     size_bytes, weights = subject.size_bytes, subject.weights
     del subject
     figures = []
+    if progress is not None:
+        progress(0, 2)
     for sequences in (1, batch):
         figures.append(_in_process({**task, "batch": sequences}))
         if progress is not None:

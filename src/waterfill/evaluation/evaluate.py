@@ -18,7 +18,7 @@ import torch
 from waterfill.base.ambient import own_torch_modes
 from waterfill.base.arguments import checked, choice
 from waterfill.base.errors import WaterfillError
-from waterfill.base.progress import Progress
+from waterfill.base.progress import OPENING, READING, Progress, stage
 from waterfill.base.records import Record
 from waterfill.base.version import __version__
 from waterfill.evaluation.conventions import CONVENTIONS, Convention
@@ -123,9 +123,13 @@ def evaluate(
         raise WaterfillError(
             "there is nothing to measure; give a text, tasks or efficiency (--text, --tasks, --efficiency)"
         )
-    subject = open_subject(model, revision=revision, memory=memory)
+    with stage(progress, OPENING):
+        subject = open_subject(model, revision=revision, memory=memory)
     run = EvaluationRun(EvaluationCache.default() if cache else None, batch, progress)
-    reference = None if against is None or _is_kld(against) else open_subject(against, revision=revision, memory=memory)
+    reference = None
+    if against is not None and not _is_kld(against):
+        with stage(progress, OPENING):
+            reference = open_subject(against, revision=revision, memory=memory)
     if revision is not None and reference is None and subject.kind != CHECKPOINT:
         raise WaterfillError(f"{model} has no revision {revision!r}, only a hub model has; leave the revision out")
     measured = Evaluation(size_bytes=subject.size_bytes)
@@ -133,7 +137,8 @@ def evaluate(
         measured = _against_file(subject, against, text, max_windows, run)
     elif text is not None:
         check_tokenising(Path(text), memory)
-        ids = agreed_ids(subject, reference, Path(text))  # before minutes of loading
+        with stage(progress, READING):
+            ids = agreed_ids(subject, reference, Path(text))  # before minutes of loading
         how = convention_for(reference or subject, convention, context, stride)
         ids = ids if max_windows is None else how.first_windows(ids, max_windows)
         measured = _on_text(subject, reference, ids, how, run)
@@ -237,7 +242,7 @@ def _tasks(
         key = _digest(repr((subject.fingerprint, str(dtype), names, files, options, __version__)).encode())
         journal = run.cache.journal_path(f"tasks-{key}")
     return run_tasks(
-        subject.load(dtype),
+        run.load(subject, dtype),
         subject.tokenizer(),
         specs,
         batch=run.batch,

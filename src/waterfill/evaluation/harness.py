@@ -72,15 +72,19 @@ class _Reporting:
 
     def some_at_a_time(self, kind: str, answer: Callable[[Any], list[Any]], requests: Sequence[Any]) -> list[Any]:
         results: list[Any] = []
+        self._tell(kind, 0, len(requests))
         for start in range(0, len(requests), AT_A_TIME):
             some = list(requests[start : start + AT_A_TIME])
             answers = answer(some)
             for request, reply in zip(some, answers, strict=True):
                 self.cache_hook.add_partial(kind, request.args, reply)
             results += answers
-            if self.progress is not None:
-                self.progress(f"tasks: {_KINDS[kind]}", len(results), len(requests))
+            self._tell(kind, len(results), len(requests))
         return results
+
+    def _tell(self, kind: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(f"tasks: {_KINDS[kind]}", done, total)
 
 
 class Transformers(_Reporting, HFLM):  # type: ignore[misc]  # the harness is untyped

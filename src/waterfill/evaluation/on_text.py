@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from waterfill.base import native, process
 from waterfill.base.errors import MemoryLimitError, WaterfillError
 from waterfill.base.native import FLOAT_ACTIVATIONS
-from waterfill.base.progress import Progress, Step, step_of
+from waterfill.base.progress import LOADING, Progress, Step, stage, step_of
 from waterfill.base.version import __version__
 from waterfill.evaluation import divergences, perplexities
 from waterfill.evaluation.conventions import Convention, convention
@@ -48,6 +49,11 @@ class EvaluationRun:
 
     def step(self, what: str) -> Step | None:
         return step_of(self.progress, what)
+
+    def load(self, subject: Subject, dtype: torch.dtype | None) -> Any:
+        """The model, ready to be measured."""
+        with stage(self.progress, LOADING):
+            return subject.load(dtype)
 
     @contextmanager
     def journal(self, ids: torch.Tensor, how: Convention, columns: int, *whose: str) -> Iterator[Journal | None]:
@@ -78,7 +84,7 @@ def perplexity_of(subject: Subject, ids: torch.Tensor, how: Convention, run: Eva
     """Of a model alone."""
     dtype, step = common_dtype(subject, None), run.step("measuring")
     with run.journal(ids, how, perplexities.COLUMNS, subject.fingerprint, str(dtype)) as journal:
-        return measure_perplexity(subject.load(dtype), ids, how, batch=run.batch, progress=step, journal=journal)
+        return measure_perplexity(run.load(subject, dtype), ids, how, batch=run.batch, progress=step, journal=journal)
 
 
 def divergence_of(
@@ -100,8 +106,8 @@ def divergence_of(
     whose = (reference.fingerprint, form, str(kept), subject.fingerprint, str(dtype))
     with run.journal(ids, how, divergences.COLUMNS, *whose) as journal:
         return measure_divergence(
-            reference.load(dtype) if known is None else known,
-            subject.load(dtype),
+            run.load(reference, dtype) if known is None else known,
+            run.load(subject, dtype),
             ids,
             how,
             batch=run.batch,
@@ -114,7 +120,7 @@ def divergence_from_file(subject: Subject, file: KldFile, max_windows: int | Non
     """Of a model from what llama-perplexity has written of another, on the text in that file."""
     how = file.convention(begin_token(subject.tokenizer()))
     ids = file.ids if max_windows is None else how.first_windows(file.ids, max_windows)
-    model, step = subject.load(common_dtype(subject, None)), run.step("measuring")
+    model, step = run.load(subject, common_dtype(subject, None)), run.step("measuring")
     return measure_divergence(file, model, ids, how, batch=run.batch, progress=step)
 
 
@@ -161,6 +167,8 @@ def _known_predictions(
     cut = how.cut(ids)
     if store.complete(cut):
         return store
-    filled = store.fill(reference.load(dtype), cut, how, batch=run.batch, progress=run.step("reading the original"))
+    filled = store.fill(
+        run.load(reference, dtype), cut, how, batch=run.batch, progress=run.step("reading the original")
+    )
     gc.collect()  # the original goes before the model comes
     return store if filled else None

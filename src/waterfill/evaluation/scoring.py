@@ -39,6 +39,8 @@ def score_windows(
         raise WaterfillError(f"a batch of {batch} windows was asked for; choose at least 1")
     scores: dict[int, Tensor] = dict(journal.read()) if journal is not None else {}
     missing = [window for window in cut if window.number not in scores]
+    if progress is not None:
+        progress(len(scores), len(cut))
     for some in batches(missing, batch):
         for window, result in zip(some, score(some), strict=True):
             scores[window.number] = result

@@ -131,8 +131,6 @@ class ReferenceStore:
             if self.form == "none":
                 return False
             missing = missing[1:]
-            if progress is not None:
-                progress(len(cut) - len(missing), len(cut))
         done = len(cut) - len(missing)
         score_windows(
             missing,

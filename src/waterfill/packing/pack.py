@@ -48,8 +48,8 @@ def pack_plan(
 
     Args:
         extra: further files of the artifact, by name.
-        progress: called after every block of rows with (tensor name, weights done, weights in all); kept tensors count
-            where they are coded.
+        progress: called at first and after every block of rows with (tensor name, weights done, weights in all); kept
+            tensors count where they are coded.
 
     Raises:
         WaterfillError: the plan was made for other weights.
@@ -78,6 +78,8 @@ def pack_plan(
     with ArtifactWriter(out, layout, plan.identity, overwrite=overwrite) as writer:
         pending = writer.pending()
         done = total - sum(weights.get(spec.name, 0) for spec in pending)
+        if progress and pending:
+            progress(pending[0].name, done, total)
         for spec in pending:
             if spec.name not in planned:
                 steps = _write_kept(writer, checkpoint, kept_plans[spec.name], kept[spec.name])

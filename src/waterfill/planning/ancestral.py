@@ -80,6 +80,8 @@ def _batch(
 ) -> Ids:
     tokens = np.empty((len(generators), length), np.int64)
     tokens[:, 0] = [generator.integers(vocabulary) if start is None else start for generator in generators]
+    if progress:
+        progress(0, length - 1)
     for position in range(1, length):
         rows = read(tokens[:, position - 1])
         pairs = zip(rows, generators, strict=True)

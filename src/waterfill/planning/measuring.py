@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from waterfill.base.errors import UnsupportedError, WaterfillError, first_line
-from waterfill.base.progress import Progress, Step, step_of
+from waterfill.base.progress import LOADING, Progress, Step, stage, step_of
 from waterfill.files.architecture import Architecture
 from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint
@@ -127,6 +127,8 @@ class _Passes:
         """Of the first `count` sequences."""
         self._reuse(count)
         step = step_of(self._progress, MEASURING)
+        if step and len(self._done) < count:
+            step(len(self._done), count)
         for number in range(len(self._done), count):
             self._done.append(self._measure(number, count))
             if step:
@@ -160,9 +162,10 @@ class _Passes:
 
     @cached_property
     def _model(self) -> Any:
-        if self._method == "perturb":  # it changes weights where they are
-            return load_checkpoint(self._checkpoint)
-        return load_blockwise(self._checkpoint, torch.float32)
+        with stage(self._progress, LOADING):
+            if self._method == "perturb":  # it changes weights where they are
+                return load_checkpoint(self._checkpoint)
+            return load_blockwise(self._checkpoint, torch.float32)
 
     @cached_property
     def _length(self) -> int:

@@ -106,7 +106,7 @@ def measure(
         tokens: int64 `[sequences, length]`, the probe.
         batch: sequences per pass; standard errors come from the spread between passes.
         fingerprint, probe: recorded in the result.
-        progress: called with (passes done, passes in all).
+        progress: called with (passes done, passes in all), at first with none done.
 
     Raises:
         WaterfillError: no matrix, too few sequences for a standard error, an unknown method, or a model whose logits
@@ -120,6 +120,8 @@ def measure(
     if len(passes) < 2:
         raise WaterfillError(f"{len(tokens)} sequences in batches of {batch} make one pass; a standard error needs two")
     samples = []
+    if progress:
+        progress(0, len(passes))
     with trainable(model, matrices, method):
         for number, part in enumerate(passes):
             samples.append(one_pass(model, matrices, part, method=method, seed=seed, number=number))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
 from waterfill.base.errors import BudgetError
+from waterfill.base.progress import Progress, stage
 from waterfill.base.records import Record
 from waterfill.planning.budget import Budget
 from waterfill.planning.inventory import Inventory
@@ -57,23 +59,21 @@ def predicted_curve(
     request: Request,
     bits: Iterable[float] = CURVE_BITS,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[CurvePoint, ...]:
     """Plans at these bits per weight, by size; those that no plan can meet are left out, and so are repetitions."""
     points: dict[int, CurvePoint] = {}
     wanted = sorted(bits)
-    for number, rate in enumerate(wanted):
-        try:
-            plan = make_plan("", tensors, sensitivity, Budget(bits=rate), request)
-        except BudgetError:
-            continue
-        predicted = plan.predicted
-        if predicted.kl > 0:  # a plan that keeps everything has no place on a logarithmic axis
-            points[plan.size_bytes] = CurvePoint(
-                plan.size_bytes, plan.bits, predicted.kl, predicted.kl_low, predicted.kl_high
-            )
-        if progress is not None:
-            progress(number + 1, len(wanted))
+    with stage(progress, "planning other sizes", len(wanted)) as advance:
+        for rate in wanted:
+            with suppress(BudgetError):
+                plan = make_plan("", tensors, sensitivity, Budget(bits=rate), request)
+                predicted = plan.predicted
+                if predicted.kl > 0:  # a plan that keeps everything has no place on a logarithmic axis
+                    points[plan.size_bytes] = CurvePoint(
+                        plan.size_bytes, plan.bits, predicted.kl, predicted.kl_low, predicted.kl_high
+                    )
+            advance()
     return tuple(points[size] for size in sorted(points))
 
 

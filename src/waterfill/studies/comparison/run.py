@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from waterfill.base.errors import BudgetError, first_line
-from waterfill.base.progress import Progress, step_of
+from waterfill.base.progress import PLANNING, Progress, stage, step_of
 from waterfill.base.records import Record, frame
 from waterfill.evaluation import divergence
 from waterfill.files.architecture import parameters_of
@@ -95,22 +96,15 @@ def compare_methods(
         progress: called with (what is being done, done, in all).
     """
     bench = _Bench(subject, ids, context, batch, progress)
-    packing = step_of(progress, "packing")
-    cases = [_budget_case(subject, request, name, budget, packing) for name in ours for budget in budgets]
-    cases += list(methods)
+    cases = [*_budget_cases(subject, request, ours, budgets, progress), *methods]
     rows: list[Row] = []
-    for number, case in enumerate(cases):
-        if progress is not None:
-            progress("comparing", number, len(cases))
-        if isinstance(case, Row):
-            rows.append(case)
-            continue
-        row = bench.row(case)
-        if match and row.kl is not None and case.family != "waterfill":
-            row = bench.matched(row, request)
-        rows.append(row)
-    if progress is not None:
-        progress("comparing", len(cases), len(cases))
+    with stage(progress, "comparing", len(cases)) as advance:
+        for case in cases:
+            row = case if isinstance(case, Row) else bench.row(case)
+            if match and row.kl is not None and row.family != "waterfill":
+                row = bench.matched(row, request)
+            rows.append(row)
+            advance()
     return Comparison(
         model=subject.name,
         fingerprint=subject.checkpoint.fingerprint,
@@ -121,8 +115,23 @@ def compare_methods(
         original_bytes=original_bytes(subject.architecture),
         ppl_reference=bench.ppl_reference,
         rows=tuple(rows),
-        curve=predicted_curve(subject.architecture, subject.sensitivity, request),
+        curve=predicted_curve(subject.architecture, subject.sensitivity, request, progress=progress),
     )
+
+
+def _budget_cases(
+    subject: StudiedModel,
+    request: Request,
+    ours: Sequence[str],
+    budgets: Sequence[Budget],
+    progress: Progress | None,
+) -> Iterator[Method | Row]:
+    """Our methods at every budget."""
+    packing = step_of(progress, "packing")
+    with stage(progress, PLANNING, len(ours) * len(budgets)) as advance:
+        for name, budget in product(ours, budgets):
+            yield _budget_case(subject, request, name, budget, packing)
+            advance()
 
 
 def _budget_case(
@@ -195,7 +204,8 @@ class _Bench:
     def matched(self, row: Row, request: Request) -> Row:
         """The row with our own plan beside it, which takes at most its bytes."""
         try:
-            plan = plan_for(self.subject, Budget(size_bytes=row.size_bytes), replace(request, uniform=False))
+            with stage(self.progress, PLANNING):
+                plan = plan_for(self.subject, Budget(size_bytes=row.size_bytes), replace(request, uniform=False))
         except BudgetError:
             return row
         packing = step_of(self.progress, "packing")
@@ -203,14 +213,16 @@ class _Bench:
         return replace(row, ours_size_bytes=ours.size_bytes, ours_kl=ours.kl, ours_kl_stderr=ours.kl_stderr)
 
     def _measure(self, method: Method, row: Row) -> Row:
-        with torch.no_grad():
+        matrices = {matrix.name: matrix for matrix in self.subject.architecture.matrices}
+        storing = stage(self.progress, "storing the weights", len(matrices))
+        with torch.no_grad(), storing as advance:
             model = self._restored()
             parameters = parameters_of(model)
-            matrices = {matrix.name: matrix for matrix in self.subject.architecture.matrices}
 
             def put(name: str, weight: Tensor) -> None:
                 matrix = matrices[name]
                 matrix_view(parameters[matrix.parameter], matrix).copy_(weight)
+                advance()
 
             candidate = method.run(self.subject, put)
         measured = divergence(

@@ -17,7 +17,7 @@ import torch
 from waterfill.base.ambient import own_torch_modes
 from waterfill.base.arguments import PATH, POSITIVE, SIZE, checked, each
 from waterfill.base.errors import WaterfillError
-from waterfill.base.progress import Progress, step_of
+from waterfill.base.progress import DESCRIBING, LOADING, OPENING, READING, Progress, stage, step_of
 from waterfill.base.writing import write_file
 from waterfill.evaluation import default_context, token_ids, windows
 from waterfill.files.architecture import Architecture, describe
@@ -98,12 +98,16 @@ def compare(
     if not ours and not peers:
         raise WaterfillError("there is nothing to compare: no method is named; leave methods out for the usual ones")
     budgets = [Budget(parse_size(size)) for size in sizes] + [Budget(bits=rate) for rate in bits]
-    checkpoint = open_checkpoint(model, revision=options.get("revision"))
-    architecture = describe(checkpoint, options.get("keep", ()))
+    with stage(progress, OPENING):
+        checkpoint = open_checkpoint(model, revision=options.get("revision"))
+    with stage(progress, DESCRIBING):
+        architecture = describe(checkpoint, options.get("keep", ()))
     codec_names(architecture, options.get("codecs"))  # refuses what is none, before minutes of measuring
-    tokenizer = load_tokenizer(checkpoint.path)
-    ids = token_ids(tokenizer, text)
-    original = load_checkpoint(checkpoint)
+    with stage(progress, READING):
+        tokenizer = load_tokenizer(checkpoint.path)
+        ids = token_ids(tokenizer, text)
+    with stage(progress, LOADING):
+        original = load_checkpoint(checkpoint)
     context = default_context(original) if context is None else context
     ids = windows(ids, context)[:max_windows].flatten()
     calibrated = any(method.calibrated for method in peers)

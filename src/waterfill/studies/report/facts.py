@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from waterfill.base.machine import package_version
+from waterfill.base.progress import Progress
 from waterfill.evaluation import Divergence
 from waterfill.files.artifact import Artifact
 from waterfill.planning.loss import Coefficients
@@ -85,6 +86,7 @@ def gather(
     same_text: bool = False,
     original: bool = False,
     options: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Report:
     """The report of an opened artifact; nothing of the original is needed.
 
@@ -92,7 +94,7 @@ def gather(
     """
     measured = {name: tensor.t2 for name, tensor in artifact.tensors.items() if tensor.packed}
     request = Request(gain=plan.gain, shard_bytes=plan.shard_bytes)
-    curve = predicted_curve(plan, sensitivity_of(artifact.path, plan), request)
+    curve = predicted_curve(plan, sensitivity_of(artifact.path, plan), request, progress=progress)
     return Report(
         name=artifact.path.resolve().name,
         size_bytes=artifact.size_bytes,

@@ -18,7 +18,7 @@ import torch
 from waterfill.base.ambient import own_torch_modes
 from waterfill.base.arguments import checked
 from waterfill.base.errors import WaterfillError
-from waterfill.base.progress import Progress, Step, step_of
+from waterfill.base.progress import OPENING, READING, Progress, stage, step_of
 from waterfill.base.reading import read_text
 from waterfill.base.writing import prepare_file, write_file
 from waterfill.evaluation import Divergence, default_context, divergence, token_ids, windows
@@ -68,13 +68,15 @@ def report(
         raise WaterfillError("a measurement compares with the original; give --original MODEL beside --text")
     if revision is not None and original is None:
         raise WaterfillError(f"{path} has no revision {revision!r}, only a hub model has; leave the revision out")
-    stored = open_artifact(path, verify=True)
+    with stage(progress, "checking the artifact"):
+        stored = open_artifact(path, verify=True)
     plan = read_plan(path)
     page = Path(output) if output is not None else path.resolve().with_name(path.resolve().name + ".html")
     prepare_file(page)
     beside = _Beside()
     if original is not None:
-        checkpoint = open_checkpoint(original, revision=revision)
+        with stage(progress, OPENING):
+            checkpoint = open_checkpoint(original, revision=revision)
         _check_same_weights(path, plan, checkpoint)
         written = _Prompts(PROMPTS if prompts is None else tuple(prompts), max_new_tokens)
         beside = _beside(path, checkpoint, text, context, max_windows, batch, written, progress)
@@ -90,6 +92,7 @@ def report(
         same_text=same_text,
         original=original is not None,
         options=_sample_options(prompts, max_new_tokens),
+        progress=progress,
     )
     facts = replace(facts, path=page)
     write_file(page, render(facts))
@@ -133,31 +136,34 @@ def _beside(
     progress: Progress | None,
 ) -> _Beside:
     """Both models in memory: measured on the text if there is one, and heard on the prompts."""
-    tokenizer = load_tokenizer(checkpoint.path)
-    ids = None if text is None else token_ids(tokenizer, text)
-    reference = load_checkpoint(checkpoint)
-    packed = load(path, dtype=reference.dtype, verify=False)
+    with stage(progress, READING):
+        tokenizer = load_tokenizer(checkpoint.path)
+        ids = None if text is None else token_ids(tokenizer, text)
+    with stage(progress, "loading both models", 2) as advance:
+        reference = load_checkpoint(checkpoint)
+        advance()
+        packed = load(path, dtype=reference.dtype, verify=False)
     measured: Divergence | None = None
     if ids is not None:
         context = default_context(reference) if context is None else context
         ids = windows(ids, context)[:max_windows].flatten()
         step = step_of(progress, "measuring")
         measured = divergence(reference, packed, ids, context=context, batch=batch, progress=step)
-    samples = _continued(reference, packed, tokenizer, prompts, step_of(progress, "sampling"))
+    samples = _continued(reference, packed, tokenizer, prompts, progress)
     return _Beside(measured, samples, ids, context)
 
 
 def _continued(
-    original: Any, packed: Any, tokenizer: Any, prompts: _Prompts, step: Step | None
+    original: Any, packed: Any, tokenizer: Any, prompts: _Prompts, progress: Progress | None
 ) -> tuple[Continuation, ...]:
     """Greedy continuations of every prompt by both models."""
     greedy = Sampling(max_new_tokens=prompts.tokens, temperature=0)
     samples = []
-    for number, prompt in enumerate(prompts.texts):
-        texts = ["".join(generate(model, tokenizer, prompt, greedy)) for model in (original, packed)]
-        samples.append(Continuation(prompt, *texts))
-        if step is not None:
-            step(number + 1, len(prompts.texts))
+    with stage(progress, "sampling", len(prompts.texts)) as advance:
+        for prompt in prompts.texts:
+            texts = ["".join(generate(model, tokenizer, prompt, greedy)) for model in (original, packed)]
+            samples.append(Continuation(prompt, *texts))
+            advance()
     return tuple(samples)
 
 
