@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.models import tiny_llama
 from waterfill.base.errors import WaterfillError
-from waterfill.planning.probe import Probe, probe_tokens
+from waterfill.planning.probe import Probe, own_text, probe_tokens
 
 
 @pytest.fixture
@@ -48,15 +49,23 @@ def test_self_probe_is_ancestral_sampling_from_the_first_token(model: Any) -> No
     tokens = probe_tokens(model, None, probe, lambda done, total: seen.append((done, total)))
     assert seen == [(position, 11) for position in range(1, 12)]
     assert tokens.dtype == torch.int64
-    generator = torch.Generator().manual_seed(5)
+    generators = [np.random.default_rng([5, number]) for number in range(3)]
     expected = torch.full((3, 1), model.config.bos_token_id)
     with torch.no_grad():
         for _ in range(11):
             probabilities = model(input_ids=expected).logits[:, -1].double().softmax(-1)
-            draws = torch.rand(3, 1, generator=generator, dtype=torch.float64)
+            draws = torch.tensor([[generator.random()] for generator in generators], dtype=torch.float64)
             token = (probabilities.cumsum(-1) < draws).sum(-1, keepdim=True)
             expected = torch.cat([expected, token], dim=1)
     assert torch.equal(tokens, expected)
+
+
+def test_a_sequence_depends_on_the_seed_and_its_number(model: Any) -> None:
+    """Whoever is drawn beside it, and in whichever batch."""
+    tokens = own_text(model, range(40), 10, seed=3)
+    assert torch.equal(own_text(model, [39, 2], 10, seed=3), tokens[[39, 2]])
+    assert own_text(model, [], 10, seed=3).shape == (0, 10)
+    assert not torch.equal(own_text(model, range(40), 10, seed=-3), tokens)
 
 
 def test_self_probe_has_the_models_distribution(model: Any) -> None:

@@ -18,6 +18,7 @@ from waterfill.base.progress import Progress, Step, step_of
 from waterfill.files.architecture import Architecture
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.files.original import load_checkpoint, load_tokenizer
+from waterfill.planning.ancestral import Writer
 from waterfill.planning.options import ProbeOptions
 from waterfill.planning.probe import Probe, probe_tokens, read_text
 from waterfill.planning.sensitivity import Method, Sensitivity, measure
@@ -30,9 +31,14 @@ def probe_of(options: ProbeOptions, text: str | Path | None) -> Probe:
 
 
 def measure_checkpoint(
-    checkpoint: Checkpoint, architecture: Architecture, progress: Progress | None, options: ProbeOptions
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    progress: Progress | None,
+    options: ProbeOptions,
+    writer: Writer | None = None,
 ) -> Sensitivity:
-    """Load the model and measure it. Raises WaterfillError where its class, or the text, does not allow it."""
+    """Load the model and measure it; `writer` writes its own text, or else the model. Raises WaterfillError where its
+    class, or the text, does not allow it."""
     probe = probe_of(options, options.get("text"))
     tokenizer = load_tokenizer(checkpoint.path) if probe.text else None  # before minutes of loading
     if probe.text:
@@ -40,7 +46,7 @@ def measure_checkpoint(
     model = load_checkpoint(checkpoint)
     method = options.get("method", "fisher")
     with _failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
-        tokens = probe_tokens(model, tokenizer, probe, step_of(progress, "sampling a probe"))
+        tokens = probe_tokens(model, tokenizer, probe, step_of(progress, "sampling a probe"), writer)
     with _failing(model, f"being measured by {method}", "the other method may do (--method), or keep all (--lossless)"):
         return measure_on(
             model, checkpoint, architecture, probe, tokens, method=method, progress=step_of(progress, MEASURING)

@@ -8,19 +8,24 @@ text    windows spread over a text file of the user's
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from waterfill.base import reading
-from waterfill.base.errors import WaterfillError, unknown_token
+from waterfill.base.errors import UnsupportedError, WaterfillError, unknown_token
 from waterfill.base.progress import Step
 from waterfill.files.context import context_length
+from waterfill.files.growing_cache import reserve
 from waterfill.files.model_calls import read_on
 from waterfill.files.settings.tokenizing import in_words
-from waterfill.planning.estimators import check_probabilities
+from waterfill.planning.ancestral import Writer, sample, start_token
 
 Kind = Literal["self", "random", "text"]
 KINDS: tuple[Kind, ...] = ("self", "random", "text")
@@ -55,22 +60,22 @@ class Probe:
             raise WaterfillError(f"probe {self.kind!r} and {given} do not go together; a text file makes a text probe")
 
 
-def probe_tokens(model: Any, tokenizer: Any, probe: Probe, progress: Step | None = None) -> torch.Tensor:
-    """int64 `[sequences, length]`, deterministic for a seed. `tokenizer` is needed for text only."""
+def probe_tokens(
+    model: Any, tokenizer: Any, probe: Probe, progress: Step | None = None, writer: Writer | None = None
+) -> torch.Tensor:
+    """int64 `[sequences, length]`, deterministic for a seed. `tokenizer` is needed for text only, and `writer` writes
+    the model's own (`own_text`)."""
     length = min(probe.length, context_length(model.config) or probe.length)
     if probe.kind == "self":
-        return _sample(model, probe.sequences, length, _generator(probe), progress)
+        return own_text(model, range(probe.sequences), length, probe.seed, progress, writer)
     vocabulary = _vocabulary(model)
     if probe.kind == "random":
-        return torch.randint(vocabulary, (probe.sequences, length), generator=_generator(probe))
+        generator = torch.Generator().manual_seed(probe.seed)
+        return torch.randint(vocabulary, (probe.sequences, length), generator=generator)
     tokens = _windows(tokenizer, probe, length)
     if (highest := int(tokens.max())) >= vocabulary:
         raise unknown_token(str(probe.text), highest, vocabulary)
     return tokens
-
-
-def _generator(probe: Probe) -> torch.Generator:
-    return torch.Generator().manual_seed(probe.seed)
 
 
 def _vocabulary(model: Any) -> int:
@@ -80,37 +85,53 @@ def _vocabulary(model: Any) -> int:
     return min(rows if head is None else [*rows, len(head.weight)])
 
 
-@torch.no_grad()  # not inference mode: the tokens are an input of the backward passes that follow
-def _sample(model: Any, sequences: int, length: int, generator: torch.Generator, progress: Step | None) -> torch.Tensor:
-    """Ancestral sampling through the key/value cache. A document that ends is followed by the next one."""
-    tokens = torch.empty(sequences, length, dtype=torch.int64)
-    start = _start_token(model.config)
-    vocabulary = _vocabulary(model)
-    tokens[:, 0] = start if start is not None else torch.randint(vocabulary, (sequences,), generator=generator)
-    past = None
-    for position in range(1, length):
-        logits, past = read_on(model, tokens[:, position - 1 : position], past)
+def own_text(
+    model: Any,
+    numbers: Sequence[int],
+    length: int,
+    seed: int,
+    progress: Step | None = None,
+    writer: Writer | None = None,
+) -> torch.Tensor:
+    """Sequences that a transformers model would write, int64 `[numbers, length]`: by the writer, or by the model itself
+    where there is none or it cannot. Each depends on the seed and its number.
+
+    Raises:
+        WaterfillError: logits are NaN or infinite, or not those of one token where one was read.
+    """
+    if writer is not None:
+        with suppress(UnsupportedError):  # it has said why
+            return writer(numbers, length, seed, progress)
+    return _sample(model, numbers, length, seed, progress)
+
+
+def _sample(model: Any, numbers: Sequence[int], length: int, seed: int, progress: Step | None) -> torch.Tensor:
+    """Ancestral sampling through the key/value cache."""
+    start, vocabulary = start_token(model.config), _vocabulary(model)
+    return sample(
+        lambda _: _Texts(model, length), numbers, length, seed, start=start, vocabulary=vocabulary, progress=progress
+    )
+
+
+class _Texts:
+    """Texts of up to `length` tokens that a transformers model reads on in."""
+
+    def __init__(self, model: Any, length: int) -> None:
+        self._model, self._length, self._past = model, length, None
+
+    @torch.no_grad()  # not inference mode: what a model keeps between passes may meet the backward passes that follow
+    def __call__(self, last: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        first = self._past is None
+        logits, self._past = read_on(self._model, torch.from_numpy(last)[:, None], self._past)
         if logits.shape[1] != 1:
             raise WaterfillError(
-                f"{type(model).__name__} predicts {logits.shape[1]} tokens from one that follows others, and cannot "
-                "sample its own text; give it one (--text), or random tokens (--probe random)"
+                f"{type(self._model).__name__} predicts {logits.shape[1]} tokens from one that follows others, and "
+                "cannot sample its own text; give it one (--text), or random tokens (--probe random)"
             )
-        cumulative = logits[:, -1].to(torch.float64).softmax(-1).cumsum(-1)
-        check_probabilities(cumulative[:, -1])
-        draw = torch.rand(sequences, 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
-        tokens[:, position] = torch.searchsorted(cumulative, draw).clamp_max(vocabulary - 1)[:, 0]
-        if progress:
-            progress(position, length - 1)
-    return tokens
-
-
-def _start_token(config: Any) -> int | None:
-    for name in ("bos_token_id", "eos_token_id"):
-        value = getattr(config, name, None)
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int):
-            return value
-    return None
+        if first:
+            reserve(self._past, self._length)
+        found: npt.NDArray[np.float32] = logits[:, -1].float().numpy()
+        return found
 
 
 def read_text(path: Path) -> str:

@@ -1,0 +1,117 @@
+"""Text from a model's own predictions: ancestral sampling at temperature 1, several sequences in lockstep.
+
+    begin(count) ──► read(last token of each) ──► logits of each ──► the next token of each
+                           ▲                                                  │
+                           └──────────────────────────────────────────────────┘
+
+What a sequence is drawn with depends on the seed and its number alone, not on which others are drawn beside it. So one
+more sequence is one more, and the text is the same however many are read at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from waterfill.base.progress import Step
+from waterfill.planning.estimators import check_probabilities
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+Read = Callable[[Ids], Iterable[Floats]]
+"""Reads on in texts by one token of each, `[count]`, and gives the logits `[vocabulary]` behind it of each."""
+Begin = Callable[[int], Read]
+"""Begins so many new texts."""
+Writer = Callable[[Sequence[int], int, int, Step | None], torch.Tensor]
+"""Who writes a model's own text: (numbers of the sequences, length, seed, progress) -> int64 `[numbers, length]`.
+Raises UnsupportedError, having said why, where the model's own class has to."""
+
+TOGETHER = 32  # sequences of a pass over the weights
+BLOCK = 256  # probabilities that are added up in float32
+
+
+def sample(
+    begin: Begin,
+    numbers: Sequence[int],
+    length: int,
+    seed: int,
+    *,
+    start: int | None,
+    vocabulary: int,
+    together: int = TOGETHER,
+    progress: Step | None = None,
+) -> torch.Tensor:
+    """Sequences of these numbers, int64 `[numbers, length]`. A document that ends is followed by the next one.
+
+    Args:
+        start: the token that texts begin with; a random one of each where None.
+        vocabulary: tokens that may be drawn.
+        together: how many are read at a time.
+        progress: called with (tokens of a batch drawn, in all).
+
+    Raises:
+        WaterfillError: logits are NaN or infinite.
+    """
+    batches = [numbers[i : i + together] for i in range(0, len(numbers), together)]
+    tokens = [torch.empty(0, length, dtype=torch.int64)]
+    for done, batch in enumerate(batches):
+        step = None if progress is None else _after(progress, done, len(batches))
+        generators = [np.random.default_rng([seed % 2**64, number]) for number in batch]
+        tokens.append(torch.from_numpy(_batch(begin(len(batch)), generators, length, start, vocabulary, step)))
+    return torch.cat(tokens)
+
+
+def _after(progress: Step, done: int, batches: int) -> Step:
+    """Progress of a batch as that of all."""
+    return lambda position, last: progress(done * last + position, batches * last)
+
+
+def _batch(
+    read: Read,
+    generators: Sequence[np.random.Generator],
+    length: int,
+    start: int | None,
+    vocabulary: int,
+    progress: Step | None,
+) -> Ids:
+    tokens = np.empty((len(generators), length), np.int64)
+    tokens[:, 0] = [generator.integers(vocabulary) if start is None else start for generator in generators]
+    for position in range(1, length):
+        rows = read(tokens[:, position - 1])
+        pairs = zip(rows, generators, strict=True)
+        tokens[:, position] = [choose(row[:vocabulary], generator.random()) for row, generator in pairs]
+        if progress:
+            progress(position, length - 1)
+    return tokens
+
+
+def choose(logits: Floats, draw: float) -> int:
+    """The token at `draw`, in [0, 1), of the cumulative probabilities that float32 logits `[vocabulary]` mean.
+
+    Raises WaterfillError where they mean none.
+    """
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(logits - logits.max())
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK))  # adding up all in float64 takes 4 times as long
+    ends = np.cumsum(sums, dtype=np.float64)
+    check_probabilities(torch.from_numpy(ends[-1:]))
+    place = draw * ends[-1]
+    block = int(np.searchsorted(ends[:-1], place, side="right"))
+    inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    left = place - (ends[block - 1] if block else 0.0)
+    last = np.searchsorted(inside, inside[-1])  # that can be drawn: sums are rounded
+    return block * BLOCK + int(min(np.searchsorted(inside, left, side="right"), last))
+
+
+def start_token(config: Any) -> int | None:
+    """What texts of a transformers configuration begin with; None where it names no token."""
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, name, None)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int):
+            return value
+    return None

@@ -1,0 +1,63 @@
+"""Drawing tokens from logits, against plain float64 arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from waterfill.base.errors import WaterfillError
+from waterfill.planning.ancestral import BLOCK, choose, sample
+
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.mark.parametrize("vocabulary", [2, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 7])
+def test_a_draw_is_looked_up_in_cumulative_probabilities(vocabulary: int) -> None:
+    random = np.random.default_rng(vocabulary)
+    for scale in (0.1, 3.0, 20.0):
+        logits = random.normal(0, scale, vocabulary).astype(np.float32)
+        weights = np.exp(logits.astype(np.float64) - logits.max())
+        ends = np.cumsum(weights) / weights.sum()
+        for draw in random.random(200):
+            token = choose(logits, draw)
+            assert (ends[token - 1] if token else 0) - 1e-6 <= draw <= ends[token] + 1e-6
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.25, 0.5, 1 - 2**-53])
+def test_what_cannot_be_is_not_drawn(draw: float) -> None:
+    logits = np.full(3 * BLOCK, -np.inf, np.float32)
+    possible = [5, BLOCK + 1, 2 * BLOCK + 3]
+    logits[possible] = 0.0
+    assert choose(logits, draw) == possible[int(3 * draw)]
+
+
+@pytest.mark.parametrize("values", [[np.nan, 0.0], [0.0, np.inf], [-np.inf, -np.inf]])
+def test_logits_that_mean_nothing_are_refused(values: list[float]) -> None:
+    with pytest.raises(WaterfillError, match="the model gives NaN or infinite logits on the probe"):
+        choose(np.array(values, np.float32), 0.5)
+
+
+def test_texts_are_read_token_by_token_and_in_batches() -> None:
+    """A model whose next token is sure: the last one plus one. Beyond the vocabulary, more is predicted than drawn."""
+    begun: list[int] = []
+
+    def begin(count: int) -> object:
+        begun.append(count)
+
+        def read(last: npt.NDArray[np.int64]) -> Iterable[Floats]:
+            return [np.where(np.arange(12) == token + 1, 50.0, 0.0).astype(np.float32) for token in last]
+
+        return read
+
+    seen: list[tuple[int, int]] = []
+    progress = lambda done, total: seen.append((done, total))  # noqa: E731
+    tokens = sample(begin, range(5), 4, 0, start=3, vocabulary=9, together=2, progress=progress)  # type: ignore[arg-type]
+    assert torch.equal(tokens, torch.tensor([[3, 4, 5, 6]] * 5))
+    assert begun == [2, 2, 1]
+    assert seen == [(step, 9) for step in range(1, 10)]
+    first = sample(begin, range(50), 2, 0, start=None, vocabulary=9)[:, 0]  # type: ignore[arg-type]
+    assert set(first.tolist()) == set(range(9))
