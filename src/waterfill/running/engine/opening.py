@@ -48,10 +48,7 @@ def open_model(
         artifact = open_artifact(Path(artifact), verify=False)
         if verify:
             artifact.verify_files()
-    if native.isa() is None:
-        raise UnsupportedError(f"the native library is not used: {native.why_not()}")
-    if native.float_activations():
-        raise UnsupportedError(f"{native.FLOAT_ACTIVATIONS} asks for exact activations")
+    check_library()
     spec = read_spec(artifact)
     texts = working(spec)
     context = min(LEAST_CONTEXT, spec.positions)
@@ -75,6 +72,14 @@ def open_model(
     width = texts.widest(min(tuning.pass_bytes, chosen.spare_bytes // 4), context)
     weights = Resident.load(artifact, spec, verify=verify)
     return LlamaModel(spec, weights, vectors, pass_tokens=width, limit=limit)
+
+
+def check_library() -> None:
+    """Raises UnsupportedError where there is no native library, or it is not to be used; says why."""
+    if native.isa() is None:
+        raise UnsupportedError(f"the native library is not used: {native.why_not()}")
+    if native.float_activations():
+        raise UnsupportedError(f"{native.FLOAT_ACTIVATIONS} asks for exact activations")
 
 
 def _floats(artifact: Artifact, name: str, verify: bool) -> Floats:

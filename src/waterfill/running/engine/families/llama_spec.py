@@ -25,7 +25,7 @@ from waterfill.files.llama_names import FINAL_NORM as FINAL_NORM
 from waterfill.files.llama_names import HEAD as HEAD
 from waterfill.files.llama_names import NORMS as NORMS
 from waterfill.files.llama_names import PROJECTIONS as PROJECTIONS
-from waterfill.running.engine.config import Config
+from waterfill.running.engine.config import Config, Fields
 from waterfill.running.engine.families import FAMILIES
 
 OPTIONAL = {  # vectors that some of the kind have
@@ -58,14 +58,19 @@ class Spec(Config):
 
 def read_spec(artifact: Artifact) -> Spec:
     """Raises UnsupportedError for a model that the engine does not run."""
-    found, tensors = read_json(artifact.path / "config.json"), artifact.tensors
-    kind = found.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UnsupportedError(f"its kind is {kind!r}, not one of {', '.join(sorted(FAMILIES))}")
-    spec = Spec(**vars(FAMILIES[kind](found)))
+    tensors = artifact.tensors
+    spec = Spec(**vars(config_of(read_json(artifact.path / "config.json"))))
     _check_names(tensors, spec)
     _check_shapes(tensors, spec)
     return replace(spec, dtype=spec.dtype or tensors[EMBEDDING].dtype)
+
+
+def config_of(found: Fields) -> Config:
+    """What the fields of a config.json say of a model. Raises UnsupportedError where the engine does not run it."""
+    kind = found.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UnsupportedError(f"its kind is {kind!r}, not one of {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[kind](found)
 
 
 def read_json(path: Path) -> dict[str, Any]:
