@@ -34,6 +34,7 @@ from waterfill.planning.plan import Plan, Unused, read_plan
 from waterfill.planning.planner import EVERYTHING, Request, make_lossless_plan, make_plan
 from waterfill.planning.sensitivity import SENSITIVITY_FILE, Sensitivity, given_sensitivity
 from waterfill.running.loading import load
+from waterfill.studies.own_text import OwnText
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure what a disturbance of each matrix costs the model; reuse it for any number of plans."""
     checkpoint = open_checkpoint(model, revision=options.get("revision"))
-    return measure_checkpoint(checkpoint, _describe(checkpoint, keep), progress, options)
+    return _measure(checkpoint, _describe(checkpoint, keep), progress, options)
 
 
 @own_torch_modes()
@@ -174,12 +175,19 @@ def _plan(
     codec_names(architecture, request.codecs)  # refuses what is none, before minutes of measuring
     given = options.get("sensitivity")
     if given is None:
-        measured = measure_checkpoint(checkpoint, architecture, progress, cast(ProbeOptions, options))
+        measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options))
     else:
         measured = given_sensitivity(given, checkpoint)
     sizes = _coded_bytes(checkpoint, architecture, progress)
     made = make_plan(name, architecture, measured, budget, request, sizes)
     return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture
+
+
+def _measure(
+    checkpoint: Checkpoint, architecture: Architecture, progress: Progress | None, options: ProbeOptions
+) -> Sensitivity:
+    with OwnText(checkpoint, architecture, progress) as text:
+        return measure_checkpoint(checkpoint, architecture, progress, options, text.sample)
 
 
 def _describe(checkpoint: Checkpoint, keep: Sequence[str]) -> Architecture:

@@ -42,6 +42,7 @@ from waterfill.studies.comparison import (
     select,
 )
 from waterfill.studies.comparison.cache import comparisons_folder
+from waterfill.studies.own_text import OwnText
 
 # Without the baseline that nobody ships, and without variants of what is there already.
 USUAL_METHODS = ("waterfill", "bnb-*", "hqq-[2348]", "quanto-*", "torchao-*", "gptq-*", "gguf-*[!x]")
@@ -162,7 +163,8 @@ def _measured(
     try:
         tokens = torch.tensor(json.loads(tokens_file.read_text()), dtype=torch.int64)
     except (OSError, ValueError):
-        tokens = probe_tokens(model, tokenizer, probe, step_of(progress, "sampling a probe"))
+        with OwnText(checkpoint, architecture, progress) as own:
+            tokens = probe_tokens(model, tokenizer, probe, step_of(progress, "sampling a probe"), own.sample)
         write_file(tokens_file, json.dumps(tokens.tolist()))
     if given is not None:
         return given, tokens
