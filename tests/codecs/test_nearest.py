@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from waterfill.codecs import nearest
 from waterfill.codecs.grids import available, grid
-from waterfill.codecs.nearest import NearestSearch
+from waterfill.codecs.nearest import IntervalSearch, NearestSearch
 
 REACH = nearest.REACH
 
@@ -101,3 +101,19 @@ def test_number_of_vectors_is_free() -> None:
     assert torch.equal(search.search(vectors[:1]), search.search(vectors)[:1])
     crowd = vectors[:1].expand(300_000, 2).contiguous()  # more than is compared at a time
     assert search.search(crowd).unique().tolist() == search.search(vectors[:1]).tolist()
+
+
+@pytest.mark.parametrize("n", [2, 3, 16, 64, 255, 256])
+def test_intervals_on_a_line(n: int) -> None:
+    """Bounds themselves, their neighbours and what lies far outside, against torch."""
+    points = grid(1, n).points[:, 0]
+    bounds = (points[1:] + points[:-1]) / 2
+    near = [torch.nextafter(bounds, torch.tensor(side)) for side in (-9.0, 9.0)]
+    odd = torch.tensor([0.0, -0.0, 1e30, -1e30, torch.inf, -torch.inf])
+    values = torch.cat([torch.randn(10_000), bounds, *near, odd])
+    assert torch.equal(IntervalSearch(bounds.numpy()).search(values), torch.bucketize(values, bounds))
+
+
+def test_intervals_closer_than_the_steps_of_the_table() -> None:
+    bounds, values = torch.randn(5000).mul(0.1).sort().values, torch.randn(100, 30)
+    assert torch.equal(IntervalSearch(bounds.numpy()).search(values), torch.bucketize(values, bounds))

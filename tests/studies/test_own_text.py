@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_progress_is_called(ref_llama: Path) -> None:
 
 
 def test_text_of_the_codes_is_text_of_the_model(trained: OwnText, ref_llama: Path) -> None:
-    """The original finds it as likely as what it samples itself; and most tokens are those of the same draws."""
+    """The original finds it as likely as what it samples itself, and most of the first tokens are the same."""
     model = AutoModelForCausalLM.from_pretrained(ref_llama, dtype=torch.float32).eval()
     texts = [trained.sample(range(48), 96, seed=0), own_text(model, range(48), 96, seed=0)]
     nll = []
@@ -81,30 +82,31 @@ def test_text_of_the_codes_is_text_of_the_model(trained: OwnText, ref_llama: Pat
         nll.append(-log_p.gather(2, tokens[:, 1:, None])[..., 0].mean(1))
     mean = [float(each.mean()) for each in nll]
     assert mean[0] == pytest.approx(mean[1], rel=0.05)
-    assert (texts[0][:, 1] == texts[1][:, 1]).float().mean() > 0.9, "the first draws meet all but the same logits"
+    assert (texts[0][:, 1] == texts[1][:, 1]).float().mean() > 0.5, "the same draws, of nearly the same logits"
 
 
-def test_equal_draws_of_equal_logits_are_equal_tokens(tmp_path: Path) -> None:
-    """Where each token is all but sure: weights that the codes change little cannot change it."""
-    path = tiny_llama(tmp_path / "sure", dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    with torch.no_grad():
-        model.lm_head.weight *= 40
-    model.save_pretrained(path)
-    with opened(path) as text:
-        tokens = text.sample(range(8), 12, seed=1)
-    with torch.no_grad():
-        top = model(input_ids=tokens[:, :-1]).logits.topk(2).values
-    sure = top[..., 0] - top[..., 1] > 25
-    expected = own_text(model, range(8), 12, seed=1)
-    same = (tokens == expected).cummin(1).values  # up to the first that differs
-    assert sure.float().mean() > 0.5
-    assert same[:, 1:][same[:, :-1] & sure].all()
-    assert same[:, 1:].float().mean() > 0.5
+def test_tokens_are_where_draws_lie_in_the_codes_own_probabilities(
+    ref_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers computes them from the very codes that the engine has."""
+    monkeypatch.setattr(module, "open_model", lambda path, **options: open_model(path, streamed=True, **options))
+    with opened(ref_llama) as text:
+        tokens = text.sample(range(8), 24, seed=1)
+        (folder,) = left_behind()
+        with torch.no_grad():
+            logits = waterfill.load(folder / "packed", dtype=torch.float32)(input_ids=tokens[:, :-1]).logits
+    ends = torch.nn.functional.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
+    draws = torch.tensor(np.array([np.random.default_rng([1, number]).random(23) for number in range(8)]))
+    below, above = (ends.gather(2, tokens[:, 1:, None] + k)[..., 0] for k in (0, 1))
+    assert (draws - below).min() > -0.005  # activations are rounded
+    assert (above - draws).min() > -0.005
+    assert ((below <= draws) & (draws <= above)).float().mean() > 0.7
 
 
 def test_a_model_without_a_first_token_begins_with_any(tmp_path: Path) -> None:
-    path = tiny_llama(tmp_path / "model", bos_token_id=None, eos_token_id=None)
+    path = tiny_llama(tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "bos_token_id": None, "eos_token_id": None}))
     with opened(path) as text:
         first = text.sample(range(40), 2, seed=0)[:, 0]
     assert len(first.unique()) > 10
@@ -146,7 +148,7 @@ def test_a_family_that_the_engine_does_not_know(tmp_path: Path, caplog: pytest.L
 
 
 def test_a_checkpoint_whose_matrices_are_too_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tiny_llama(tmp_path / "model", hidden_size=16, head_dim=4)
+    path = tiny_llama(tmp_path / "model", hidden=16)
     with opened(path) as text:
         refused(text, caplog)
         assert not left_behind()

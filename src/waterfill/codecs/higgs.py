@@ -25,7 +25,7 @@ from waterfill.codecs.grids import grid
 from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import groups, rotate
 from waterfill.codecs.indices import pack
-from waterfill.codecs.nearest import NearestSearch
+from waterfill.codecs.nearest import IntervalSearch, NearestSearch
 from waterfill.codecs.table import TableCodec
 
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
@@ -81,8 +81,7 @@ class Higgs(TableCodec):
     def _nearest(self, unit: torch.Tensor) -> torch.Tensor:
         """Index of the grid point nearest to each p-vector of `unit` `[rows, width]` -> int64 `[rows, vectors]`."""
         if self.p == 1:
-            points = self.points[:, 0]
-            return torch.bucketize(unit, (points[1:] + points[:-1]) / 2)
+            return _intervals(self.n).search(unit)
         vectors = torch.nn.functional.pad(unit, (0, -unit.shape[1] % self.p)).view(-1, self.p)
         return _search(self.p, self.n).search(vectors).view(len(unit), -1)
 
@@ -90,6 +89,12 @@ class Higgs(TableCodec):
 @lru_cache(maxsize=64)  # of a megabyte at most
 def _search(p: int, n: int) -> NearestSearch:
     return NearestSearch(grid(p, n).points)
+
+
+@lru_cache(maxsize=64)
+def _intervals(n: int) -> IntervalSearch:
+    points = grid(1, n).array[:, 0]
+    return IntervalSearch((points[1:] + points[:-1]) / np.float32(2))
 
 
 def _scales(rotated: torch.Tensor, points: torch.Tensor, norms: torch.Tensor, rho: float) -> torch.Tensor:

@@ -48,7 +48,7 @@ def pack(indices: torch.Tensor, n: int) -> torch.Tensor:
         for k in range(per_word):
             byte, shift = divmod(k * _bits(n), 8)
             field = digits[..., k] << shift  # at most 12 + 7 bits: three bytes
-            for step in range(3):
+            for step in range((shift + _bits(n) + 7) // 8):
                 spread[..., byte + step] |= (field >> (8 * step)) & 0xFF
     else:
         place = torch.tensor([n**k for k in range(per_word)], dtype=torch.int64)

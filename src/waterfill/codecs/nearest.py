@@ -13,6 +13,8 @@ numpy's because torch's argmax takes ten times as long.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -71,6 +73,30 @@ class NearestSearch:
             box += table[steps[:, axis]]
         outside = len(self._ends) - 1
         return np.minimum(box, outside).astype(np.uint16)
+
+
+class IntervalSearch:
+    """Counts how many of `bounds`, float32 `[n]` and ascending, lie below numbers, as `torch.bucketize` does.
+
+    A table knows it at the steps that numbers are rounded down to, all but the bounds within one step. Those are
+    compared, one round after another; usually there is one at most.
+    """
+
+    def __init__(self, bounds: npt.NDArray[np.float32]) -> None:
+        self._half = math.ceil(np.abs(bounds).max(initial=0) * STEPS) + 1
+        steps = (np.arange(-self._half, self._half + 1) / STEPS).astype(np.float32)
+        self._below = np.searchsorted(bounds, steps).astype(np.int64)  # of the first step: none
+        self._rounds = int(np.diff(self._below).max(initial=0))
+        self._bounds = np.append(bounds, np.float32(np.inf))
+
+    def search(self, values: torch.Tensor) -> torch.Tensor:
+        """float32 of any shape -> int64 of that shape."""
+        x = values.numpy()
+        steps = np.clip(np.floor(x * np.float32(STEPS)), -self._half, self._half).astype(np.int32) + self._half
+        found = np.take(self._below, steps)
+        for _ in range(self._rounds):
+            found += np.take(self._bounds, found) < x
+        return torch.from_numpy(found)
 
 
 def _argmax_product(x: Floats, table: Floats) -> Integers:
