@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ SEARCHES = 4  # lists' worth of effort in one solve, beyond which no search star
 FIRST_MOVES = 16  # moves in the first search
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """All classes' choices, flat: choice k belongs to class owner[k]. Every class has at least one choice."""
 
@@ -48,6 +49,11 @@ class Problem:
     owner: Ints  # [choices], ascending
     weight: Floats  # [choices]
     cost: Floats  # [choices]
+
+    @cached_property
+    def hull(self) -> Ints:
+        """Vertices of every class's hull (`_hull`), which are the same for every limit."""
+        return _hull(self)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def relax(problem: Problem, limit: float) -> Relaxed:
     The limit must not be less than the weight of the lightest choices, beyond rounding. The step that no longer fits
     gives the multiplier; where every step fits the result is optimal and its multiplier and gap are zero.
     """
-    hull = _hull(problem)
+    hull = problem.hull
     owner = problem.owner[hull]
     at = np.searchsorted(owner, np.arange(problem.classes))
     slack = limit - math.fsum(problem.weight[hull[at]])
