@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from waterfill.base.errors import BudgetError, WaterfillError
@@ -161,6 +161,7 @@ class _Solver:
     ties: tuple[tuple[int, ...], ...]
     budget: Budget
     shard_bytes: int
+    _sizes: dict[tuple[int, ...], int] = field(default_factory=dict)  # of artifacts, by choices
 
     def solve(self) -> Allocation:
         budget = self.budget
@@ -183,9 +184,11 @@ class _Solver:
             room = budget.size_bytes - self.artifact_bytes(chosen)
         return self.menus.plans(refine(self.menus, chosen, self.ties, room_bytes=room))
 
-    def artifact_bytes(self, choices: Sequence[int]) -> int:
+    def artifact_bytes(self, choices: tuple[int, ...]) -> int:
         """All weight files, exactly."""
-        return self.bytes_of(self.menus.tensors(choices))
+        if choices not in self._sizes:
+            self._sizes[choices] = self.bytes_of(self.menus.tensors(choices))
+        return self._sizes[choices]
 
     def bytes_of(self, tensors: Sequence[TensorPlan]) -> int:
         """The same, of plans."""
@@ -206,17 +209,20 @@ class _Solver:
 
     def _within_size(self, limit: int) -> Allocation:
         """Allocate what headers and kept tensors leave; they depend on the choices, so repeat until that settles."""
-        least, most = map(self.task.allocate, (self.task.smallest_bytes, self.task.largest_bytes))
-        smallest_bytes, largest_bytes = (self.artifact_bytes(allocation.choices) for allocation in (least, most))
-        if limit < smallest_bytes:
-            raise BudgetError(
-                f"--size {limit:,} bytes is less than this model needs: the smallest feasible artifact has "
-                f"{smallest_bytes:,} bytes and the largest {largest_bytes:,}; ask for more, or keep fewer tensors",
-                smallest_bytes,
-                largest_bytes,
-            )
-        if limit >= largest_bytes:
-            return most
+        least = self.task.allocate(self.task.smallest_bytes)
+        smallest_bytes = self.artifact_bytes(least.choices)
+        if limit < smallest_bytes or limit >= self.task.largest_bytes:
+            most = self.task.allocate(self.task.largest_bytes)
+            largest_bytes = self.artifact_bytes(most.choices)
+            if limit < smallest_bytes:
+                raise BudgetError(
+                    f"--size {limit:,} bytes is less than this model needs: the smallest feasible artifact has "
+                    f"{smallest_bytes:,} bytes and the largest {largest_bytes:,}; ask for more, or keep fewer tensors",
+                    smallest_bytes,
+                    largest_bytes,
+                )
+            if limit >= largest_bytes:
+                return most
         best = least
         around = smallest_bytes - least.size_bytes
         for _ in range(ROUNDS):
