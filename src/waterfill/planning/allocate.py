@@ -205,7 +205,7 @@ class Task:
         self.check_loss(max_loss)
         problem = Problem(len(self.first), self.owner, weight=self.loss, cost=self.size)
         rounding = ROUNDING * float(np.abs(self.loss).sum())
-        # A sum that meets the limit may be rounded to just above it: look there first, and below only if it does exceed.
+        # A sum that meets the limit may be rounded to just above it: look there first, below only if it does exceed.
         for limit in (max_loss + rounding, max_loss - rounding):
             found = knapsack.solve(problem, limit, grain=0.5)
             picked = self.allocation(found.picks, gap=math.inf, exact=False)

@@ -40,7 +40,7 @@ class Slopes:
     """Loss saved per byte between neighbouring vertices of each source's hull."""
 
     falling: Floats  # [sources, vertices - 1], -ln of the slopes, which ascends; infinite past the last
-    vertices: Ints  # [sources, vertices], rates in units of 1 / GRID
+    vertices: npt.NDArray[np.int32]  # [sources, vertices], rates in units of 1 / GRID
     least: float  # of all slopes, nats per token and byte
     most: float
 
