@@ -389,11 +389,8 @@ def test_identical_tensors_share_what_the_budget_allows() -> None:
 
 def test_one_task_serves_every_budget_and_menus_may_be_arrays() -> None:
     menus = grid_menus([0.3, 0.02, 1.5, 0.3], [4096, 1024, 65536, 4096])
-    table = ChoiceTable(
-        np.array([[choice.size_bytes for choice in menu] for menu in menus], np.float64),
-        np.array([[choice.loss for choice in menu] for menu in menus]),
-    )
-    task = Task.of(table, [(0, 3)])
+    size, loss = np.array([[(choice.size_bytes, choice.loss) for choice in menu] for menu in menus]).transpose(2, 0, 1)
+    task = Task.of(ChoiceTable(size, loss), [(0, 3)])
     assert feasible_bytes(menus, ties=[(0, 3)]) == (task.smallest_bytes, task.largest_bytes)
     for budget in range(task.smallest_bytes, task.largest_bytes, 997):
         found = allocate(menus, budget, ties=[(0, 3)])
