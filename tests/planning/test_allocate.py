@@ -17,7 +17,17 @@ from scipy.sparse import csr_array
 
 from waterfill.base.errors import BudgetError, WaterfillError
 from waterfill.planning import knapsack as _knapsack
-from waterfill.planning.allocate import Allocation, Choice, allocate, certificate, feasible_bytes, relax, smallest
+from waterfill.planning.allocate import (
+    Allocation,
+    Choice,
+    ChoiceTable,
+    Task,
+    allocate,
+    certificate,
+    feasible_bytes,
+    relax,
+    smallest,
+)
 
 Menus = list[list[Choice]]
 Ties = list[list[int]]
@@ -375,3 +385,14 @@ def test_identical_tensors_share_what_the_budget_allows() -> None:
     counts = [(few, 50 - few - many, many) for few in range(51) for many in range(51 - few)]
     sums = [(a * 0.5 + b * 0.2 + c * 0.05, a * 20 + b * 30 + c * 47) for a, b, c in counts]
     assert found.loss == pytest.approx(min(loss for loss, size in sums if size <= 50 * 30))
+
+
+def test_one_task_serves_every_budget_and_menus_may_be_arrays() -> None:
+    menus = grid_menus([0.3, 0.02, 1.5, 0.3], [4096, 1024, 65536, 4096])
+    size, loss = np.array([[(choice.size_bytes, choice.loss) for choice in menu] for menu in menus]).transpose(2, 0, 1)
+    task = Task.of(ChoiceTable(size, loss), [(0, 3)])
+    assert feasible_bytes(menus, ties=[(0, 3)]) == (task.smallest_bytes, task.largest_bytes)
+    for budget in range(task.smallest_bytes, task.largest_bytes, 997):
+        found = allocate(menus, budget, ties=[(0, 3)])
+        assert task.allocate(budget) == found
+        assert task.smallest(found.loss) == smallest(menus, found.loss, ties=[(0, 3)])

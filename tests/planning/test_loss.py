@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from waterfill.planning.loss import GAINS, Coefficients, gain_rho, predicted_kl, projection, relative_error
+from waterfill.planning.loss import (
+    GAINS,
+    Coefficients,
+    gain_rho,
+    predicted_kl,
+    predicted_kls,
+    projection,
+    relative_error,
+)
 
 POSITIVE = st.floats(1e-9, 1e3)
 ANY = st.floats(-1e3, 1e3)
 DISTORTION = st.floats(1e-5, 0.5)
+SHARE = st.floats(0, 1)
 
 
 def kl_at(alpha: float, beta: float, u: float, t2: float) -> float:
@@ -106,3 +116,10 @@ def test_simulated_vectors(t2: float, rho: float) -> None:
     across = error - along * w
     charged = alpha * float(across @ across / (w @ w)) + beta * along**2
     assert charged == pytest.approx(predicted_kl(Coefficients(alpha, beta), t2, rho), rel=1e-9)
+
+
+@given(st.lists(st.tuples(ANY, ANY, DISTORTION, SHARE, SHARE), min_size=1))
+def test_many_losses_are_those_of_one_at_a_time(rows: list[tuple[float, float, float, float, float]]) -> None:
+    found = predicted_kls(*np.array(rows).T)
+    expected = [predicted_kl(Coefficients(a, b), t2, rho, along) for a, b, t2, rho, along in rows]
+    assert found.tolist() == expected, "to the bit"

@@ -106,16 +106,16 @@ def test_menu_has_every_rate_and_raw(dense: Architecture) -> None:
     assert [point.codec for point in menus.points[0]] == [*CODECS, RAW]
     assert len(CODECS) == len(set(CODECS)) == 37
     assert menus.weights == sum(matrix.shape[0] * matrix.shape[1] for matrix in dense.matrices)
-    for matrix, points, choices, c in zip(dense.matrices, menus.points, menus.choices, menus.coefficients, strict=True):
+    for i, (matrix, points, c) in enumerate(zip(dense.matrices, menus.points, menus.coefficients, strict=True)):
         rho = gain_rho("auto", c)
-        for point, choice in zip(points, choices, strict=True):
+        for point, size_bytes, loss in zip(points, menus.choices.size_bytes[i], menus.choices.loss[i], strict=True):
             if point.codec == RAW:
                 assert (point.size_bytes, point.rate_bits) == (2 * matrix.shape[0] * matrix.shape[1], 16)
-                assert choice.loss == 0
+                assert loss == 0
             else:
                 assert point == get_codec(point.codec).menu_point(matrix.shape)
-                assert choice.loss == predicted_kl(c, point.t2, rho)
-            assert choice.size_bytes == point.size_bytes
+                assert loss == predicted_kl(c, point.t2, rho)
+            assert size_bytes == point.size_bytes
 
 
 def test_experts_are_never_raw(mixtral: Architecture) -> None:

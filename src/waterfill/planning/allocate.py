@@ -1,9 +1,9 @@
 """Budget + menus -> one choice per tensor: least predicted loss within a byte budget, or least bytes within a loss.
 
-What flows through: `Choice` menus, one per tensor -> flat arrays, tied tensors fused into one class -> the
-multiple-choice knapsack of `waterfill._knapsack` -> `Allocation`. The HIGGS paper (arXiv 2411.17525) poses the problem,
-and rounds the budget for a dynamic program; here nothing is rounded: sizes are exact integers, and the optimum is found
-and proven by a search around the Lagrangian solution. That module's docstring has the method and its limits.
+What flows through: `Choice` menus, one per tensor -> flat arrays, tied tensors fused into one class (`Task`) -> the
+multiple-choice knapsack of `knapsack.py` -> `Allocation`. The HIGGS paper (arXiv 2411.17525) poses the problem, and
+rounds the budget for a dynamic program; here nothing is rounded: sizes are exact integers, and the optimum is found and
+proven by a search around the Lagrangian solution. That module's docstring has the method and its limits.
 
 Bytes that the least loss leaves over are spent where they cost nothing, on larger choices of equal loss, such as those
 of a tensor with zero sensitivity. To that end a byte is worth a sliver: all the bytes that could be spent, together,
@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
@@ -35,6 +37,17 @@ class Choice:
 
     size_bytes: int
     loss: float  # predicted loss of giving the tensor this choice, KL in nats per token; any sign
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceTable:
+    """Menus of one length, as those of a hundred thousand tensors are kept."""
+
+    size_bytes: Floats  # [tensors, choices], whole numbers
+    loss: Floats  # [tensors, choices], as of a `Choice`
+
+
+ChoiceMenus: TypeAlias = Sequence[Sequence[Choice]] | ChoiceTable
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Relaxation:
     price: float  # loss that one more byte would save at the margin, nats per token; 0 where the budget does not bind
 
 
-def allocate(menus: Sequence[Sequence[Choice]], budget_bytes: int, *, ties: Sequence[Sequence[int]] = ()) -> Allocation:
+def allocate(menus: ChoiceMenus, budget_bytes: int, *, ties: Sequence[Sequence[int]] = ()) -> Allocation:
     """Least predicted loss with at most `budget_bytes`, proven optimal unless `exact` says otherwise.
 
     `ties` are groups of tensors (indices into `menus`) that must take the same menu index: menus of one length, and no
@@ -66,19 +79,19 @@ def allocate(menus: Sequence[Sequence[Choice]], budget_bytes: int, *, ties: Sequ
         BudgetError: the smallest choices exceed the budget.
         WaterfillError: a menu or tie is unusable.
     """
-    return _Task.of(menus, ties).allocate(budget_bytes)
+    return Task.of(menus, ties).allocate(budget_bytes)
 
 
-def relax(menus: Sequence[Sequence[Choice]], budget_bytes: int, *, ties: Sequence[Sequence[int]] = ()) -> Relaxation:
+def relax(menus: ChoiceMenus, budget_bytes: int, *, ties: Sequence[Sequence[int]] = ()) -> Relaxation:
     """The Lagrangian solution within the budget, and the price of a byte. Arguments and errors as for `allocate`."""
-    task = _Task.of(menus, ties)
+    task = Task.of(menus, ties)
     problem, limit, grain = task.within_bytes(budget_bytes)
     relaxed = knapsack.relax(problem, limit)
     price = max(0.0, relaxed.multiplier - task.sliver)
     return Relaxation(task.allocation(relaxed.picks, relaxed.gap, relaxed.gap <= grain), price)
 
 
-def smallest(menus: Sequence[Sequence[Choice]], max_loss: float, *, ties: Sequence[Sequence[int]] = ()) -> Allocation:
+def smallest(menus: ChoiceMenus, max_loss: float, *, ties: Sequence[Sequence[int]] = ()) -> Allocation:
     """Least bytes with a predicted loss of at most `max_loss` nats per token, and the least loss at that size.
 
     Arguments as for `allocate`.
@@ -87,25 +100,12 @@ def smallest(menus: Sequence[Sequence[Choice]], max_loss: float, *, ties: Sequen
         BudgetError: no allocation is predicted to lose so little.
         WaterfillError: as `allocate` does.
     """
-    task = _Task.of(menus, ties)
-    task.check_loss(max_loss)
-    problem = Problem(len(task.first), task.owner, weight=task.loss, cost=task.size)
-    rounding = ROUNDING * float(np.abs(task.loss).sum())
-    # A sum that meets the limit may be rounded to just above it: look there first, and below only if it does exceed.
-    for limit in (max_loss + rounding, max_loss - rounding):
-        solution = knapsack.solve(problem, limit, grain=0.5)
-        picked = task.allocation(solution.picks, gap=math.inf, exact=False)
-        best = task.allocate(picked.size_bytes)
-        if picked.loss < best.loss:  # by rounding, or because that search was cut short
-            best = replace(picked, bound=best.bound, exact=best.exact)
-        if best.loss <= max_loss:
-            break
-    return replace(best, exact=best.exact and solution.exact)
+    return Task.of(menus, ties).smallest(max_loss)
 
 
-def feasible_bytes(menus: Sequence[Sequence[Choice]], *, ties: Sequence[Sequence[int]] = ()) -> tuple[int, int]:
+def feasible_bytes(menus: ChoiceMenus, *, ties: Sequence[Sequence[int]] = ()) -> tuple[int, int]:
     """Fewest and most bytes that any allocation can take."""
-    task = _Task.of(menus, ties)
+    task = Task.of(menus, ties)
     return task.smallest_bytes, task.largest_bytes
 
 
@@ -119,9 +119,10 @@ def certificate(allocation: Allocation) -> str:
     return f"within {excess:.1e} nats of the optimum, which is not below {allocation.bound:.6g} (Lagrangian bound)"
 
 
-@dataclass(frozen=True)
-class _Task:
-    """The menus as flat arrays. Tied tensors form one class, whose choices are the sums of theirs; others one each."""
+@dataclass(frozen=True, eq=False)
+class Task:
+    """The menus as flat arrays, to be allocated under any number of budgets. Tied tensors form one class, whose choices
+    are the sums of theirs; others one each. Arguments and errors are those of the functions above."""
 
     tensor_first: Ints  # [tensors], where its menu begins in the array that follows
     tensor_loss: Floats  # [choices of all menus], nats per token
@@ -132,11 +133,9 @@ class _Task:
     loss: Floats  # [choices], nats per token
 
     @staticmethod
-    def of(menus: Sequence[Sequence[Choice]], ties: Sequence[Sequence[int]]) -> _Task:
-        lengths = np.fromiter((len(menu) for menu in menus), dtype=np.intp, count=len(menus))
-        total = int(lengths.sum())
-        size = np.fromiter((choice.size_bytes for menu in menus for choice in menu), dtype=np.float64, count=total)
-        loss = np.fromiter((choice.loss for menu in menus for choice in menu), dtype=np.float64, count=total)
+    def of(menus: ChoiceMenus, ties: Sequence[Sequence[int]]) -> Task:
+        lengths, size, loss = _flat(menus)
+        total = len(size)
         _check_menus(lengths, size, loss)
         class_of = _classes(lengths, ties)
         class_lengths = np.zeros(class_of.max(initial=-1) + 1, dtype=np.intp)
@@ -146,22 +145,34 @@ class _Task:
         place = np.arange(total) + np.repeat(first[class_of] - tensor_first, lengths)
         owner = np.repeat(np.arange(len(first)), class_lengths)
         fused = (np.bincount(place, weights=column).astype(np.float64) for column in (size, loss))
-        return _Task(tensor_first, loss, class_of, first, owner, *fused)
+        return Task(tensor_first, loss, class_of, first, owner, *fused)
 
-    @property
+    @cached_property
     def smallest_bytes(self) -> int:
         return int(_per_class(np.minimum, self.size, self.first).sum())
 
-    @property
+    @cached_property
     def largest_bytes(self) -> int:
         return int(_per_class(np.maximum, self.size, self.first).sum())
 
-    @property
+    @cached_property
     def sliver(self) -> float:
         """Nats per token that a byte is worth where it saves no loss."""
         most, least = _per_class(np.maximum, self.loss, self.first), _per_class(np.minimum, self.loss, self.first)
         spread = float((most - least).sum())
         return SLIVER * (spread or 1.0) / max(1, self.largest_bytes - self.smallest_bytes)
+
+    @cached_property
+    def unit(self) -> int:
+        """The factor that sizes share. It leaves a remainder of a budget that nothing can use; without that remainder
+        the Lagrangian bound is tighter."""
+        extra = self.size - np.repeat(_per_class(np.minimum, self.size, self.first), np.bincount(self.owner))
+        return max(1, int(np.gcd.reduce(extra.astype(np.int64))))
+
+    @cached_property
+    def least_loss(self) -> Problem:
+        """The knapsack of least loss, the same for every budget."""
+        return Problem(len(self.first), self.owner, self.size, self.loss - self.sliver * self.size)
 
     def within_bytes(self, budget_bytes: int) -> tuple[Problem, float, float]:
         """The knapsack of least loss in a budget, its limit and its grain; BudgetError if the budget is too small."""
@@ -173,12 +184,8 @@ class _Task:
                 smallest_bytes,
                 largest_bytes,
             )
-        # Sizes that share a factor leave a remainder that nothing can use; without it the Lagrangian bound is tighter.
-        extra = self.size - np.repeat(_per_class(np.minimum, self.size, self.first), np.bincount(self.owner))
-        unit = max(1, int(np.gcd.reduce(extra.astype(np.int64))))
-        limit = smallest_bytes + (budget_bytes - smallest_bytes) // unit * unit
-        problem = Problem(len(self.first), self.owner, self.size, self.loss - self.sliver * self.size)
-        return problem, float(limit), self.sliver * UNSPENT * budget_bytes
+        limit = smallest_bytes + (budget_bytes - smallest_bytes) // self.unit * self.unit
+        return self.least_loss, float(limit), self.sliver * UNSPENT * budget_bytes
 
     def check_loss(self, max_loss: float) -> None:
         """BudgetError if no allocation is predicted to lose at most max_loss."""
@@ -198,12 +205,39 @@ class _Task:
         solution = knapsack.solve(problem, limit, grain)
         return self.allocation(solution.picks, solution.gap, solution.exact)
 
+    def smallest(self, max_loss: float) -> Allocation:
+        self.check_loss(max_loss)
+        problem = Problem(len(self.first), self.owner, weight=self.loss, cost=self.size)
+        rounding = ROUNDING * float(np.abs(self.loss).sum())
+        # A sum that meets the limit may be rounded to just above it: look there first, below only if it does exceed.
+        for limit in (max_loss + rounding, max_loss - rounding):
+            found = knapsack.solve(problem, limit, grain=0.5)
+            picked = self.allocation(found.picks, gap=math.inf, exact=False)
+            best = self.allocate(picked.size_bytes)
+            if picked.loss < best.loss:  # by rounding, or because that search was cut short
+                best = replace(picked, bound=best.bound, exact=best.exact)
+            if best.loss <= max_loss:
+                break
+        return replace(best, exact=best.exact and found.exact)
+
     def allocation(self, picks: Ints, gap: float, exact: bool) -> Allocation:
         """Classes' picks as the tensors' choices; `gap` counts the slivers of the bytes, which the bound must not."""
         choices = (picks - self.first)[self.class_of]
         size_bytes, loss = int(self.size[picks].sum()), math.fsum(self.tensor_loss[self.tensor_first + choices])
         bound = loss - gap - self.sliver * (size_bytes - self.smallest_bytes)
         return Allocation(tuple(choices.tolist()), size_bytes, loss, bound, exact)
+
+
+def _flat(menus: ChoiceMenus) -> tuple[Ints, Floats, Floats]:
+    """Length of every menu; size and loss of all choices, menu by menu."""
+    if isinstance(menus, ChoiceTable):
+        tensors, length = menus.size_bytes.shape
+        return np.full(tensors, length), menus.size_bytes.ravel(), menus.loss.ravel()
+    lengths = np.fromiter((len(menu) for menu in menus), dtype=np.intp, count=len(menus))
+    total = int(lengths.sum())
+    size = np.fromiter((choice.size_bytes for menu in menus for choice in menu), dtype=np.float64, count=total)
+    loss = np.fromiter((choice.loss for menu in menus for choice in menu), dtype=np.float64, count=total)
+    return lengths, size, loss
 
 
 def _per_class(function: np.ufunc, values: Floats, first: Ints) -> Floats:

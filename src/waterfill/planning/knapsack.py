@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ SEARCHES = 4  # lists' worth of effort in one solve, beyond which no search star
 FIRST_MOVES = 16  # moves in the first search
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """All classes' choices, flat: choice k belongs to class owner[k]. Every class has at least one choice."""
 
@@ -48,6 +49,33 @@ class Problem:
     owner: Ints  # [choices], ascending
     weight: Floats  # [choices]
     cost: Floats  # [choices]
+
+    @cached_property
+    def walk(self) -> _Walk:
+        """The same for every limit."""
+        return _Walk.of(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """Every class's hull, and its steps from vertex to vertex, the steepest first."""
+
+    hull: Ints  # [vertices], indices into the problem's choices, class by class
+    first: Ints  # [classes], where its vertices begin
+    steps: Ints  # [steps], from vertex s to s + 1
+    slope: Floats  # [steps], falling: cost saved per unit of weight
+    weight: Floats  # [steps], of this and all steps before
+
+    @staticmethod
+    def of(problem: Problem) -> _Walk:
+        hull = _hull(problem)
+        owner = problem.owner[hull]
+        steps = np.flatnonzero(owner[1:] == owner[:-1])
+        heavier = problem.weight[hull[steps + 1]] - problem.weight[hull[steps]]
+        slope = (problem.cost[hull[steps]] - problem.cost[hull[steps + 1]]) / heavier
+        order = np.argsort(-slope, kind="stable")  # stable: rounding may tie two steps of one class
+        first = np.searchsorted(owner, np.arange(problem.classes))
+        return _Walk(hull, first, steps[order], slope[order], np.cumsum(heavier[order]))
 
 
 @dataclass(frozen=True)
@@ -74,20 +102,16 @@ def relax(problem: Problem, limit: float) -> Relaxed:
     The limit must not be less than the weight of the lightest choices, beyond rounding. The step that no longer fits
     gives the multiplier; where every step fits the result is optimal and its multiplier and gap are zero.
     """
-    hull = _hull(problem)
-    owner = problem.owner[hull]
-    at = np.searchsorted(owner, np.arange(problem.classes))
-    slack = limit - math.fsum(problem.weight[hull[at]])
-    steps = np.flatnonzero(owner[1:] == owner[:-1])  # step s leads from hull[s] to hull[s + 1]
-    heavier = problem.weight[hull[steps + 1]] - problem.weight[hull[steps]]
-    slope = (problem.cost[hull[steps]] - problem.cost[hull[steps + 1]]) / heavier
-    order = np.argsort(-slope, kind="stable")  # stable: rounding may tie two steps of one class
-    taken = int(np.searchsorted(np.cumsum(heavier[order]), slack, side="right"))
-    np.maximum.at(at, owner[steps[order[:taken]]], steps[order[:taken]] + 1)
-    picks = hull[at]
-    if taken == len(order):
+    walk = problem.walk
+    at = walk.first.copy()
+    slack = limit - math.fsum(problem.weight[walk.hull[at]])
+    taken = int(np.searchsorted(walk.weight, slack, side="right"))
+    steps = walk.steps[:taken]
+    np.maximum.at(at, problem.owner[walk.hull[steps]], steps + 1)
+    picks = walk.hull[at]
+    if taken == len(walk.steps):
         return Relaxed(picks, 0.0, 0.0)
-    multiplier = float(slope[order[taken]])
+    multiplier = float(walk.slope[taken])
     return Relaxed(picks, multiplier, multiplier * max(0.0, limit - math.fsum(problem.weight[picks])))
 
 

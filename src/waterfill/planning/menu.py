@@ -10,7 +10,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from functools import cached_property, lru_cache
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
 
 from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
@@ -19,9 +22,9 @@ from waterfill.codecs.integers import register_table
 from waterfill.files.artifact import RAW
 from waterfill.files.artifact.format import is_packed
 from waterfill.files.artifact.header import reserved_bytes
-from waterfill.planning.allocate import Choice
+from waterfill.planning.allocate import ChoiceTable
 from waterfill.planning.inventory import Inventory, KeptTensor, PlannedMatrix
-from waterfill.planning.loss import Coefficients, Gain, gain_rho, predicted_kl, relative_error
+from waterfill.planning.loss import Coefficients, Floats, Gain, gain_rho, predicted_kl, predicted_kls, relative_error
 from waterfill.planning.plan import KeptPlan, TensorPlan, kept_spec
 
 CODECS = GRIDS  # what names with wildcards are looked up in
@@ -29,19 +32,19 @@ FAST = "fast"  # stands for the grids that the native kernels look up in vector 
 FINE, COARSE = 32, 8  # rates per bit of a menu, up to FINE_RATE and beyond it
 FINE_RATE = 6.0
 MANY_MATRICES = 4000  # menus are coarse throughout; rates are refined anyhow
+Menu: TypeAlias = tuple[MenuPoint, ...]
 Purpose = Literal["storage", "memory"]
 PURPOSES: Mapping[Purpose, tuple[str, ...]] = {purpose: MENUS[purpose] for purpose in get_args(Purpose)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Menus:
-    """One menu per matrix, in execution order."""
+    """One menu per matrix, in execution order; all of one length, and one for all matrices of a shape and dtype."""
 
     matrices: tuple[PlannedMatrix, ...]
     coefficients: tuple[Coefficients, ...]
-    points: tuple[tuple[MenuPoint, ...], ...]
-    choices: tuple[tuple[Choice, ...], ...]
-    gain: Gain
+    rho: tuple[float, ...]  # gains
+    points: tuple[Menu, ...]
     any_rate: frozenset[Rates]  # of codes that may take rates between those of the menu
 
     @property
@@ -57,9 +60,34 @@ class Menus:
         """The plan of every matrix, given its point, of the menu or not."""
         return tuple(self._tensor(i, point) for i, point in enumerate(points))
 
+    @cached_property
+    def choices(self) -> ChoiceTable:
+        """Bytes and losses of every menu."""
+        size, loss = np.empty((2, len(self.matrices), len(self.points[0])))
+        for points, some in _alike(self.points).values():
+            size[some], loss[some] = [point.size_bytes for point in points], self.losses(some, points)
+        return ChoiceTable(size, loss)
+
+    def losses(self, some: Sequence[int], points: Sequence[MenuPoint]) -> Floats:
+        """Predicted losses of matrices, given by their indices, at all of these points: float64 `[matrices, points]`,
+        nats per token."""
+        t2, along = _noise(points)
+        alpha, beta, rho = self._costs[:, some, None]
+        return predicted_kls(alpha, beta, t2, rho, along)
+
+    def loss(self, points: Sequence[MenuPoint]) -> float:
+        """Predicted loss of the model with these points, one for each matrix, nats per token."""
+        t2, along = _noise(points)
+        alpha, beta, rho = self._costs
+        return math.fsum(predicted_kls(alpha, beta, t2, rho, along).tolist())
+
+    @cached_property
+    def _costs(self) -> Floats:
+        """alpha, beta and rho, float64 `[3, matrices]`."""
+        return np.array([(c.alpha, c.beta, rho) for c, rho in zip(self.coefficients, self.rho, strict=True)]).T
+
     def _tensor(self, i: int, point: MenuPoint) -> TensorPlan:
-        matrix, c = self.matrices[i], self.coefficients[i]
-        rho = gain_rho(self.gain, c)
+        matrix, c, rho = self.matrices[i], self.coefficients[i], self.rho[i]
         return TensorPlan(
             name=matrix.name,
             shape=matrix.shape,
@@ -96,24 +124,28 @@ def make_menus(
             f"the sensitivities lack {len(missing)} matrices of the model, such as {missing[0]}; "
             "measure them for this model with the same --keep"
         )
-    known: dict[tuple[tuple[int, int], str], tuple[MenuPoint, ...]] = {}
-    points, choices = [], []
-    for matrix in matrices:
-        key = (matrix.shape, matrix.dtype)
-        if key not in known:
-            known[key] = tuple(_point(name, matrix) for name in names)
-        c = coefficients[matrix.name]
-        rho = gain_rho(gain, c)
-        points.append(known[key])
-        choices.append(tuple(Choice(p.size_bytes, predicted_kl(c, p.t2, rho, p.along)) for p in known[key]))
+    menu_of = lru_cache(maxsize=None)(lambda shape, dtype: tuple(_point(name, shape, dtype) for name in names))
+    found = tuple(coefficients[matrix.name] for matrix in matrices)
     return Menus(
         matrices=matrices,
-        coefficients=tuple(coefficients[matrix.name] for matrix in matrices),
-        points=tuple(points),
-        choices=tuple(choices),
-        gain=gain,
+        coefficients=found,
+        rho=tuple(gain_rho(gain, c) for c in found),
+        points=tuple(menu_of(matrix.shape, matrix.dtype) for matrix in matrices),
         any_rate=frozenset(filter(None, map(rates_of, codecs or PURPOSES[purpose]))),
     )
+
+
+def _alike(points: Sequence[Menu]) -> dict[int, tuple[Menu, list[int]]]:
+    """Every menu once, with the indices of the matrices that have it."""
+    found: dict[int, tuple[Menu, list[int]]] = {}
+    for i, menu in enumerate(points):
+        found.setdefault(id(menu), (menu, []))[1].append(i)
+    return found
+
+
+def _noise(points: Sequence[MenuPoint]) -> Floats:
+    """t2 and along, float64 `[2, points]`."""
+    return np.array([(point.t2, point.along) for point in points]).T
 
 
 def codec_names(
@@ -175,11 +207,11 @@ def _is_fast(name: str) -> bool:
     return codec.memory is codec and register_table(codec.memory)
 
 
-def _point(codec: str, matrix: PlannedMatrix) -> MenuPoint:
+def _point(codec: str, shape: tuple[int, int], dtype: str) -> MenuPoint:
     if codec != RAW:
-        return get_codec(codec).menu_point(matrix.shape)
-    item_bytes = ITEM_BYTES[matrix.dtype]
-    return MenuPoint(RAW, item_bytes * math.prod(matrix.shape), 8.0 * item_bytes, 0.0)
+        return get_codec(codec).menu_point(shape)
+    item_bytes = ITEM_BYTES[dtype]
+    return MenuPoint(RAW, item_bytes * math.prod(shape), 8.0 * item_bytes, 0.0)
 
 
 CodedBytes = Callable[[str], int | None]

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from waterfill.base.errors import BudgetError, WaterfillError
 from waterfill.files.artifact import SHARD_BYTES, lay_out
-from waterfill.planning.allocate import Allocation, allocate, certificate, feasible_bytes, smallest
+from waterfill.planning.allocate import Allocation, Task, certificate
 from waterfill.planning.budget import Budget
 from waterfill.planning.evidence import weigh
 from waterfill.planning.inventory import Inventory
@@ -68,7 +68,9 @@ def make_plan(
     evidence = weigh(tensors.matrices, sensitivity.tensors, sensitivity.tokens)
     coefficients = {name: entry.coefficients for name, entry in evidence.items()}
     menus = make_menus(tensors, coefficients, request.gain, request.codecs, request.purpose)
-    solver = _Solver(menus, kept_plans(tensors, coded_bytes), _ties(menus, request), budget, request.shard_bytes)
+    ties = _ties(menus, request)
+    task = Task.of(menus.choices, ties)
+    solver = _Solver(menus, task, kept_plans(tensors, coded_bytes), ties, budget, request.shard_bytes)
     allocation = solver.solve()
     planned = solver.refined(allocation)
     if coded_bytes is not None:
@@ -154,15 +156,17 @@ def _how_good(allocation: Allocation, tensors: Sequence[TensorPlan], of_menu: Se
 @dataclass(frozen=True)
 class _Solver:
     menus: Menus
+    task: Task
     kept: tuple[KeptPlan, ...]
     ties: tuple[tuple[int, ...], ...]
     budget: Budget
     shard_bytes: int
+    _sizes: dict[tuple[int, ...], int] = field(default_factory=dict)  # of artifacts, by choices
 
     def solve(self) -> Allocation:
         budget = self.budget
         if budget.max_kl is not None:
-            return smallest(self.menus.choices, budget.max_kl, ties=self.ties)
+            return self.task.smallest(budget.max_kl)
         if budget.bits is not None:
             return self._within_payload(int(budget.bits * self.menus.weights / 8), f"--bits {budget.bits:g}")
         assert budget.size_bytes is not None
@@ -180,9 +184,11 @@ class _Solver:
             spare_bytes = budget.size_bytes - self.artifact_bytes(chosen)
         return self.menus.plans(refine(self.menus, chosen, self.ties, spare_bytes=spare_bytes))
 
-    def artifact_bytes(self, choices: Sequence[int]) -> int:
+    def artifact_bytes(self, choices: tuple[int, ...]) -> int:
         """All weight files, exactly."""
-        return self.bytes_of(self.menus.tensors(choices))
+        if choices not in self._sizes:
+            self._sizes[choices] = self.bytes_of(self.menus.tensors(choices))
+        return self._sizes[choices]
 
     def bytes_of(self, tensors: Sequence[TensorPlan]) -> int:
         """The same, of plans."""
@@ -190,7 +196,7 @@ class _Solver:
         return lay_out(specs, shard_bytes=self.shard_bytes).size_bytes
 
     def _within_payload(self, limit: int, asked: str) -> Allocation:
-        least, most = feasible_bytes(self.menus.choices, ties=self.ties)
+        least, most = self.task.smallest_bytes, self.task.largest_bytes
         if limit < least:
             rates = [8 * size / self.menus.weights for size in (least, most)]
             raise BudgetError(
@@ -199,28 +205,28 @@ class _Solver:
                 least,
                 most,
             )
-        return allocate(self.menus.choices, limit, ties=self.ties)
+        return self.task.allocate(limit)
 
     def _within_size(self, limit: int) -> Allocation:
         """Allocate what headers and kept tensors leave; they depend on the choices, so repeat until that settles."""
-        least, most = (
-            allocate(self.menus.choices, payload, ties=self.ties)
-            for payload in feasible_bytes(self.menus.choices, ties=self.ties)
-        )
-        smallest_bytes, largest_bytes = (self.artifact_bytes(allocation.choices) for allocation in (least, most))
-        if limit < smallest_bytes:
-            raise BudgetError(
-                f"--size {limit:,} bytes is less than this model needs: the smallest feasible artifact has "
-                f"{smallest_bytes:,} bytes and the largest {largest_bytes:,}; ask for more, or keep fewer tensors",
-                smallest_bytes,
-                largest_bytes,
-            )
-        if limit >= largest_bytes:
-            return most
+        least = self.task.allocate(self.task.smallest_bytes)
+        smallest_bytes = self.artifact_bytes(least.choices)
+        if limit < smallest_bytes or limit >= self.task.largest_bytes:
+            most = self.task.allocate(self.task.largest_bytes)
+            largest_bytes = self.artifact_bytes(most.choices)
+            if limit < smallest_bytes:
+                raise BudgetError(
+                    f"--size {limit:,} bytes is less than this model needs: the smallest feasible artifact has "
+                    f"{smallest_bytes:,} bytes and the largest {largest_bytes:,}; ask for more, or keep fewer tensors",
+                    smallest_bytes,
+                    largest_bytes,
+                )
+            if limit >= largest_bytes:
+                return most
         best = least
         around = smallest_bytes - least.size_bytes
         for _ in range(ROUNDS):
-            trial = allocate(self.menus.choices, max(limit - around, least.size_bytes), ties=self.ties)
+            trial = self.task.allocate(max(limit - around, least.size_bytes))
             settled = self.artifact_bytes(trial.choices) - trial.size_bytes
             if trial.size_bytes + settled <= limit:
                 best = min(best, trial, key=lambda allocation: allocation.loss)

@@ -13,37 +13,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from waterfill.codecs import MenuPoint, Rates, get_codec
 from waterfill.files.artifact.format import is_packed
-from waterfill.planning.loss import gain_rho, predicted_kl
 from waterfill.planning.menu import Menus
+from waterfill.planning.slopes import GRID, Source, slopes_of
 
-Floats = npt.NDArray[np.float64]
+Shape = tuple[int, int]
 
-GRID = 16  # points per bit on which slopes are taken
 BISECTIONS = 40
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Matrices that share a rate: usually one."""
+class _Points(dict[int, MenuPoint]):
+    """Points of a matrix by steps of its rate, made when they are first asked for: like matrices share most."""
 
-    members: tuple[int, ...]
-    kind: Rates
-    weights: int
-    slopes: Floats  # loss saved per byte, falling
-    rates: Floats  # where it is so much
+    def __init__(self, shape: Shape, kind: Rates) -> None:
+        self._shape, self._kind = shape, kind
 
-    def rate(self, price: float) -> float:
-        """The rate at which one more byte saves so much."""
-        return float(np.interp(-math.log(price), -np.log(self.slopes), self.rates))
+    def __missing__(self, steps: int) -> MenuPoint:
+        self[steps] = point = self._kind.codec(steps * self._kind.step).menu_point(self._shape)
+        return point
 
 
 def refine(
@@ -66,30 +58,25 @@ def refine(
     sources = _sources(menus, points, ties)
     if not sources:
         return tuple(points)
-    coded = [i for source in sources for i in source.members]
-
-    def cost(candidates: Sequence[MenuPoint]) -> float:
-        return math.fsum(_loss(menus, i, candidates[i]) for i in range(len(points)))
+    slopes = slopes_of(menus, sources)
+    steps = np.array([source.kind.step for source in sources])
+    coded = _coded(menus, sources)
 
     def size(candidates: Sequence[MenuPoint]) -> int:
-        return sum(candidates[i].size_bytes for i in coded)
+        return sum(candidates[i].size_bytes for i, _, _ in coded)
 
     def at(price: float) -> list[MenuPoint]:
-        moved = list(points)
-        for source in sources:
-            step = source.kind.step
-            rate = math.floor(source.rate(price) / step) * step
-            for i in source.members:
-                moved[i] = _point(menus, i, source.kind, rate)
+        moved, rates = list(points), np.floor(slopes.rates(price) / steps).astype(np.int64).tolist()
+        for i, number, known in coded:
+            moved[i] = known[rates[number]]
         return moved
 
     limit = size(points) + (spare_bytes or 0)
 
     def good(candidates: Sequence[MenuPoint]) -> bool:
-        return size(candidates) <= limit if max_kl is None else cost(candidates) <= max_kl
+        return size(candidates) <= limit if max_kl is None else menus.loss(candidates) <= max_kl
 
-    slopes = np.concatenate([source.slopes for source in sources])
-    low, high = math.log(slopes.min()), math.log(slopes.max())  # of the price: few bytes at a high one
+    low, high = math.log(slopes.least), math.log(slopes.most)  # of the price: few bytes at a high one
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if good(at(math.exp(middle))) == (max_kl is None):
@@ -102,47 +89,37 @@ def refine(
     if max_kl is not None:
         return tuple(refined if size(refined) < size(points) else points)
     _spend(menus, sources, refined, limit - size(refined))
-    return tuple(refined if cost(refined) <= cost(points) else points)
+    return tuple(refined if menus.loss(refined) <= menus.loss(points) else points)
 
 
-def _sources(menus: Menus, points: Sequence[MenuPoint], ties: Sequence[Sequence[int]]) -> list[_Source]:
+def _sources(menus: Menus, points: Sequence[MenuPoint], ties: Sequence[Sequence[int]]) -> list[Source]:
     tied = {i for tie in ties for i in tie}
     groups = [tuple(tie) for tie in ties] + [(i,) for i in range(len(points)) if i not in tied]
-    sources = []
-    for group in groups:
-        name = points[group[0]].codec
-        rates = get_codec(name).rates if is_packed(name) else None
-        if rates is not None and rates in menus.any_rate and rates.step <= 1 / GRID:
-            sources.append(_source(menus, group, rates))
-    return sources
+    kinds = {name: _kind(menus, name) for name in {point.codec for point in points}}
+    return [
+        Source(group, kind, sum(math.prod(menus.matrices[i].shape) for i in group))
+        for group in groups
+        if (kind := kinds[points[group[0]].codec]) is not None
+    ]
 
 
-def _source(menus: Menus, members: tuple[int, ...], kind: Rates) -> _Source:
-    rates = np.arange(math.ceil(kind.least * GRID), int(kind.most * GRID) + 1) / GRID
-    points = [[_point(menus, i, kind, float(rate)) for rate in rates] for i in members]
-    sizes = np.array([[point.size_bytes for point in row] for row in points], np.float64).sum(0)
-    losses = np.array([[_loss(menus, i, p) for p in row] for i, row in zip(members, points, strict=True)]).sum(0)
-    hull: list[int] = []
-    for k in range(len(rates)):
-        if hull and sizes[k] <= sizes[hull[-1]]:
-            continue  # no smaller than the least size
-        while len(hull) > 1 and _slope(sizes, losses, hull[-2], hull[-1]) <= _slope(sizes, losses, hull[-1], k):
-            hull.pop()
-        hull.append(k)
-    between = list(pairwise(hull))
-    slopes = np.array([_slope(sizes, losses, a, b) for a, b in between] or [0.0])
-    middles = np.array([(rates[a] + rates[b]) / 2 for a, b in between] or [rates[0]])
-    floor = max(float(slopes.max()), 1e-30) * 1e-15
-    return _Source(
-        members, kind, sum(math.prod(menus.matrices[i].shape) for i in members), np.maximum(slopes, floor), middles
-    )
+def _kind(menus: Menus, codec: str) -> Rates | None:
+    """The rates that a matrix of that codec may take in its place."""
+    rates = get_codec(codec).rates if is_packed(codec) else None
+    return rates if rates is not None and rates in menus.any_rate and rates.step <= 1 / GRID else None
 
 
-def _slope(sizes: Floats, losses: Floats, a: int, b: int) -> float:
-    return float((losses[a] - losses[b]) / (sizes[b] - sizes[a]))
+def _coded(menus: Menus, sources: Sequence[Source]) -> list[tuple[int, int, _Points]]:
+    """Every matrix of the sources: its index, its source's, and the points of its shape and kind."""
+    known = lru_cache(maxsize=None)(_Points)
+    return [
+        (i, number, known(menus.matrices[i].shape, source.kind))
+        for number, source in enumerate(sources)
+        for i in source.members
+    ]
 
 
-def _spend(menus: Menus, sources: Sequence[_Source], points: list[MenuPoint], spare_bytes: int) -> None:
+def _spend(menus: Menus, sources: Sequence[Source], points: list[MenuPoint], spare_bytes: int) -> None:
     """Give what rounding left over to the largest sources that can use it, a step of the rate at a time."""
     for source in sorted(sources, key=lambda source: -source.weights):
         while True:
@@ -163,8 +140,3 @@ def _point(menus: Menus, i: int, kind: Rates, rate: float) -> MenuPoint:
 @lru_cache(maxsize=1 << 16)  # matrices of a model have few shapes
 def _point_of(shape: tuple[int, int], kind: Rates, rate: float) -> MenuPoint:
     return kind.codec(rate).menu_point(shape)
-
-
-def _loss(menus: Menus, i: int, point: MenuPoint) -> float:
-    c = menus.coefficients[i]
-    return predicted_kl(c, point.t2, gain_rho(menus.gain, c), point.along)

@@ -44,6 +44,7 @@ SCALE_STEPS = 8  # per octave; finer steps cost more than the rate that they sav
 TYPICAL_SCALE_BITS = 5
 BLOCK_STREAMS = 4  # encoded with one step, side by side
 FIT_ATTEMPTS = 10
+SHAPES = 1 << 12  # of matrices, whose thousands of streams are counted once
 FIT_SLACK = 1e-4  # of the bytes: near enough
 
 Floats = npt.NDArray[np.float32]
@@ -74,10 +75,8 @@ class Trellis(Codec):
 
     def core_rate(self, shape: Shape) -> float:
         """Bits per weight that are left for symbols when side information is taken off, never less than 0.01."""
-        weights = math.prod(shape)
-        side = sum(side_bits(rows, shape[1]) for rows in _streams(shape))
-        bits = 8 * (stream_bytes(shape, self.rate) - 4 * len(_streams(shape))) - side
-        return max(bits / weights, 0.01)
+        bits = 8 * stream_bytes(shape, self.rate) - _side_bits(shape)
+        return max(bits / math.prod(shape), 0.01)
 
     def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
         return _Encoder(self, shape, exponent, rho)
@@ -143,14 +142,23 @@ def stream_bytes(shape: Shape, rate: float) -> int:
     return max(int(rate * math.prod(shape) / 16 + 1e-6) * 2, least_bytes(shape))
 
 
+@lru_cache(maxsize=SHAPES)
 def least_bytes(shape: Shape) -> int:
     """A size that surely suffices: side information and a hundredth of a bit per weight."""
     count = _streams(shape)
-    bits = sum(side_bits(rows, shape[1]) + 8 * 24 + 0.05 * rows * shape[1] for rows in count)
-    return 2 * math.ceil((bits / 8 + 4 * len(count)) / 2)
+    bits = {rows: side_bits(rows, shape[1]) + 8 * 24 + 0.05 * rows * shape[1] for rows in set(count)}
+    return 2 * math.ceil((sum(map(bits.__getitem__, count)) / 8 + 4 * len(count)) / 2)
 
 
-def side_bits(rows: int, width: int) -> float:
+@lru_cache(maxsize=SHAPES)
+def _side_bits(shape: Shape) -> int:
+    """Bits of a matrix that are not symbols, typically, and of its index."""
+    count = _streams(shape)
+    bits = {rows: side_bits(rows, shape[1]) for rows in set(count)}
+    return sum(map(bits.__getitem__, count)) + 8 * 4 * len(count)
+
+
+def side_bits(rows: int, width: int) -> int:
     """Bits of a stream that are not symbols, typically."""
     scales = TYPICAL_SCALE_BITS * rows * len(groups(width))
     return 8 * (bitstream.HEADER_BYTES + 4) + scales + 16 * lanes_for(rows * width)

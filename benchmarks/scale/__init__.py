@@ -1,0 +1,1 @@
+"""How planning takes models of hundreds of billions of weights, and of a trillion."""
