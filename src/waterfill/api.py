@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack, cast
@@ -175,21 +175,38 @@ def _plan(
     architecture = _describe(checkpoint, request.keep, progress)
     codec_names(architecture, request.codecs)  # refuses what is none, before minutes of measuring
     sensitivity = options.get("sensitivity")
+    sizes = _coded_bytes(checkpoint, architecture, progress)
+
+    def planned(measured: Sensitivity) -> Plan:
+        with stage(progress, PLANNING):
+            return make_plan(name, architecture, measured, budget, request, sizes)
+
     if sensitivity is None:
-        measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options))
+        measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options), planned)
     else:
         measured = given_sensitivity(sensitivity, checkpoint)
-    sizes = _coded_bytes(checkpoint, architecture, progress)
-    with stage(progress, PLANNING):
-        made = make_plan(name, architecture, measured, budget, request, sizes)
+    made = planned(measured)
     return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture
 
 
 def _measure(
-    checkpoint: Checkpoint, architecture: Architecture, progress: Progress | None, options: ProbeOptions
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    progress: Progress | None,
+    options: ProbeOptions,
+    planned: Callable[[Sensitivity], Plan] | None = None,
 ) -> Sensitivity:
+    """As many sequences as what is `planned` with them takes."""
+
+    def error(measured: Sensitivity) -> float:
+        assert planned is not None
+        predicted = planned(measured).predicted
+        return predicted.sampling_error / predicted.kl if predicted.kl else 0.0
+
     with OwnText(checkpoint, architecture, progress) as text:
-        return measure_checkpoint(checkpoint, architecture, progress, options, write=text.sample)
+        return measure_checkpoint(
+            checkpoint, architecture, progress, options, write=text.sample, error=error if planned else None
+        )
 
 
 def _open(model: str | Path, revision: str | None, progress: Progress | None) -> Checkpoint:

@@ -114,6 +114,7 @@ class Prediction:
 
     It is for text like the probe. `assumed_kl` is what `kl` has beyond the measurement, for matrices that the probe
     hardly reached: text that uses them more than the probe does may lose more, and nothing says how much.
+    `sampling_error` is the part of the interval that more sequences would narrow: half of a 95 % interval.
     """
 
     kl: Magnitude
@@ -123,6 +124,7 @@ class Prediction:
     ppl_reference: Perplexity | None
     in_regime: bool
     assumed_kl: float = 0.0
+    sampling_error: Magnitude = 0.0
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from waterfill.planning.allocate import Allocation, Task, certificate
 from waterfill.planning.budget import Budget
 from waterfill.planning.evidence import weigh
 from waterfill.planning.inventory import Inventory
-from waterfill.planning.loss import Coefficients, Gain
+from waterfill.planning.loss import Gain
 from waterfill.planning.menu import CodedBytes, Menus, Purpose, coded_where_smaller, kept_plans, make_menus, planned_kl
 from waterfill.planning.plan import KeptPlan, Plan, Prediction, TensorPlan
+from waterfill.planning.precision import sampling_error
 from waterfill.planning.refine import refine
 from waterfill.planning.sensitivity import Sensitivity
 
@@ -117,7 +118,7 @@ def make_lossless_plan(
 
 
 def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Prediction:
-    """Sum of the tensors' losses; the interval joins the probe's margin and sampling errors, as if fully correlated.
+    """Sum of the tensors' losses; the interval joins the probe's margin and its sampling error.
 
     Where tensors were hardly measured, it also spans what the measurement alone says and what was assumed.
     """
@@ -126,23 +127,19 @@ def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Predicti
         tensor.kl if tensor.measured == 1 else planned_kl(tensor, sensitivity.tensors[tensor.name], tensor.rho)
         for tensor in tensors
     )
-    stderr = math.fsum(_stderr(tensor, sensitivity.tensors[tensor.name]) for tensor in tensors)
+    error = sampling_error(tensors, sensitivity)
     low, high = MARGINS.get(str(sensitivity.probe.get("kind")), MARGINS["random"])
     in_regime = kl <= REGIME_KL
     return Prediction(
         kl=kl,
-        kl_low=max(0.0, min(kl, alone) * low - 2 * stderr),
-        kl_high=max(kl, alone) * high + 2 * stderr if in_regime else None,
+        kl_low=max(0.0, min(kl, alone) * low - error),
+        kl_high=max(kl, alone) * high + error if in_regime else None,
         ppl=math.exp(min(sensitivity.nll + kl, MOST_NLL)),
         ppl_reference=math.exp(min(sensitivity.nll, MOST_NLL)),
         in_regime=in_regime,
         assumed_kl=kl - alone,
+        sampling_error=error,
     )
-
-
-def _stderr(tensor: TensorPlan, c: Coefficients) -> float:
-    """Of the tensor's loss, which for a given gain is linear in alpha and beta."""
-    return planned_kl(tensor, Coefficients(c.alpha_stderr, c.beta_stderr), tensor.rho)
 
 
 def _how_good(allocation: Allocation, tensors: Sequence[TensorPlan], of_menu: Sequence[TensorPlan]) -> str:

@@ -12,7 +12,12 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 
+import numpy as np
+
 from waterfill.planning.inventory import PlannedMatrix
+from waterfill.planning.loss import Coefficients
+from waterfill.planning.menu import planned_kl
+from waterfill.planning.plan import TensorPlan
 from waterfill.planning.sensitivity import Sensitivity
 
 PRECISION = 0.1  # of a predicted loss, as a share of it: where sequences are enough
@@ -40,6 +45,25 @@ def t_quantile(freedom: int) -> float:
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     )
+
+
+def sampling_error(tensors: Sequence[TensorPlan], measured: Sensitivity) -> float:
+    """Half of the 95 % interval of a plan's predicted loss, nats per token, as far as the probe's sampling goes.
+
+    Where single sequences are not known, errors of tensors are added up, as if they were fully correlated.
+    """
+    if measured.samples is None:
+        return 2 * math.fsum(
+            _loss(t, measured.tensors[t.name].alpha_stderr, measured.tensors[t.name].beta_stderr) for t in tensors
+        )
+    samples = [measured.samples[tensor.name] for tensor in tensors]
+    slopes = [(_loss(tensor, 1, 0), _loss(tensor, 0, 1)) for tensor in tensors]  # for a given gain it is linear in both
+    alpha, beta = (np.array([getattr(s, what) for s in samples]) for what in ("alpha", "beta"))
+    return half_width((np.array(slopes)[:, :1] * alpha + np.array(slopes)[:, 1:] * beta).sum(0).tolist())
+
+
+def _loss(tensor: TensorPlan, alpha: float, beta: float) -> float:
+    return planned_kl(tensor, Coefficients(alpha, beta), tensor.rho)
 
 
 def relative_error(measured: Sensitivity, matrices: Sequence[PlannedMatrix]) -> float:
