@@ -29,7 +29,7 @@ from waterfill.packing.seal import seal
 from waterfill.planning.budget import Budget, format_size, parse_size
 from waterfill.planning.measuring import as_text, measure_checkpoint
 from waterfill.planning.menu import CodedBytes, codec_names
-from waterfill.planning.options import CHECKS, PlanOptions, ProbeOptions
+from waterfill.planning.options import CHECKS, QUICK, PlanOptions, ProbeOptions
 from waterfill.planning.plan import Plan, Unused, read_plan
 from waterfill.planning.planner import EVERYTHING, Request, make_lossless_plan, make_plan
 from waterfill.planning.sensitivity import SENSITIVITY_FILE, Sensitivity, given_sensitivity
@@ -197,6 +197,8 @@ def _measure(
     planned: Callable[[Sensitivity], Plan] | None = None,
 ) -> Sensitivity:
     """As many sequences as what is `planned` with them takes."""
+    if options.get("quick"):
+        options = {**QUICK, **options}
 
     def error(measured: Sensitivity) -> float:
         assert planned is not None

@@ -19,7 +19,10 @@ _SECTIONS = {
     "Methods": ("methods", "no_match"),
     "Budget (exactly one)": ("size", "bits", "max_kl", "lossless"),
     "Choices": ("gain", "keep", "tie", "uniform", "purpose", "codecs"),
-    "Sensitivities": ("probe", "text", "calibration", "sequences", "length", "seed", "method", "sensitivity"),
+    "Sensitivities": (
+        *("probe", "text", "calibration", "precision", "quick", "sequences", "length", "seed", "method"),
+        "sensitivity",
+    ),
     "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
     "Running": ("memory", "draft", "lookup", "engine"),
 }

@@ -19,8 +19,10 @@ PIPED_WIDTH = 200  # of tables that no terminal limits
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that stand on the command line; the others have the defaults of the Python functions."""
-    return {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+    """The options that stand on the command line; the others have the defaults of the Python functions. `no_cache` is
+    a `cache` that is False."""
+    set_ = {name: value for name, value in options.items() if value is not None and value is not False and value != ()}
+    return {**set_, "cache": False} if set_.pop("no_cache", False) else set_
 
 
 def show_everything() -> None:

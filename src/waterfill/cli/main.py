@@ -71,7 +71,9 @@ _plan_options = combined(
         help="Measure on text sampled from the model itself (default), or on random tokens.",
     ),
     click.option("--text", type=FILE, help="Measure on this text instead."),
-    click.option("--sequences", type=int, metavar="N", help="Sequences to measure on (32)."),
+    click.option("--precision", metavar="SHARE", help="Measure until the predicted loss is known to ± this (10%)."),
+    click.option("--quick", is_flag=True, help="Measure on four short sequences: a first idea, of a wide interval."),
+    click.option("--sequences", type=int, metavar="N", help="Sequences to measure on, instead of a precision."),
     click.option("--length", type=int, metavar="N", help="Tokens per sequence (512)."),
     click.option("--seed", type=int, metavar="N", help="The same seed gives the same bytes (0)."),
     click.option(
@@ -80,6 +82,7 @@ _plan_options = combined(
         help="Estimator: fisher (default), or perturb, hundreds of times slower, to check it.",
     ),
     click.option("--sensitivity", type=FILE, help="Reuse what an earlier `plan --save` measured."),
+    click.option("--no-cache", is_flag=True, help="Keep nothing of the measurement on disk, and use nothing kept."),
     _revision,
 )
 

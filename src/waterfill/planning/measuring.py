@@ -31,7 +31,8 @@ from waterfill.files.original import fits, load_checkpoint, load_tokenizer
 from waterfill.planning.ancestral import Writer
 from waterfill.planning.estimators import ProbePass
 from waterfill.planning.options import ProbeOptions
-from waterfill.planning.precision import PRECISION, relative_error
+from waterfill.planning.pace import fast_dtype, forecast
+from waterfill.planning.precision import PRECISION, parse_precision, relative_error
 from waterfill.planning.probe import MOST_SEQUENCES, Probe, own_text, probe_tokens, read_text, spread_windows
 from waterfill.planning.probe_store import ProbeStore
 from waterfill.planning.sensitivity import Method, Sensitivity, measure, one_pass, summary, trainable
@@ -77,7 +78,7 @@ def measure_checkpoint(
     if count is not None:
         return passes.sensitivity(count)
     error = error or partial(relative_error, matrices=architecture.matrices)
-    precision = options.get("precision", PRECISION)
+    precision = parse_precision(options.get("precision", PRECISION))
     count = min(FIRST, passes.most)
     while True:
         measured = passes.sensitivity(count)
@@ -114,8 +115,11 @@ class _Passes:
         store = ProbeStore.of(checkpoint.fingerprint, kept=options.get("cache", True))
         probe = self._probe.kind, self._probe.length, self._probe.seed, write is None
         windows = 0 if self._adaptive else self._probe.sequences  # of a text: they are spread over it
+        self._dtype = fast_dtype(self._matrices) if self._method == "fisher" else torch.float32
         self._texts = store.text(*probe)
-        self._passes = store.passes(self._matrices, *probe, _digest(text), windows if text else 0, self._method)
+        self._passes = store.passes(
+            self._matrices, *probe, _digest(text), windows if text else 0, self._method, self._dtype
+        )
         self._done: list[ProbePass] = []
 
     @cached_property
@@ -127,6 +131,8 @@ class _Passes:
         """Of the first `count` sequences."""
         self._reuse(count)
         step = step_of(self._progress, MEASURING)
+        if len(self._done) < count and self._method == "fisher":
+            self._foretell(count)
         if step and len(self._done) < count:
             step(len(self._done), count)
         for number in range(len(self._done), count):
@@ -150,6 +156,28 @@ class _Passes:
         if len(self._done) > begun:
             _log.info("%d sequences of the probe were measured before, and are not again", len(self._done) - begun)
 
+    def _foretell(self, count: int) -> None:
+        """What it will take, before it begins."""
+        sampled = count if self._probe.kind == "self" and self._texts.sequence(len(self._done)) is None else 0
+        config = self._config.get_text_config()
+        ahead = forecast(
+            self._matrices,
+            sequences=count - len(self._done),
+            sampled=sampled,
+            length=self._length,
+            vocabulary=getattr(config, "vocab_size", 0),
+            layers=getattr(config, "num_hidden_layers", 1),
+            dtype=self._dtype,
+        )
+        _log.info(
+            "measuring %d tokens in %s: about %.0f s on this machine, and %.1f GB of memory%s",
+            ahead.tokens,
+            str(self._dtype).removeprefix("torch."),
+            ahead.seconds,
+            ahead.peak_bytes / 1e9,
+            "; more if the prediction asks for it" if self._adaptive else "",
+        )
+
     def _measure(self, number: int, count: int) -> ProbePass:
         tokens, model, method = self._sequence(number, count), self._model, self._method
         advice = "the other method may do (--method), or keep all (--lossless)"
@@ -165,13 +193,16 @@ class _Passes:
         with stage(self._progress, LOADING):
             if self._method == "perturb":  # it changes weights where they are
                 return load_checkpoint(self._checkpoint)
-            return load_blockwise(self._checkpoint, torch.float32)
+            return load_blockwise(self._checkpoint, self._dtype)
 
     @cached_property
     def _length(self) -> int:
         """Tokens of a sequence: those asked for, or as many as the model reads."""
-        config = transformers.AutoConfig.from_pretrained(self._checkpoint.path, trust_remote_code=False)
-        return min(self._probe.length, context_length(config) or self._probe.length)
+        return min(self._probe.length, context_length(self._config) or self._probe.length)
+
+    @cached_property
+    def _config(self) -> Any:
+        return transformers.AutoConfig.from_pretrained(self._checkpoint.path, trust_remote_code=False)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Tokens

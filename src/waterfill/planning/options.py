@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from waterfill.base.arguments import PATH, Check, choice, optional
+from waterfill.base.arguments import FLAG, PATH, Check, choice, is_real, optional
 from waterfill.planning.loss import Gain
 from waterfill.planning.menu import PURPOSES, Purpose
 from waterfill.planning.plan import Plan
@@ -20,12 +20,16 @@ class ProbeOptions(TypedDict, total=False):
     probe: Literal["self", "random", "text"]
     text: str | Path | None  # with probe="text", which it implies
     sequences: int  # as many as `precision` takes, where that is not said
-    precision: float  # of the predicted loss, as a share of it
+    precision: str | float  # of the predicted loss, as a share of it: .05 or "5%"
+    quick: bool  # four short sequences
     cache: bool  # whether probes and what they said are kept on disk, and used again
     length: int
     seed: int
     method: Method
     revision: str | None
+
+
+QUICK = ProbeOptions(sequences=4, length=128)
 
 
 class PlanOptions(ProbeOptions, total=False):
@@ -48,6 +52,8 @@ CHECKS = {
     "gain": choice(*get_args(Gain)),
     "purpose": choice(*PURPOSES),
     "probe": choice(*KINDS),
+    "precision": Check("a share such as 0.05 or '5%'", lambda value: isinstance(value, str) or is_real(value)),
+    "quick": FLAG,
     "method": choice(*PASSES),
     "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),
     "sensitivity": optional(

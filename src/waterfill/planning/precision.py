@@ -14,6 +14,7 @@ from statistics import NormalDist, fmean, stdev
 
 import numpy as np
 
+from waterfill.base.errors import WaterfillError
 from waterfill.planning.inventory import PlannedMatrix
 from waterfill.planning.loss import Coefficients
 from waterfill.planning.menu import planned_kl
@@ -21,7 +22,23 @@ from waterfill.planning.plan import TensorPlan
 from waterfill.planning.sensitivity import Sensitivity
 
 PRECISION = 0.1  # of a predicted loss, as a share of it: where sequences are enough
+LEAST = 0.001
 _Z = NormalDist().inv_cdf(0.975)
+
+
+def parse_precision(value: str | float) -> float:
+    """A share of the predicted loss, from .05 or "5%".
+
+    Raises:
+        WaterfillError: it is none that can be reached.
+    """
+    try:
+        share = float(value[:-1]) / 100 if isinstance(value, str) and value.endswith("%") else float(value)
+    except ValueError:
+        share = math.nan
+    if not LEAST <= share < 1:
+        raise WaterfillError(f"the precision {value!r} is no share of the loss from {LEAST:.1%} on; give 10% or 0.1")
+    return share
 
 
 def half_width(values: Sequence[float]) -> float:

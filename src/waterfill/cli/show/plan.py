@@ -73,6 +73,7 @@ def _summary(plan: Plan) -> Table:
             "kept": f"{len(plan.kept)} other tensors, {format_size(kept_bytes)}{_largest_kept(plan)}",
             "weight files": f"{files}, {times:.1f} times smaller",
             "predicted": _prediction(plan.predicted, plan.probe),
+            **_sampling(plan),
             **_evidence(plan),
             "allocation": plan.optimal,
         }
@@ -117,6 +118,17 @@ def _unused(plan: Plan) -> dict[str, Text]:
     sentence = f"{len(plan.unused)} tensors of the checkpoint, {size}, such as {(surprising or plan.unused)[0].name}: "
     why = "the model of config.json has no place for them" if surprising else "transformers does without them, too"
     return {"left out": Text(sentence + why, style="yellow" if surprising else "")}
+
+
+def _sampling(plan: Plan) -> dict[str, str | Text]:
+    """How well the loss is known, where it was measured on a probe."""
+    sequences, length = plan.probe.get("sequences"), plan.probe.get("length")
+    if not plan.predicted.kl or not sequences:
+        return {}
+    share = 100 * plan.predicted.sampling_error / plan.predicted.kl
+    return {
+        "known to": f"±{share:.0f} % by {sequences} sequences of {length} tokens, besides the margin of predictions"
+    }
 
 
 def _evidence(plan: Plan) -> dict[str, Text]:
