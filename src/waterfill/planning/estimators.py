@@ -63,10 +63,21 @@ def _sampled_score(logits: torch.Tensor, part: torch.Tensor, generator: torch.Ge
     check_probabilities(predictions)
     of_tokens = logits[:, :-1].flatten(0, 1).gather(1, following[:, None])[:, 0].to(torch.float32)
     nll = float((logits[:, :-1].to(torch.float32).logsumexp(-1).flatten() - of_tokens).mean())
-    labels = torch.multinomial(predictions, 1, generator=generator).view(*part[:, 1:].shape, 1)
+    labels = _drawn(predictions, generator).view(*part[:, 1:].shape, 1)
     slope.neg_()[:, :-1].scatter_add_(2, labels, torch.ones_like(labels, dtype=slope.dtype))
     slope[:, -1] = 0
     return slope.to(logits.dtype), nll
+
+
+def _drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A label for each row `[positions, vocabulary]`, int64 `[positions, 1]`: where a uniform number falls among their
+    sums, which costs a fifth of `multinomial`'s exponential numbers for every entry."""
+    labels = []
+    for rows in probabilities.split(max(1, CHUNK_WEIGHTS // probabilities.shape[1])):
+        sums = rows.cumsum(1)
+        draws = torch.rand(len(rows), 1, generator=generator) * sums[:, -1:]
+        labels.append(torch.searchsorted(sums, draws, right=True).clamp_max(rows.shape[1] - 1))
+    return torch.cat(labels)
 
 
 class _Costs:
