@@ -14,7 +14,7 @@ from typing import get_args
 from benchmarks.scale.models import KIMI_1T, LLAMA_405B, Config, simulate
 from benchmarks.scale.sensitivities import draw_sensitivity
 from benchmarks.shared.limits import process_memory
-from benchmarks.shared.report import Report
+from benchmarks.shared.report import BenchmarkReport
 from waterfill.planning.budget import Budget
 from waterfill.planning.menu import Purpose
 from waterfill.planning.plan import Plan
@@ -50,7 +50,7 @@ class Made:
         return [round(self.plan_s, 2), round(self.cpu_s, 2), *memory, *times, self.bits, self.kl]
 
 
-def measure_simulated(report: Report, quick: bool) -> None:
+def measure_simulated(report: BenchmarkReport, quick: bool) -> None:
     """A row per plan, and the slowest one of each model as a criterion."""
     configs = {name: replace(c, layers=QUICK_LAYERS) if quick else c for name, c in CONFIGS.items()}
     shapes = {name: simulate(config) for name, config in configs.items()}

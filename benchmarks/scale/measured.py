@@ -1,0 +1,162 @@
+"""Plans of real checkpoints from scratch: seconds, memory, sequences; and how plans get better with sequences.
+
+checkpoint ──► waterfill plan, in an empty cache ──► time, peak, sequences    again ──► time without measuring
+           ──► sensitivities of many sequences ──► subsets of 1, 2, 4, … ──► excess loss of plans made of them
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import waterfill
+from benchmarks.shared.report import BenchmarkReport
+from waterfill.planning.plan import Plan
+from waterfill.planning.sensitivity import Sensitivity
+
+BITS = 4.0
+SEQUENCES, QUICK_SEQUENCES = 64, 16  # of the curve
+LENGTH, QUICK_LENGTH = 512, 128
+DRAWS = 200  # subsets per point of the curve
+GOAL_S = {0.2: 90.0, 0.8: 240.0, 2.0: 720.0}  # by billions of weights, up to
+GOAL_BYTES = {0.2: 1.5e9, 0.8: 2.5e9, 2.0: 4e9}
+
+Floats = npt.NDArray[np.float64]
+
+
+def measure_checkpoints(report: BenchmarkReport, models: list[Path], quick: bool) -> None:
+    """A row per checkpoint, and a curve of each."""
+    rows, curves = [], []
+    for model in models:
+        rows.append(_plan_row(report, model, quick))
+        curves += _curve(model, quick)
+    columns = ["checkpoint", "billion weights", "s", "peak MB", "sequences", "±", "s, measured before", "predicted KL"]
+    report.table(f"plans from scratch, {BITS:g} bits", columns, rows, key="plans")
+    columns = ["checkpoint", "sequences", "excess loss %", "with pooling %", "error of the promise %"]
+    report.table("what noise of sensitivities costs", columns, curves, key="curve")
+
+
+@dataclass(frozen=True)
+class _Run:
+    plan: Plan
+    seconds: float
+    peak_bytes: int
+
+
+def _run(model: Path, cache: Path, *options: str) -> _Run:
+    """`waterfill plan` in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "waterfill",
+        "plan",
+        str(model),
+        "--bits",
+        str(BITS),
+        "--save",
+        str(cache / "plan.json"),
+    ]
+    start_s = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, *options], env={**os.environ, "WATERFILL_CACHE": str(cache)}, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return _Run(Plan.load(cache / "plan.json"), time.perf_counter() - start_s, usage.ru_maxrss * 1024)
+
+
+def _plan_row(report: BenchmarkReport, model: Path, quick: bool) -> list[Any]:
+    options = ("--length", str(QUICK_LENGTH)) if quick else ()
+    with tempfile.TemporaryDirectory() as folder:
+        first = _run(model, Path(folder), *options)
+        again = _run(model, Path(folder), *options)
+    if again.plan != first.plan:
+        raise SystemExit("the plan of kept measurements is not that of the measurements")
+    billions = sum(tensor.weights for tensor in first.plan.tensors) / 1e9
+    predicted = first.plan.predicted
+    share = predicted.sampling_error / predicted.kl
+    for what, value, goals in (("s", first.seconds, GOAL_S), ("peak_bytes", first.peak_bytes, GOAL_BYTES)):
+        goal = next((goal for size, goal in goals.items() if billions <= size), math.inf)
+        report.criterion(f"{model.name}_{what}", round(value, 1), f"<= {goal:g}", value <= goal)
+    report.criterion(f"{model.name}_known_to", round(share, 3), "<= 0.1", share <= 0.1)
+    sequences = first.plan.probe["sequences"]
+    times = round(first.seconds, 1), round(first.peak_bytes / 1e6), sequences, f"{share:.1%}", round(again.seconds, 1)
+    return [model.name, round(billions, 3), *times, round(predicted.kl, 5)]
+
+
+def _curve(model: Path, quick: bool) -> list[list[Any]]:
+    """Excess loss, in per cent of the least, of allocations by the mean of some sequences; that of all is the truth."""
+    count = QUICK_SEQUENCES if quick else SEQUENCES
+    measured = waterfill.sensitivity(model, sequences=count, length=QUICK_LENGTH if quick else LENGTH)
+    names, sizes = _sizes(model, measured)
+    assert measured.samples is not None
+    samples = np.array([measured.samples[name].alpha for name in names]).T
+    truth, draw = samples.mean(0), np.random.default_rng(0)
+    kinds = _kinds(names)
+    rows = []
+    for n in (2**k for k in range(int(math.log2(count)))):
+        plain, pooled, promise = [], [], []
+        for _ in range(DRAWS):
+            some = samples[draw.choice(count, n, replace=False)]
+            plain.append(_excess(some.mean(0), truth, sizes))
+            pooled.append(_excess(_pooled(some, kinds), truth, sizes))
+            promise.append(np.sum(sizes * some.mean(0) / truth) / sizes.sum() - 1)
+        error = 100 * float(np.sqrt(np.mean(np.square(promise))))
+        rows.append([model.name, n, *(round(100 * float(np.mean(v)), 2) for v in (plain, pooled)), round(error, 1)])
+    return rows
+
+
+def _sizes(model: Path, measured: Sensitivity) -> tuple[list[str], Floats]:
+    plan = waterfill.plan(model, bits=BITS, sensitivity=measured)
+    sizes = {tensor.name: float(tensor.weights) for tensor in plan.tensors if measured.tensors[tensor.name].alpha > 0}
+    return list(sizes), np.array(list(sizes.values()))
+
+
+def _excess(alpha: Floats, truth: Floats, sizes: Floats) -> float:
+    """Of reverse water-filling by `alpha`, where t² is 4^-rate: every weight then is planned to lose the same."""
+    alpha = np.maximum(alpha, 1e-12)
+
+    def loss(by: Floats) -> float:
+        level = np.exp(np.sum(sizes * np.log(by / sizes)) / sizes.sum())
+        return float(level * np.sum(truth * sizes / by))
+
+    return loss(alpha) / loss(truth) - 1
+
+
+def _kinds(names: list[str]) -> list[list[int]]:
+    """Matrices whose names differ in numbers only."""
+    kinds: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        kinds.setdefault(re.sub(r"\d+", "*", name), []).append(i)
+    return [members for members in kinds.values() if len(members) > 3]
+
+
+def _pooled(samples: Floats, kinds: list[list[int]]) -> Floats:
+    """Means shrunk towards the trend over depth of like matrices, as far as their spread is that of noise
+    (James-Stein); a kind's sum stays."""
+    alpha = samples.mean(0)
+    if len(samples) < 2:
+        return alpha
+    pooled = alpha.copy()
+    for members in kinds:
+        mean = np.maximum(alpha[members], 1e-12)
+        noise = float(np.mean(samples[:, members].var(0, ddof=1) / len(samples) / mean**2))
+        depth, log = np.arange(len(members)), np.log(mean)
+        trend = np.polyval(np.polyfit(depth, log, 1), depth)
+        between = max(0.0, float(np.mean((log - trend) ** 2)) - noise)
+        shrunk = np.exp(trend + between / (between + noise) * (log - trend))
+        pooled[members] = shrunk * mean.sum() / shrunk.sum()
+    return pooled
