@@ -47,7 +47,7 @@ def test_self_probe_is_ancestral_sampling_from_the_first_token(model: Any) -> No
     probe = Probe(sequences=3, length=12, seed=5)
     seen: list[tuple[int, int]] = []
     tokens = probe_tokens(model, None, probe, lambda done, total: seen.append((done, total)))
-    assert seen == [(position, 11) for position in range(1, 12)]
+    assert seen == [(position, 11) for position in range(12)]
     assert tokens.dtype == torch.int64
     generators = [np.random.default_rng([5, number]) for number in range(3)]
     expected = torch.full((3, 1), model.config.bos_token_id)
