@@ -33,8 +33,8 @@ def sampled(architecture: Architecture, passes: int = 5, seed: int = 0) -> Sensi
         alpha = tuple(c.alpha * each * math.exp(draw.gauss(0, 0.2)) for each in common)
         beta = tuple(c.beta * each * math.exp(draw.gauss(0, 0.5)) for each in common)
         samples[name] = Samples(alpha, beta)
-        errors = (stdev(values) / math.sqrt(passes) for values in (alpha, beta))
-        tensors[name] = Coefficients(fmean(alpha), fmean(beta), *errors)
+        a, b = (stdev(values) / math.sqrt(passes) for values in (alpha, beta))
+        tensors[name] = Coefficients(fmean(alpha), fmean(beta), a, b)
     return replace(made, tensors=tensors, samples=samples)
 
 
