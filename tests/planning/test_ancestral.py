@@ -58,6 +58,6 @@ def test_texts_are_read_token_by_token_and_in_batches() -> None:
     tokens = sample(begin, range(5), 4, 0, start=3, vocabulary=9, together=2, progress=progress)  # type: ignore[arg-type]
     assert torch.equal(tokens, torch.tensor([[3, 4, 5, 6]] * 5))
     assert begun == [2, 2, 1]
-    assert seen == [(step, 9) for step in range(1, 10)]
+    assert seen == [(step, 9) for step in range(10)]
     first = sample(begin, range(50), 2, 0, start=None, vocabulary=9)[:, 0]  # type: ignore[arg-type]
     assert set(first.tolist()) == set(range(9))

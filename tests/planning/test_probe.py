@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.models import tiny_llama
 from waterfill.base.errors import WaterfillError
-from waterfill.planning.probe import Probe, own_text, probe_tokens
+from waterfill.planning.probe import MOST_SEQUENCES, Probe, own_text, probe_tokens, spread_windows
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_self_probe_is_ancestral_sampling_from_the_first_token(model: Any) -> No
     probe = Probe(sequences=3, length=12, seed=5)
     seen: list[tuple[int, int]] = []
     tokens = probe_tokens(model, None, probe, lambda done, total: seen.append((done, total)))
-    assert seen == [(position, 11) for position in range(1, 12)]
+    assert seen == [(position, 11) for position in range(12)]
     assert tokens.dtype == torch.int64
     generators = [np.random.default_rng([5, number]) for number in range(3)]
     expected = torch.full((3, 1), model.config.bos_token_id)
@@ -140,6 +141,30 @@ def test_text_probe_is_spread_over_the_text(trained: Any, ref_llama: Path, tmp_p
     assert torch.equal(everything.flatten(), ids[: 50 * available])
     with pytest.raises(WaterfillError, match=rf"some.txt holds {available} windows of 50 tokens, the probe needs 9999"):
         probe_tokens(trained, tokenizer, Probe(kind="text", text=file, sequences=9999, length=50))
+
+
+@pytest.mark.parametrize("available", [2, 3, 5, 20, 32, 33, 100])
+def test_the_first_windows_of_a_text_are_spread_over_it(available: int, model: Any, tmp_path: Path) -> None:
+    """However many of them are measured in the end."""
+    file = tmp_path / "some.txt"
+    file.write_text("anything")
+    ids = [number % 256 for number in range(available) for _ in range(4)]
+    windows = spread_windows(model, lambda *_, **__: {"input_ids": [*ids, 1]}, Probe("text", length=4, text=file))
+    count = min(available, MOST_SEQUENCES)
+    places = windows[:, 0].tolist()
+    assert windows.tolist() == [[place] * 4 for place in places]
+    assert sorted(places) == [round(i * (available - 1) / (count - 1)) for i in range(count)]
+    for first in (4, 8, 16, 32):
+        if first <= count:
+            gaps = [b - a for a, b in pairwise(sorted([*places[:first], available]))]
+            assert max(gaps) <= 2 * available / first + 1, first
+
+
+def test_a_text_of_one_window_says_nothing_of_how_much_texts_differ(model: Any, tmp_path: Path) -> None:
+    file = tmp_path / "some.txt"
+    file.write_text("anything")
+    with pytest.raises(WaterfillError, match=r"some\.txt holds 1 windows of 4 tokens, the probe needs 2"):
+        spread_windows(model, lambda *_, **__: {"input_ids": [1] * 7}, Probe("text", length=4, text=file))
 
 
 def test_text_with_tokens_that_the_model_does_not_know(model: Any, tmp_path: Path) -> None:

@@ -11,20 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import family_check, tiny_configs
-
-SAMPLE = {
-    "bart",  # a decoder of an encoder-decoder; scaled embeddings; learned positions
-    "deepseek_v3",  # low-rank attention, a buffer in the router
-    "falcon",  # linear layers with a forward of their own
-    "gemma3",  # multimodal; scaled embeddings, sliding windows
-    "gpt2",  # Conv1D, tied head
-    "gpt_oss",  # experts stored transposed, with biases
-    "jamba",  # attention, Mamba, experts
-    "llama4_text",  # experts multiplied with all at once
-    "mamba",  # no attention at all
-    "recurrent_gemma",  # recurrent layers, windows
-    "rwkv",  # weights rescaled in place
-}
+from tests.support.family_check import SAMPLE
 
 
 @pytest.mark.parametrize(

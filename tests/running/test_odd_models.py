@@ -31,6 +31,6 @@ def test_errors_of_our_own_stay_what_they_are(llama: Path, monkeypatch: pytest.M
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr(measuring, "measure", broken)
+    monkeypatch.setattr(measuring, "one_pass", broken)
     with pytest.raises(ZeroDivisionError):
         waterfill.sensitivity(llama, probe="random", **PROBE)

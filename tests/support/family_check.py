@@ -34,6 +34,19 @@ from waterfill.files.checkpoint import open_checkpoint
 from waterfill.running.streaming import Tuning
 
 FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+SAMPLE = {  # in the default suite; the others with `-m families`
+    "bart",  # a decoder of an encoder-decoder; scaled embeddings; learned positions
+    "deepseek_v3",  # low-rank attention, a buffer in the router
+    "falcon",  # linear layers with a forward of their own
+    "gemma3",  # multimodal; scaled embeddings, sliding windows
+    "gpt2",  # Conv1D, tied head
+    "gpt_oss",  # experts stored transposed, with biases
+    "jamba",  # attention, Mamba, experts
+    "llama4_text",  # experts multiplied with all at once
+    "mamba",  # no attention at all
+    "recurrent_gemma",  # recurrent layers, windows
+    "rwkv",  # weights rescaled in place
+}
 BITS = 5.0
 TOLERANCE = 5e-4  # of logits, in their standard deviation: packed and dense products differ by the order of float sums
 ATTEMPTS: tuple[dict[str, Any], ...] = ({}, {"probe": "random"}, {"probe": "random", "method": "perturb"})
@@ -183,6 +196,16 @@ def build(family: str, path: Path) -> None:
     model.save_pretrained(path)
     if type(model.config) is not type(config):
         config.save_pretrained(path)  # what the original checkpoint has, of which this is the decoder
+
+
+def builds(family: str, path: Path) -> bool:
+    """Write a tiny checkpoint, and say whether transformers itself runs it."""
+    try:
+        build(family, path)
+        logits(original(path))
+    except Exception:  # each class has its own reasons
+        return False
+    return True
 
 
 def original(checkpoint: Path, dtype: Any = torch.float32, experts_implementation: str | None = "eager") -> Any:

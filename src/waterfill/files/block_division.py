@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from waterfill.files.skeleton import ModelTensor
@@ -42,6 +44,20 @@ class Block:
 
 
 @dataclass
+class LookUp:
+    """Rows of a table that were looked up together, ascending, and what is known of their gradients already."""
+
+    rows: Tensor
+    known: Tensor  # [rows, width]
+
+    def add(self, rows: Tensor, gradient: Tensor) -> None:
+        """Of these rows, ascending, as far as they are among its own."""
+        places = torch.searchsorted(rows, self.rows).clamp_max(len(rows) - 1)
+        same = rows[places] == self.rows
+        self.known[same] += gradient[places[same]].to(self.known.dtype)
+
+
+@dataclass
 class Table:
     """Rows of tokens `[vocabulary, width]`, one checkpoint tensor."""
 
@@ -50,7 +66,7 @@ class Table:
     shape: tuple[int, ...]
     slots: list[Slot]
     is_head: bool
-    looked_up: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)  # ids; the head's gradient of them
+    look_ups: list[LookUp] = field(default_factory=list)  # of a pass
 
     def slot_of(self, module: nn.Module) -> Slot:
         """Where an embedding has it."""
@@ -102,6 +118,7 @@ def divide(model: Any, tensors: Mapping[int, ModelTensor]) -> Division:
             head_table = table if table.is_head else head_table
         else:
             outside.extend(slots)
+    blocks = {module: block for module, block in blocks.items() if block.slots}
     return Division(blocks, embeddings, None if head_table is None else Head(head, head_table), tuple(outside))
 
 
@@ -131,6 +148,11 @@ def _table(slots: list[Slot], head: nn.Module | None) -> Table | None:
     is_head = any(module is head for module in modules)
     if any(slot.attribute != "weight" for slot in slots) or (is_head and type(head) is not nn.Linear):
         return None
-    if not all(module is head or isinstance(module, nn.Embedding) for module in modules):
+    if not all(module is head or _looks_up(module) for module in modules):
         return None
     return Table(tensor.name, tensor.sources[0][0].source, tensor.shape, slots, is_head)
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Whether it is called with tokens alone: others find their rows themselves, such as those of positions."""
+    return isinstance(module, nn.Embedding) and len(signature(module.forward).parameters) == 1

@@ -10,20 +10,22 @@ block by block and row by row, so that no two blocks' are in memory at once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Set
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from transformers import Cache
 
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.files.architecture import read_kept
-from waterfill.files.block_division import Block, Division, Slot, Table, divide
-from waterfill.files.checkpoint import Checkpoint
+from waterfill.files.block_division import Block, Division, LookUp, Slot, Table, divide
+from waterfill.files.checkpoint import Checkpoint, check_finite
 from waterfill.files.model_calls import read
 from waterfill.files.original import load_original
 from waterfill.files.skeleton import ModelTensor, build_skeleton, locate
@@ -31,6 +33,7 @@ from waterfill.files.skeleton import ModelTensor, build_skeleton, locate
 _log = logging.getLogger(__name__)
 
 CHUNK_WEIGHTS = 1 << 24  # of the head, in memory at a time
+_TENSOR = object()  # stands for one
 
 Consume = Callable[[str, Tensor, Tensor, int], None]
 """Called with a parameter's state-dict name, some of its rows or all of it, their gradient, and 1; or -1 to take back
@@ -62,8 +65,10 @@ def load_blockwise(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     try:
         model = build_skeleton(checkpoint, dtype).eval().requires_grad_(False)
         model.blockwise = Blockwise(model, checkpoint, dtype)
-        with torch.no_grad():
-            read(model, torch.zeros(1, 2, dtype=torch.int64))
+        with torch.no_grad(), model.blockwise.trial():
+            logits = read(model, torch.zeros(1, 2, dtype=torch.int64))
+        if not bool(logits.isfinite().all()):
+            raise RuntimeError("logits are not finite")
     except WaterfillError:
         raise
     except Exception as error:  # code that takes weights from where they are not
@@ -82,6 +87,7 @@ class Blockwise:
         self._consume: Consume | None = None
         self._watcher: Watcher | None = None
         self._anchor = torch.zeros((), requires_grad=True)  # a block may have no other input to differentiate by
+        self._on_trial = False
         self._parts = self._divided(model)
         self._hold_outside()
         for module, block in self._parts.blocks.items():
@@ -90,6 +96,10 @@ class Blockwise:
             _replace(embedding, partial(self._look_up, embedding, table, embedding.forward))
         if (head := self._parts.head) is not None:
             _replace(head.module, partial(self._multiply, head.module, head.table))
+        for table in self._parts.tables:
+            placeholder = nn.Parameter(_unknown(table.shape, dtype), requires_grad=False)
+            for slot in table.slots:
+                slot.fill(placeholder)
 
     def _divided(self, model: Any) -> Division:
         state = model.state_dict(keep_vars=True)
@@ -143,6 +153,15 @@ class Blockwise:
             self._forget()
             self._wanted, self._consume = frozenset(), None
 
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Fail, inside of the block, where blocks hand each other more than what they return: it has no gradients."""
+        self._on_trial = True
+        try:
+            yield
+        finally:
+            self._on_trial = False
+
     def _hand_out_sums(self) -> None:
         assert self._consume is not None
         for name, parameter in self._outside.items():
@@ -158,13 +177,15 @@ class Blockwise:
             block.calls = 0
             block.sums.clear()
         for table in self._parts.tables:
-            table.looked_up.clear()
+            table.look_ups.clear()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Blocks
 
     def _run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         once = partial(self._run_once, block, forward)
+        if self._on_trial:
+            return _closed(once, args, kwargs)
         if self._consume is None or not torch.is_grad_enabled():
             return once(*args, **kwargs)
         block.calls += 1
@@ -173,13 +194,13 @@ class Blockwise:
     def _run_once(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         weights = [self._leaf(block, slot.tensor) for slot in block.slots]
         before = [slot.fill(weight) for slot, weight in zip(block.slots, weights, strict=True)]
-        self._tell("read", block.slots, weights)
         try:
+            self._tell("read", block.slots, weights)
             return forward(*args, **kwargs)
         finally:
-            self._tell("forgotten", block.slots, weights)
             for slot, parameter in zip(block.slots, before, strict=True):
                 slot.fill(parameter)
+            self._tell("forgotten", block.slots, weights)
 
     def _tell(self, what: str, slots: list[Slot], weights: list[nn.Parameter]) -> None:
         if self._watcher is not None:
@@ -213,30 +234,39 @@ class Blockwise:
     def _look_up(self, module: nn.Embedding, table: Table, forward: Callable[..., Tensor], ids: Tensor) -> Tensor:
         """The module's own forward, of a table that has only the rows of these tokens."""
         rows, places = ids.unique(return_inverse=True)
-        weight = nn.Parameter(self._checkpoint.read(table.source)[rows].to(self._dtype), requires_grad=False)
+        weight = nn.Parameter(self._rows(table, rows), requires_grad=False)
         if self._asked(table.name):
             weight.requires_grad_()
-            head = torch.zeros(weight.shape) if table.is_head else None
-            table.looked_up.append((rows, head))
-            weight.register_post_accumulate_grad_hook(partial(self._rows_arrived, table, head))
+            look_up = LookUp(rows, torch.zeros(weight.shape))
+            table.look_ups.append(look_up)
+            weight.register_post_accumulate_grad_hook(partial(self._rows_arrived, table, look_up))
         if self._watcher is not None:
             self._watcher.multiplied(table.name, ids.numel())
         before, padding = table.slot_of(module).fill(weight), module.padding_idx
-        module.padding_idx = None  # its number would be another
+        module.padding_idx = None if padding is None else next(iter((rows == padding).nonzero()[:, 0].tolist()), None)
         try:
             return forward(places)
         finally:
             module.padding_idx = padding
             table.slot_of(module).fill(before)
 
-    def _rows_arrived(self, table: Table, head: Tensor | None, weight: Tensor) -> None:
+    def _rows(self, table: Table, rows: Tensor | slice) -> Tensor:
+        read = self._checkpoint.read
+        weight = read(table.source, rows) if isinstance(rows, slice) else read(table.source)[rows]
+        check_finite(weight, table.source, self._checkpoint.tensors[table.source].file)
+        return weight.to(self._dtype)
+
+    def _rows_arrived(self, table: Table, look_up: LookUp, weight: Tensor) -> None:
+        """The gradient of a row is the sum of all that comes of it: what is known already is taken back."""
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
         assert self._consume is not None
-        if head is not None:  # the table is the head's as well: its gradient is the sum of both
-            self._consume(table.name, weight.detach(), head.to(gradient.dtype), -1)
-            gradient = gradient + head
-        self._consume(table.name, weight.detach(), gradient, 1)
+        if table.is_head or len(table.look_ups) > 1:
+            self._consume(table.name, weight.detach(), look_up.known.to(gradient.dtype), -1)
+        self._consume(table.name, weight.detach(), gradient + look_up.known, 1)
+        for other in table.look_ups:
+            if other is not look_up:
+                other.add(look_up.rows, gradient)
 
     def _multiply(self, module: nn.Linear, table: Table, x: Tensor) -> Tensor:
         if self._watcher is not None:
@@ -251,16 +281,14 @@ class Blockwise:
         step = max(1, CHUNK_WEIGHTS // width)
         for start in range(0, height, step):
             rows = slice(start, min(start + step, height))
-            yield rows, self._checkpoint.read(table.source, rows).to(self._dtype)
+            yield rows, self._rows(table, rows)
 
     def consume_rows(self, table: Table, rows: slice, weight: Tensor, gradient: Tensor) -> None:
         """Of the head. Those that the embedding looked up are kept until its own gradient comes."""
         assert self._consume is not None
         self._consume(table.name, weight, gradient, 1)
-        for ids, head in table.looked_up:
-            inside = (ids >= rows.start) & (ids < rows.stop)
-            if head is not None:
-                head[inside] = gradient[ids[inside] - rows.start].to(head.dtype)
+        for look_up in table.look_ups:
+            look_up.add(torch.arange(rows.start, rows.stop), gradient)
 
 
 class _HeadProduct(torch.autograd.Function):
@@ -287,9 +315,31 @@ class _HeadProduct(torch.autograd.Function):
         return total.view_as(x), None, None, None
 
 
+def _unknown(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What stands for a table between calls: NaN, without memory. Code may ask for its device, and hide its values."""
+    return torch.full((), torch.nan, dtype=dtype).expand(*shape)
+
+
 def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
     """What a module does when it is called; its hooks stay."""
     vars(module)["forward"] = forward
+
+
+def _closed(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call it with copies of what it could leave something in for others, and fail where it changes anything else."""
+    values, structure = tree_flatten((args, kwargs))
+    versions = [value._version if isinstance(value, Tensor) else 0 for value in values]
+    args, kwargs = given = tree_unflatten(list(map(_own, values)), structure)
+    found = forward(*args, **kwargs)
+    after = [value._version if isinstance(value, Tensor) else 0 for value in tree_leaves(given)]
+    if after != versions:
+        raise RuntimeError("a block changes what it is given")
+    return found
+
+
+def _own(value: Any) -> Any:
+    """What a block may leave keys and values in: nobody else takes them from there."""
+    return deepcopy(value) if isinstance(value, Cache) else copy(value) if isinstance(value, UserDict) else value
 
 
 def _recomputed(forward: Callable[..., Any], args: Any, kwargs: Any, anchor: Tensor) -> Any:
@@ -300,11 +350,43 @@ def _recomputed(forward: Callable[..., Any], args: Any, kwargs: Any, anchor: Ten
     for place in places:
         values[place] = None  # its graph would be held, too
 
-    def again(_: Tensor, *given: Tensor) -> Any:
-        whole = list(values)
+    def again(given: Sequence[Tensor]) -> Any:
+        whole = list(map(_own, values))
         for place, value in zip(places, given, strict=True):
             whole[place] = value
         args, kwargs = tree_unflatten(whole, structure)
         return forward(*args, **kwargs)
 
-    return recomputed(again, anchor, *inputs, use_reentrant=True, preserve_rng_state=False)
+    shape: list[Any] = []
+    compute: Callable[..., tuple[Tensor, ...]] = _Recomputed.apply
+    tensors = iter(compute(again, shape, anchor, *inputs))
+    others, of_outputs = shape
+    return tree_unflatten([next(tensors) if value is _TENSOR else value for value in others], of_outputs)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Tensors that a function puts out; the rest is added to a list, leaves and their tree."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[..., Any], rest: list[Any], anchor: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.function = function
+        ctx.save_for_backward(*given)
+        leaves, structure = tree_flatten(function(given))
+        rest += [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
+        return _tensors(leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        given = [value.detach().requires_grad_(value.requires_grad) for value in ctx.saved_tensors]
+        with torch.enable_grad():
+            found = _tensors(tree_leaves(ctx.function(given)))
+        pairs = [(value, slope) for value, slope in zip(found, gradients, strict=True) if value.requires_grad]
+        if pairs:
+            torch.autograd.backward([value for value, _ in pairs], [slope for _, slope in pairs])
+        return None, None, None, *(value.grad for value in given)
+
+
+def _tensors(leaves: Sequence[Any]) -> tuple[Tensor, ...]:
+    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))

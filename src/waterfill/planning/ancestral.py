@@ -58,6 +58,8 @@ def sample(
     """
     batches = [numbers[i : i + together] for i in range(0, len(numbers), together)]
     tokens = [torch.empty(0, length, dtype=torch.int64)]
+    if progress and batches:
+        progress(0, len(batches) * (length - 1))
     for done, batch in enumerate(batches):
         step = None if progress is None else _after(progress, done, len(batches))
         generators = [np.random.default_rng([seed % 2**64, number]) for number in batch]
@@ -80,8 +82,6 @@ def _batch(
 ) -> Ids:
     tokens = np.empty((len(generators), length), np.int64)
     tokens[:, 0] = [generator.integers(vocabulary) if start is None else start for generator in generators]
-    if progress:
-        progress(0, length - 1)
     for position in range(1, length):
         rows = read(tokens[:, position - 1])
         pairs = zip(rows, generators, strict=True)

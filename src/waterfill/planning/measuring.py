@@ -136,7 +136,7 @@ class _Passes:
         if step and len(self._done) < count:
             step(len(self._done), count)
         for number in range(len(self._done), count):
-            self._done.append(self._measure(number, count))
+            self._done.append(self._passes.probe_pass(number) or self._measure(number, count))
             if step:
                 step(number + 1, count)
         return summary(
@@ -211,18 +211,22 @@ class _Passes:
         """int64 `[length]`."""
         if self._probe.kind != "self":
             return self._given[number]
-        stored = self._texts.sequence(number)
-        if stored is None:
+        if (known := self._own(number)) is None:
             self._sample(range(number, count if not self._adaptive else max(count, number + TOGETHER)))
-            stored = self._fresh[number]
-        return stored
+            known = self._fresh[number]
+        return known
 
     @cached_property
     def _fresh(self) -> dict[int, torch.Tensor]:
         return {}
 
+    def _own(self, number: int) -> torch.Tensor | None:
+        """Own text, as far as it was sampled: now, or before."""
+        fresh = self._fresh.get(number)
+        return self._texts.sequence(number) if fresh is None else fresh
+
     def _sample(self, numbers: range) -> None:
-        missing = [number for number in numbers if self._texts.sequence(number) is None]
+        missing = [number for number in numbers if self._own(number) is None]
         for number, sequence in zip(missing, self._written(missing), strict=True):
             self._texts.keep_sequence(number, sequence)
             self._fresh[number] = sequence
