@@ -31,6 +31,7 @@ from waterfill.studies.comparison.study import CompareOptions
 WRONG: dict[str, list[Any]] = {
     "number": [True, "3", [3], 10**400, float("nan"), float("inf"), 3 + 0j, torch.ones(2)],
     "count": [True, "3", 2.0, 0, -1, 10**23, float("nan"), [3]],
+    "share": [True, "half", "", "%", 0, -0.1, 1.0, "100%", float("nan"), float("inf"), [0.1]],
     "seed": [True, "3", 2.0, -1, 10**23],
     "flag": [0, 1, "yes", "no"],
     "texts": ["lm_head", 3, [3], b"x", {"x": 1}.values()],
@@ -46,13 +47,16 @@ KIND = {
     **dict.fromkeys(("bits", "max_kl"), "number"),
     **dict.fromkeys(("sequences", "length", "context", "stride", "max_windows", "batch", "limit", "shots"), "count"),
     **dict.fromkeys(("prompt_tokens", "new_tokens", "max_new_tokens", "logits"), "count"),
-    **dict.fromkeys(("lossless", "uniform", "overwrite", "match", "cache", "chat_template", "efficiency"), "flag"),
+    **dict.fromkeys(
+        ("lossless", "uniform", "overwrite", "match", "cache", "chat_template", "efficiency", "quick"), "flag"
+    ),
     **dict.fromkeys(("verify", "streamed"), "flag"),
     **dict.fromkeys(("keep", "tie", "codecs", "prompts", "methods"), "texts"),
     **dict.fromkeys(("gain", "purpose", "probe", "method", "convention"), "choice"),
     **dict.fromkeys(("text", "save", "output", "against", "original", "calibration", "sensitivity", "plan"), "path"),
     **dict.fromkeys(("model", "out", "artifact"), "path"),
     "seed": "seed",
+    "precision": "share",
     "revision": "revision",
     "progress": "function",
     "tuning": "tuning",

@@ -40,6 +40,7 @@ from waterfill.planning.sensitivity import Method, Sensitivity, measure, one_pas
 _log = logging.getLogger(__name__)
 
 FIRST = 4  # sequences before it is asked whether they are enough
+WORTH_SAYING_S = 5.0  # that measuring takes, before it is said
 TOGETHER = 12  # of own text that are sampled at once: more cost little beside these
 MEASURING = "measuring sensitivities"
 SAMPLING = "sampling a probe"
@@ -130,15 +131,8 @@ class _Passes:
     def sensitivity(self, count: int) -> Sensitivity:
         """Of the first `count` sequences."""
         self._reuse(count)
-        step = step_of(self._progress, MEASURING)
-        if len(self._done) < count and self._method == "fisher":
-            self._foretell(count)
-        if step and len(self._done) < count:
-            step(len(self._done), count)
-        for number in range(len(self._done), count):
-            self._done.append(self._passes.probe_pass(number) or self._measure(number, count))
-            if step:
-                step(number + 1, count)
+        if len(self._done) < count:
+            self._measure_to(count)
         return summary(
             self._done,
             [1] * count,
@@ -156,9 +150,22 @@ class _Passes:
         if len(self._done) > begun:
             _log.info("%d sequences of the probe were measured before, and are not again", len(self._done) - begun)
 
+    def _measure_to(self, count: int) -> None:
+        if self._method == "fisher":
+            self._foretell(count)
+        self._sequence(len(self._done), count)  # sampled before it is said that measuring begins
+        self._model  # noqa: B018 - and loaded
+        step = step_of(self._progress, MEASURING)
+        if step:
+            step(len(self._done), count)
+        for number in range(len(self._done), count):
+            self._done.append(self._passes.probe_pass(number) or self._measure(number, count))
+            if step:
+                step(number + 1, count)
+
     def _foretell(self, count: int) -> None:
         """What it will take, before it begins."""
-        sampled = count if self._probe.kind == "self" and self._texts.sequence(len(self._done)) is None else 0
+        sampled = count if self._probe.kind == "self" and self._own(len(self._done)) is None else 0
         config = self._config.get_text_config()
         ahead = forecast(
             self._matrices,
@@ -169,6 +176,8 @@ class _Passes:
             layers=getattr(config, "num_hidden_layers", 1),
             dtype=self._dtype,
         )
+        if ahead.seconds < WORTH_SAYING_S:
+            return
         _log.info(
             "measuring %d tokens in %s: about %.0f s on this machine, and %.1f GB of memory%s",
             ahead.tokens,
@@ -223,7 +232,8 @@ class _Passes:
     def _own(self, number: int) -> torch.Tensor | None:
         """Own text, as far as it was sampled: now, or before."""
         fresh = self._fresh.get(number)
-        return self._texts.sequence(number) if fresh is None else fresh
+        known = self._texts.sequence(number) if fresh is None else fresh
+        return None if known is None or len(known) != self._length else known
 
     def _sample(self, numbers: range) -> None:
         missing = [number for number in numbers if self._own(number) is None]
@@ -237,7 +247,8 @@ class _Passes:
         if self._write is not None:
             with suppress(UnsupportedError):  # it has said why
                 return self._write(numbers, self._length, seed, step)
-        model = load_checkpoint(self._checkpoint) if fits(self._checkpoint) else self._model
+        loaded = self._method == "perturb" or not fits(self._checkpoint)
+        model = self._model if loaded else load_checkpoint(self._checkpoint)
         with failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
             return own_text(model, numbers, self._length, seed, step)
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from waterfill.base.arguments import FLAG, PATH, Check, choice, is_real, optional
+from waterfill.base.arguments import FLAG, PATH, Check, choice, optional
+from waterfill.base.errors import WaterfillError
 from waterfill.planning.loss import Gain
 from waterfill.planning.menu import PURPOSES, Purpose
 from waterfill.planning.plan import Plan
+from waterfill.planning.precision import parse_precision
 from waterfill.planning.probe import KINDS
 from waterfill.planning.sensitivity import PASSES, Method, Sensitivity
 
@@ -48,11 +50,18 @@ class PlanOptions(ProbeOptions, total=False):
     sensitivity: str | Path | Sensitivity | None
 
 
+def _is_precision(value: object) -> bool:
+    try:
+        return isinstance(value, str | float) and parse_precision(value) > 0
+    except WaterfillError:
+        return False
+
+
 CHECKS = {
     "gain": choice(*get_args(Gain)),
     "purpose": choice(*PURPOSES),
     "probe": choice(*KINDS),
-    "precision": Check("a share such as 0.05 or '5%'", lambda value: isinstance(value, str) or is_real(value)),
+    "precision": optional(Check("a share such as 0.05 or '5%'", _is_precision)),
     "quick": FLAG,
     "method": choice(*PASSES),
     "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),

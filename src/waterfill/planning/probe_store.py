@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +53,8 @@ class ProbeStore:
 
     def passes(self, matrices: Iterable[Matrix], *key: object) -> Shelf:
         """Passes that measured these matrices in one way."""
-        return self._shelf("passes", (*key, *(matrix.name for matrix in matrices)))
+        names = [matrix.name for matrix in matrices]
+        return replace(self._shelf("passes", (*key, *names)), names=frozenset(names))
 
     def _shelf(self, kind: str, key: Sequence[object]) -> Shelf:
         digest = blake2b(repr(tuple(key)).encode(), digest_size=8).hexdigest()
@@ -65,6 +66,7 @@ class Shelf:
     """Numbered things of one kind."""
 
     folder: Path | None
+    names: frozenset[str] = frozenset()  # of the matrices that passes measure
 
     def sequence(self, number: int) -> torch.Tensor | None:
         """Token ids `[length]`, int64; None where they are not there."""
@@ -78,7 +80,8 @@ class Shelf:
     def probe_pass(self, number: int) -> ProbePass | None:
         """What a sequence said; None where that is not there."""
         stored: ProbePass | None = self._load(ProbePass, number)
-        return stored
+        whole = stored is not None and stored.alpha.keys() == stored.beta.keys() == stored.tokens.keys() == self.names
+        return stored if whole else None
 
     def keep_pass(self, number: int, measured: ProbePass) -> None:
         """Write what a sequence said."""
