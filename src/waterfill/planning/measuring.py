@@ -74,7 +74,7 @@ def measure_checkpoint(
     Raises:
         WaterfillError: the model's class, or the text, does not allow it.
     """
-    passes = _Passes(checkpoint, architecture, progress, options, write)
+    passes = _Measurement(checkpoint, architecture, progress, options, write)
     count = options.get("sequences")
     if count is not None:
         return passes.sensitivity(count)
@@ -95,7 +95,7 @@ def measure_checkpoint(
     return measured
 
 
-class _Passes:
+class _Measurement:
     """Passes over a probe's sequences, one after the other, each of them made once."""
 
     def __init__(

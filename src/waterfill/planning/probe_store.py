@@ -30,6 +30,8 @@ from waterfill.planning.estimators import ProbePass
 
 _log = logging.getLogger(__name__)
 
+VERSION = 1  # of what is kept: another way to sample or to measure is another one
+
 
 @dataclass(frozen=True)
 class _Sequence:
@@ -57,7 +59,7 @@ class ProbeStore:
         return replace(self._shelf("passes", (*key, *names)), names=frozenset(names))
 
     def _shelf(self, kind: str, key: Sequence[object]) -> Shelf:
-        digest = blake2b(repr(tuple(key)).encode(), digest_size=8).hexdigest()
+        digest = blake2b(repr((VERSION, *key)).encode(), digest_size=8).hexdigest()
         return Shelf(None if self.folder is None else self.folder / f"{kind}-{digest}")
 
 
