@@ -8,7 +8,7 @@ import torch
 from waterfill.codecs.groups import group_sums
 from waterfill.files.architecture import Architecture
 from waterfill.planning import estimators
-from waterfill.planning.estimators import _Costs, _noise_cost, _orthogonal, _sampled_score, group_power
+from waterfill.planning.estimators import _Costs, _drawn, _noise_cost, _orthogonal, _sampled_score, group_power
 
 WIDTHS = [1, 3, 64, 172, 1600, 2600]  # one group, and several
 
@@ -50,7 +50,7 @@ def test_the_score_of_sampled_labels_is_what_automatic_differentiation_gives(dty
     logits = (3 * torch.randn(3, 7, 40)).to(dtype).requires_grad_()
     slope, nll = _sampled_score(logits.detach(), part, torch.Generator().manual_seed(5))
     log_p = logits.float().log_softmax(-1)[:, :-1]
-    labels = torch.multinomial(log_p.detach().exp().flatten(0, 1), 1, generator=torch.Generator().manual_seed(5))
+    labels = _drawn(log_p.detach().exp().flatten(0, 1), torch.Generator().manual_seed(5))
     (expected,) = torch.autograd.grad(log_p.flatten(0, 1).gather(1, labels).sum(), logits)
     assert slope.dtype == dtype
     torch.testing.assert_close(slope, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)

@@ -108,13 +108,16 @@ def in_process(script: str, asked: dict[str, Any], **environment: str) -> Any:
 )
 def test_a_process_stays_below_the_limit_or_says_what_would_do(wide: Path, engine: str, draft: bool) -> None:
     refused = run(wide, engine, prompts=[LONG], draft=draft, spare=MB)
-    while "for reading" not in refused["refused"]:  # as long as it is for loading; what that takes depends on torch
+    while refused["refused"] and "for reading" not in refused["refused"]:  # but for loading, which depends on torch
         memory = refused["smallest"] + SLACK
         assert memory > refused["memory"]
         refused = run(wide, engine, prompts=[LONG], draft=draft, memory=memory)
-    assert f"are too little for reading {LONG + 1} tokens and writing 8 with" in refused["refused"]
     assert refused["peak"] <= refused["memory"]
-    enough = run(wide, engine, prompts=[10, LONG], draft=draft, memory=refused["smallest"] + SLACK)
+    needed = refused["memory"]
+    if refused["refused"]:  # what loading is reckoned with need not leave enough
+        assert f"are too little for reading {LONG + 1} tokens and writing 8 with" in refused["refused"]
+        needed = refused["smallest"]
+    enough = run(wide, engine, prompts=[10, LONG], draft=draft, memory=needed + SLACK)
     assert enough["refused"] is None
     assert enough["peak"] <= enough["memory"]
 

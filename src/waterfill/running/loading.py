@@ -30,7 +30,7 @@ _DTYPE = Check("a torch dtype", lambda value: isinstance(value, torch.dtype))
 LOADING_BYTES = 24 << 20  # what transformers takes beside files and model: its class, and for a moment at the end
 IMPORT_BYTES = 72 << 20  # and beyond that when it loads the first one, ...
 _IMPORTED = "transformers.modeling_utils"  # ... for this module and what it brings along
-CUDA_BYTES = 160 << 20  # and beyond that with a torch that has CUDA, whose libraries are loaded then
+CUDA_BYTES = 96 << 20  # and beyond that with a torch that has CUDA, whose libraries are loaded then
 
 
 @checked(dtype=_DTYPE, tuning=GIVEN)
