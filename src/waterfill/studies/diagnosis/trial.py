@@ -106,7 +106,9 @@ def _packed(folder: Path) -> Path:
     (path / "config.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
     checkpoint = open_checkpoint(path)
     architecture = describe(checkpoint)
-    measured = measure_checkpoint(checkpoint, architecture, None, ProbeOptions(probe="random", sequences=2, length=8))
+    measured = measure_checkpoint(
+        checkpoint, architecture, None, ProbeOptions(probe="random", sequences=2, length=8, cache=False)
+    )
     plan = make_plan(path.name, architecture, measured, Budget(bits=5), Request(codecs=(_CODEC,), uniform=True))
     pack_plan(plan, checkpoint, architecture, artifact)
     return artifact
