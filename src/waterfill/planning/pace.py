@@ -20,7 +20,7 @@ from waterfill.planning.inventory import PlannedMatrix
 SMALL_WEIGHTS = 1 << 25  # of a model that is measured in float32 whatever the machine is fast in
 FASTER = 1.5  # times as fast as float32 bfloat16 has to be, which rounds gradients to 1/256
 PER_TOKEN, PER_OWN_TOKEN = 8, 4  # operations per weight
-OVERHEAD = 1.5  # of all that is no product
+PER_PASS = 3000  # of all that is no product: reading and converting weights, sums over their groups
 _ROWS, _WIDTH, _TRIALS = 512, 1024, 4
 
 
@@ -65,7 +65,7 @@ def forecast(
 ) -> Forecast:
     """Of so many sequences, of which some have to be `sampled` first."""
     weights, tokens = _weights(matrices), sequences * length
-    seconds = OVERHEAD * PER_TOKEN * weights * tokens / speed(dtype)
+    seconds = PER_TOKEN * weights * tokens / speed(dtype) + PER_PASS * weights * sequences / speed(torch.float32)
     seconds += PER_OWN_TOKEN * weights * sampled * length / speed(torch.float32)
     width = max(min(matrix.shape) for matrix in matrices)
     block = weights // max(1, layers)
