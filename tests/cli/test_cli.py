@@ -85,6 +85,19 @@ def test_plan_writes_nothing_and_says_everything(
     assert again.out == result.out, "a seed makes a run repeatable to the byte"
 
 
+def test_a_second_plan_measures_nothing_and_says_so(command: Command, ref_llama: Path) -> None:
+    first = command("plan", ref_llama, "--bits", "4", *SCALAR, "--quick", "--json")
+    assert (first.record["probe"]["sequences"], first.record["probe"]["length"]) == (4, 128)
+    second = command("plan", ref_llama, "--bits", "5", *SCALAR, "--quick", "--json")
+    assert "4 sequences of the probe were measured before, and are not again" in second.remarks
+    stages = {event.get("stage") for event in second.events}
+    assert "planning" in stages
+    assert not {"sampling a probe", "loading the model", "measuring sensitivities"} & stages
+    alone = command("plan", ref_llama, "--bits", "5", *SCALAR, "--quick", "--no-cache", "--json")
+    assert "measuring sensitivities" in {event.get("stage") for event in alone.events}
+    assert alone.record == second.record
+
+
 @pytest.mark.parametrize("columns", [80, 120, None])
 def test_the_table_fits_and_cuts_nothing(
     columns: int | None, command: Command, ref_llama: Path, work: Path, monkeypatch: pytest.MonkeyPatch
