@@ -193,12 +193,16 @@ def test_what_is_logged_and_warned_of_is_an_event(
 
 
 def test_standard_error_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
     class Closed(io.StringIO):
         def write(self, text: str) -> int:
+            tried.append(text)
             raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(sys, "stderr", Closed())
     events.log("info", "unheard")
+    assert any("unheard" in str(text) for text in tried)
 
 
 # ---------------------------------------------------------------------------------------------------------- a terminal

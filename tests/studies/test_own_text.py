@@ -160,7 +160,7 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("WATERFILL_CACHE", str(tmp_path / "file"))
     with opened(ref_llama) as text:
-        refused(text, caplog)
+        assert str(tmp_path / "file") in refused(text, caplog)
 
 
 def test_sensitivities_of_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -93,10 +93,10 @@ class IntervalSearch:
         """float32 of any shape -> int64 of that shape."""
         x = values.numpy()
         steps = np.clip(np.floor(x * np.float32(STEPS)), -self._half, self._half).astype(np.int32) + self._half
-        found = np.take(self._below, steps)
+        indices = np.take(self._below, steps)
         for _ in range(self._rounds):
-            found += np.take(self._bounds, found) < x
-        return torch.from_numpy(found)
+            indices += np.take(self._bounds, indices) < x
+        return torch.from_numpy(indices)
 
 
 def _argmax_product(x: Floats, table: Floats) -> Integers:

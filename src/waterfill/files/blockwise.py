@@ -330,11 +330,11 @@ def _closed(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     values, structure = tree_flatten((args, kwargs))
     versions = [value._version if isinstance(value, Tensor) else 0 for value in values]
     args, kwargs = given = tree_unflatten(list(map(_own, values)), structure)
-    found = forward(*args, **kwargs)
+    result = forward(*args, **kwargs)
     after = [value._version if isinstance(value, Tensor) else 0 for value in tree_leaves(given)]
     if after != versions:
         raise RuntimeError("a block changes what it is given")
-    return found
+    return result
 
 
 def _own(value: Any) -> Any:
@@ -381,8 +381,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         given = [value.detach().requires_grad_(value.requires_grad) for value in ctx.saved_tensors]
         with torch.enable_grad():
-            found = _tensors(tree_leaves(ctx.function(given)))
-        pairs = [(value, slope) for value, slope in zip(found, gradients, strict=True) if value.requires_grad]
+            results = _tensors(tree_leaves(ctx.function(given)))
+        pairs = [(value, slope) for value, slope in zip(results, gradients, strict=True) if value.requires_grad]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [slope for _, slope in pairs])
         return None, None, None, *(value.grad for value in given)

@@ -31,7 +31,7 @@ class _Growing(DynamicLayer):  # type: ignore[misc]
     def __init__(self, layer: DynamicLayer, tokens: int) -> None:
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
-        self._room = [_room(layer.keys, tokens), _room(layer.values, tokens)]
+        self._memory = [_memory_for(layer.keys, tokens), _memory_for(layer.values, tokens)]
         self.update(layer.keys, layer.values)
 
     def update(
@@ -39,14 +39,14 @@ class _Growing(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
-        if after > self._room[0].shape[-2]:
-            found: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
-            return found
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., before:after, :] = new
-        self.keys, self.values = (room[..., :after, :] for room in self._room)
+        if after > self._memory[0].shape[-2]:
+            states: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states)
+            return states
+        for memory, new in zip(self._memory, (key_states, value_states), strict=True):
+            memory[..., before:after, :] = new
+        self.keys, self.values = (memory[..., :after, :] for memory in self._memory)
         return self.keys, self.values
 
 
-def _room(states: torch.Tensor, tokens: int) -> torch.Tensor:
+def _memory_for(states: torch.Tensor, tokens: int) -> torch.Tensor:
     return states.new_empty((*states.shape[:-2], tokens, states.shape[-1]))

@@ -211,14 +211,14 @@ class Task:
         rounding = ROUNDING * float(np.abs(self.loss).sum())
         # A sum that meets the limit may be rounded to just above it: look there first, below only if it does exceed.
         for limit in (max_loss + rounding, max_loss - rounding):
-            found = knapsack.solve(problem, limit, grain=0.5)
-            picked = self.allocation(found.picks, gap=math.inf, exact=False)
+            solution = knapsack.solve(problem, limit, grain=0.5)
+            picked = self.allocation(solution.picks, gap=math.inf, exact=False)
             best = self.allocate(picked.size_bytes)
             if picked.loss < best.loss:  # by rounding, or because that search was cut short
                 best = replace(picked, bound=best.bound, exact=best.exact)
             if best.loss <= max_loss:
                 break
-        return replace(best, exact=best.exact and found.exact)
+        return replace(best, exact=best.exact and solution.exact)
 
     def allocation(self, picks: Ints, gap: float, exact: bool) -> Allocation:
         """Classes' picks as the tensors' choices; `gap` counts the slivers of the bytes, which the bound must not."""

@@ -165,7 +165,8 @@ class _Measurement:
 
     def _foretell(self, count: int) -> None:
         """What it will take, before it begins."""
-        sampled = count if self._probe.kind == "self" and self._own(len(self._done)) is None else 0
+        due = self._due(len(self._done), count) if self._probe.kind == "self" else ()
+        sampled = 0 if not due or self._own(due[0]) is not None else len(due)
         config = self._config.get_text_config()
         ahead = forecast(
             self._matrices,
@@ -221,9 +222,13 @@ class _Measurement:
         if self._probe.kind != "self":
             return self._given[number]
         if (known := self._own(number)) is None:
-            self._sample(range(number, count if not self._adaptive else max(count, number + TOGETHER)))
+            self._sample(self._due(number, count))
             known = self._fresh[number]
         return known
+
+    def _due(self, number: int, count: int) -> range:
+        """What is sampled together where `number` is not there yet."""
+        return range(number, max(count, number + TOGETHER) if self._adaptive else count)
 
     @cached_property
     def _fresh(self) -> dict[int, torch.Tensor]:

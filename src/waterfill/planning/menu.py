@@ -125,11 +125,11 @@ def make_menus(
             "measure them for this model with the same --keep"
         )
     menu_of = lru_cache(maxsize=None)(lambda shape, dtype: tuple(_point(name, shape, dtype) for name in names))
-    found = tuple(coefficients[matrix.name] for matrix in matrices)
+    of_matrices = tuple(coefficients[matrix.name] for matrix in matrices)
     return Menus(
         matrices=matrices,
-        coefficients=found,
-        rho=tuple(gain_rho(gain, c) for c in found),
+        coefficients=of_matrices,
+        rho=tuple(gain_rho(gain, c) for c in of_matrices),
         points=tuple(menu_of(matrix.shape, matrix.dtype) for matrix in matrices),
         any_rate=frozenset(filter(None, map(rates_of, codecs or PURPOSES[purpose]))),
     )
@@ -137,10 +137,10 @@ def make_menus(
 
 def _alike(points: Sequence[Menu]) -> dict[int, tuple[Menu, list[int]]]:
     """Every menu once, with the indices of the matrices that have it."""
-    found: dict[int, tuple[Menu, list[int]]] = {}
+    by_menu: dict[int, tuple[Menu, list[int]]] = {}
     for i, menu in enumerate(points):
-        found.setdefault(id(menu), (menu, []))[1].append(i)
-    return found
+        by_menu.setdefault(id(menu), (menu, []))[1].append(i)
+    return by_menu
 
 
 def _noise(points: Sequence[MenuPoint]) -> Floats:

@@ -128,8 +128,8 @@ class _Texts:
             )
         if first:
             reserve(self._past, self._length)
-        found: npt.NDArray[np.float32] = logits[:, -1].float().numpy()
-        return found
+        rows: npt.NDArray[np.float32] = logits[:, -1].float().numpy()
+        return rows
 
 
 def read_text(path: Path) -> str:

@@ -4,7 +4,7 @@
                 └─ not a model of the engine's: UnsupportedError, and transformers writes
 
 A token of many sequences is one pass over the weights, and six bits of each are a fifth of float32. Text of a model
-this close is text of the original: what it predicts differs by thousandths of a nat.
+this close is text of the original.
 """
 
 from __future__ import annotations
