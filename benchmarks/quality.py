@@ -27,7 +27,7 @@ from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_te
 from waterfill.codecs.grids import available
 from waterfill.evaluation import Divergence, divergence
 from waterfill.planning.budget import Budget
-from waterfill.planning.estimators import matrix_view
+from waterfill.planning.costs import matrix_view
 from waterfill.planning.plan import Plan
 from waterfill.planning.planner import Request, make_plan
 from waterfill.planning.sensitivity import Sensitivity

@@ -39,7 +39,7 @@ from benchmarks.shared.models import (
 from benchmarks.shared.report import EXAMPLE_MODEL, REPOSITORY, BenchmarkReport, held_out_text, machine, parse_arguments
 from waterfill.codecs import get_codec, scale_exponent
 from waterfill.planning.budget import Budget
-from waterfill.planning.estimators import matrix_view
+from waterfill.planning.costs import matrix_view
 from waterfill.planning.loss import gain_rho
 from waterfill.planning.plan import TensorPlan
 from waterfill.planning.planner import Request, make_plan

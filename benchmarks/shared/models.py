@@ -30,7 +30,8 @@ from waterfill.evaluation.scoring import score_windows, standard_error, window_l
 from waterfill.files.architecture import Architecture, describe
 from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.planning.budget import Budget
-from waterfill.planning.estimators import group_power, matrix_view
+from waterfill.planning.costs import matrix_view
+from waterfill.planning.estimators import group_power
 from waterfill.planning.loss import Gain
 from waterfill.planning.plan import Plan, TensorPlan
 from waterfill.planning.planner import Request, make_plan

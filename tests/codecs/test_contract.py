@@ -42,7 +42,7 @@ from waterfill.files.artifact import open_artifact
 from waterfill.files.checkpoint import open_checkpoint
 from waterfill.files.original import load_original
 from waterfill.planning.budget import Budget
-from waterfill.planning.estimators import matrix_view
+from waterfill.planning.costs import matrix_view
 from waterfill.running.engine.opening import open_model
 from waterfill.running.hf.packed import PackedMatrix
 from waterfill.running.hf.trial import _Alive

@@ -208,12 +208,12 @@ def test_names_that_are_no_codec(name: str) -> None:
         get_codec(name)
 
 
-def test_levels_are_a_form_in_memory() -> None:
+def test_wide_levels_are_a_form_in_memory() -> None:
     with pytest.raises(WaterfillError, match="neither levels-8 nor levels-16"):
         get_codec("levels-4")
     for action in (lambda c: c.encode(gaussian((2, 8))), lambda c: c.distortion((2, 8))):
         with pytest.raises(WaterfillError, match="nothing can be packed with it"):
-            action(get_codec("levels-8"))
+            action(get_codec("levels-16"))
 
 
 @settings(max_examples=200)

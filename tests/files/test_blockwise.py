@@ -100,7 +100,7 @@ def test_weights_of_several_blocks_and_blocks_that_are_called_again(family: str,
     reads = Counter[str]()
 
     class Counting(Watcher):
-        def read(self, name: str, weight: Tensor) -> None:
+        def read(self, name: str, weight: Tensor, again: Any) -> None:
             reads[name] += 1
 
     with torch.no_grad(), model.blockwise.watched(Counting()):
@@ -219,7 +219,7 @@ class Books(Watcher):
         self.most = 0
         self.multiplications = Counter[str]()
 
-    def read(self, name: str, weight: Tensor) -> None:
+    def read(self, name: str, weight: Tensor, again: Any) -> None:
         self.alive[f"{name} {len(self.alive)}"] = weakref.ref(weight)
         self.most = max(self.most, len(self.blocks()))
 

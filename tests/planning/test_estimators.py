@@ -7,8 +7,9 @@ import torch
 
 from waterfill.codecs.groups import group_sums
 from waterfill.files.architecture import Architecture
-from waterfill.planning import estimators
-from waterfill.planning.estimators import _Costs, _drawn, _noise_cost, _orthogonal, _sampled_score, group_power
+from waterfill.planning import costs
+from waterfill.planning.costs import Costs, row_costs
+from waterfill.planning.estimators import _drawn, _sampled_score, group_power, orthogonal
 
 WIDTHS = [1, 3, 64, 172, 1600, 2600]  # one group, and several
 
@@ -16,7 +17,7 @@ WIDTHS = [1, 3, 64, 172, 1600, 2600]  # one group, and several
 @pytest.mark.parametrize("width", WIDTHS[1:])
 def test_noise_is_orthogonal_to_the_weights_and_keeps_its_power(width: int) -> None:
     weight = torch.randn(200, width) * torch.logspace(-2, 2, width)
-    noise = _orthogonal(torch.randn(200, width), weight)
+    noise = orthogonal(torch.randn(200, width), weight)
     along = group_sums(noise * weight) / (group_sums(noise.square()) * group_sums(weight.square())).sqrt()
     assert along.abs().max() < 1e-3
     assert group_power(noise).mean() == pytest.approx(1, rel=0.15 if width == 3 else 0.03)
@@ -26,10 +27,10 @@ def test_noise_is_orthogonal_to_the_weights_and_keeps_its_power(width: int) -> N
 def test_cost_is_the_expected_square_of_gradient_times_noise(width: int) -> None:
     weight, gradient = torch.randn(1, width), torch.randn(1, width) + 0.5
     gradient = gradient + weight  # a slope along the weights must not count
-    cost = float(_noise_cost(weight, gradient))
+    cost = float(row_costs(weight, gradient).sum())
     draws = torch.randn(20_000, width)
     size = torch.cat([group_power(weight)[:, [i]].expand(1, n) for i, n in enumerate(_sizes(width))], dim=1)
-    noise = _orthogonal(draws, weight.expand_as(draws).contiguous()) * size.sqrt()
+    noise = orthogonal(draws, weight.expand_as(draws).contiguous()) * size.sqrt()
     assert cost == pytest.approx(float((noise @ gradient.T).square().mean()), rel=0.05, abs=1e-9)
 
 
@@ -39,9 +40,9 @@ def _sizes(width: int) -> list[int]:
 
 def test_gradients_along_the_weights_cost_nothing() -> None:
     weight = torch.randn(5, 172)
-    assert float(_noise_cost(weight, 3 * weight)) == pytest.approx(0, abs=1e-2)
-    assert float(_noise_cost(weight, torch.zeros(5, 172))) == 0
-    assert float(_noise_cost(torch.zeros(5, 172), weight)) == 0
+    assert float(row_costs(weight, 3 * weight).sum()) == pytest.approx(0, abs=1e-2)
+    assert float(row_costs(weight, torch.zeros(5, 172)).sum()) == 0
+    assert float(row_costs(torch.zeros(5, 172), weight).sum()) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -70,9 +71,9 @@ def test_labels_are_drawn_from_the_predictions() -> None:
 def test_costs_of_rows_add_up_to_those_of_the_whole(dense: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     (matrix,) = (matrix for matrix in dense.matrices if matrix.name == "lm_head")
     weight, gradient, wrong = (torch.randn(matrix.shape) for _ in range(3))
-    whole, parts = _Costs([matrix]), _Costs([matrix])
+    whole, parts = Costs([matrix]), Costs([matrix])
     whole.add(matrix.parameter, weight, gradient, 1)
-    monkeypatch.setattr(estimators, "CHUNK_WEIGHTS", 300)
+    monkeypatch.setattr(costs, "CHUNK_WEIGHTS", 300)
     parts.add(matrix.parameter, weight[100:], gradient[100:], 1)
     parts.add(matrix.parameter, weight[:100], wrong[:100], 1)
     parts.add(matrix.parameter, weight[:100], wrong[:100], -1)
@@ -80,5 +81,5 @@ def test_costs_of_rows_add_up_to_those_of_the_whole(dense: Architecture, monkeyp
     parts.add("another", weight, gradient, 1)
     assert parts.across == pytest.approx(whole.across, rel=1e-4)
     assert parts.along == pytest.approx(whole.along, abs=1e-2)
-    assert whole.across["lm_head"] == pytest.approx(float(_noise_cost(weight, gradient)))
+    assert whole.across["lm_head"] == pytest.approx(float(row_costs(weight, gradient).sum()))
     assert whole.along["lm_head"] == pytest.approx(float((weight * gradient).sum()), abs=1e-2)

@@ -21,7 +21,7 @@ from waterfill.files.original import load_original, load_tokenizer
 from waterfill.planning import measuring
 from waterfill.planning.estimators import ProbePass
 from waterfill.planning.measuring import measure_checkpoint
-from waterfill.planning.probe import Probe, own_text, probe_tokens
+from waterfill.planning.probe import MOST_SEQUENCES, Probe, own_text, probe_tokens
 from waterfill.planning.sensitivity import Sensitivity, measure, one_pass
 
 RANDOM: dict[str, Any] = {"probe": "random", "length": 6}
@@ -30,6 +30,11 @@ KINDS: dict[str, dict[str, Any]] = {"random": RANDOM, "self": {"length": 6}, "te
 
 class StopHereError(Exception):
     pass
+
+
+@pytest.fixture(autouse=True)
+def one_sequence_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "PASS_TOKENS", 1)
 
 
 @pytest.fixture
@@ -80,11 +85,11 @@ def test_block_by_block_is_what_the_model_in_memory_says(model: str, tmp_path: P
     found = measured(path, probe="random", sequences=3, length=12, seed=5)
     whole = load_original(open_checkpoint(path), torch.float32)
     tokens = probe_tokens(whole, None, Probe(kind="random", sequences=3, length=12, seed=5))
-    expected = measure(whole, describe(open_checkpoint(path)).matrices, tokens, seed=5)
+    expected = measure(whole, describe(open_checkpoint(path)).matrices, tokens, seed=5, lead=3)
     assert found.samples is not None
     assert expected.samples is not None
     assert found.nll == pytest.approx(expected.nll, rel=1e-5)
-    assert found.tokens == expected.tokens == 3 * 11
+    assert found.tokens == expected.tokens == 3 * (11 - 3)
     assert list(found.tensors) == list(expected.tensors)
     for name, coefficients in expected.tensors.items():
         assert found.tensors[name].tokens == coefficients.tokens, name
@@ -109,8 +114,8 @@ def test_what_every_sequence_says_is_kept_beside_its_mean(path: Path) -> None:
 def test_a_probe_begins_as_a_longer_one_does(path: Path) -> None:
     model = load_original(open_checkpoint(path), torch.float32)
     most = probe_tokens(model, None, Probe(kind="random", length=7))
-    assert len(most) == 32
-    for sequences in range(2, 32):
+    assert len(most) == MOST_SEQUENCES
+    for sequences in range(2, MOST_SEQUENCES):
         assert torch.equal(probe_tokens(model, None, Probe("random", sequences, 7)), most[:sequences])
 
 
@@ -125,7 +130,7 @@ def test_a_probe_begins_as_a_longer_one_does(path: Path) -> None:
         (falling(0.4), 0.1, 16),  # by 8: never more than twice as many, as the first ones may be odd
         (falling(0.4), 0.2, 4),
         (falling(0.5), 0.1, 25),
-        (falling(9), 0.1, 32),
+        (falling(9), 0.1, MOST_SEQUENCES),
     ],
 )
 def test_sequences_are_added_until_they_say_enough(
@@ -134,7 +139,7 @@ def test_sequences_are_added_until_they_say_enough(
     found = measured(path, error=error, precision=precision, **RANDOM)
     assert passes == list(range(count))
     assert found.probe["sequences"] == count
-    assert found.tokens == count * 5
+    assert found.tokens == count * 4
 
 
 def test_as_many_as_are_asked_for(path: Path, passes: list[int], caplog: pytest.LogCaptureFixture) -> None:
@@ -163,16 +168,18 @@ def test_who_does_not_get_enough_is_told(path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING, "waterfill"):
         measured(path, error=lambda _: 0.334, **RANDOM)
     (said,) = [record.message for record in caplog.records]
-    assert said == ("after 32 sequences the predicted loss is known to ±33 %, not ±10 %; ask for more with --sequences")
+    assert said == (
+        f"after {MOST_SEQUENCES} sequences the predicted loss is known to ±33 %, not ±10 %; ask for more with --sequences"
+    )
 
 
 @pytest.mark.parametrize("windows", [2, 3, 6, 50])
 def test_a_text_has_no_more_than_it_has(windows: int, path: Path, tmp_path: Path, passes: list[int]) -> None:
     file = tmp_path / "a.txt"
-    file.write_text("x = 1\n" * 40)
+    file.write_text("x = 1\n" * 100)
     tokens = len(load_tokenizer(path)(file.read_text())["input_ids"])
     found = measured(path, text=file, length=tokens // windows, error=lambda _: 1.0)
-    assert found.probe["sequences"] == len(passes) == min(windows, 32)
+    assert found.probe["sequences"] == len(passes) == min(windows, MOST_SEQUENCES)
 
 
 def test_progress_says_how_many_there_are_to_be(path: Path) -> None:
@@ -184,6 +191,36 @@ def test_progress_says_how_many_there_are_to_be(path: Path) -> None:
 
     measured(path, error=falling(0.23), progress=progress, **RANDOM)
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4), (4, 6), (5, 6), (6, 6)]
+
+
+# -- several sequences a pass -----------------------------------------------------------------------------------------
+
+
+def test_short_sequences_are_measured_together(path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "PASS_TOKENS", 20)
+    found = measured(path, error=falling(0.4), **RANDOM)
+    assert passes == [0, 1, 2, 3, 4, 5], "by four passes, each of three sequences, it is known to .4 / sqrt(12)"
+    assert found.probe["sequences"] == 18
+    assert found.tokens == 18 * 4
+    model = load_original(open_checkpoint(path), torch.float32)
+    tokens = probe_tokens(model, None, Probe(kind="random", sequences=18, length=6))
+    expected = measure(model, describe(open_checkpoint(path)).matrices, tokens, batch=3, lead=1)
+    for name, coefficients in expected.tensors.items():
+        assert found.tensors[name].alpha == pytest.approx(coefficients.alpha, rel=1e-3, abs=1e-9)
+        assert found.tensors[name].alpha_stderr == pytest.approx(coefficients.alpha_stderr, rel=1e-2, abs=1e-9)
+    assert measured(path, error=falling(0.4), **RANDOM) == found
+    assert len(passes) == 6
+
+
+@pytest.mark.parametrize(("sequences", "count"), [(2, 2), (7, 7), (8, 4), (9, 5), (30, 10), (31, 11)])
+def test_a_number_of_sequences_is_divided_into_enough_passes(
+    sequences: int, count: int, path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "PASS_TOKENS", 20)
+    found = measured(path, sequences=sequences, **RANDOM)
+    assert passes == list(range(count))
+    assert found.probe["sequences"] == sequences
+    assert found.tokens == sequences * 4
 
 
 # -- what is not measured again ---------------------------------------------------------------------------------------
@@ -319,18 +356,18 @@ class Writing:
 def test_own_text_is_written_once(path: Path) -> None:
     write = Writing(path)
     expected = measured(path, write=write, error=falling(0.4), length=6)
-    assert write.numbers == [list(range(12)), list(range(12, 24))], "some more than are asked for, which cost little"
+    assert write.numbers == [list(range(24))], "some more than are asked for, which cost little"
     assert measured(path, write=write, error=falling(0.4), length=6) == expected
     measured(path, write=write, sequences=20, length=6, keep=["*.q_proj"])
-    assert len(write.numbers) == 2
+    assert len(write.numbers) == 1
     measured(path, write=write, sequences=26, length=6)
-    assert write.numbers[2:] == [[24, 25]]
+    assert write.numbers[1:] == [[24, 25]]
 
 
 def test_own_text_is_written_once_where_nothing_is_kept(path: Path) -> None:
     write = Writing(path)
     measured(path, write=write, error=falling(0.4), length=6, cache=False)
-    assert write.numbers == [list(range(12)), list(range(12, 24))]
+    assert write.numbers == [list(range(24))]
     write.numbers.clear()
     measured(path, write=write, sequences=3, length=6, cache=False)
     assert write.numbers == [[0, 1, 2]]

@@ -30,8 +30,8 @@ def trained(ref_llama: Path) -> Any:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sequences": 1}, "1 sequences of 512 tokens cannot give a standard error"),
-        ({"length": 1}, "32 sequences of 1 tokens cannot give a standard error"),
+        ({"sequences": 1}, "1 sequences of 160 tokens cannot give a standard error"),
+        ({"length": 1}, f"{MOST_SEQUENCES} sequences of 1 tokens cannot give a standard error"),
         ({"sequences": -3}, "use at least 2 sequences of 2 tokens"),
         ({"kind": "text"}, "probe 'text' and no text file do not go together"),
         ({"kind": "self", "text": Path("a.txt")}, "probe 'self' and the text file a.txt do not go together"),

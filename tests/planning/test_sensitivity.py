@@ -16,8 +16,9 @@ from waterfill.base.errors import WaterfillError
 from waterfill.codecs.hadamard import groups
 from waterfill.files.architecture import Matrix, describe
 from waterfill.files.checkpoint import open_checkpoint
-from waterfill.planning import estimators
-from waterfill.planning.estimators import PERTURB_LEVELS, fisher_pass, group_power, matrix_view, perturb_pass
+from waterfill.planning import costs, estimators
+from waterfill.planning.costs import matrix_view, row_costs
+from waterfill.planning.estimators import PERTURB_LEVELS, fisher_pass, group_power, perturb_pass
 from waterfill.planning.probe import Probe, probe_tokens
 from waterfill.planning.sensitivity import measure
 
@@ -234,13 +235,13 @@ def test_the_model_is_left_as_it_was(method: Any, stop: str, llama: Path, monkey
     if stop == "in a forward pass":
         model.model.norm.register_forward_pre_hook(fail_at_the_third_call)
     elif stop == "in a backward pass":
-        viewed = matrix_view
+        counted = row_costs
 
-        def failing(parameter: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        def failing(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
             fail_at_the_third_call()
-            return viewed(parameter, matrix)
+            return counted(weight, gradient)
 
-        monkeypatch.setattr(estimators, "matrix_view", failing)
+        monkeypatch.setattr(costs, "row_costs", failing)
     tokens = random_tokens(256, 3, 6)
     if stop == "never":
         measure(model, matrices[:3], tokens, method=method)
@@ -255,15 +256,16 @@ def test_the_model_is_left_as_it_was(method: Any, stop: str, llama: Path, monkey
 def test_gradients_live_one_at_a_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What bounds memory: each is consumed and dropped as soon as the backward pass has it."""
     model, matrices = load(llama)
-    viewed, alive = matrix_view, []
+    counted, alive = row_costs, []
 
-    def counting(parameter: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    def counting(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         alive.append(sum(p.grad is not None for p in model.parameters()))
-        return viewed(parameter, matrix)
+        return counted(weight, gradient)
 
-    monkeypatch.setattr(estimators, "matrix_view", counting)
+    monkeypatch.setattr(costs, "row_costs", counting)
     measure(model, matrices, random_tokens(256, 2, 6))
-    assert alive == [1] * (2 * 2 * len(matrices))  # gradient and weight, in two passes
+    # The embedding's comes to its parameter; others are taken where the products are, and never are one's whole.
+    assert sorted(alive) == [0] * (2 * (len(matrices) - 1)) + [1] * 2
 
 
 def test_dropout_is_off(tmp_path: Path) -> None:
@@ -341,6 +343,10 @@ def test_logits_that_are_not_finite_are_refused(llama: Path) -> None:
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
 def test_gradients_that_are_not_finite_are_refused_by_name(factor: float, llama: Path) -> None:
     model, matrices = load(llama)
-    model.model.layers[1].mlp.up_proj.weight.register_hook(lambda gradient: gradient * factor)
-    with pytest.raises(WaterfillError, match=r"alpha of model\.layers\.1\.mlp\.up_proj comes out as (nan|inf)"):
-        measure(model, matrices, random_tokens(256, 2, 6))
+
+    def spoil(*arguments: Any) -> None:
+        arguments[-1].register_hook(lambda gradient: gradient * factor)
+
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(spoil)
+    with pytest.raises(WaterfillError, match=r"alpha of model\.layers\.0\.self_attn\.q_proj comes out as (nan|inf)"):
+        measure(model, matrices[1:], random_tokens(256, 2, 6))

@@ -23,10 +23,10 @@ from waterfill.codecs.contract import (
     rates_of,
     register_codec,
 )
-from waterfill.codecs.higgs import Higgs, scale_exponent
+from waterfill.codecs.higgs import Higgs
 from waterfill.codecs.levels import Levels
 from waterfill.codecs.lossless import LOSSLESS
-from waterfill.codecs.table import TableCodec
+from waterfill.codecs.table import TableCodec, scale_exponent
 from waterfill.codecs.trellis import codec as trellis_codec
 from waterfill.codecs.trellis.codec import Trellis
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from waterfill.base.lazy import torch
 
 MAX_WORD_BYTES = 7  # a radix word must fit a signed 64-bit integer
+BYTE_VALUES = 256  # of indices that are bytes as they are
 
 
 @lru_cache(maxsize=4096)
@@ -40,6 +41,8 @@ def radix_word(n: int) -> tuple[int, int] | None:
 def pack(indices: torch.Tensor, n: int) -> torch.Tensor:
     """int64 `[rows, count]`, each in 0 … n-1 -> uint8 `[rows, row_bytes(count, n)]`."""
     rows, count = indices.shape
+    if n == BYTE_VALUES:
+        return indices.to(torch.uint8)
     per_word, width = _word(n)
     words = -(-count // per_word)
     digits = torch.nn.functional.pad(indices, (0, words * per_word - count)).view(rows, words, per_word)
@@ -63,6 +66,8 @@ def unpack(packed: torch.Tensor, count: int, n: int) -> torch.Tensor:
 
     Bytes that `pack` cannot have written give n-1 where they would give an index beyond the grid.
     """
+    if n == BYTE_VALUES:
+        return packed[:, :count].to(torch.int64)
     rows = packed.shape[0]
     per_word, width = _word(n)
     words = -(-count // per_word)

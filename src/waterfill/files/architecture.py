@@ -207,8 +207,8 @@ def read_rows(checkpoint: Checkpoint, matrix: Matrix, start: int, stop: int) -> 
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
-def read_kept(checkpoint: Checkpoint, kept: Kept) -> torch.Tensor:
-    """A kept tensor in its own shape and dtype.
+def read_kept(checkpoint: Checkpoint, kept: Kept, *, checked: bool = False) -> torch.Tensor:
+    """A kept tensor in its own shape and dtype; one that was read and `checked` before is not again.
 
     Raises:
         CheckpointError: it holds NaN or Inf.
@@ -217,6 +217,7 @@ def read_kept(checkpoint: Checkpoint, kept: Kept) -> torch.Tensor:
     for group in kept.sources:
         parts = [checkpoint.read(part.source, ... if part.whole else slice(part.start, part.stop)) for part in group]
         for (source, *_), part in zip(group, parts, strict=True):
-            check_finite(part, source, checkpoint.tensors[source].file)
+            if not checked:
+                check_finite(part, source, checkpoint.tensors[source].file)
         groups.append(parts[0] if len(parts) == 1 else torch.cat(parts))
     return torch.stack(groups) if groups[0].ndim < len(kept.shape) else groups[0]

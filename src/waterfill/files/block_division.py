@@ -68,6 +68,12 @@ class Table:
     is_head: bool
     look_ups: list[LookUp] = field(default_factory=list)  # of a pass
 
+    def looked_up(self, rows: slice) -> Tensor:
+        """Those of these rows that are, ascending."""
+        every = torch.cat([look_up.rows for look_up in self.look_ups] or [torch.empty(0, dtype=torch.int64)]).unique()
+        some: Tensor = every[(every >= rows.start) & (every < rows.stop)]
+        return some
+
     def slot_of(self, module: nn.Module) -> Slot:
         """Where an embedding has it."""
         return next(slot for slot in self.slots if slot.module is module)

@@ -1,26 +1,23 @@
 """The original model with little of it in memory: blocks are read from the checkpoint as they are run, and forgotten.
 
     forward    embedding: the rows that are looked up ──► block after block ──► head: some rows at a time ──► logits
-    backward   the same the other way; a block is read and computed again (Chen et al. 2016, arXiv 1604.06174)
+    backward   the same the other way; a block's weights are read again, and what it computes is computed again where it
+               was not kept (`recomputing`)
 
-What is kept meanwhile is a block's inputs. Gradients of weights are handed to whoever asked for them as they come,
+Gradients of weights are handed to whoever asked for them as they come,
 block by block and row by row, so that no two blocks' are in memory at once.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
-from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from transformers import Cache
 
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.files.architecture import read_kept
@@ -28,23 +25,26 @@ from waterfill.files.block_division import Block, Division, LookUp, Slot, Table,
 from waterfill.files.checkpoint import Checkpoint, check_finite
 from waterfill.files.model_calls import read
 from waterfill.files.original import load_original
+from waterfill.files.recomputing import Kept, closed, recomputed
 from waterfill.files.skeleton import ModelTensor, build_skeleton, locate
 
 _log = logging.getLogger(__name__)
 
 CHUNK_WEIGHTS = 1 << 24  # of the head, in memory at a time
-_TENSOR = object()  # stands for one
 
 Consume = Callable[[str, Tensor, Tensor, int], None]
 """Called with a parameter's state-dict name, some of its rows or all of it, their gradient, and 1; or -1 to take back
 what was handed out of these rows before."""
+ConsumeProduct = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
+"""Called with a parameter's state-dict name, some of its rows `[rows, in]` or all of them, what was multiplied with them
+`[tokens, in]`, the gradient of the product `[tokens, rows]`, and its part of that of the input `[tokens, in]`."""
 
 
 class Watcher:
     """Who wants to know what becomes of weights; parameters go by their state-dict names."""
 
-    def read(self, name: str, weight: Tensor) -> None:
-        """A parameter is in memory, and about to be used."""
+    def read(self, name: str, weight: Tensor, again: Callable[[], Tensor]) -> None:
+        """A parameter is in memory, and about to be used; `again` gives it later, whoever has held it."""
 
     def forgotten(self, name: str, weight: Tensor) -> None:
         """It is not any more."""
@@ -85,6 +85,9 @@ class Blockwise:
         self._checkpoint, self._dtype = checkpoint, dtype
         self._wanted: Set[str] = frozenset()
         self._consume: Consume | None = None
+        self._consume_product: ConsumeProduct | None = None
+        self._kept = Kept(0)
+        self._checked: set[str | tuple[str, int, int]] = set()  # to be finite: parameters, and rows of tables
         self._watcher: Watcher | None = None
         self._anchor = torch.zeros((), requires_grad=True)  # a block may have no other input to differentiate by
         self._on_trial = False
@@ -117,7 +120,9 @@ class Blockwise:
             slot.fill(self._outside[slot.tensor.name])
 
     def _read(self, tensor: ModelTensor) -> Tensor:
-        return read_kept(self._checkpoint, tensor).to(self._dtype)
+        weight = read_kept(self._checkpoint, tensor, checked=tensor.name in self._checked)
+        self._checked.add(tensor.name)
+        return weight.to(self._dtype)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What is asked for
@@ -127,19 +132,31 @@ class Blockwise:
         """Tell somebody what becomes of weights inside of the block."""
         self._watcher = watcher
         for name, parameter in self._outside.items():
-            watcher.read(name, parameter)
+            watcher.read(name, parameter, partial(_same, parameter))
         try:
             yield
         finally:
             self._watcher = None
 
     @contextmanager
-    def gradients(self, wanted: Set[str], consume: Consume) -> Iterator[None]:
+    def gradients(
+        self,
+        wanted: Set[str],
+        consume: Consume,
+        *,
+        consume_product: ConsumeProduct | None = None,
+        kept_bytes: int = 0,
+    ) -> Iterator[None]:
         """Hand the gradients of these parameters, of one backward pass inside of the block, to somebody.
 
         Those of weights that lie outside of blocks, or are used more than once, come at the end.
+
+        Args:
+            consume_product: told of the head's products instead, of the rows that no embedding looks up.
+            kept_bytes: of what blocks compute that may be kept for the way back; the rest is computed again.
         """
-        self._wanted, self._consume = wanted, consume
+        self._wanted, self._consume, self._consume_product = wanted, consume, consume_product
+        self._kept = Kept(kept_bytes)
         held = [parameter for name, parameter in self._outside.items() if name in wanted]
         for parameter in held:
             parameter.requires_grad_()
@@ -151,7 +168,7 @@ class Blockwise:
             for parameter in held:
                 parameter.requires_grad_(False).grad = None
             self._forget()
-            self._wanted, self._consume = frozenset(), None
+            self._wanted, self._consume, self._consume_product = frozenset(), None, None
 
     @contextmanager
     def trial(self) -> Iterator[None]:
@@ -185,27 +202,35 @@ class Blockwise:
     def _run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         once = partial(self._run_once, block, forward)
         if self._on_trial:
-            return _closed(once, args, kwargs)
+            return closed(once, args, kwargs)
         if self._consume is None or not torch.is_grad_enabled():
             return once(*args, **kwargs)
         block.calls += 1
-        return _recomputed(once, args, kwargs, self._anchor)
+        if not self._kept.full:
+            with self._kept.counting():
+                return once(*args, **kwargs)
+        return recomputed(once, args, kwargs, self._anchor)
 
     def _run_once(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         weights = [self._leaf(block, slot.tensor) for slot in block.slots]
         before = [slot.fill(weight) for slot, weight in zip(block.slots, weights, strict=True)]
         try:
-            self._tell("read", block.slots, weights)
+            self._tell_read(block.slots, weights)
             return forward(*args, **kwargs)
         finally:
             for slot, parameter in zip(block.slots, before, strict=True):
                 slot.fill(parameter)
-            self._tell("forgotten", block.slots, weights)
+            self._tell_forgotten(block.slots, weights)
 
-    def _tell(self, what: str, slots: list[Slot], weights: list[nn.Parameter]) -> None:
+    def _tell_read(self, slots: list[Slot], weights: list[nn.Parameter]) -> None:
         if self._watcher is not None:
             for slot, weight in zip(slots, weights, strict=True):
-                getattr(self._watcher, what)(slot.tensor.name, weight)
+                self._watcher.read(slot.tensor.name, weight, partial(self._read, slot.tensor))
+
+    def _tell_forgotten(self, slots: list[Slot], weights: list[nn.Parameter]) -> None:
+        if self._watcher is not None:
+            for slot, weight in zip(slots, weights, strict=True):
+                self._watcher.forgotten(slot.tensor.name, weight)
 
     def _leaf(self, block: Block, tensor: ModelTensor) -> nn.Parameter:
         weight = nn.Parameter(self._read(tensor), requires_grad=False)
@@ -253,7 +278,11 @@ class Blockwise:
     def _rows(self, table: Table, rows: Tensor | slice) -> Tensor:
         read = self._checkpoint.read
         weight = read(table.source, rows) if isinstance(rows, slice) else read(table.source)[rows]
-        check_finite(weight, table.source, self._checkpoint.tensors[table.source].file)
+        key = (table.source, rows.start, rows.stop) if isinstance(rows, slice) else None
+        if key is None or key not in self._checked:
+            check_finite(weight, table.source, self._checkpoint.tensors[table.source].file)
+        if key is not None:
+            self._checked.add(key)
         return weight.to(self._dtype)
 
     def _rows_arrived(self, table: Table, look_up: LookUp, weight: Tensor) -> None:
@@ -272,7 +301,8 @@ class Blockwise:
         if self._watcher is not None:
             self._watcher.multiplied(table.name, x.numel() // x.shape[-1])
         product: Callable[..., Tensor] = _HeadProduct.apply
-        logits = product(x, self, table, self._asked(table.name))
+        anchor = None if self._consume is None else self._anchor
+        logits = product(x, self, table, self._asked(table.name), anchor)
         return logits if module.bias is None else logits + module.bias
 
     def chunks(self, table: Table) -> Iterator[tuple[slice, Tensor]]:
@@ -283,19 +313,27 @@ class Blockwise:
             rows = slice(start, min(start + step, height))
             yield rows, self._rows(table, rows)
 
-    def consume_rows(self, table: Table, rows: slice, weight: Tensor, gradient: Tensor) -> None:
+    def consume_rows(self, table: Table, rows: slice, weight: Tensor, x: Tensor, slope: Tensor, back: Tensor) -> None:
         """Of the head. Those that the embedding looked up are kept until its own gradient comes."""
         assert self._consume is not None
+        looked_up = torch.arange(rows.start, rows.stop)
+        if self._consume_product is not None:
+            looked_up = table.looked_up(rows)
+            here = looked_up - rows.start
+            others = slope.index_fill(1, here, 0) if len(here) else slope
+            self._consume_product(table.name, weight, x, others, back - slope[:, here] @ weight[here])
+            weight, slope = weight[here], slope[:, here]
+        gradient = slope.T @ x
         self._consume(table.name, weight, gradient, 1)
         for look_up in table.look_ups:
-            look_up.add(torch.arange(rows.start, rows.stop), gradient)
+            look_up.add(looked_up, gradient)
 
 
 class _HeadProduct(torch.autograd.Function):
     """x `[..., in]` times the head, some of its rows at a time, both ways."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Blockwise, table: Table, wanted: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Blockwise, table: Table, wanted: bool, anchor: Tensor | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weights, ctx.table, ctx.wanted = weights, table, wanted
         logits = x.new_empty(*x.shape[:-1], table.shape[0])
@@ -304,15 +342,20 @@ class _HeadProduct(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        flat, slope = x.flatten(0, -2), gradients[0].flatten(0, -2)
-        total = torch.zeros_like(flat)
+        total = torch.zeros_like(x).flatten(0, -2)
+        slope = gradients[0].flatten(0, -2)
+        counting = slope.any(1)  # tokens whose predictions do; others are context alone
+        slope, flat = slope[counting], x.flatten(0, -2)[counting]
+        back = torch.zeros_like(flat)
         for rows, weight in ctx.weights.chunks(ctx.table):
-            total += slope[:, rows] @ weight
+            part = slope[:, rows] @ weight
+            back += part
             if ctx.wanted:
-                ctx.weights.consume_rows(ctx.table, rows, weight, slope[:, rows].T @ flat)
-        return total.view_as(x), None, None, None
+                ctx.weights.consume_rows(ctx.table, rows, weight, flat, slope[:, rows], part)
+        total[counting] = back
+        return total.view_as(x), None, None, None, None
 
 
 def _unknown(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -320,73 +363,10 @@ def _unknown(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.full((), torch.nan, dtype=dtype).expand(*shape)
 
 
+def _same(parameter: Tensor) -> Tensor:
+    return parameter
+
+
 def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
     """What a module does when it is called; its hooks stay."""
     vars(module)["forward"] = forward
-
-
-def _closed(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call it with copies of what it could leave something in for others, and fail where it changes anything else."""
-    values, structure = tree_flatten((args, kwargs))
-    versions = [value._version if isinstance(value, Tensor) else 0 for value in values]
-    args, kwargs = given = tree_unflatten(list(map(_own, values)), structure)
-    result = forward(*args, **kwargs)
-    after = [value._version if isinstance(value, Tensor) else 0 for value in tree_leaves(given)]
-    if after != versions:
-        raise RuntimeError("a block changes what it is given")
-    return result
-
-
-def _own(value: Any) -> Any:
-    """What a block may leave keys and values in: nobody else takes them from there."""
-    return deepcopy(value) if isinstance(value, Cache) else copy(value) if isinstance(value, UserDict) else value
-
-
-def _recomputed(forward: Callable[..., Any], args: Any, kwargs: Any, anchor: Tensor) -> Any:
-    """Call it without keeping what it computes; that is done again when gradients come back."""
-    values, structure = tree_flatten((args, kwargs))
-    places = [i for i, value in enumerate(values) if isinstance(value, Tensor) and value.requires_grad]
-    inputs = [values[place] for place in places]
-    for place in places:
-        values[place] = None  # its graph would be held, too
-
-    def again(given: Sequence[Tensor]) -> Any:
-        whole = list(map(_own, values))
-        for place, value in zip(places, given, strict=True):
-            whole[place] = value
-        args, kwargs = tree_unflatten(whole, structure)
-        return forward(*args, **kwargs)
-
-    shape: list[Any] = []
-    compute: Callable[..., tuple[Tensor, ...]] = _Recomputed.apply
-    tensors = iter(compute(again, shape, anchor, *inputs))
-    others, of_outputs = shape
-    return tree_unflatten([next(tensors) if value is _TENSOR else value for value in others], of_outputs)
-
-
-class _Recomputed(torch.autograd.Function):
-    """Tensors that a function puts out; the rest is added to a list, leaves and their tree."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, function: Callable[..., Any], rest: list[Any], anchor: Tensor, *given: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.function = function
-        ctx.save_for_backward(*given)
-        leaves, structure = tree_flatten(function(given))
-        rest += [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
-        return _tensors(leaves)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        given = [value.detach().requires_grad_(value.requires_grad) for value in ctx.saved_tensors]
-        with torch.enable_grad():
-            results = _tensors(tree_leaves(ctx.function(given)))
-        pairs = [(value, slope) for value, slope in zip(results, gradients, strict=True) if value.requires_grad]
-        if pairs:
-            torch.autograd.backward([value for value, _ in pairs], [slope for _, slope in pairs])
-        return None, None, None, *(value.grad for value in given)
-
-
-def _tensors(leaves: Sequence[Any]) -> tuple[Tensor, ...]:
-    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))

@@ -30,7 +30,7 @@ Writer = Callable[[Sequence[int], int, int, Step | None], torch.Tensor]
 """Who writes a model's own text: (numbers of the sequences, length, seed, progress) -> int64 `[numbers, length]`.
 Raises UnsupportedError, having said why, where the model's own class has to."""
 
-TOGETHER = 32  # sequences of a pass over the weights
+TOGETHER = 48  # sequences of a pass over the weights
 BLOCK = 256  # probabilities that are added up in float32
 
 

@@ -1,6 +1,6 @@
-"""Sensitivities of a checkpoint: sequences of a probe, one pass of the model on each, until they say enough.
+"""Sensitivities of a checkpoint: sequences of a probe, passes of the model on some of them, until they say enough.
 
-    checkpoint ──► own text, or another probe: sequence k ──► pass k: alpha, beta ──► enough? ──► Sensitivity
+    checkpoint ──► own text, or another probe: sequences ──► pass k: alpha, beta ──► enough? ──► Sensitivity
                               └───── both are kept by the weights' fingerprint ─────┘
 
 The model is read block by block as it is run, so that it may be larger than memory.
@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from waterfill.base.errors import UnsupportedError, WaterfillError, first_line
-from waterfill.base.progress import LOADING, Progress, Step, stage, step_of
+from waterfill.base.progress import LOADING, Progress, stage, step_of
 from waterfill.files.architecture import Architecture
 from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint
@@ -33,15 +33,25 @@ from waterfill.planning.estimators import ProbePass
 from waterfill.planning.options import ProbeOptions
 from waterfill.planning.pace import fast_dtype, forecast
 from waterfill.planning.precision import PRECISION, parse_precision, relative_error
-from waterfill.planning.probe import MOST_SEQUENCES, Probe, own_text, probe_tokens, read_text, spread_windows
+from waterfill.planning.probe import (
+    MOST_SEQUENCES,
+    Probe,
+    lead_of,
+    own_text,
+    probe_tokens,
+    read_text,
+    spread_windows,
+)
 from waterfill.planning.probe_store import ProbeStore
-from waterfill.planning.sensitivity import Method, Sensitivity, measure, one_pass, summary, trainable
+from waterfill.planning.sensitivity import Method, Sensitivity, one_pass, summary, trainable
 
 _log = logging.getLogger(__name__)
 
-FIRST = 4  # sequences before it is asked whether they are enough
+FIRST = 4  # passes before it is asked whether they are enough
+PASS_TOKENS = 320  # of a pass, about: what it takes however many there are is worth some sequences
+LEAST_PASSES = 4  # of a number of sequences that is asked for: their spread gives the error
 WORTH_SAYING_S = 5.0  # that measuring takes, before it is said
-TOGETHER = 12  # of own text that are sampled at once: more cost little beside these
+TOGETHER = 24  # of own text that are sampled at once: more cost little beside these
 MEASURING = "measuring sensitivities"
 SAMPLING = "sampling a probe"
 
@@ -75,9 +85,8 @@ def measure_checkpoint(
         WaterfillError: the model's class, or the text, does not allow it.
     """
     passes = _Measurement(checkpoint, architecture, progress, options, write)
-    count = options.get("sequences")
-    if count is not None:
-        return passes.sensitivity(count)
+    if options.get("sequences") is not None:
+        return passes.sensitivity(passes.most)
     error = error or partial(relative_error, matrices=architecture.matrices)
     precision = parse_precision(options.get("precision", PRECISION))
     count = min(FIRST, passes.most)
@@ -90,13 +99,26 @@ def measure_checkpoint(
     if known > precision:
         _log.warning(
             "after %d sequences the predicted loss is known to ±%.0f %%, not ±%.0f %%; ask for more with --sequences",
-            *(count, 100 * known, 100 * precision),
+            *(measured.probe["sequences"], 100 * known, 100 * precision),
         )
     return measured
 
 
+def measured_tokens(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    progress: Progress | None,
+    options: ProbeOptions,
+    *,
+    write: Writer | None = None,
+) -> torch.Tensor:
+    """The sequences of a probe alone, int64 `[sequences, length]`, as many as are asked for; kept, and used again."""
+    passes = _Measurement(checkpoint, architecture, progress, options, write)
+    return passes.tokens()
+
+
 class _Measurement:
-    """Passes over a probe's sequences, one after the other, each of them made once."""
+    """Passes over a probe's sequences, some at a time, each of them made once."""
 
     def __init__(
         self,
@@ -114,32 +136,46 @@ class _Measurement:
         text = read_text(self._probe.text) if self._probe.text else ""  # before minutes of loading
         self._tokenizer = load_tokenizer(checkpoint.path) if self._probe.text else None
         store = ProbeStore.of(checkpoint.fingerprint, kept=options.get("cache", True))
+        self._each = max(1, PASS_TOKENS // self._length)  # sequences of a pass
+        if not self._adaptive:
+            self._each = max(1, min(self._each, self._probe.sequences // LEAST_PASSES))
         probe = self._probe.kind, self._probe.length, self._probe.seed, write is None
         windows = 0 if self._adaptive else self._probe.sequences  # of a text: they are spread over it
         self._dtype = fast_dtype(self._matrices) if self._method == "fisher" else torch.float32
         self._texts = store.text(*probe)
         self._passes = store.passes(
-            self._matrices, *probe, _digest(text), windows if text else 0, self._method, self._dtype
+            self._matrices, *probe, self._each, _digest(text), windows if text else 0, self._method, self._dtype
         )
         self._done: list[ProbePass] = []
 
     @cached_property
     def most(self) -> int:
-        """Sequences that are measured at most where nobody says how many."""
+        """Passes at most: over the sequences asked for, or over as many as there are where nobody says how many."""
+        return -(-self._sequences // self._each)
+
+    @cached_property
+    def _sequences(self) -> int:
+        if not self._adaptive:
+            return self._probe.sequences
         return len(self._given) if self._probe.kind == "text" else MOST_SEQUENCES
 
+    def _of_pass(self, number: int) -> range:
+        """Numbers of its sequences."""
+        return range(number * self._each, min((number + 1) * self._each, self._sequences))
+
     def sensitivity(self, count: int) -> Sensitivity:
-        """Of the first `count` sequences."""
+        """Of the first `count` passes."""
         self._reuse(count)
         if len(self._done) < count:
             self._measure_to(count)
+        sequences = [len(self._of_pass(number)) for number in range(count)]
         return summary(
             self._done,
-            [1] * count,
-            count * (self._length - 1),
+            sequences,
+            sum(sequences) * (self._length - 1 - self._lead),
             method=self._method,
             fingerprint=self._checkpoint.fingerprint,
-            probe=described(self._probe, count, self._length),
+            probe=described(self._probe, sum(sequences), self._length),
         )
 
     def _reuse(self, count: int) -> None:
@@ -147,13 +183,13 @@ class _Measurement:
         begun = len(self._done)
         while len(self._done) < count and (stored := self._passes.probe_pass(len(self._done))) is not None:
             self._done.append(stored)
-        if len(self._done) > begun:
-            _log.info("%d sequences of the probe were measured before, and are not again", len(self._done) - begun)
+        if reused := sum(len(self._of_pass(number)) for number in range(begun, len(self._done))):
+            _log.info("%d sequences of the probe were measured before, and are not again", reused)
 
     def _measure_to(self, count: int) -> None:
         if self._method == "fisher":
             self._foretell(count)
-        self._sequence(len(self._done), count)  # sampled before it is said that measuring begins
+        self._part(len(self._done), count)  # sampled before it is said that measuring begins
         self._model  # noqa: B018 - and loaded
         step = step_of(self._progress, MEASURING)
         if step:
@@ -165,12 +201,13 @@ class _Measurement:
 
     def _foretell(self, count: int) -> None:
         """What it will take, before it begins."""
-        due = self._due(len(self._done), count) if self._probe.kind == "self" else ()
+        due = self._due(self._of_pass(len(self._done)).start, count) if self._probe.kind == "self" else ()
         sampled = 0 if not due or self._own(due[0]) is not None else len(due)
         config = self._config.get_text_config()
         ahead = forecast(
             self._matrices,
-            sequences=count - len(self._done),
+            passes=count - len(self._done),
+            sequences=self._of_pass(count - 1).stop - self._of_pass(len(self._done)).start,
             sampled=sampled,
             length=self._length,
             vocabulary=getattr(config, "vocab_size", 0),
@@ -189,11 +226,17 @@ class _Measurement:
         )
 
     def _measure(self, number: int, count: int) -> ProbePass:
-        tokens, model, method = self._sequence(number, count), self._model, self._method
+        part, model, method = self._part(number, count), self._model, self._method
         advice = "the other method may do (--method), or keep all (--lossless)"
         with failing(model, f"being measured by {method}", advice), trainable(model, self._matrices, method):
             measured = one_pass(
-                model, self._matrices, tokens[None], method=method, seed=self._probe.seed, number=number
+                model,
+                self._matrices,
+                part,
+                method=method,
+                seed=self._probe.seed,
+                number=number,
+                lead=self._lead,
             )
         self._passes.keep_pass(number, measured)
         return measured
@@ -211,11 +254,23 @@ class _Measurement:
         return min(self._probe.length, context_length(self._config) or self._probe.length)
 
     @cached_property
+    def _lead(self) -> int:
+        return lead_of(self._length)
+
+    @cached_property
     def _config(self) -> Any:
         return transformers.AutoConfig.from_pretrained(self._checkpoint.path, trust_remote_code=False)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Tokens
+
+    def tokens(self) -> torch.Tensor:
+        """Of all passes, int64 `[sequences, length]`."""
+        return torch.cat([self._part(number, self.most) for number in range(self.most)])
+
+    def _part(self, number: int, count: int) -> torch.Tensor:
+        """What a pass reads, of so many, int64 `[sequences, length]`."""
+        return torch.stack([self._sequence(each, count) for each in self._of_pass(number)])
 
     def _sequence(self, number: int, count: int) -> torch.Tensor:
         """int64 `[length]`."""
@@ -227,8 +282,9 @@ class _Measurement:
         return known
 
     def _due(self, number: int, count: int) -> range:
-        """What is sampled together where `number` is not there yet."""
-        return range(number, max(count, number + TOGETHER) if self._adaptive else count)
+        """What is sampled together where sequence `number` is not there yet, for so many passes."""
+        last = self._of_pass(count - 1).stop
+        return range(number, max(last, number + TOGETHER) if self._adaptive else last)
 
     @cached_property
     def _fresh(self) -> dict[int, torch.Tensor]:
@@ -274,29 +330,6 @@ def described(probe: Probe, sequences: int, length: int) -> dict[str, Any]:
     """What sensitivities say of the probe that they were measured on."""
     text = as_text(probe.text.name) if probe.text else None
     return {"kind": probe.kind, "sequences": sequences, "length": length, "seed": probe.seed, "text": text}
-
-
-def measure_on(
-    model: Any,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    probe: Probe,
-    tokens: torch.Tensor,
-    *,
-    method: Method = "fisher",
-    progress: Step | None = None,
-) -> Sensitivity:
-    """Measure a model of a checkpoint on the tokens of a probe, int64 `[sequences, length]`."""
-    return measure(
-        model,
-        architecture.matrices,
-        tokens,
-        method=method,
-        seed=probe.seed,
-        fingerprint=checkpoint.fingerprint,
-        probe=described(probe, *tokens.shape),
-        progress=progress,
-    )
 
 
 @contextmanager

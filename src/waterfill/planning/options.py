@@ -31,7 +31,7 @@ class ProbeOptions(TypedDict, total=False):
     revision: str | None
 
 
-QUICK = ProbeOptions(sequences=4, length=128)
+QUICK = ProbeOptions(sequences=4, length=96)
 
 
 class PlanOptions(ProbeOptions, total=False):

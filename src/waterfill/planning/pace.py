@@ -1,7 +1,7 @@
 """How fast this machine multiplies, by some milliseconds of it: in which dtype to measure, and how long it will take.
 
-A token of a pass costs, in operations per weight: 2 forward, 2 for computing the block again, and 4 backward. One of
-own text costs 2, in products with few rows, at about half the speed.
+A token of a pass costs, in operations per weight: 2 forward, 2 for its gradient, and half of one for a quarter of the
+weights'; half as much again for the rest. One of own text costs 2, in products with few rows, at about half the speed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from waterfill.planning.inventory import PlannedMatrix
 
 SMALL_WEIGHTS = 1 << 25  # of a model that is measured in float32 whatever the machine is fast in
 FASTER = 1.5  # times as fast as float32 bfloat16 has to be, which rounds gradients to 1/256
-PER_TOKEN, PER_OWN_TOKEN = 8, 4  # operations per weight
-PER_PASS = 3000  # of all that is no product: reading and converting weights, sums over their groups
+PER_TOKEN, PER_OWN_TOKEN = 7, 4  # operations per weight
+PER_PASS = 1000  # of all that is no product: reading and converting weights, sums over their groups
 _ROWS, _WIDTH, _TRIALS = 512, 1024, 4
 
 
@@ -56,6 +56,7 @@ class Forecast:
 def forecast(
     matrices: Sequence[PlannedMatrix],
     *,
+    passes: int,
     sequences: int,
     sampled: int,
     length: int,
@@ -63,9 +64,9 @@ def forecast(
     layers: int,
     dtype: torch.dtype,
 ) -> Forecast:
-    """Of so many sequences, of which some have to be `sampled` first."""
+    """Of so many passes over so many sequences; some have to be `sampled` first."""
     weights, tokens = _weights(matrices), sequences * length
-    seconds = PER_TOKEN * weights * tokens / speed(dtype) + PER_PASS * weights * sequences / speed(torch.float32)
+    seconds = PER_TOKEN * weights * tokens / speed(dtype) + PER_PASS * weights * passes / speed(torch.float32)
     seconds += PER_OWN_TOKEN * weights * sampled * length / speed(torch.float32)
     width = max(min(matrix.shape) for matrix in matrices)
     block = weights // max(1, layers)

@@ -29,7 +29,9 @@ from waterfill.planning.ancestral import Writer, sample, start_token
 
 Kind = Literal["self", "random", "text"]
 KINDS: tuple[Kind, ...] = ("self", "random", "text")
-MOST_SEQUENCES = 32  # where nobody says how many
+MOST_SEQUENCES = 48  # where nobody says how many
+LENGTH = 160  # tokens of a sequence: short ones say more for what they cost (docs/results/scale.md)
+LEAD_SHARE = 4  # one token of so many only gives context: with little of it, a model loses more than it does usually
 MOST_TOKENS = 1 << 28  # of a probe; 2 GB of token ids
 
 
@@ -39,7 +41,7 @@ class Probe:
 
     kind: Kind = "self"
     sequences: int = MOST_SEQUENCES
-    length: int = 512
+    length: int = LENGTH
     seed: int = 0
     text: Path | None = None
 
@@ -59,6 +61,11 @@ class Probe:
         if (self.kind == "text") != (self.text is not None):
             source = "no text file" if self.text is None else f"the text file {self.text}"
             raise WaterfillError(f"probe {self.kind!r} and {source} do not go together; a text file makes a text probe")
+
+
+def lead_of(length: int) -> int:
+    """Tokens at the beginning of a sequence that only give context to the others."""
+    return length // LEAD_SHARE
 
 
 def probe_tokens(

@@ -96,6 +96,7 @@ def measure(
     seed: int = 0,
     batch: int = 1,
     fingerprint: str = "",
+    lead: int = 0,
     probe: Mapping[str, Any] | None = None,
     progress: Step | None = None,
 ) -> Sensitivity:
@@ -105,6 +106,7 @@ def measure(
         model: a causal LM from transformers, in the names of `matrices`.
         tokens: int64 `[sequences, length]`, the probe.
         batch: sequences per pass; standard errors come from the spread between passes.
+        lead: tokens at the beginning of each sequence that only give context.
         fingerprint, probe: recorded in the result.
         progress: called with (passes done, passes in all), at first with none done.
 
@@ -124,13 +126,13 @@ def measure(
         progress(0, len(passes))
     with trainable(model, matrices, method):
         for number, part in enumerate(passes):
-            samples.append(one_pass(model, matrices, part, method=method, seed=seed, number=number))
+            samples.append(one_pass(model, matrices, part, method=method, seed=seed, number=number, lead=lead))
             if progress:
                 progress(number + 1, len(passes))
     return summary(
         samples,
         [part.shape[0] for part in passes],
-        tokens.shape[0] * (tokens.shape[1] - 1),
+        tokens.shape[0] * (tokens.shape[1] - 1 - lead),
         method=method,
         fingerprint=fingerprint,
         probe=probe,
@@ -138,7 +140,14 @@ def measure(
 
 
 def one_pass(
-    model: nn.Module, matrices: Sequence[Matrix], part: torch.Tensor, *, method: Method, seed: int, number: int
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    part: torch.Tensor,
+    *,
+    method: Method,
+    seed: int,
+    number: int,
+    lead: int = 0,
 ) -> ProbePass:
     """What a part of a probe says, int64 `[sequences, length]`; its labels depend on the seed and its number alone.
 
@@ -146,7 +155,7 @@ def one_pass(
         WaterfillError: logits or gradients are not finite.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64)
-    sample = PASSES[method](model, matrices, part, generator)
+    sample = PASSES[method](model, matrices, part, generator, lead=lead)
     _check_finite(sample)
     return sample
 

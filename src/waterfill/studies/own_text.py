@@ -1,10 +1,10 @@
-"""A model's own text, written by the native engine from 6-bit codes of its weights.
+"""A model's own text, written by the native engine from 8-bit codes of its weights.
 
     checkpoint ──pack──► codes, in a folder of the cache ──open──► LlamaModel ──sample──► tokens
                 └─ not a model of the engine's: UnsupportedError, and transformers writes
 
-A token of many sequences is one pass over the weights, and six bits of each are a fifth of float32. Text of a model
-this close is text of the original.
+A token of many sequences is one pass over the weights, which are multiplied as the bytes that they are stored in. Text
+of a model this close is text of the original.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from waterfill.running.engine.opening import check_library, open_model
 
 _log = logging.getLogger(__name__)
 
-CODEC = "higgs-p1-n64"
+CODEC = "levels-8"
 TEXTS_SHARE = 0.25  # of the free memory that keys and values of all texts of a pass may take
 
 

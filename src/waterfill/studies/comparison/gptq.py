@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.files.artifact import Buffer
 from waterfill.files.model_calls import read
-from waterfill.planning.estimators import matrix_view
+from waterfill.planning.costs import matrix_view
 from waterfill.planning.moments import module_of
 from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable
 from waterfill.studies.comparison.peers import library

@@ -19,7 +19,7 @@ from waterfill.files.artifact import Buffer
 from waterfill.files.ggml import silence
 from waterfill.files.gguf import FILE_TYPES, TENSOR_TYPES, Entry, read_gguf, write_gguf
 from waterfill.files.llama_names import GGUF_NORMS, GGUF_PROJECTIONS, gguf_name
-from waterfill.planning.estimators import matrix_view
+from waterfill.planning.costs import matrix_view
 from waterfill.studies.comparison.base import Candidate, Method, Put, StudiedModel, Unavailable
 from waterfill.studies.comparison.ggml import NAMES, quantise
 from waterfill.studies.comparison.peers import library

@@ -25,7 +25,7 @@ from waterfill.base.records import Record, frame
 from waterfill.evaluation import divergence
 from waterfill.files.architecture import parameters_of
 from waterfill.planning.budget import Budget
-from waterfill.planning.estimators import matrix_view
+from waterfill.planning.costs import matrix_view
 from waterfill.planning.planner import USUAL, Request
 from waterfill.studies.comparison.base import OURS, Method, Row, StudiedModel, Unavailable
 from waterfill.studies.comparison.cache import VERSION, Results

@@ -17,7 +17,7 @@ from torch import Tensor
 from waterfill.base.dtypes import ITEM_BYTES, TORCH_DTYPES
 from waterfill.files.architecture import Architecture, Matrix, parameters_of
 from waterfill.files.artifact import Buffer
-from waterfill.planning.estimators import matrix_view
+from waterfill.planning.costs import matrix_view
 from waterfill.studies.comparison.base import Candidate, Put, StudiedModel, Unavailable
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

@@ -5,31 +5,27 @@ model + text + budgets + methods ──► Comparison
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Literal, TypedDict, Unpack, cast
 
 import torch
 
 from waterfill.base.ambient import own_torch_modes
 from waterfill.base.arguments import PATH, POSITIVE, SIZE, checked, each
 from waterfill.base.errors import WaterfillError
-from waterfill.base.progress import DESCRIBING, LOADING, OPENING, READING, Progress, stage, step_of
-from waterfill.base.writing import write_file
+from waterfill.base.progress import DESCRIBING, LOADING, OPENING, READING, Progress, stage
 from waterfill.evaluation import default_context, token_ids, windows
 from waterfill.files.architecture import Architecture, describe
 from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.files.original import load_checkpoint, load_tokenizer
 from waterfill.planning.budget import Budget, parse_size
 from waterfill.planning.loss import Gain
-from waterfill.planning.measuring import MEASURING, measure_on, probe_of
+from waterfill.planning.measuring import measure_checkpoint, measured_tokens
 from waterfill.planning.menu import Purpose, codec_names
 from waterfill.planning.options import CHECKS, ProbeOptions
 from waterfill.planning.planner import Request
-from waterfill.planning.probe import probe_tokens, read_text
 from waterfill.planning.sensitivity import Sensitivity, given_sensitivity
 from waterfill.studies.comparison import (
     DEFAULT_BITS,
@@ -41,11 +37,14 @@ from waterfill.studies.comparison import (
     known,
     select,
 )
-from waterfill.studies.comparison.cache import comparisons_folder
 from waterfill.studies.own_text import OwnText
 
 # Without the baseline that nobody ships, and without variants of what is there already.
 USUAL_METHODS = ("waterfill", "bnb-*", "hqq-[2348]", "quanto-*", "torchao-*", "gptq-*", "gguf-*[!x]")
+
+
+PROBE_KEYS = ("probe", "sequences", "length", "seed")
+CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 32, 512  # that calibrated peers see, where nobody says how many
 
 
 class CompareOptions(TypedDict, total=False):
@@ -106,12 +105,12 @@ def compare(
     with stage(progress, READING):
         tokenizer = load_tokenizer(checkpoint.path)
         ids = token_ids(tokenizer, text)
+    calibrated = any(method.calibrated for method in peers)
+    measured, calibration = _measured(checkpoint, architecture, progress, options, calibrated)
     with stage(progress, LOADING):
         original = load_checkpoint(checkpoint)
     context = default_context(original) if context is None else context
     ids = windows(ids, context)[:max_windows].flatten()
-    calibrated = any(method.calibrated for method in peers)
-    measured, calibration = _measured(checkpoint, architecture, original, tokenizer, progress, options, calibrated)
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)
     subject = StudiedModel(name, checkpoint, architecture, original, measured, calibration)
     request = Request(
@@ -147,39 +146,21 @@ def _methods(patterns: Sequence[str]) -> tuple[tuple[str, ...], tuple[Method, ..
 def _measured(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    model: Any,
-    tokenizer: Any,
     progress: Progress | None,
     options: CompareOptions,
     calibrated: bool,
 ) -> tuple[Sensitivity, torch.Tensor | None]:
-    """Sensitivities, and the tokens that calibrated peers see: those of the same probe. Both are kept on disk."""
+    """Sensitivities as `plan` measures them, and the tokens that calibrated peers see; what was made before is used."""
     wanted = options.get("sensitivity")
-    sensitivity = None if wanted is None else given_sensitivity(wanted, checkpoint)
-    if sensitivity is not None and not calibrated:
-        return sensitivity, None
-    text = options.get("calibration")
-    probe = probe_of(cast(ProbeOptions, options), text)
-    folder = comparisons_folder() / checkpoint.fingerprint / "probes"
-    digest = "" if text is None else blake2b(read_text(Path(text)).encode(), digest_size=8).hexdigest()
-    identity = f"{probe.kind}-{probe.sequences}-{probe.length}-{probe.seed}-{digest}".rstrip("-")
-    tokens_file = folder / f"{identity}.tokens.json"
-    try:
-        tokens = torch.tensor(json.loads(tokens_file.read_text()), dtype=torch.int64)
-    except (OSError, ValueError):
-        with OwnText(checkpoint, architecture, progress) as own:
-            tokens = probe_tokens(model, tokenizer, probe, step_of(progress, "sampling a probe"), own.sample)
-        write_file(tokens_file, json.dumps(tokens.tolist()))
-    if sensitivity is not None:
-        return sensitivity, tokens
-    kept = "-".join(sorted(options.get("keep", ())))
-    suffix = f"-{blake2b(kept.encode(), digest_size=6).hexdigest()}" if kept else ""
-    sensitivity_file = folder / f"{identity}{suffix}.sensitivity.json"
-    try:
-        return Sensitivity.load(sensitivity_file), tokens
-    except WaterfillError:
-        pass
-    step = step_of(progress, MEASURING)
-    measured = measure_on(model, checkpoint, architecture, probe, tokens, progress=step)
-    write_file(sensitivity_file, measured.to_json())
-    return measured, tokens
+    probe = {key: options[key] for key in PROBE_KEYS if options.get(key) is not None}  # type: ignore[literal-required]
+    probing = cast(ProbeOptions, probe | {"text": options.get("calibration")})
+    with OwnText(checkpoint, architecture, progress) as own:
+        if wanted is None:
+            measured = measure_checkpoint(checkpoint, architecture, progress, probing, write=own.sample)
+        else:
+            measured = given_sensitivity(wanted, checkpoint)
+        if not calibrated:
+            return measured, None
+        shape = {"sequences": CALIBRATION_SEQUENCES, "length": CALIBRATION_LENGTH}
+        seen = cast(ProbeOptions, shape | probing)
+        return measured, measured_tokens(checkpoint, architecture, progress, seen, write=own.sample)
