@@ -1,7 +1,10 @@
 """What planning costs: on real checkpoints from scratch, and at hundreds of billions of weights and a trillion.
 
-    plan        `waterfill plan` of each of --models in an empty cache: seconds, peak memory, sequences, and again with
-                what was kept; excess loss of plans over the number of sequences, with and without pooling
+    plan        `waterfill plan` of each of --models in an empty cache: seconds, peak memory, sequences, again with what
+                was kept, and with --quick; what plans lose by measuring fewer sequences, with and without pooling;
+                predicted beside measured KL on the held-out text, and on --texts
+
+    positions   what a token loses by how many come before it, and what sequences of other lengths would see
 
     simulated   time and memory of plans for shapes without weights: Llama-3.1-405B, and a mixture of experts of a
                 trillion weights in 70,000 matrices; with --quick, three layers of each
@@ -15,10 +18,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.scale.measured import measure_checkpoints
+from benchmarks.scale.positions import measure_positions
 from benchmarks.scale.simulated import measure_simulated
-from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, parse_arguments
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
 
-PARTS = ("plan", "simulated")
+PARTS = ("plan", "positions", "simulated")
 
 
 def main() -> None:
@@ -26,10 +30,14 @@ def main() -> None:
         __doc__,
         part={"choices": PARTS, "nargs": "+", "default": list(PARTS), "help": f"of {', '.join(PARTS)}"},
         models={"type": Path, "nargs": "+", "default": [EXAMPLE_MODEL], "help": "checkpoints to plan"},
+        texts={"type": Path, "nargs": "*", "default": [], "help": "more files to measure predictions on"},
     )
     report = BenchmarkReport("planning at scale")
     if "plan" in arguments.part:
-        measure_checkpoints(report, arguments.models, arguments.quick)
+        texts = [held_out_text(report), *arguments.texts]
+        measure_checkpoints(report, arguments.models, texts, arguments.quick)
+    if "positions" in arguments.part:
+        measure_positions(report, arguments.models, arguments.quick)
     if "simulated" in arguments.part:
         measure_simulated(report, arguments.quick)
     report.save(arguments.json)

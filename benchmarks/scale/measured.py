@@ -1,7 +1,8 @@
-"""Plans of real checkpoints from scratch: seconds, memory, sequences; and how plans get better with sequences.
+"""Plans of real checkpoints from scratch: seconds, memory, sequences; how they get better with sequences, and hold.
 
 checkpoint ──► waterfill plan, in an empty cache ──► time, peak, sequences    again ──► time without measuring
-           ──► sensitivities of many sequences ──► subsets of 1, 2, 4, … ──► excess loss of plans made of them
+           ──► sensitivities of many sequences ──► subsets of 1, 2, 4, … passes ──► excess loss of plans made of them
+           ──► plans from what was measured ──► packed ──► predicted KL beside that measured on texts
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from waterfill.planning.sensitivity import Sensitivity
 
 BITS = 4.0
 SEQUENCES, QUICK_SEQUENCES = 64, 16  # of the curve
-LENGTH, QUICK_LENGTH = 512, 128
+RATES, QUICK_RATES = (2.5, 3.0, 4.0, 5.0), (4.0,)  # of promises, bits
+CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 24, 4
+QUICK_GOAL_S = 20.0  # of --quick, for 135 million weights
 DRAWS = 200  # subsets per point of the curve
 GOAL_S = {0.2: 90.0, 0.8: 240.0, 2.0: 720.0}  # by billions of weights, up to
 GOAL_BYTES = {0.2: 1.5e9, 0.8: 2.5e9, 2.0: 4e9}
@@ -35,16 +38,40 @@ GOAL_BYTES = {0.2: 1.5e9, 0.8: 2.5e9, 2.0: 4e9}
 Floats = npt.NDArray[np.float64]
 
 
-def measure_checkpoints(report: BenchmarkReport, models: list[Path], quick: bool) -> None:
-    """A row per checkpoint, and a curve of each."""
-    rows, curves = [], []
+def measure_checkpoints(report: BenchmarkReport, models: list[Path], texts: list[Path], quick: bool) -> None:
+    """A row per checkpoint; a curve and promises of each."""
+    rows, curves, promises = [], [], []
     for model in models:
-        rows.append(_plan_row(report, model, quick))
-        curves += _curve(model, quick)
-    columns = ["checkpoint", "billion weights", "s", "peak MB", "sequences", "±", "s, measured before", "predicted KL"]
-    report.table(f"plans from scratch, {BITS:g} bits", columns, rows, key="plans")
-    columns = ["checkpoint", "sequences", "excess loss %", "with pooling %", "error of the promise %"]
+        rows.append(_plan_row(report, model))
+        measured = waterfill.sensitivity(model, sequences=QUICK_SEQUENCES if quick else SEQUENCES)
+        curves += _curve(model, measured)
+        promises += _promises(model, measured, texts, quick)
+    columns = ["checkpoint", "billion weights", "s", "peak MB", "sequences", "±", "s, measured before", "s, --quick"]
+    report.table(f"plans from scratch, {BITS:g} bits", [*columns, "predicted KL"], rows, key="plans")
+    columns = ["checkpoint", "passes", "sequences", "excess loss %", "with pooling %", "error of the promise %"]
     report.table("what noise of sensitivities costs", columns, curves, key="curve")
+    columns = ["checkpoint", "bits", "text", "predicted KL", "± ", "measured KL", "±", "predicted / measured"]
+    report.table(f"promises, windows of {CONTEXT} tokens", columns, promises, key="promises")
+
+
+def _promises(model: Path, measured: Sensitivity, texts: list[Path], quick: bool) -> list[list[Any]]:
+    """Predicted beside measured KL."""
+    rows = []
+    for bits in QUICK_RATES if quick else RATES:
+        plan = waterfill.plan(model, bits=bits, sensitivity=measured)
+        with tempfile.TemporaryDirectory() as folder:
+            packed = Path(folder) / "packed"
+            waterfill.pack(model, packed, plan=plan)
+            for text in texts:
+                windows = QUICK_WINDOWS if quick else WINDOWS
+                loss = waterfill.evaluate(packed, model, text, context=CONTEXT, max_windows=windows)
+                assert loss.kl is not None
+                assert loss.kl_stderr is not None
+                predicted = plan.predicted
+                figures = predicted.kl, predicted.sampling_error, loss.kl, loss.kl_stderr
+                ratio = round(predicted.kl / loss.kl, 3)
+                rows.append([model.name, bits, text.name, *(round(figure, 5) for figure in figures), ratio])
+    return rows
 
 
 @dataclass(frozen=True)
@@ -78,11 +105,11 @@ def _run(model: Path, cache: Path, *options: str) -> _Run:
     return _Run(Plan.load(cache / "plan.json"), time.perf_counter() - start_s, usage.ru_maxrss * 1024)
 
 
-def _plan_row(report: BenchmarkReport, model: Path, quick: bool) -> list[Any]:
-    options = ("--length", str(QUICK_LENGTH)) if quick else ()
+def _plan_row(report: BenchmarkReport, model: Path) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
-        first = _run(model, Path(folder), *options)
-        again = _run(model, Path(folder), *options)
+        first = _run(model, Path(folder))
+        again = _run(model, Path(folder))
+        quickly = _run(model, Path(folder), "--quick", "--no-cache")
     if again.plan != first.plan:
         raise SystemExit("the plan of kept measurements is not that of the measurements")
     billions = sum(tensor.weights for tensor in first.plan.tensors) / 1e9
@@ -91,19 +118,22 @@ def _plan_row(report: BenchmarkReport, model: Path, quick: bool) -> list[Any]:
     for what, value, goals in (("s", first.seconds, GOAL_S), ("peak_bytes", first.peak_bytes, GOAL_BYTES)):
         goal = next((goal for size, goal in goals.items() if billions <= size), math.inf)
         report.criterion(f"{model.name}_{what}", round(value, 1), f"<= {goal:g}", value <= goal)
+    if billions <= min(GOAL_S):
+        seconds = round(quickly.seconds, 1)
+        report.criterion(f"{model.name}_quick_s", seconds, f"<= {QUICK_GOAL_S:g}", seconds <= QUICK_GOAL_S)
     report.criterion(f"{model.name}_known_to", round(share, 3), "<= 0.1", share <= 0.1)
     sequences = first.plan.probe["sequences"]
-    times = round(first.seconds, 1), round(first.peak_bytes / 1e6), sequences, f"{share:.1%}", round(again.seconds, 1)
-    return [model.name, round(billions, 3), *times, round(predicted.kl, 5)]
+    times = round(first.seconds, 1), round(first.peak_bytes / 1e6), sequences, f"{share:.1%}"
+    others = round(again.seconds, 1), round(quickly.seconds, 1)
+    return [model.name, round(billions, 3), *times, *others, round(predicted.kl, 5)]
 
 
-def _curve(model: Path, quick: bool) -> list[list[Any]]:
-    """Excess loss, in per cent of the least, of allocations by the mean of some sequences; that of all is the truth."""
-    count = QUICK_SEQUENCES if quick else SEQUENCES
-    measured = waterfill.sensitivity(model, sequences=count, length=QUICK_LENGTH if quick else LENGTH)
+def _curve(model: Path, measured: Sensitivity) -> list[list[Any]]:
+    """Excess loss, in per cent of the least, of allocations by the mean of some passes; that of all is the truth."""
     names, sizes = _sizes(model, measured)
     assert measured.samples is not None
     samples = np.array([measured.samples[name].alpha for name in names]).T
+    count, sequences = len(samples), int(measured.probe["sequences"] or 0)
     truth, draw = samples.mean(0), np.random.default_rng(0)
     kinds = _kinds(names)
     rows = []
@@ -115,7 +145,15 @@ def _curve(model: Path, quick: bool) -> list[list[Any]]:
             pooled.append(_excess(_pooled(some, kinds), truth, sizes))
             promise.append(np.sum(sizes * some.mean(0) / truth) / sizes.sum() - 1)
         error = 100 * float(np.sqrt(np.mean(np.square(promise))))
-        rows.append([model.name, n, *(round(100 * float(np.mean(v)), 2) for v in (plain, pooled)), round(error, 1)])
+        rows.append(
+            [
+                model.name,
+                n,
+                n * sequences // count,
+                *(round(100 * float(np.mean(v)), 2) for v in (plain, pooled)),
+                round(error, 1),
+            ]
+        )
     return rows
 
 

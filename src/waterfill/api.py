@@ -26,13 +26,14 @@ from waterfill.files.original import load_tokenizer
 from waterfill.packing.kept import coded_bytes
 from waterfill.packing.pack import pack_plan
 from waterfill.packing.seal import seal
+from waterfill.planning.borrowed import check_units, given_sensitivity, uniform_sensitivity
 from waterfill.planning.budget import Budget, format_size, parse_size
 from waterfill.planning.measuring import as_text, measure_checkpoint
 from waterfill.planning.menu import CodedBytes, codec_names
 from waterfill.planning.options import CHECKS, QUICK, PlanOptions, ProbeOptions
 from waterfill.planning.plan import Plan, Unused, read_plan
 from waterfill.planning.planner import EVERYTHING, Request, make_lossless_plan, make_plan
-from waterfill.planning.sensitivity import SENSITIVITY_FILE, Sensitivity, given_sensitivity
+from waterfill.planning.sensitivity import SENSITIVITY_FILE, Sensitivity
 from waterfill.running.loading import load
 from waterfill.studies.own_text import OwnText
 
@@ -172,6 +173,8 @@ def _plan(
         codecs=tuple(options.get("codecs", ())),
         purpose=options.get("purpose", "storage"),
     )
+    if options.get("alpha", "measured") == "uniform" and options.get("sensitivity") is not None:
+        raise WaterfillError("--alpha uniform and --sensitivity do not go together; give one of them")
     architecture = _describe(checkpoint, request.keep, progress)
     codec_names(architecture, request.codecs)  # refuses what is none, before minutes of measuring
     sensitivity = options.get("sensitivity")
@@ -181,10 +184,13 @@ def _plan(
         with stage(progress, PLANNING):
             return make_plan(name, architecture, measured, budget, request, sizes)
 
-    if sensitivity is None:
+    if options.get("alpha", "measured") == "uniform":
+        measured = uniform_sensitivity(checkpoint.fingerprint, architecture.matrices)
+    elif sensitivity is None:
         measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options), planned)
     else:
-        measured = given_sensitivity(sensitivity, checkpoint)
+        measured = given_sensitivity(sensitivity, checkpoint, architecture.matrices)
+    check_units(measured, budget)
     made = planned(measured)
     return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
@@ -19,6 +20,7 @@ from waterfill.base.errors import WaterfillError
 from waterfill.base.records import Estimate, finite, flattened
 from waterfill.evaluation import EvaluationCache, plots, subjects
 from waterfill.evaluation import evaluate as evaluation
+from waterfill.running import loading
 
 TEXT_OPTIONS = {"context": 64, "max_windows": 9}
 
@@ -47,6 +49,18 @@ def test_the_reference_is_read_once(work: Path, ref_llama: Path, monkeypatch: py
     assert again == first
     assert stages == [*opened, *loaded, *["measuring"] * 10]
     assert not list((EvaluationCache.default().folder / "scores").iterdir())
+
+
+def test_a_reference_larger_than_memory_is_read_block_by_block(
+    work: Path, ref_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = measured(work, ref_llama, cache=False)
+    monkeypatch.setattr(loading, "fits", lambda _: False)
+    with caplog.at_level(logging.INFO, "waterfill"):
+        found = measured(work, ref_llama, cache=False)
+    assert "larger than the memory that is free: its weights are read block by block" in caplog.text
+    assert found.kl == pytest.approx(expected.kl, rel=1e-4)
+    assert found.ppl_reference == pytest.approx(expected.ppl_reference, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", ["4GB", "10kB"])  # the original's predictions are on disk, and they are not

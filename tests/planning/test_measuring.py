@@ -169,7 +169,8 @@ def test_who_does_not_get_enough_is_told(path: Path, caplog: pytest.LogCaptureFi
         measured(path, error=lambda _: 0.334, **RANDOM)
     (said,) = [record.message for record in caplog.records]
     assert said == (
-        f"after {MOST_SEQUENCES} sequences the predicted loss is known to ±33 %, not ±10 %; ask for more with --sequences"
+        f"after {MOST_SEQUENCES} sequences the predicted loss is known to ±33 %, not ±10 %; "
+        "ask for more with --sequences"
     )
 
 

@@ -74,14 +74,23 @@ _plan_options = combined(
     click.option("--precision", metavar="SHARE", help="Measure until the predicted loss is known to ± this (10%)."),
     click.option("--quick", is_flag=True, help="Measure on four short sequences: a first idea, of a wide interval."),
     click.option("--sequences", type=int, metavar="N", help="Sequences to measure on, instead of a precision."),
-    click.option("--length", type=int, metavar="N", help="Tokens per sequence (512)."),
+    click.option("--length", type=int, metavar="N", help="Tokens per sequence (160)."),
     click.option("--seed", type=int, metavar="N", help="The same seed gives the same bytes (0)."),
     click.option(
         "--method",
         type=click.Choice(["fisher", "perturb"]),
         help="Estimator: fisher (default), or perturb, hundreds of times slower, to check it.",
     ),
-    click.option("--sensitivity", type=FILE, help="Reuse what an earlier `plan --save` measured."),
+    click.option(
+        "--sensitivity",
+        type=FILE,
+        help="Reuse what an earlier `plan --save` measured, of this model or of a smaller one like it; or a table.",
+    ),
+    click.option(
+        "--alpha",
+        type=click.Choice(["measured", "uniform"]),
+        help="uniform: measure nothing, every weight counts the same.",
+    ),
     click.option("--no-cache", is_flag=True, help="Keep nothing of the measurement on disk, and use nothing kept."),
     _revision,
 )

@@ -2,8 +2,8 @@
 
     W' = level * scale(row, group) * 2^exponent,   levels are bytes plus 128, or 16-bit numbers plus 32768
 
-`levels-8` rounds to the nearest level of a group's scale in the rotated basis: near the original, and multiplied without
-a table on every machine. `levels-16` is a form in memory, which nothing is packed with.
+`levels-8` rounds to the nearest level of a group's scale in the rotated basis: near the original, and multiplied
+without a table on every machine. `levels-16` is a form in memory, which nothing is packed with.
 """
 
 from __future__ import annotations

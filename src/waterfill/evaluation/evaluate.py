@@ -190,7 +190,8 @@ def _against_file(
 def _compared(subject: Subject, measured: Divergence) -> Evaluation:
     """With the prediction beside the measurement, where there is one."""
     known = subject.kind == PACKED and (subject.path / PLAN_FILE).exists()
-    predicted = read_plan(subject.path).predicted if known else None
+    plan = read_plan(subject.path) if known else None
+    predicted = plan.predicted if plan is not None and plan.promises else None
     return Evaluation(
         size_bytes=subject.size_bytes,
         ppl=measured.ppl,

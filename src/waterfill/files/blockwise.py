@@ -36,8 +36,8 @@ Consume = Callable[[str, Tensor, Tensor, int], None]
 """Called with a parameter's state-dict name, some of its rows or all of it, their gradient, and 1; or -1 to take back
 what was handed out of these rows before."""
 ConsumeProduct = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
-"""Called with a parameter's state-dict name, some of its rows `[rows, in]` or all of them, what was multiplied with them
-`[tokens, in]`, the gradient of the product `[tokens, rows]`, and its part of that of the input `[tokens, in]`."""
+"""Called with a parameter's state-dict name, some of its rows `[rows, in]` or all of them, what was multiplied with
+them `[tokens, in]`, the gradient of the product `[tokens, rows]`, and its part of that of the input `[tokens, in]`."""
 
 
 class Watcher:

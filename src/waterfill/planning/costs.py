@@ -4,10 +4,10 @@
     a product's input and the gradient of what it gave ──► of the   ├──► across, along
                                         rows that matter most ──────┘
 
-A product says all that is wanted without the whole gradient, which is a third of a pass. `along` follows from what goes
-back to the input anyway; `across` is estimated without bias from a quarter of the rows, which are drawn by what they are
-likely to cost: squared norms of the row's weights times those of its gradients (sampled matrix products, Drineas et al.
-2006).
+A product says all that is wanted without the whole gradient, which is a third of a pass. `along` follows from what
+goes back to the input anyway; `across` is estimated without bias from a quarter of the rows, which are drawn by what
+they are likely to cost: squared norms of the row's weights times those of its gradients (sampled matrix products,
+Drineas et al. 2006).
 """
 
 from __future__ import annotations

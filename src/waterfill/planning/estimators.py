@@ -22,7 +22,7 @@ from waterfill.planning.products import Products, gradients, watched
 
 PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
 SCALE_STEP = 0.05  # relative change of scale by which `perturb_pass` measures beta, both ways
-KEPT_BYTES = 1 << 30  # of what a pass computes that are kept for the way back; more is computed again
+KEPT_BYTES = 3 << 28  # of what a pass computes that are kept for the way back; more is computed again
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def _sampled_score(
     rows.copy_(predicting.to(torch.float32).softmax(-1))
     probabilities = rows.flatten(0, 1)
     check_probabilities(probabilities)
-    of_tokens = predicting.gather(2, following[..., None])[..., 0].to(torch.float32)
-    nll = float((predicting.to(torch.float32).logsumexp(-1) - of_tokens).mean())
+    of_tokens = rows.gather(2, following[..., None]).clamp_min(torch.finfo(torch.float32).tiny)
+    nll = -float(of_tokens.log().mean())
     labels = _drawn(probabilities, generator).view(*following.shape, 1)
     rows.neg_().scatter_add_(2, labels, torch.ones_like(labels, dtype=slope.dtype))
     return slope.to(logits.dtype), nll

@@ -47,7 +47,8 @@ class PlanOptions(ProbeOptions, total=False):
     uniform: bool
     codecs: Sequence[str]
     purpose: Purpose  # storage: entropy-coded, the fewest bytes; memory: runs from its codes
-    sensitivity: str | Path | Sensitivity | None
+    alpha: Literal["measured", "uniform"]  # uniform: every weight counts the same
+    sensitivity: str | Path | Sensitivity | None  # of this model, or of one like it, or a table
 
 
 def _is_precision(value: object) -> bool:
@@ -64,6 +65,7 @@ CHECKS = {
     "precision": optional(Check("a share such as 0.05 or '5%'", _is_precision)),
     "quick": FLAG,
     "method": choice(*PASSES),
+    "alpha": choice("measured", "uniform"),
     "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),
     "sensitivity": optional(
         Check("a file, or sensitivities", lambda value: isinstance(value, Sensitivity) or PATH.holds(value))

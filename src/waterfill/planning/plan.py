@@ -29,6 +29,8 @@ from waterfill.planning.loss import Cost, Gain
 VERSION = 1
 Perplexity = Annotated[float, Range(1e-300, 1e308)]
 PLAN_FILE = "waterfill-plan.json"
+UNIFORM, TABLE, SIBLING = UNPROMISED = ("uniform", "table", "sibling")
+"""Kinds of a probe that nothing of this model was measured on (`borrowed`)."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,11 @@ class Plan:
     def lossless(self) -> bool:
         """Whether every bit of the model is kept."""
         return "lossless" in self.budget
+
+    @property
+    def promises(self) -> bool:
+        """Whether what is predicted was measured on this model."""
+        return self.probe.get("kind") not in UNPROMISED
 
     @property
     def original_bytes(self) -> int:

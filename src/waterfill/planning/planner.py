@@ -21,7 +21,7 @@ from waterfill.planning.evidence import weigh
 from waterfill.planning.inventory import Inventory
 from waterfill.planning.loss import Gain
 from waterfill.planning.menu import CodedBytes, Menus, Purpose, coded_where_smaller, kept_plans, make_menus, planned_kl
-from waterfill.planning.plan import KeptPlan, Plan, Prediction, TensorPlan
+from waterfill.planning.plan import UNPROMISED, KeptPlan, Plan, Prediction, TensorPlan
 from waterfill.planning.precision import sampling_error
 from waterfill.planning.refine import refine
 from waterfill.planning.sensitivity import Sensitivity
@@ -120,9 +120,12 @@ def make_lossless_plan(
 def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Prediction:
     """Sum of the tensors' losses; the interval joins the probe's margin and its sampling error.
 
+    Nothing is promised where nothing was measured on this model.
     Where tensors were hardly measured, it also spans what the measurement alone says and what was assumed.
     """
     kl = math.fsum(tensor.kl for tensor in tensors)
+    if sensitivity.probe.get("kind") in UNPROMISED:
+        return Prediction(kl=kl, kl_low=0.0, kl_high=None, ppl=None, ppl_reference=None, in_regime=False)
     alone = math.fsum(
         tensor.kl if tensor.measured == 1 else planned_kl(tensor, sensitivity.tensors[tensor.name], tensor.rho)
         for tensor in tensors

@@ -35,7 +35,6 @@ from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Step
 from waterfill.base.typed import Count, Range
 from waterfill.files.architecture import Matrix, parameters_of
-from waterfill.files.checkpoint import Checkpoint
 from waterfill.planning.estimators import ProbePass, fisher_pass, perturb_pass
 from waterfill.planning.loss import Coefficients, Cost
 
@@ -225,18 +224,3 @@ def trainable(model: nn.Module, matrices: Sequence[Matrix], method: Method) -> I
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
         model.zero_grad()
-
-
-def given_sensitivity(given: str | Path | Sensitivity, checkpoint: Checkpoint) -> Sensitivity:
-    """Sensitivities that were measured before.
-
-    Raises:
-        WaterfillError: they are not of these weights.
-    """
-    measured = given if isinstance(given, Sensitivity) else Sensitivity.load(Path(given))
-    if measured.fingerprint != checkpoint.fingerprint:
-        raise WaterfillError(
-            f"the sensitivities are of other weights (fingerprint {measured.fingerprint}) than {checkpoint.path} "
-            f"holds ({checkpoint.fingerprint}); measure them again"
-        )
-    return measured

@@ -14,12 +14,13 @@ import transformers
 
 from waterfill.base import process
 from waterfill.base.arguments import Check, checked
-from waterfill.base.dtypes import ITEM_BYTES, WEIGHT_DTYPES
+from waterfill.base.dtypes import ITEM_BYTES, TORCH_DTYPES, WEIGHT_DTYPES
 from waterfill.base.errors import ArtifactError, MemoryLimitError, WaterfillError, first_line
 from waterfill.base.reading import check_settings
 from waterfill.files.artifact import Artifact, open_artifact
+from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint, warn_of_adapter
-from waterfill.files.original import check_generation, from_pretrained, load_original
+from waterfill.files.original import check_generation, fits, from_pretrained, load_original
 from waterfill.running.hf.plugin import Caller, called_by
 from waterfill.running.streaming.fit import Fit, fit, kept_size, memory_bytes, packed_names
 from waterfill.running.streaming.tuning import GIVEN, USUAL, Tuning
@@ -129,7 +130,8 @@ def _packed_model(path: Path, dtype: torch.dtype | None, *, tensors: int) -> Any
 def load_checkpoint_in(
     checkpoint: Checkpoint, dtype: torch.dtype | None, *, memory: str | float | None = None, logits: int = 1
 ) -> Any:
-    """The original model in a dtype, None for its own, held below a limit where one is given.
+    """The original model in a dtype, None for its own, held below a limit where one is given. Where there is none, and
+    it is larger than what memory is free, its weights are read block by block as they are needed.
 
     Args:
         memory, logits: as of `load`.
@@ -138,6 +140,13 @@ def load_checkpoint_in(
         MemoryLimitError: `memory` is too little.
     """
     limit = memory_bytes(memory)
+    if limit is None and not fits(checkpoint):
+        _log.info(
+            "%s is larger than the memory that is free: its weights are read block by block, again for every pass "
+            "(a larger --batch reads them less often)",
+            checkpoint.path,
+        )
+        return load_blockwise(checkpoint, dtype or _widest(checkpoint))
     if limit is not None:
         process.return_large_blocks()
         _check_memory(checkpoint.path, _loading_bytes(checkpoint, dtype), limit)
@@ -147,6 +156,12 @@ def load_checkpoint_in(
 
         hold(model, checkpoint.path, Fit(streamed=False, limit_bytes=limit, spare_bytes=0, binding=True), logits=logits)
     return model
+
+
+def _widest(checkpoint: Checkpoint) -> torch.dtype:
+    """Of the dtypes that its weights are stored in."""
+    stored = [tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in WEIGHT_DTYPES]
+    return TORCH_DTYPES[max(stored, key=lambda name: ITEM_BYTES[name], default="F32")]
 
 
 def _loading_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:

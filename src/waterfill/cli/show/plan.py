@@ -94,6 +94,8 @@ def _largest_kept(plan: Plan) -> str:
 
 def _prediction(predicted: Prediction, probe: Mapping[str, Any]) -> Text:
     """The promise, or why there is none."""
+    if (borrowed := _borrowed(predicted, probe)) is not None:
+        return Text(borrowed, style="yellow")
     if predicted.kl_high is None:
         return Text(
             f"beyond the range where predictions hold (the model says at least {predicted.kl_low:.2g} nats per token): "
@@ -107,6 +109,21 @@ def _prediction(predicted: Prediction, probe: Mapping[str, Any]) -> Text:
         f"perplexity +{rise:.2f} % (+{low:.2f} to +{high:.2f}), measured on {measured_on}",
         style="green",
     )
+
+
+def _borrowed(predicted: Prediction, probe: Mapping[str, Any]) -> str | None:
+    """What is said in place of a promise where nothing was measured on the model."""
+    kind, source = probe.get("kind"), probe.get("text")
+    if kind == "uniform":
+        return f"a mean relative squared error of the weights of {predicted.kl:.3g}; what that costs was not measured"
+    if kind == "table":
+        return f"no loss: the sensitivities are those of a table, {source}, and say only which matrices matter more"
+    if kind == "sibling":
+        return (
+            f"KL {predicted.kl:.2g} nats per token if it is like the model of fingerprint {source}, which the "
+            "sensitivities were measured on: a guess, no promise"
+        )
+    return None
 
 
 def _unused(plan: Plan) -> dict[str, Text]:

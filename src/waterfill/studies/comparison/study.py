@@ -20,13 +20,14 @@ from waterfill.evaluation import default_context, token_ids, windows
 from waterfill.files.architecture import Architecture, describe
 from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.files.original import load_checkpoint, load_tokenizer
+from waterfill.planning.borrowed import given_sensitivity
 from waterfill.planning.budget import Budget, parse_size
 from waterfill.planning.loss import Gain
 from waterfill.planning.measuring import measure_checkpoint, measured_tokens
 from waterfill.planning.menu import Purpose, codec_names
 from waterfill.planning.options import CHECKS, ProbeOptions
 from waterfill.planning.planner import Request
-from waterfill.planning.sensitivity import Sensitivity, given_sensitivity
+from waterfill.planning.sensitivity import Sensitivity
 from waterfill.studies.comparison import (
     DEFAULT_BITS,
     OURS,
@@ -158,7 +159,7 @@ def _measured(
         if wanted is None:
             measured = measure_checkpoint(checkpoint, architecture, progress, probing, write=own.sample)
         else:
-            measured = given_sensitivity(wanted, checkpoint)
+            measured = given_sensitivity(wanted, checkpoint, architecture.matrices)
         if not calibrated:
             return measured, None
         shape = {"sequences": CALIBRATION_SEQUENCES, "length": CALIBRATION_LENGTH}
