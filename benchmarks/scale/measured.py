@@ -27,9 +27,9 @@ from waterfill.planning.plan import Plan
 from waterfill.planning.sensitivity import Sensitivity
 
 BITS = 4.0
-SEQUENCES, QUICK_SEQUENCES = 64, 16  # of the curve
+SEQUENCES, QUICK_SEQUENCES = 48, 16  # of the curve
 RATES, QUICK_RATES = (2.5, 3.0, 4.0, 5.0), (4.0,)  # of promises, bits
-CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 24, 4
+CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 12, 4
 QUICK_GOAL_S = 20.0  # of --quick, for 135 million weights
 DRAWS = 200  # subsets per point of the curve
 GOAL_S = {0.2: 90.0, 0.8: 240.0, 2.0: 720.0}  # by billions of weights, up to

@@ -28,7 +28,7 @@ from waterfill.planning.probe import lead_of
 from waterfill.studies.own_text import OwnText
 
 BITS = 4.0
-LENGTH, SEQUENCES, QUICK_SEQUENCES = 512, 24, 4
+LENGTH, SEQUENCES, QUICK_SEQUENCES = 512, 16, 4
 PLACES = (0, 16, 64, 128, 256, 384, 511)
 LENGTHS = (96, 128, 160, 192, 256, 384, 512)
 

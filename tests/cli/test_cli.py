@@ -87,7 +87,7 @@ def test_plan_writes_nothing_and_says_everything(
 
 def test_a_second_plan_measures_nothing_and_says_so(command: Command, ref_llama: Path) -> None:
     first = command("plan", ref_llama, "--bits", "4", *SCALAR, "--quick", "--json")
-    assert (first.record["probe"]["sequences"], first.record["probe"]["length"]) == (4, 128)
+    assert (first.record["probe"]["sequences"], first.record["probe"]["length"]) == (4, 96)
     second = command("plan", ref_llama, "--bits", "5", *SCALAR, "--quick", "--json")
     assert "4 sequences of the probe were measured before, and are not again" in second.remarks
     stages = {event.get("stage") for event in second.events}

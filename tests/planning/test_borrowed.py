@@ -41,7 +41,7 @@ def test_a_siblings_are_those_of_the_same_kind_at_the_same_depth(tmp_path: Path)
     checkpoint, architecture = opened(tiny_llama(tmp_path / "large", layers=4))
     found = given_sensitivity(measured(small, "other", up_proj=5.0), checkpoint, architecture.matrices)
     assert found.fingerprint == checkpoint.fingerprint
-    assert found.probe == {"kind": "sibling", "text": "other"}
+    assert found.probe == {"kind": "sibling", "source": "other"}
     for kind, factor in (("mlp.up_proj", 5.0), ("self_attn.q_proj", 1.0)):
         alphas = [found.tensors[f"model.layers.{i}.{kind}"].alpha for i in range(4)]
         # Layers lie at 1/8, 3/8, 5/8 and 7/8; those of the sibling at 1/4 and 3/4; half as much each.
@@ -95,7 +95,7 @@ def table(path: Path, **changed: Any) -> Path:
 def test_a_table_says_which_matrices_matter_more(tmp_path: Path) -> None:
     checkpoint, architecture = opened(tiny_llama(tmp_path / "model"))
     found = given_sensitivity(table(tmp_path / "alphas.json"), checkpoint, architecture.matrices)
-    assert found.probe == {"kind": "table", "text": "alphas.json"}
+    assert found.probe == {"kind": "table", "source": "alphas.json"}
     assert found.tensors["model.layers.0.mlp.up_proj"].alpha == pytest.approx(1.5)  # one layer's, over both
 
 

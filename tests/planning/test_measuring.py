@@ -177,7 +177,7 @@ def test_who_does_not_get_enough_is_told(path: Path, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("windows", [2, 3, 6, 50])
 def test_a_text_has_no_more_than_it_has(windows: int, path: Path, tmp_path: Path, passes: list[int]) -> None:
     file = tmp_path / "a.txt"
-    file.write_text("x = 1\n" * 100)
+    file.write_text("x = 1\n" * 40)
     tokens = len(load_tokenizer(path)(file.read_text())["input_ids"])
     found = measured(path, text=file, length=tokens // windows, error=lambda _: 1.0)
     assert found.probe["sequences"] == len(passes) == min(windows, MOST_SEQUENCES)

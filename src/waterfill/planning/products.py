@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from waterfill.files.architecture import Matrix, parameters_of
-from waterfill.files.blockwise import Watcher
+from waterfill.files.blockwise import Watcher, itself
 from waterfill.planning.costs import Costs, stored_part
 
 # Functions that multiply with a weight, or look its rows up, and where their two operands are.
@@ -114,7 +114,7 @@ class Products(TorchFunctionMode, Watcher):
         if not torch.is_grad_enabled():
             return torch.nn.functional.linear(x, weight, bias)
         # On the way back it is in memory, for as long as what is computed again.
-        again = partial(_same, weight) if self._returning else held.again
+        again = partial(itself, weight) if self._returning else held.again
         product: Callable[..., Tensor] = _Product.apply
         return product(x, weight, bias, again, partial(self._arrive, held.matrix), self._anchor)
 
@@ -176,10 +176,6 @@ class _Product(torch.autograd.Function):
         return back.view_as(x), None, None, None, None, None
 
 
-def _same(weight: Tensor) -> Tensor:
-    return weight
-
-
 @contextmanager
 def gradients(model: Any, wanted: Set[str], costs: Costs, *, kept_bytes: int = 0) -> Iterator[None]:
     """Tell costs of gradients that come by no product, inside of the block; of a model in memory, whose parameters must
@@ -216,5 +212,5 @@ def watched(model: Any, products: Products) -> Iterator[None]:
         return
     parameters = parameters_of(model)
     for name, parameter in parameters.items():
-        products.read(name, parameter, partial(_same, parameter.detach()))
+        products.read(name, parameter, partial(itself, parameter.detach()))
     yield

@@ -113,7 +113,7 @@ def _prediction(predicted: Prediction, probe: Mapping[str, Any]) -> Text:
 
 def _borrowed(predicted: Prediction, probe: Mapping[str, Any]) -> str | None:
     """What is said in place of a promise where nothing was measured on the model."""
-    kind, source = probe.get("kind"), probe.get("text")
+    kind, source = probe.get("kind"), probe.get("source")
     if kind == "uniform":
         return f"a mean relative squared error of the weights of {predicted.kl:.3g}; what that costs was not measured"
     if kind == "table":
