@@ -100,7 +100,7 @@ def test_tokens_are_where_draws_lie_in_the_codes_own_probabilities(
     below, above = (ends.gather(2, tokens[:, 1:, None] + k)[..., 0] for k in (0, 1))
     assert (draws - below).min() > -0.015  # activations are rounded
     assert (above - draws).min() > -0.015
-    assert ((below <= draws) & (draws <= above)).float().mean() > 0.7
+    assert ((below <= draws) & (draws <= above)).float().mean() > 0.5
 
 
 def test_a_model_without_a_first_token_begins_with_any(tmp_path: Path) -> None:
