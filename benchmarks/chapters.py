@@ -102,16 +102,6 @@ CHAPTERS = {
         "public experiment repository of the first author of HIGGS (25,853 bytes, SHA-256 "
         "`bcf667decd0881a9768df0c8fbf6787c4a5ebbffa48c5484288cc7fed4489c78`).",
     ),
-    "scale": Chapter(
-        "What planning costs",
-        "From scratch and without data, SmolLM2-135M is planned in {smollm2-135m_s:.0f} s on two cores, within "
-        "{smollm2-135m_peak_bytes:MB}; Llama-3.1-405B's shapes are in {most_plan_s_llama-3.1-405b:.1f} s, those of a "
-        "trillion weights in {most_plan_s_1t_mixture_of_experts:.0f} s.",
-        "Every plan from scratch is a process of its own, with an empty cache: it samples the model's text, measures "
-        "until the predicted loss is known to ±10 %, and plans. Excess loss is of allocations by the mean of some "
-        "passes, drawn from all that were made, whose mean is taken for the truth; pooling shrinks like matrices "
-        "towards their trend over depth. Promises are made without data, and measured on windows without context.",
-    ),
     "batching": Chapter(
         "Several texts in one pass",
         "Eight texts in one pass over the weights make {least one_pass_over_one_by_one_*:.1f} to "

@@ -30,7 +30,7 @@ from waterfill.planning.ancestral import Writer, sample, start_token
 Kind = Literal["self", "random", "text"]
 KINDS: tuple[Kind, ...] = ("self", "random", "text")
 MOST_SEQUENCES = 48  # where nobody says how many
-LENGTH = 160  # tokens of a sequence: short ones say more for what they cost (docs/results/scale.md)
+LENGTH = 160  # tokens of a sequence: short ones say more for what they cost (docs/design.md §5)
 LEAD_SHARE = 4  # one token of so many only gives context: with little of it, a model loses more than it does usually
 MOST_TOKENS = 1 << 28  # of a probe; 2 GB of token ids
 
