@@ -95,12 +95,16 @@ class Encoder(ABC):
 
 @dataclass(frozen=True)
 class Rates:
-    """The rates that codecs of one kind come in, bits per weight: multiples of `step` from `least` to `most`."""
+    """The rates that codecs of one kind come in, bits per weight: multiples of `step` from `least` to `most`.
+
+    Continuous where steps are fine, which planning refines; else one by one on a menu.
+    """
 
     pattern: str  # of the codecs' names, which `format` completes with a rate
     least: float
     most: float
     step: float
+    nested: bool = False  # whether what is stored at a rate holds what is stored at every lower one
 
     def codec(self, rate: float) -> Codec:
         """The codec of a rate, or of the nearest that there is."""
