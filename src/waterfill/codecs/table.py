@@ -13,6 +13,7 @@ fp16 scales are kept in their best range by one power of two per tensor, `expone
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -78,10 +79,10 @@ class TableCodec(MemoryForm):
             power=float(norms.double().sum()) * unit_power,
         )
 
+    @abstractmethod
     def nearest(self, unit: torch.Tensor) -> torch.Tensor:
         """Index of the point nearest to each p-vector of `unit`, rows whose groups have an RMS of 1, `[rows, width]` ->
         int64 `[rows, vectors]`."""
-        raise NotImplementedError
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         codes, scales = encoded.buffers["codes"], encoded.buffers["scales"]
