@@ -50,11 +50,7 @@ def install_torch(pin: str) -> None:
     """A known CPU build of the version that is pinned, else the package index's own build."""
     cpu = (HERE / "torch-cpu.txt").read_text("utf-8")
     version = pin.partition(" ")[0]
-    if (
-        sys.platform == "linux"
-        and f"{version}+cpu " in cpu
-        and pip("--no-deps", "-r", HERE / "torch-cpu.txt", check=False)
-    ):
+    if sys.platform == "linux" and f"{version}+cpu " in cpu and pip("--no-deps", "-r", HERE / "torch-cpu.txt", check=False):
         return
     install_pins({"torch": pin})
 
