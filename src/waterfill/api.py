@@ -28,6 +28,8 @@ from waterfill.packing.pack import pack_plan
 from waterfill.packing.seal import seal
 from waterfill.planning.borrowed import check_units, given_sensitivity, uniform_sensitivity
 from waterfill.planning.budget import Budget, format_size, parse_size
+from waterfill.planning.calibration import TOKENS as CALIBRATION_TOKENS
+from waterfill.planning.calibration import Calibrated, calibrate, calibrated_again
 from waterfill.planning.measuring import as_text, measure_checkpoint
 from waterfill.planning.menu import CodedBytes, codec_names
 from waterfill.planning.options import CHECKS, QUICK, PlanOptions, ProbeOptions
@@ -61,7 +63,9 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure what a disturbance of each matrix costs the model; reuse it for any number of plans."""
     checkpoint = _open(model, options.get("revision"), progress)
-    return _measure(checkpoint, _describe(checkpoint, keep, progress), progress, options)
+    architecture = _describe(checkpoint, keep, progress)
+    with OwnText(checkpoint, architecture, progress) as text:
+        return _measure(checkpoint, architecture, progress, options, text)
 
 
 @own_torch_modes()
@@ -110,15 +114,19 @@ def pack(
         WaterfillError: as for `plan`; `out` is not empty, or with `overwrite` no artifact; a weight is NaN or infinite.
     """
     check_target(Path(out), overwrite)  # before minutes of downloading and measuring
-    if plan is not None and any(value is not None for name, value in options.items() if name != "revision"):
+    beside = ("revision", "calibrate", "cache")
+    if plan is not None and any(value is not None for name, value in options.items() if name not in beside):
         raise WaterfillError("a plan has its budget and its choices in it; give either a plan or the options for one")
     checkpoint = _open(model, options.get("revision"), progress)
     measured: Sensitivity | None = None
     if plan is None:
-        made, measured, architecture = _plan(str(model), checkpoint, progress, options)
+        made, measured, architecture, calibrated = _plan(str(model), checkpoint, progress, options)
     else:
         made = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
         architecture = _describe(checkpoint, made.keep, progress)
+        with OwnText(checkpoint, architecture, progress) as text:
+            on = options.get("calibrate")
+            calibrated = calibrated_again(checkpoint, architecture, made, on, progress, options, write=text.sample)
     extra = {SENSITIVITY_FILE: measured.to_json().encode()} if measured else {}
     pack_plan(
         made,
@@ -127,6 +135,7 @@ def pack(
         Path(out),
         overwrite=overwrite,
         extra=extra,
+        feedback=None if calibrated is None else calibrated.feedback,
         progress=None if progress is None else lambda name, done, total: progress("packing", done, total),
     )
     return made
@@ -153,7 +162,7 @@ def inspect(artifact: str | Path, *, verify: bool = True) -> Inspection:
 
 def _plan(
     model: str, checkpoint: Checkpoint, progress: Progress | None, options: PlanOptions
-) -> tuple[Plan, Sensitivity | None, Architecture]:
+) -> tuple[Plan, Sensitivity | None, Architecture, Calibrated | None]:
     # A local path is nobody's business; nor can a plan hold a name that is not text.
     name = as_text(Path(model).resolve().name if Path(model).is_dir() else model)
     if options.get("lossless"):
@@ -162,7 +171,7 @@ def _plan(
         sizes = _coded_bytes(checkpoint, architecture, progress)
         with stage(progress, PLANNING):
             lossless = make_lossless_plan(name, architecture, checkpoint.fingerprint, sizes)
-        return replace(lossless, unused=_unused(checkpoint, architecture)), None, architecture
+        return replace(lossless, unused=_unused(checkpoint, architecture)), None, architecture, None
     size = options.get("size")
     budget = Budget(None if size is None else parse_size(size), options.get("bits"), options.get("max_kl"))
     request = Request(
@@ -176,23 +185,42 @@ def _plan(
     if options.get("alpha", "measured") == "uniform" and options.get("sensitivity") is not None:
         raise WaterfillError("--alpha uniform and --sensitivity do not go together; give one of them")
     architecture = _describe(checkpoint, request.keep, progress)
-    codec_names(architecture, request.codecs)  # refuses what is none, before minutes of measuring
-    sensitivity = options.get("sensitivity")
+    names = codec_names(architecture, request.codecs, request.purpose)  # refuses what is none, before minutes of work
     sizes = _coded_bytes(checkpoint, architecture, progress)
+    with OwnText(checkpoint, architecture, progress) as text:
+        calibrated = _calibrated(checkpoint, architecture, progress, options, text)
+        left = {} if calibrated is None else calibrated.left(architecture.matrices, names)
 
-    def planned(measured: Sensitivity) -> Plan:
-        with stage(progress, PLANNING):
-            return make_plan(name, architecture, measured, budget, request, sizes)
+        def planned(measured: Sensitivity) -> Plan:
+            record = None if calibrated is None else calibrated.record
+            with stage(progress, PLANNING):
+                return make_plan(name, architecture, measured, budget, request, sizes, record, left)
 
-    if options.get("alpha", "measured") == "uniform":
-        measured = uniform_sensitivity(checkpoint.fingerprint, architecture.matrices)
-    elif sensitivity is None:
-        measured = _measure(checkpoint, architecture, progress, cast(ProbeOptions, options), planned)
-    else:
-        measured = given_sensitivity(sensitivity, checkpoint, architecture.matrices)
+        if options.get("alpha", "measured") == "uniform":
+            measured = uniform_sensitivity(checkpoint.fingerprint, architecture.matrices)
+        elif (given := options.get("sensitivity")) is not None:
+            measured = given_sensitivity(given, checkpoint, architecture.matrices)
+        else:
+            probing = cast(ProbeOptions, options)
+            measured = _measure(checkpoint, architecture, progress, probing, text, planned)
     check_units(measured, budget)
     made = planned(measured)
-    return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture
+    return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture, calibrated
+
+
+def _calibrated(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    progress: Progress | None,
+    options: PlanOptions,
+    text: OwnText,
+) -> Calibrated | None:
+    """Moments of inputs, where errors are to be fed back."""
+    if (on := options.get("calibrate")) is None:
+        return None
+    tokens = options.get("calibration_tokens", CALIBRATION_TOKENS)
+    probing = cast(ProbeOptions, options)
+    return calibrate(checkpoint, architecture, on, progress, probing, tokens=tokens, write=text.sample)
 
 
 def _measure(
@@ -200,6 +228,7 @@ def _measure(
     architecture: Architecture,
     progress: Progress | None,
     options: ProbeOptions,
+    text: OwnText,
     planned: Callable[[Sensitivity], Plan] | None = None,
 ) -> Sensitivity:
     """As many sequences as what is `planned` with them takes."""
@@ -211,10 +240,9 @@ def _measure(
         predicted = planned(measured).predicted
         return predicted.sampling_error / predicted.kl if predicted.kl else 0.0
 
-    with OwnText(checkpoint, architecture, progress) as text:
-        return measure_checkpoint(
-            checkpoint, architecture, progress, options, write=text.sample, error=error if planned else None
-        )
+    return measure_checkpoint(
+        checkpoint, architecture, progress, options, write=text.sample, error=error if planned else None
+    )
 
 
 def _open(model: str | Path, revision: str | None, progress: Progress | None) -> Checkpoint:

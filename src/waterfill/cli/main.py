@@ -91,6 +91,13 @@ _plan_options = combined(
         type=click.Choice(["measured", "uniform"]),
         help="uniform: measure nothing, every weight counts the same.",
     ),
+    click.option(
+        "--calibrate",
+        metavar="TEXT",
+        help="Feed rounding errors back, by what matrices are multiplied with: on the model's own text ('self'), or on "
+        "this file.",
+    ),
+    click.option("--calibration-tokens", type=int, metavar="N", help="Of that text, about (16384)."),
     click.option("--no-cache", is_flag=True, help="Keep nothing of the measurement on disk, and use nothing kept."),
     _revision,
 )

@@ -21,7 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
 from waterfill.codecs import decoded
+from waterfill.codecs.feedback import Blocks, Feedback
 from waterfill.codecs.hadamard import rotate
 
 Shape = tuple[int, int]  # (out_features, in_features)
@@ -168,9 +169,12 @@ class Codec(ABC):
         `rho` chooses the gain (`waterfill.planning.loss`).
         """
 
-    def encoder(self, shape: Shape, *, exponent: int = 0, rho: float = 1.0) -> Encoder:
-        """An encoder of a matrix of that shape, for matrices that are not held in memory."""
-        return _RowEncoder(self, shape, exponent, rho)
+    def encoder(
+        self, shape: Shape, *, exponent: int = 0, rho: float = 1.0, feedback: Feedback | None = None
+    ) -> Encoder:
+        """An encoder of a matrix of that shape, for matrices that are not held in memory; with error feedback where the
+        codec has `feedback` for its width."""
+        return RowEncoder(partial(self.encode, exponent=exponent, rho=rho), self.layout(shape), shape)
 
     @abstractmethod
     def decode(self, encoded: Encoded) -> torch.Tensor:
@@ -181,11 +185,10 @@ class Codec(ABC):
         rate_bits = 8 * size_bytes / math.prod(shape)
         return MenuPoint(self.name, size_bytes, rate_bits, self.distortion(shape), self.along(shape))
 
-    def feedback(self, width: int) -> bool:
-        """Whether each group of a row of `width` is encoded by itself, so that what one loses can be made up for in
-        those that come after it (error feedback): whole groups of columns encoded alone have the codes that they have
-        in the matrix."""
-        return False
+    def feedback(self, width: int) -> Blocks:
+        """Blocks of the columns of a rotated row of `width`, in the order in which they are encoded where what one
+        loses is made up for in those that come after it (`codecs.feedback`); none where they are not."""
+        return ()
 
     # ------------------------------------------------------------------------------------------------- to be multiplied
 
@@ -298,16 +301,17 @@ class MemoryForm(Codec):
         return buffers
 
 
-class _RowEncoder(Encoder):
+class RowEncoder(Encoder):
     """Rows contribute a fixed number of bytes to each buffer."""
 
-    def __init__(self, codec: Codec, shape: Shape, exponent: int, rho: float) -> None:
-        self._codec, self._shape, self._exponent, self._rho = codec, shape, exponent, rho
-        self._layout, self._row = codec.layout(shape), 0
+    def __init__(
+        self, encode: Callable[[torch.Tensor], Encoded], layout: Mapping[str, BufferLayout], shape: Shape
+    ) -> None:
+        self._encode, self._layout, self._shape, self._row = encode, layout, shape, 0
         self.block_rows = max(1, BLOCK_WEIGHTS // shape[1])
 
     def add(self, rows: torch.Tensor) -> Iterator[Piece]:
-        encoded = self._codec.encode(rows, exponent=self._exponent, rho=self._rho)
+        encoded = self._encode(rows)
         self.noise_power += encoded.noise_power
         self.power += encoded.power
         for key, data in encoded.buffers.items():

@@ -15,11 +15,12 @@ import numpy.typing as npt
 from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import Shape
+from waterfill.codecs.feedback import Blocks, runs
 from waterfill.codecs.grids import grid
-from waterfill.codecs.hadamard import groups
 from waterfill.codecs.nearest import IntervalSearch, NearestSearch
 from waterfill.codecs.table import TableCodec
 
+FEEDBACK_COLUMNS = 16  # of a block; fewer would take longer and gain little
 BYTE_T2 = 0.005  # relative error of a grid above which points in bytes are exact enough: theirs is 0.0001
 
 
@@ -39,8 +40,8 @@ class Higgs(TableCodec):
     def distortion(self, shape: Shape) -> float:
         return self.grid.t2
 
-    def feedback(self, width: int) -> bool:
-        return all(group.stop % self.p == 0 for group in groups(width)[:-1])  # no vector lies in two groups
+    def feedback(self, width: int) -> Blocks:
+        return runs(width, FEEDBACK_COLUMNS * self.p if FEEDBACK_COLUMNS % self.p else FEEDBACK_COLUMNS)
 
     def nearest(self, unit: torch.Tensor) -> torch.Tensor:
         """Index of the grid point nearest to each p-vector of `unit` `[rows, width]` -> int64 `[rows, vectors]`."""

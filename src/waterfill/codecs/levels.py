@@ -18,6 +18,7 @@ import numpy.typing as npt
 from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import Encoded, Shape
+from waterfill.codecs.feedback import Feedback
 from waterfill.codecs.table import TableCodec
 
 REACH = 4.0  # standard deviations that the largest level of eight bits stands for: where least is lost
@@ -47,9 +48,11 @@ class Levels(TableCodec):
         beyond = 2 * ((1 + REACH * REACH) * tail - REACH * density)  # E (|x| - reach)^2 there
         return (REACH / MOST_LEVEL) ** 2 / 12 + beyond
 
-    def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
+    def encode(
+        self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0, feedback: Feedback | None = None
+    ) -> Encoded:
         self._check_for_files()
-        return super().encode(weight, exponent=exponent, rho=rho)
+        return super().encode(weight, exponent=exponent, rho=rho, feedback=feedback)
 
     def nearest(self, unit: torch.Tensor) -> torch.Tensor:
         levels = (unit * (MOST_LEVEL / REACH)).round_().clamp_(-MOST_LEVEL, MOST_LEVEL)

@@ -15,16 +15,18 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 from waterfill.base.lazy import torch
-from waterfill.codecs.contract import BufferLayout, Encoded, MemoryForm, Shape
+from waterfill.codecs.contract import BufferLayout, Encoded, Encoder, MemoryForm, RowEncoder, Shape
+from waterfill.codecs.feedback import Feedback
 from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import groups, rotate, unrotate
 from waterfill.codecs.indices import pack, radix_word, row_bytes, unpack
 
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
+TINY = 1.1754943508222875e-38  # the least normal float32
 MAX_SCALE = 65504.0  # of fp16
 MIN_COSINE = 1e-2  # squared cosine under which a group's codes say nothing about it (all zeros): stored as zero
 
@@ -60,15 +62,28 @@ class TableCodec(MemoryForm):
         word_indices, word_bytes = radix_word(self.n) or (0, 0)
         return {"word_indices": word_indices, "word_bytes": word_bytes, "row_bytes": self.row_bytes(width)}
 
-    def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
+    def encoder(
+        self, shape: Shape, *, exponent: int = 0, rho: float = 1.0, feedback: Feedback | None = None
+    ) -> Encoder:
+        errors = feedback if self.feedback(shape[1]) else None
+        encode = partial(self.encode, exponent=exponent, rho=rho, feedback=errors)
+        return RowEncoder(encode, self.layout(shape), shape)
+
+    def encode(
+        self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0, feedback: Feedback | None = None
+    ) -> Encoded:
         rows, width = weight.shape
         rotated = rotate(weight.to(torch.float32) * 2.0**-exponent)
         norms = group_sums(rotated.square())  # [rows, groups]
         rms = (norms / group_sizes(width, torch.float32)).sqrt()
-        unit = rotated / per_weight(rms.clamp_min(torch.finfo(torch.float32).tiny), width)
-        indices = self.nearest(unit)
-        points = self.vectors(indices, width)
-        scales = _scales(rotated, points, norms, rho)
+        if feedback is None:
+            indices = self.nearest(rotated / per_weight(rms.clamp_min(TINY), width))
+            points = self.vectors(indices, width)
+            scales = _scales(rotated, points, norms, rho)
+        else:
+            indices = self._fed_back(rotated, per_weight(rms, width), feedback)
+            points = self.vectors(indices, width)
+            scales = _common_gains(rotated, points, rms, rho, feedback)
         error = rotated - points * per_weight(scales.to(torch.float32), width)
         unit_power = 4.0**exponent
         return Encoded(
@@ -78,6 +93,20 @@ class TableCodec(MemoryForm):
             noise_power=float(error.double().square().sum()) * unit_power,
             power=float(norms.double().sum()) * unit_power,
         )
+
+    def _fed_back(self, rotated: torch.Tensor, deviations: torch.Tensor, feedback: Feedback) -> torch.Tensor:
+        """Indices int64 `[rows, vectors]` of rows that are encoded block of columns after block."""
+        width = rotated.shape[1]
+        blocks = self.feedback(width)
+        indices = torch.empty(len(rotated), -(-width // self.p), dtype=torch.int64)
+        errors = torch.empty_like(rotated)
+        for block, push in zip(blocks, feedback.pushes(blocks), strict=True):
+            wanted = rotated[:, block] + errors[:, : block.start] @ push
+            some = self.nearest(wanted / deviations[:, block].clamp_min(TINY))
+            first = block.start // self.p
+            indices[:, first : first + some.shape[1]] = some
+            errors[:, block] = rotated[:, block] - self.vectors(some, push.shape[1]) * deviations[:, block]
+        return indices
 
     @abstractmethod
     def nearest(self, unit: torch.Tensor) -> torch.Tensor:
@@ -101,10 +130,26 @@ class TableCodec(MemoryForm):
 
 
 def _scales(rotated: torch.Tensor, points: torch.Tensor, norms: torch.Tensor, rho: float) -> torch.Tensor:
-    """Stored scale of each group, fp16 `[rows, groups]`: u |w|^2 / <w, q> with u = 1 / (1 + rho tau)."""
-    inner = group_sums(rotated * points)
-    cosine2 = inner.square() / (norms * group_sums(points.square())).clamp_min(torch.finfo(torch.float32).tiny)
+    """Stored scale of each group, fp16 `[rows, groups]`."""
+    gains = _gains(norms, group_sums(rotated * points), group_sums(points.square()), rho)
+    return gains.clamp_max(MAX_SCALE).to(torch.float16)
+
+
+def _common_gains(
+    rotated: torch.Tensor, points: torch.Tensor, rms: torch.Tensor, rho: float, feedback: Feedback
+) -> torch.Tensor:
+    """Stored scales `[rows, groups]` where errors were fed back: the groups of a row have made up for one another, so
+    that what they are scaled with is common to them, and in the norm of the moments."""
+    reached = points * per_weight(rms, rotated.shape[1])
+    weighed = reached @ feedback.moments
+    norms = ((rotated @ feedback.moments) * rotated).sum(1)
+    gains = _gains(norms, (weighed * rotated).sum(1), (weighed * reached).sum(1), rho)
+    return (gains[:, None] * rms).clamp_max(MAX_SCALE).to(torch.float16)
+
+
+def _gains(norms: torch.Tensor, inner: torch.Tensor, power: torch.Tensor, rho: float) -> torch.Tensor:
+    """u |w|^2 / <w, q> with u = 1 / (1 + rho tau), given |w|^2, <w, q> and |q|^2; 0 where q says nothing of w."""
+    cosine2 = inner.square() / (norms * power).clamp_min(TINY)
     usable = cosine2 > MIN_COSINE
     tau = torch.where(usable, 1 / cosine2.clamp_min(MIN_COSINE) - 1, 0)
-    exact = norms / torch.where(usable, inner, 1)
-    return torch.where(usable, exact / (1 + rho * tau), 0).clamp_max(MAX_SCALE).to(torch.float16)
+    return torch.where(usable, norms / torch.where(usable, inner, 1) / (1 + rho * tau), 0)

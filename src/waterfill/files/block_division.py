@@ -52,6 +52,8 @@ class LookUp:
 
     def add(self, rows: Tensor, gradient: Tensor) -> None:
         """Of these rows, ascending, as far as they are among its own."""
+        if not len(rows):
+            return
         places = torch.searchsorted(rows, self.rows).clamp_max(len(rows) - 1)
         same = rows[places] == self.rows
         self.known[same] += gradient[places[same]].to(self.known.dtype)

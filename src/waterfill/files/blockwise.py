@@ -91,6 +91,7 @@ class Blockwise:
         self._watcher: Watcher | None = None
         self._anchor = torch.zeros((), requires_grad=True)  # a block may have no other input to differentiate by
         self._on_trial = False
+        self._passing: Callable[[Callable[..., Any], Any, Any], Any] | None = None
         self._parts = self._divided(model)
         self._hold_outside()
         for module, block in self._parts.blocks.items():
@@ -171,6 +172,15 @@ class Blockwise:
             self._wanted, self._consume, self._consume_product = frozenset(), None, None
 
     @contextmanager
+    def passing(self, block: Callable[[Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
+        """Have somebody else call blocks inside of the block: given what to call, and its arguments."""
+        self._passing = block
+        try:
+            yield
+        finally:
+            self._passing = None
+
+    @contextmanager
     def trial(self) -> Iterator[None]:
         """Fail, inside of the block, where blocks hand each other more than what they return: it has no gradients."""
         self._on_trial = True
@@ -201,6 +211,8 @@ class Blockwise:
 
     def _run(self, block: Block, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         once = partial(self._run_once, block, forward)
+        if self._passing is not None:
+            return self._passing(once, args, kwargs)
         if self._on_trial:
             return closed(once, args, kwargs)
         if self._consume is None or not torch.is_grad_enabled():

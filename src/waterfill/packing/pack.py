@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Progress
 from waterfill.codecs import LOSSLESS, contract, get_codec, scale_exponent
+from waterfill.codecs.feedback import Feedback
 from waterfill.files.architecture import Architecture, Kept, Matrix, read_kept, read_rows
 from waterfill.files.artifact import FORMAT_VERSION, RAW, ArtifactWriter, is_file_name, lay_out
 from waterfill.files.artifact.format import quote
@@ -31,6 +32,8 @@ from waterfill.planning.plan import PLAN_FILE, KeptPlan, Plan, TensorPlan
 _log = logging.getLogger(__name__)
 
 
+FeedbackOf = Callable[[str], Feedback | None]
+"""By the name of a matrix."""
 MARK = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}  # in config.json, what transformers goes by
 
 
@@ -42,11 +45,13 @@ def pack_plan(
     *,
     overwrite: bool = False,
     extra: Mapping[str, bytes] | None = None,
+    feedback: FeedbackOf | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write the artifact of `plan` to `out`.
 
     Args:
+        feedback: of every matrix that the plan has some for.
         extra: further files of the artifact, by name.
         progress: called at first and after every block of rows with (tensor name, weights done, weights in all); kept
             tensors count where they are coded.
@@ -61,6 +66,8 @@ def pack_plan(
             f"the plan was made for other weights (fingerprint {plan.fingerprint}) than {checkpoint.path} holds "
             f"({checkpoint.fingerprint}); make a new plan"
         )
+    if plan.calibration is not None and feedback is None:
+        raise WaterfillError("the plan has error feedback, which needs the moments that it was calibrated with")
     _check_tensors(plan, architecture)
     layout = lay_out(plan.specs(), shard_bytes=plan.shard_bytes)
     if layout.size_bytes != plan.size_bytes:
@@ -84,7 +91,8 @@ def pack_plan(
             if spec.name not in planned:
                 steps = _write_kept(writer, checkpoint, kept_plans[spec.name], kept[spec.name])
             else:
-                steps = _write_matrix(writer, checkpoint, planned[spec.name], matrices[planned[spec.name].name])
+                tensor = planned[spec.name]
+                steps = _write_matrix(writer, checkpoint, tensor, matrices[tensor.name], feedback)
             for step in steps:
                 done += step
                 if progress:
@@ -112,7 +120,9 @@ def _described(fields: list[Any] | None) -> str:
     return "no tensor" if fields is None else f"{quote(fields[0])} ({', '.join(map(str, fields[1:]))})"
 
 
-def _write_matrix(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix) -> Iterator[int]:
+def _write_matrix(
+    writer: ArtifactWriter, checkpoint: Checkpoint, tensor: TensorPlan, matrix: Matrix, feedback: FeedbackOf | None
+) -> Iterator[int]:
     """Yields the weights of each block when it has been written."""
     if tensor.codec == RAW:
         yield from _write_raw(writer, checkpoint, tensor, matrix)
@@ -124,7 +134,8 @@ def _write_matrix(writer: ArtifactWriter, checkpoint: Checkpoint, tensor: Tensor
     codec = get_codec(tensor.codec)
     largest = max(float(block.abs().max()) for _, block in _blocks(checkpoint, matrix))
     exponent = scale_exponent(largest)
-    encoder = codec.encoder(tensor.shape, exponent=exponent, rho=tensor.rho)
+    errors = None if feedback is None or tensor.feedback is None else feedback(tensor.name)
+    encoder = codec.encoder(tensor.shape, exponent=exponent, rho=tensor.rho, feedback=errors)
     for _, block in _blocks(checkpoint, matrix, encoder.block_rows):
         for piece in encoder.add(block):
             writer.write(f"{tensor.name}.{piece.key}", piece.offset_bytes, piece.data)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from waterfill.base.arguments import FLAG, PATH, Check, choice, optional
+from waterfill.base.arguments import FLAG, PATH, POSITIVE, Check, choice, optional
 from waterfill.base.errors import WaterfillError
 from waterfill.planning.loss import Gain
 from waterfill.planning.menu import PURPOSES, Purpose
@@ -49,6 +49,8 @@ class PlanOptions(ProbeOptions, total=False):
     purpose: Purpose  # storage: entropy-coded, the fewest bytes; memory: runs from its codes
     alpha: Literal["measured", "uniform"]  # uniform: every weight counts the same
     sensitivity: str | Path | Sensitivity | None  # of this model, or of one like it, or a table
+    calibrate: str | Path | None  # error feedback by moments of inputs, on the model's own text ("self") or on a text
+    calibration_tokens: int
 
 
 def _is_precision(value: object) -> bool:
@@ -66,6 +68,8 @@ CHECKS = {
     "quick": FLAG,
     "method": choice(*PASSES),
     "alpha": choice("measured", "uniform"),
+    "calibrate": optional(Check("'self', or a text file", PATH.holds)),
+    "calibration_tokens": POSITIVE,
     "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),
     "sensitivity": optional(
         Check("a file, or sensitivities", lambda value: isinstance(value, Sensitivity) or PATH.holds(value))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from waterfill.base import typed
 from waterfill.base.dtypes import ITEM_BYTES, WEIGHT_DTYPES
@@ -53,6 +53,7 @@ class TensorPlan:
     stored_shape: tuple[Positive, ...]  # shape of the parameter (of a Conv1D: [in, out])
     measured: Share = 1.0  # share of alpha and beta that was measured, see waterfill.evidence; the rest is
     like: str | None = None  # that of these matrices: a pattern of names, or words
+    feedback: Share | None = None  # of alpha without error feedback, what is left with it; None: there is none
 
     @property
     def weights(self) -> int:
@@ -130,6 +131,18 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The tokens that moments of inputs are taken on, for error feedback."""
+
+    kind: Literal["self", "text"]
+    sequences: Positive
+    length: Positive
+    seed: int
+    text: str | None  # its name
+    tokens: str = ""  # digest of their ids
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `pack` carries out."""
 
@@ -147,6 +160,7 @@ class Plan:
     kept: tuple[KeptPlan, ...]
     optimal: str  # how good the allocation is, in one sentence
     unused: tuple[Unused, ...] = ()
+    calibration: Calibration | None = None  # None: errors are not fed back
 
     @property
     def matrices(self) -> tuple[TensorPlan, ...]:

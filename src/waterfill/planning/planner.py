@@ -9,19 +9,29 @@ matrices is what the last choice's headers leave, until that settles.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from waterfill.base.errors import BudgetError, WaterfillError
+from waterfill.codecs.feedback import Left
 from waterfill.files.artifact import SHARD_BYTES, lay_out
 from waterfill.planning.allocate import Allocation, Task, certificate
 from waterfill.planning.budget import Budget
 from waterfill.planning.evidence import weigh
 from waterfill.planning.inventory import Inventory
 from waterfill.planning.loss import Gain
-from waterfill.planning.menu import CodedBytes, Menus, Purpose, coded_where_smaller, kept_plans, make_menus, planned_kl
-from waterfill.planning.plan import UNPROMISED, KeptPlan, Plan, Prediction, TensorPlan
+from waterfill.planning.menu import (
+    CodedBytes,
+    Menus,
+    Purpose,
+    coded_where_smaller,
+    kept_plans,
+    make_menus,
+    planned_kl,
+)
+from waterfill.planning.plan import UNPROMISED, Calibration, KeptPlan, Plan, Prediction, TensorPlan
 from waterfill.planning.precision import sampling_error
 from waterfill.planning.refine import refine
 from waterfill.planning.sensitivity import Sensitivity
@@ -58,14 +68,18 @@ def make_plan(
     budget: Budget,
     request: Request = USUAL,
     coded_bytes: CodedBytes | None = None,
+    calibration: Calibration | None = None,
+    left: Mapping[str, Left] = MappingProxyType({}),
 ) -> Plan:
     """The plan of least predicted loss within the budget. With `coded_bytes`, what stays as it is is coded losslessly
-    where that saves bytes; matrices that a generous budget leaves as they are, after the budget has been divided.
+    where that saves bytes; matrices that a generous budget leaves as they are, after the budget has been divided. With
+    a `calibration`, errors of the matrices that are named in `left` are fed back.
 
     Raises:
         BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
         WaterfillError: no matrix is left to pack, the sensitivities lack one, or a tie cannot be.
     """
+    sensitivity = sensitivity.after_feedback({name: share.loss for name, share in left.items()})
     evidence = weigh(tensors.matrices, sensitivity.tensors, sensitivity.tokens)
     coefficients = {name: entry.coefficients for name, entry in evidence.items()}
     menus = make_menus(tensors, coefficients, request.gain, request.codecs, request.purpose)
@@ -78,6 +92,7 @@ def make_plan(
         planned = tuple(coded_where_smaller(tensor, coded_bytes) for tensor in planned)
     optimal = _how_good(allocation, planned, menus.tensors(allocation.choices))
     planned = tuple(replace(t, measured=evidence[t.name].measured, like=evidence[t.name].like) for t in planned)
+    planned = tuple(_fed_back(tensor, left.get(tensor.name)) for tensor in planned)
     return Plan(
         model=model,
         fingerprint=sensitivity.fingerprint,
@@ -92,7 +107,14 @@ def make_plan(
         tensors=planned,
         kept=solver.kept,
         optimal=optimal,
+        calibration=calibration,
     )
+
+
+def _fed_back(tensor: TensorPlan, left: Left | None) -> TensorPlan:
+    if left is None or not tensor.packed:
+        return tensor
+    return replace(tensor, feedback=left.loss, t2=tensor.t2 * left.noise)
 
 
 def make_lossless_plan(

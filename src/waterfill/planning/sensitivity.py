@@ -68,6 +68,17 @@ class Sensitivity:
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
 
+    def after_feedback(self, left: Mapping[str, float]) -> Sensitivity:
+        """To noise whose errors are fed back: of alpha, so much is left in each of these tensors."""
+        tensors, samples = dict(self.tensors), None if self.samples is None else dict(self.samples)
+        for name, share in left.items():
+            c = tensors[name]
+            tensors[name] = replace(c, alpha=c.alpha * share, alpha_stderr=c.alpha_stderr * share)
+            if samples is not None:
+                of_passes = samples[name]
+                samples[name] = Samples(tuple(alpha * share for alpha in of_passes.alpha), of_passes.beta)
+        return replace(self, tensors=tensors, samples=samples)
+
     @staticmethod
     def load(path: Path) -> Sensitivity:
         """Read a file that `to_json` wrote.

@@ -87,7 +87,9 @@ class CodedLevels(NamedTuple):
     values: npt.NDArray[np.float64]  # of every symbol that was coded, what the decoder multiplies with the scale
 
 
-def code(x: Floats, path: npt.NDArray[np.int16], states: int, wide: bool, spacing: float) -> CodedLevels:
+def code(
+    x: Floats, path: npt.NDArray[np.int16], states: int, wide: bool, spacing: float, *, as_levels: bool = False
+) -> CodedLevels:
     """Code levels that were found for x.
 
     Args:
@@ -95,6 +97,7 @@ def code(x: Floats, path: npt.NDArray[np.int16], states: int, wide: bool, spacin
         path: levels, `[count]`; a multiple of the lanes.
         spacing: distance of levels 4j + 1 and 4 (j + 1) + 1 in standard deviations; how many bits of wide levels are
             left raw depends on it.
+        as_levels: levels stand for themselves, whatever their centroids are: what came after them relies on it.
     """
     count, lanes = len(path), lanes_for(len(path))
     j = indices(path, states)
@@ -110,7 +113,7 @@ def code(x: Floats, path: npt.NDArray[np.int16], states: int, wide: bool, spacin
     counts = np.bincount(coded, minlength=symbols).astype(np.int64)
 
     values, with_levels = path.astype(np.float64), b""
-    if symbols <= MOST_LEVEL_SYMBOLS and not wide:
+    if symbols <= MOST_LEVEL_SYMBOLS and not wide and not as_levels:
         mean, sign = centroids(x, path, coded, symbols, states)
         table = np.rint(mean * (127 / max(float(np.abs(mean).max()), 1e-30))).astype(np.int8)
         better = sign * table.astype(np.float64)[coded]

@@ -1,0 +1,107 @@
+"""Texts on their way through a model that is read block by block: some blocks for all of them, then the next ones.
+
+    part of the texts ──► (blocks before: passed over) ──► blocks first … stop ──► carried, for the next blocks
+                                                     └──► what they multiply is seen by hooks
+
+So a block's weights are read once for all texts, and what is recorded of a block is in memory with it alone. In between
+only what the last block returned is held, of every part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from waterfill.files.model_calls import read
+
+TRIAL_TOKENS = 8
+
+
+class _Enough(Exception):  # noqa: N818  # ends a pass whose rest is not needed
+    pass
+
+
+class Passage:
+    """Takes texts through the blocks of a model. Blocks are numbered by their calls.
+
+    Args:
+        model: from `load_blockwise`; one that is in memory as a whole (`blockwise` is None) is one block.
+        parts: token ids, int64 `[sequences, length]` each, that are read together.
+    """
+
+    def __init__(self, model: Any, parts: Sequence[Tensor]) -> None:
+        self._model, self._blockwise = model, model.blockwise
+        self._parts = [parts[0][:1, :TRIAL_TOKENS], *parts]
+        self._part, self._first, self._stop = 0, 0, 0
+        self.call = 0  # blocks that were called so far in the pass under way
+        self.blocks = 1 << 30  # in all
+        self.trial()
+        self.blocks = self.call
+        self.restart()
+        self._skips = self._may_skip()
+
+    def __len__(self) -> int:
+        """Parts of the texts."""
+        return len(self._parts) - 1
+
+    def trial(self) -> None:
+        """A few tokens through all of it."""
+        self._pass(0, 0, self.blocks)
+
+    def restart(self) -> None:
+        """Back to the beginning."""
+        self.reached = 0  # blocks that the texts have been through
+        self._carried: list[Any] = [None] * len(self._parts)
+
+    def advance(self, stop: int, step: Callable[[], None]) -> None:
+        """Through the next blocks, up to number `stop`; with the last of them, to the end of the model.
+
+        Args:
+            step: called after every part.
+        """
+        for part in range(1, len(self._parts)):
+            self._pass(part, self.reached if self._skips else 0, stop)
+            step()
+        self.reached = stop
+
+    @torch.no_grad()
+    def _pass(self, part: int, first: int, stop: int) -> Tensor | None:
+        """Logits where it came to the end."""
+        self._part, self._first, self._stop, self.call = part, first, stop, 0
+        if self._blockwise is None:
+            logits, self.call = read(self._model, self._parts[part]), 1
+            return logits
+        with self._blockwise.passing(self._block), suppress(_Enough):
+            return read(self._model, self._parts[part])
+        return None
+
+    def _block(self, once: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        number = self.call
+        if number < self._first:
+            self.call += 1
+            return self._carried[self._part]  # of the last of them: what others return goes nowhere else
+        result = once(*args, **kwargs)
+        self.call += 1
+        if self.call == self._stop < self.blocks:
+            self._carried[self._part] = result
+            raise _Enough
+        return result
+
+    def _may_skip(self) -> bool:
+        """Whether passing over blocks gives the same in the end: not where one hands on more than it returns."""
+        if self._blockwise is None or self.blocks < 3:
+            return False
+        whole = self._pass(0, 0, self.blocks)
+        middle = self.blocks // 2
+        self._pass(0, 0, middle)
+        if not all(isinstance(leaf, Tensor | None | bool | int) for leaf in tree_leaves(self._carried[0])):
+            return False
+        with suppress(Exception):
+            rest = self._pass(0, middle, self.blocks)
+            return whole is not None and rest is not None and torch.equal(whole, rest)
+        return False

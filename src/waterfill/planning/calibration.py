@@ -1,0 +1,177 @@
+"""Calibrated rounding: tokens that moments of inputs are taken on, what feedback by them leaves, and that feedback.
+
+own text, or a file ──► tokens ──► moments ──► share of each matrix's loss that is left, to plan with
+                                      └──────► feedback, as the matrix is packed
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+from waterfill.base import process
+from waterfill.base.errors import WaterfillError
+from waterfill.base.progress import Progress, step_of
+from waterfill.codecs import get_codec
+from waterfill.codecs.feedback import Blocks, Feedback, Left, expected
+from waterfill.files.architecture import Architecture
+from waterfill.files.artifact.format import is_packed
+from waterfill.files.checkpoint import Checkpoint
+from waterfill.planning.ancestral import Writer
+from waterfill.planning.inventory import PlannedMatrix
+from waterfill.planning.measuring import as_text, measured_tokens
+from waterfill.planning.moments import InputMoments
+from waterfill.planning.options import ProbeOptions
+from waterfill.planning.pace import fast_dtype
+from waterfill.planning.plan import Calibration, Plan
+from waterfill.planning.probe import LENGTH
+
+_log = logging.getLogger(__name__)
+
+SELF = "self"
+TOKENS = 16384  # of the model's own, or of a text; twice as many gain a few per cent (docs/results/calibrated.md)
+TEXT_LENGTH = 512  # tokens of a window of a text: they cost no sampling
+MOMENTS_BYTES = 1 << 30  # that are held at a time, where there is memory
+FREE_SHARE = 0.25  # of the memory that is free
+
+
+class Calibrated:
+    """Error feedback for the matrices of a model, by the moments of what they are multiplied with on some tokens."""
+
+    def __init__(self, record: Calibration, moments: InputMoments, progress: Progress | None = None) -> None:
+        self.record = record
+        self._moments, self._progress = moments, progress
+        self._feedback: tuple[str, Feedback] | None = None  # of one input at a time: it is as large as its moments
+
+    def left(self, matrices: Sequence[PlannedMatrix], codecs: Sequence[str]) -> dict[str, Left]:
+        """What is left of each matrix's loss, whichever of these codecs it gets; of those that gain by feedback."""
+        left: dict[str, Left] = {}
+        by_input: dict[str, Left] = {}
+        step = step_of(self._progress, "predicting what feedback gains")
+        for number, matrix in enumerate(matrices):
+            if step:
+                step(number, len(matrices))
+            blocks = _blocks(matrix.shape[1], codecs)
+            if not blocks or matrix.name not in self._moments.names:
+                continue
+            key = self._moments.leader(matrix.name)  # whose width gives the blocks
+            if key not in by_input:
+                by_input[key] = expected(*self._moments.of(matrix.name), blocks)
+            if by_input[key].loss < 1:
+                left[matrix.name] = by_input[key]
+        if step:
+            step(len(matrices), len(matrices))
+        return left
+
+    def feedback(self, name: str) -> Feedback | None:
+        """For a matrix; None where nothing is known of its input."""
+        if name not in self._moments.names:
+            return None
+        leader = self._moments.leader(name)
+        if self._feedback is None or self._feedback[0] != leader:
+            self._feedback = None  # before there is another
+            self._feedback = leader, Feedback(self._moments.of(name).both)
+        return self._feedback[1]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    on: str | Path,
+    progress: Progress | None,
+    options: ProbeOptions,
+    *,
+    tokens: int = TOKENS,
+    write: Writer | None = None,
+) -> Calibrated:
+    """Take moments of about so many `tokens` of the model's own text ("self"), or of a text.
+
+    Raises:
+        WaterfillError: the text cannot be read, or is too short; the model cannot write text.
+    """
+    length = LENGTH if on == SELF else TEXT_LENGTH
+    record = Calibration(
+        kind="self" if on == SELF else "text",
+        sequences=max(2, math.ceil(tokens / length)),
+        length=length,
+        seed=options.get("seed", 0),
+        text=None if on == SELF else as_text(Path(on).name),
+    )
+    return _taken(checkpoint, architecture, record, on, progress, options, write)
+
+
+def calibrated_again(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    plan: Plan,
+    on: str | Path | None,
+    progress: Progress | None,
+    options: ProbeOptions,
+    *,
+    write: Writer | None = None,
+) -> Calibrated | None:
+    """What a plan was made with; None of one without feedback. `on` is the text that it was calibrated on.
+
+    Raises:
+        WaterfillError: the text is not given, or another one is.
+    """
+    record = plan.calibration
+    if record is None:
+        if on is not None:
+            raise WaterfillError("the plan was made without calibration; leave it out, or make a plan with it")
+        return None
+    if record.kind != SELF and on in (None, SELF):
+        raise WaterfillError(f"the plan was calibrated on {record.text}; give that text again (--calibrate)")
+    again = _taken(checkpoint, architecture, record, on or SELF, progress, options, write)
+    if again.record != record:
+        raise WaterfillError(
+            "the plan was calibrated on other tokens than these"
+            + (f"; give the text that was {record.text}" if record.text else "; make a new plan")
+        )
+    return again
+
+
+def _taken(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    record: Calibration,
+    on: str | Path,
+    progress: Progress | None,
+    options: ProbeOptions,
+    write: Writer | None,
+) -> Calibrated:
+    probing = ProbeOptions(sequences=record.sequences, length=record.length, seed=record.seed)
+    if "cache" in options:
+        probing["cache"] = options["cache"]
+    if record.kind != SELF:
+        probing["text"] = on
+    ids = measured_tokens(checkpoint, architecture, progress, probing, write=write)
+    record = replace(record, length=ids.shape[1], tokens=_digest(ids))
+    moments = InputMoments(
+        checkpoint,
+        architecture,
+        ids,
+        dtype=fast_dtype(architecture.matrices),
+        limit_bytes=min(MOMENTS_BYTES, FREE_SHARE * process.free_bytes()),
+        progress=progress,
+    )
+    without = [m.name for m in architecture.matrices if m.name not in moments.names and m.role != "embedding"]
+    if without:
+        _log.info("%d matrices have no input of their own, such as %s, and no feedback", len(without), without[0])
+    return Calibrated(record, moments, progress)
+
+
+def _blocks(width: int, codecs: Sequence[str]) -> Blocks:
+    """Those of the first codec; none where one of them has none."""
+    every = [get_codec(name).feedback(width) for name in codecs if is_packed(name)]
+    return every[0] if every and all(every) else ()
+
+
+def _digest(tokens: torch.Tensor) -> str:
+    return blake2b(tokens.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
