@@ -14,10 +14,13 @@
 #include "rans.hpp"
 #include "sound.hpp"
 #include "trellis_search.hpp"
+#include "trellis_states.hpp"
 
 using namespace waterfill;
 
 namespace {
+
+constexpr int kFewLanes = 8;  // that are searched one by one, by several threads
 
 bool lanes_are(int lanes, int64_t count) {
     return lanes >= 1 && lanes <= kMostLanes && !(lanes & (lanes - 1)) && count >= 0 && count % lanes == 0;
@@ -51,8 +54,16 @@ int wf_trellis_search(int isa, int states, const float* x, int64_t count, int la
     const Functions* f = functions(isa);
     const TrellisCode* code = trellis_code(states);
     if (!f || !code || !lanes_are(lanes, count) || least > -1 || most < 1 || least < -512 || most > 511) return -1;
-    if (count)
-        f->search(*code, lanes, count, x, least, most, scratch(kDecoded, search_bytes(states, count / lanes)), out);
+    if (!count) return 0;
+    const int64_t steps = count / lanes;
+    if (states < kLeastRegisterStates || lanes > kFewLanes) {
+        f->search(*code, lanes, count, x, least, most, scratch(kDecoded, search_bytes(states, steps)), out);
+        return 0;
+    }
+    parallel(lanes, [&](int64_t lane) {
+        uint8_t* memory = scratch(kDecoded, lane_search_bytes(states, steps));
+        f->search_lane(*code, lanes, int(lane), count, x, least, most, memory, out);
+    });
     return 0;
 }
 

@@ -192,6 +192,16 @@ struct Avx512 {
     static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
     static Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
     static uint32_t less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+    static Floats fill(float f) { return _mm512_set1_ps(f); }
+    static Floats select(uint32_t mask, Floats set, Floats clear) {
+        return _mm512_mask_blend_ps(__mmask16(mask), clear, set);
+    }
+    using Order = __m512i;  // element i is taken from i ^ distance
+    static Order order(int distance) {
+        const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_xor_si512(each, _mm512_set1_epi32(distance));
+    }
+    static Floats reordered(Floats f, Order order) { return _mm512_permutexvar_ps(order, f); }
 
     static bool decode_rows(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width,
                             int64_t first, int64_t last) {

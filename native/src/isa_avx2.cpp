@@ -145,6 +145,28 @@ struct Avx2 : Plain {
         const int low = _mm256_movemask_ps(_mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ));
         return uint32_t(low | _mm256_movemask_ps(_mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ)) << 8);
     }
+    static Floats fill(float f) { return {_mm256_set1_ps(f), _mm256_set1_ps(f)}; }
+    static Floats select(uint32_t mask, Floats set, Floats clear) {
+        return {blend(mask, set.low, clear.low), blend(mask >> 8, set.high, clear.high)};
+    }
+    static __m256 blend(uint32_t mask, __m256 set, __m256 clear) {
+        const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(mask)), bits), bits);
+        return _mm256_blendv_ps(clear, set, _mm256_castsi256_ps(chosen));
+    }
+    struct Order {  // element i is taken from i ^ distance
+        __m256i within;
+        bool halves;
+    };
+    static Order order(int distance) {
+        const __m256i each = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return {_mm256_xor_si256(each, _mm256_set1_epi32(distance & 7)), (distance & 8) != 0};
+    }
+    static Floats reordered(Floats f, const Order& order) {
+        const __m256 low = _mm256_permutevar8x32_ps(f.low, order.within);
+        const __m256 high = _mm256_permutevar8x32_ps(f.high, order.within);
+        return order.halves ? Floats{high, low} : Floats{low, high};
+    }
 
     static bool decode_rows(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width,
                             int64_t first, int64_t last) {

@@ -23,6 +23,7 @@
 #include "prepare.hpp"
 #include "rans.hpp"
 #include "trellis_search.hpp"
+#include "trellis_states.hpp"
 
 namespace waterfill {
 namespace {
@@ -345,6 +346,7 @@ struct Kernels : Decoding<Isa> {
             f.walk = walk_narrow;
             f.walk_wide = walk_lanes<int16_t>;
             f.search = Search<Isa>::run;
+            f.search_lane = LaneSearch<Isa>::run;
             f.checksum = checksum;
             return f;
         }();

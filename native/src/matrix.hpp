@@ -74,7 +74,7 @@ struct Functions {
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*geglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*attend)(const Attention& a, float* scores);
-    // rans.hpp, trellis_search.hpp.
+    // rans.hpp, trellis_search.hpp, trellis_states.hpp.
     bool (*decode_symbols)(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
                            int64_t count, uint8_t* out);
     // Rows from `first` to `last` of up to kTogether streams side by side, in one go where this is possible; else
@@ -87,6 +87,9 @@ struct Functions {
                       const uint8_t* raw, int16_t* out);
     void (*search)(const TrellisCode& code, int lanes, int64_t count, const float* x, int least, int most,
                    uint8_t* scratch, int16_t* out);
+    // Of one lane, with at least 16 states; the same levels.
+    void (*search_lane)(const TrellisCode& code, int lanes, int lane, int64_t count, const float* x, int least,
+                        int most, uint8_t* scratch, int16_t* out);
     uint64_t (*checksum)(const uint8_t* data, int64_t bytes);
 };
 

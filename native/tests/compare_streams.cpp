@@ -169,8 +169,8 @@ void compare_streams(int isa, int scalar) {
                 expect(decode(isa, other, x) == decode(scalar, other, y) && x == y, name + ", damaged");
             }
         }
-    for (int states : {1, 4, 8, 64, 256})
-        for (int lanes : {1, 8, 32}) {
+    for (int states : {1, 4, 8, 16, 32, 64, 128, 256})
+        for (int lanes : {1, 4, 8, 32}) {
             std::vector<float> x(size_t(lanes * 300));
             for (auto& v : x) v = float(int32_t(rng())) * 1e-8f;
             std::vector<int16_t> p(x.size()), q(x.size());
@@ -178,5 +178,16 @@ void compare_streams(int isa, int scalar) {
                        !wf_trellis_search(scalar, states, x.data(), int64_t(x.size()), lanes, -31, 31, q.data()) &&
                        p == q,
                    "search with " + std::to_string(states) + " states");
+            // Lane by lane, or all of them side by side, finds the same.
+            const int64_t steps = int64_t(x.size()) / lanes;
+            std::vector<float> wide(size_t(steps * 32));
+            for (int64_t t = 0; t < steps; ++t)
+                for (int lane = 0; lane < lanes; ++lane) wide[size_t(t * 32 + lane)] = x[size_t(t * lanes + lane)];
+            std::vector<int16_t> side_by_side(wide.size());
+            bool same = !wf_trellis_search(isa, states, wide.data(), steps * 32, 32, -31, 31, side_by_side.data());
+            for (int64_t t = 0; t < steps; ++t)
+                for (int lane = 0; lane < lanes; ++lane)
+                    same = same && side_by_side[size_t(t * 32 + lane)] == p[size_t(t * lanes + lane)];
+            expect(same, "search lane by lane with " + std::to_string(states) + " states");
         }
 }

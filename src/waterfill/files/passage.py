@@ -51,7 +51,7 @@ class Passage:
 
     def trial(self) -> None:
         """A few tokens through all of it."""
-        self._pass(0, 0, self.blocks)
+        self._pass(0, 0, self.blocks + 1)
 
     def restart(self) -> None:
         """Back to the beginning."""
@@ -59,7 +59,7 @@ class Passage:
         self._carried: list[Any] = [None] * len(self._parts)
 
     def advance(self, stop: int, step: Callable[[], None]) -> None:
-        """Through the next blocks, up to number `stop`; with the last of them, to the end of the model.
+        """Through the next blocks, those below number `stop`; where it is above `blocks`, to the end of the model.
 
         Args:
             step: called after every part.
@@ -87,7 +87,7 @@ class Passage:
             return self._carried[self._part]  # of the last of them: what others return goes nowhere else
         result = once(*args, **kwargs)
         self.call += 1
-        if self.call == self._stop < self.blocks:
+        if self.call == self._stop:
             self._carried[self._part] = result
             raise _Enough
         return result
@@ -96,12 +96,16 @@ class Passage:
         """Whether passing over blocks gives the same in the end: not where one hands on more than it returns."""
         if self._blockwise is None or self.blocks < 3:
             return False
-        whole = self._pass(0, 0, self.blocks)
+        whole = self._pass(0, 0, self.blocks + 1)
         middle = self.blocks // 2
         self._pass(0, 0, middle)
+        tokens = self._parts[0]
+        self._parts[0] = tokens.flip(1)
+        self._pass(0, 0, self.blocks + 1)  # what blocks leave elsewhere is now of another text
+        self._parts[0] = tokens
         if not all(isinstance(leaf, Tensor | None | bool | int) for leaf in tree_leaves(self._carried[0])):
             return False
         with suppress(Exception):
-            rest = self._pass(0, middle, self.blocks)
+            rest = self._pass(0, middle, self.blocks + 1)
             return whole is not None and rest is not None and torch.equal(whole, rest)
         return False

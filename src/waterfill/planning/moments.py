@@ -162,7 +162,7 @@ class InputMoments:
         """Take moments of the next blocks from the first one on, as many as memory has room for."""
         if first == 0:
             self._passage.restart()
-        blocks = max(self._passage.blocks, 1 + max(met.block for met in self._met.values()))
+        blocks = 1 + max(met.block for met in self._met.values())
         sizes = Counter[int]()
         for name in {met.leader for met in self._met.values()}:
             sizes[self._met[name].block] += 8 * self._widths[name] ** 2

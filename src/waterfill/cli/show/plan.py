@@ -74,6 +74,7 @@ def _summary(plan: Plan) -> Table:
             "weight files": f"{files}, {times:.1f} times smaller",
             "predicted": _prediction(plan.predicted, plan.probe),
             **_sampling(plan),
+            **_feedback(plan),
             **_evidence(plan),
             "allocation": plan.optimal,
         }
@@ -124,6 +125,18 @@ def _borrowed(predicted: Prediction, probe: Mapping[str, Any]) -> str | None:
             "sensitivities were measured on: a guess, no promise"
         )
     return None
+
+
+def _feedback(plan: Plan) -> dict[str, str]:
+    """What feeding errors back gives, and by what."""
+    calibration, fed = plan.calibration, [tensor for tensor in plan.tensors if tensor.feedback]
+    if calibration is None:
+        return {}
+    without = math.fsum(tensor.kl / tensor.feedback for tensor in fed if tensor.feedback)
+    left = f", leaves {math.fsum(tensor.kl for tensor in fed) / without:.0%} of their loss" if without else ""
+    tokens = calibration.sequences * calibration.length
+    text = calibration.text or _PROBES["self"]
+    return {"feedback": f"of errors in {len(fed)} matrices{left}; by {tokens:,} tokens of {text}"}
 
 
 def _unused(plan: Plan) -> dict[str, Text]:

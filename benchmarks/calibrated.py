@@ -1,0 +1,167 @@
+"""What error feedback is worth at equal bytes: KL without it, calibrated on the model's own text, and on a text.
+
+Each of --texts is halved: the first half calibrates, the second is measured on, and so are the other texts' second
+halves. `own` is text that the model wrote, of another seed than what calibrates. Plans are allotted, for storage;
+`embedding` says whether the input embedding, which has no feedback, is packed as well or kept out of the budget. The
+last table is of growing numbers of the model's own tokens, at one rate.
+
+Takes minutes per plan and 100 million weights. With --quick, the example model at one rate.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import waterfill
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
+from waterfill.files.architecture import describe
+from waterfill.files.checkpoint import open_checkpoint
+from waterfill.planning.plan import Plan
+from waterfill.studies.own_text import OwnText
+
+RATES, QUICK_RATES = (2.0, 3.0, 4.0), (3.0,)  # bits
+GROWTH, QUICK_GROWTH = (1024, 4096, 16384, 65536), (1024, 4096)  # tokens
+GROWTH_BITS = 3.0
+CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 16, 6
+OWN_SEQUENCES, OWN_SEED = 16, 1
+SELF_GOAL, TEXT_GOAL = 0.45, 0.27  # of the KL without feedback
+PREDICTED_FROM_BITS = 3.0
+PREDICTED_GOAL = {"own": 0.15, "other": 0.25}  # relative error of the prediction
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A checkpoint, and the halves of texts."""
+
+    model: Path
+    folder: Path
+    calibrating: dict[str, Path]
+    measuring: dict[str, Path]
+    windows: int
+    rows: list[list[Any]] = field(default_factory=list)
+    growth: list[list[Any]] = field(default_factory=list)
+
+    def measure(self, bits: float, calibrate: str | Path | None, keep: Sequence[str], **options: Any) -> Result:
+        """Plan, pack, and measure on every text."""
+        packed, start_s = self.folder / "packed", time.perf_counter()
+        if calibrate is not None:
+            options["calibrate"] = calibrate
+        plan = waterfill.pack(self.model, packed, bits=bits, keep=keep, overwrite=True, **options)
+        seconds = time.perf_counter() - start_s
+        kl = {}
+        for name, text in self.measuring.items():
+            loss = waterfill.evaluate(packed, self.model, text, context=CONTEXT, max_windows=self.windows)
+            assert loss.kl is not None
+            kl[name] = loss.kl
+        return Result(plan, kl, seconds)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A plan and what it lost, by text."""
+
+    plan: Plan
+    kl: dict[str, float]
+    seconds: float
+
+
+def main() -> None:
+    arguments = parse_arguments(
+        __doc__,
+        models={"type": Path, "nargs": "+", "default": [EXAMPLE_MODEL], "help": "checkpoints to pack"},
+        texts={"type": Path, "nargs": "*", "default": [], "help": "more files to calibrate and measure on"},
+        rates={"type": float, "nargs": "*", "default": [], "help": "bits per weight (2 3 4)"},
+        no_growth={"action": "store_true", "help": "leave out the table of growing numbers of tokens"},
+    )
+    report = BenchmarkReport("error feedback at equal bytes")
+    texts = [held_out_text(report), *arguments.texts]
+    rates = arguments.rates or (QUICK_RATES if arguments.quick else RATES)
+    growth = () if arguments.no_growth else QUICK_GROWTH if arguments.quick else GROWTH
+    rows: list[list[Any]] = []
+    grown: list[list[Any]] = []
+    for model in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            bench = _bench(model, Path(folder), texts, QUICK_WINDOWS if arguments.quick else WINDOWS)
+            for bits in rates:
+                rows += _at_equal_bytes(report, bench, bits, keep=())
+                if (embedding := _embedding(model)) and not arguments.quick and bits == GROWTH_BITS:
+                    rows += _at_equal_bytes(report, bench, bits, keep=(embedding,))
+            grown += _grown(bench, growth)
+    texts_measured = list(bench.measuring)
+    columns = ["checkpoint", "bits", "embedding", "calibrated on", "s", "predicted KL", *texts_measured]
+    ratios = [f"{name}, of no feedback" for name in texts_measured]
+    report.table("KL at equal bytes", [*columns, *ratios], rows, key="kl")
+    if grown:
+        columns = ["checkpoint", "bits", "own tokens", "predicted KL", *texts_measured]
+        report.table("by tokens that calibrate", columns, grown, key="tokens")
+    report.save(arguments.json)
+
+
+def _bench(model: Path, folder: Path, texts: Sequence[Path], windows: int) -> Bench:
+    calibrating: dict[str, Path] = {}
+    measuring = {"own": _own(model, folder)}
+    for text in texts:
+        content = text.read_text(encoding="utf-8")
+        for half, files in ((content[: len(content) // 2], calibrating), (content[len(content) // 2 :], measuring)):
+            files[text.name] = folder / f"{len(files)}-{text.name}"
+            files[text.name].write_text(half, encoding="utf-8")
+    return Bench(model, folder, calibrating, measuring, windows)
+
+
+def _own(model: Path, folder: Path) -> Path:
+    """Text that the model writes."""
+    checkpoint = open_checkpoint(model)
+    with OwnText(checkpoint, describe(checkpoint)) as text:
+        tokens = text.sample(range(OWN_SEQUENCES), CONTEXT, OWN_SEED)
+    tokenizer = waterfill.load_tokenizer(model)
+    file = folder / "own.txt"
+    file.write_text("\n".join(tokenizer.decode(some, skip_special_tokens=True) for some in tokens), encoding="utf-8")
+    return file
+
+
+def _embedding(model: Path) -> str | None:
+    """Name of the input embedding, where it is packed."""
+    matrices = describe(open_checkpoint(model)).matrices
+    return next((matrix.name for matrix in matrices if matrix.role == "embedding"), None)
+
+
+def _at_equal_bytes(report: BenchmarkReport, bench: Bench, bits: float, keep: Sequence[str]) -> list[list[Any]]:
+    ways: dict[str, str | Path | None] = {"nothing": None, "own": "self", **bench.calibrating}
+    results = {name: bench.measure(bits, on, keep) for name, on in ways.items()}
+    rows, without = [], results["nothing"].kl
+    embedding = "kept" if keep else "packed"
+    for name, result in results.items():
+        ratios = {text: kl / without[text] for text, kl in result.kl.items()}
+        figures = [round(result.seconds, 1), round(result.plan.predicted.kl, 5)]
+        losses = [*(round(kl, 5) for kl in result.kl.values()), *(round(ratio, 3) for ratio in ratios.values())]
+        rows.append([bench.model.name, bits, embedding, name, *figures, *losses])
+        if name == "nothing":
+            continue
+        key = f"{bench.model.name}_{bits:g}_{embedding}_by_{name}"
+        for text, ratio in ratios.items():
+            goal = TEXT_GOAL if text == name and name != "own" else SELF_GOAL
+            report.criterion(f"{key}_on_{text}", round(ratio, 3), f"<= {goal}", ratio <= goal)
+        if name == "own" and bits >= PREDICTED_FROM_BITS:
+            for text, kl in result.kl.items():
+                error = result.plan.predicted.kl / kl - 1
+                goal = PREDICTED_GOAL["own" if text == "own" else "other"]
+                report.criterion(f"{key}_predicted_on_{text}", round(error, 3), f"± {goal}", abs(error) <= goal)
+    return rows
+
+
+def _grown(bench: Bench, growth: Sequence[int]) -> list[list[Any]]:
+    rows = []
+    for tokens in growth:
+        result = bench.measure(GROWTH_BITS, "self", (), calibration_tokens=tokens)
+        kl = [round(each, 5) for each in result.kl.values()]
+        rows.append([bench.model.name, GROWTH_BITS, tokens, round(result.plan.predicted.kl, 5), *kl])
+    return rows
+
+
+if __name__ == "__main__":
+    main()
