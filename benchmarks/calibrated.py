@@ -25,9 +25,9 @@ from waterfill.planning.plan import Plan
 from waterfill.studies.own_text import OwnText
 
 RATES, QUICK_RATES = (2.0, 3.0, 4.0), (3.0,)  # bits
-GROWTH, QUICK_GROWTH = (1024, 4096, 16384, 65536), (1024, 4096)  # tokens
+GROWTH, QUICK_GROWTH = (1024, 4096, 16384), (1024, 4096)  # tokens
 GROWTH_BITS = 3.0
-CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 16, 6
+CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 10, 6
 OWN_SEQUENCES, OWN_SEED = 16, 1
 SELF_GOAL, TEXT_GOAL = 0.45, 0.27  # of the KL without feedback
 PREDICTED_FROM_BITS = 3.0
