@@ -21,6 +21,7 @@ import waterfill
 from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
 from waterfill.files.architecture import describe
 from waterfill.files.checkpoint import open_checkpoint
+from waterfill.files.original import load_tokenizer
 from waterfill.planning.plan import Plan
 from waterfill.studies.own_text import OwnText
 
@@ -118,7 +119,7 @@ def _own(model: Path, folder: Path) -> Path:
     checkpoint = open_checkpoint(model)
     with OwnText(checkpoint, describe(checkpoint)) as text:
         tokens = text.sample(range(OWN_SEQUENCES), CONTEXT, OWN_SEED)
-    tokenizer = waterfill.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     file = folder / "own.txt"
     file.write_text("\n".join(tokenizer.decode(some, skip_special_tokens=True) for some in tokens), encoding="utf-8")
     return file

@@ -102,6 +102,16 @@ CHAPTERS = {
         "public experiment repository of the first author of HIGGS (25,853 bytes, SHA-256 "
         "`bcf667decd0881a9768df0c8fbf6787c4a5ebbffa48c5484288cc7fed4489c78`).",
     ),
+    "scale": Chapter(
+        "What planning costs",
+        "A plan of 135 million weights, of which the loss is known to ±{smollm2-135m_known_to:.0%} without data, takes "
+        "{smollm2-135m_s:.0f} s and {smollm2-135m_peak_bytes:MB} from scratch; one of 405 billion weights by their "
+        "shapes {most_plan_s_llama-3.1-405b:.1f} s, of a trillion {most_plan_s_1t_mixture_of_experts:.0f} s.",
+        "SmolLM2-135M-Instruct, as it comes out of a 4-bit GGUF file; kernels and torch were held to AVX2 "
+        "(`WATERFILL_ISA`, `ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA`, `MKL_ENABLE_INSTRUCTIONS`). Other processes "
+        "shared the cores from the second table on; only plans by shapes are timed there. How many sequences it takes "
+        "depends on what the model happens to write.",
+    ),
     "batching": Chapter(
         "Several texts in one pass",
         "Eight texts in one pass over the weights make {least one_pass_over_one_by_one_*:.1f} to "
