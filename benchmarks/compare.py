@@ -36,7 +36,8 @@ from waterfill.planning.probe import Probe, probe_tokens
 from waterfill.planning.sensitivity import Sensitivity, measure
 from waterfill.studies.comparison import (
     DEFAULT_BITS,
-    OURS,
+    PLAIN,
+    UNIFORM,
     Comparison,
     Method,
     Row,
@@ -155,7 +156,7 @@ def compare(report: BenchmarkReport, subject: StudiedModel, ids: Tensor, setup: 
         text="held-out code",
         context=CONTEXT,
         methods=select(setup.methods),
-        ours=OURS,
+        ours=(PLAIN, UNIFORM),
         budgets=[Budget(bits=bits) for bits in setup.bits],
         request=Request(codecs=setup.codecs),
     )

@@ -21,6 +21,7 @@ from tests.support.documented import documented, shape
 from waterfill.base.errors import WaterfillError
 from waterfill.files.artifact import Buffer
 from waterfill.planning.budget import Budget
+from waterfill.planning.plan import Calibration
 from waterfill.planning.planner import Request
 from waterfill.studies.comparison import (
     CurvePoint,
@@ -122,6 +123,19 @@ def test_ours_stands_beside_every_peer_within_its_bytes(subject: StudiedModel, i
     assert peer.ours_size_bytes <= peer.size_bytes
     assert peer.ours_kl is not None
     assert peer.ratio == peer.ours_kl / peer.kl
+
+
+def test_ours_with_feedback_needs_tokens_and_is_planned_by_them(subject: StudiedModel, ids: Tensor) -> None:
+    tokens = torch.randint(0, 60, (8, 64), generator=torch.Generator().manual_seed(3))
+    calibrated = replace(subject, calibration=tokens, calibrated_on=Calibration("self", 8, 64, 0, None))
+    plain, fed = compared(calibrated, ids, ours=("waterfill", "waterfill-feedback")).rows
+    assert (fed.title, fed.calibrated, fed.problem) == ("waterfill, with feedback, 4 bits", True, None)
+    assert fed.size_bytes == plain.size_bytes
+    assert fed.predicted_kl < plain.predicted_kl
+    assert fed.kl < plain.kl
+    missing = replace(subject, calibration=None)
+    (row,) = compared(missing, ids, ours=("waterfill-feedback",)).rows
+    assert row.problem == "it needs calibration tokens"
 
 
 def test_ours_is_planned_for_storage_or_for_memory(subject: StudiedModel, ids: Tensor) -> None:

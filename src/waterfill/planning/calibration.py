@@ -152,7 +152,18 @@ def _taken(
     if record.kind != SELF:
         probing["text"] = on
     ids = measured_tokens(checkpoint, architecture, progress, probing, write=write)
-    record = replace(record, length=ids.shape[1], tokens=_digest(ids))
+    return on_tokens(checkpoint, architecture, ids, record, progress)
+
+
+def on_tokens(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    ids: torch.Tensor,
+    record: Calibration,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Take moments of these tokens, int64 `[sequences, length]`, which the record says the origin of."""
+    record = replace(record, sequences=len(ids), length=ids.shape[1], tokens=_digest(ids))
     moments = InputMoments(
         checkpoint,
         architecture,

@@ -134,7 +134,7 @@ class Prediction:
 class Calibration:
     """The tokens that moments of inputs are taken on, for error feedback."""
 
-    kind: Literal["self", "text"]
+    kind: Literal["self", "random", "text"]
     sequences: Positive
     length: Positive
     seed: int

@@ -13,7 +13,10 @@ plot.py      KL against bytes
 
 from waterfill.studies.comparison import ggml, gptq, mixtures, peers, rounding
 from waterfill.studies.comparison.base import (
+    FED_BACK,
     OURS,
+    PLAIN,
+    UNIFORM,
     Candidate,
     Method,
     Row,
@@ -26,8 +29,11 @@ from waterfill.studies.comparison.run import DEFAULT_BITS, Comparison, compare_m
 
 __all__ = [
     "DEFAULT_BITS",
+    "FED_BACK",
     "METHODS",
     "OURS",
+    "PLAIN",
+    "UNIFORM",
     "Candidate",
     "Comparison",
     "CurvePoint",

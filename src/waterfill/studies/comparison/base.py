@@ -17,7 +17,9 @@ from waterfill.base.machine import package_version
 from waterfill.base.records import Record
 from waterfill.files.architecture import Architecture
 from waterfill.files.checkpoint import Checkpoint
+from waterfill.planning.calibration import Calibrated, on_tokens
 from waterfill.planning.moments import second_moments
+from waterfill.planning.plan import Calibration
 from waterfill.planning.sensitivity import Sensitivity
 
 
@@ -35,6 +37,7 @@ class StudiedModel:
     model: Any  # the original
     sensitivity: Sensitivity
     calibration: Tensor | None = None  # token ids [sequences, length] for the methods that need activations
+    calibrated_on: Calibration | None = None  # what those are
 
     def calibration_tokens(self) -> Tensor:
         """Token ids [sequences, length].
@@ -47,12 +50,20 @@ class StudiedModel:
         return self.calibration
 
     @cached_property
+    def feedback(self) -> Calibrated:
+        """Error feedback by those tokens; their moments are taken once, for all plans."""
+        tokens, record = self.calibration_tokens(), self.calibrated_on
+        if record is None:
+            raise Unavailable("it needs to know what it is calibrated on")
+        return on_tokens(self.checkpoint, self.architecture, tokens, record)
+
+    @cached_property
     def moments(self) -> dict[str, Tensor]:
         """Mean square of each input, float32 [in], by matrix; measured once, for several methods."""
         return second_moments(self.model, self.architecture, self.calibration_tokens())
 
 
-OURS = ("waterfill", "waterfill-uniform")  # names of our own methods
+OURS = PLAIN, UNIFORM, FED_BACK = "waterfill", "waterfill-uniform", "waterfill-feedback"  # names of our own methods
 
 Put = Callable[[str, Tensor], None]
 """Takes a matrix by its name, float32 [out, in], as a method gives it back. What is not put stays as it was."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from waterfill.base.errors import WaterfillError
 from waterfill.base.writing import prepare_file, write_file
 from waterfill.planning.budget import format_size
+from waterfill.studies.comparison.base import FED_BACK, PLAIN, UNIFORM
 from waterfill.studies.comparison.run import Comparison
 
 if TYPE_CHECKING:
@@ -69,10 +70,10 @@ def plot(comparison: Comparison) -> Figure:
         rows = [row for row in comparison.measured if row.family == family]
         _draw_rows(axes, rows, {"color": colour, "marker": marker, "markersize": 5.5, "label": family})
     ours = [row for row in comparison.measured if row.family == "waterfill"]
-    for name, filled in (("waterfill", BLUE), ("waterfill-uniform", "white")):
+    for name, marker, filled in ((PLAIN, "o", BLUE), (UNIFORM, "o", "white"), (FED_BACK, "D", BLUE)):
         rows = [row for row in ours if row.method == name]
-        style = {"color": BLUE, "marker": "o", "markerfacecolor": filled, "markersize": 7, "zorder": 5}
-        _draw_rows(axes, rows, {**style, "label": "waterfill" if filled == BLUE else "waterfill, uniform"})
+        style = {"color": BLUE, "marker": marker, "markerfacecolor": filled, "markersize": 7, "zorder": 5}
+        _draw_rows(axes, rows, {**style, "label": name.replace("-", ", ")})
     axes.set(xscale="log", yscale="log", xlabel="bytes on disk", ylabel="KL divergence, nats per token")
     axes.set_title(_title(comparison), loc="left", fontsize=10)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)))

@@ -27,7 +27,7 @@ from waterfill.files.architecture import parameters_of
 from waterfill.planning.budget import Budget
 from waterfill.planning.costs import matrix_view
 from waterfill.planning.planner import USUAL, Request
-from waterfill.studies.comparison.base import OURS, Method, Row, StudiedModel, Unavailable
+from waterfill.studies.comparison.base import FED_BACK, OURS, UNIFORM, Method, Row, StudiedModel, Unavailable
 from waterfill.studies.comparison.cache import VERSION, Results
 from waterfill.studies.comparison.curve import CurvePoint, predicted_curve
 from waterfill.studies.comparison.ours import packed, plan_for
@@ -138,12 +138,17 @@ def _budget_case(
     subject: StudiedModel, request: Request, name: str, budget: Budget, packing: Callable[[int, int], None] | None
 ) -> Method | Row:
     """One of our methods at a budget, or the row that says why there is no such plan."""
-    request = replace(request, uniform=name == OURS[1])
+    request = replace(request, uniform=name == UNIFORM)
     asked = f"{budget.bits:g} bits" if budget.bits is not None else f"{budget.size_bytes:,} bytes"
-    facts = ("waterfill", "uniform" * request.uniform, "for memory" * (request.purpose == "memory"), asked)
+    fed_back = name == FED_BACK
+    kinds = "uniform" * request.uniform, "with feedback" * fed_back, "for memory" * (request.purpose == "memory")
+    facts = ("waterfill", *kinds, asked)
     title = ", ".join(filter(None, facts))
     try:
-        return packed(plan_for(subject, budget, request), title=title, name=name, progress=packing)
+        plan = plan_for(subject, budget, request, fed_back=fed_back)
+        return packed(plan, title=title, name=name, progress=packing)
+    except Unavailable as reason:
+        return Row(name, title, "waterfill", None, True, problem=str(reason))
     except BudgetError as error:
         return Row(name, title, "waterfill", None, False, problem=first_line(error))
 

@@ -26,10 +26,12 @@ from waterfill.planning.loss import Gain
 from waterfill.planning.measuring import measure_checkpoint, measured_tokens
 from waterfill.planning.menu import Purpose, codec_names
 from waterfill.planning.options import CHECKS, ProbeOptions
+from waterfill.planning.plan import Calibration
 from waterfill.planning.planner import Request
 from waterfill.planning.sensitivity import Sensitivity
 from waterfill.studies.comparison import (
     DEFAULT_BITS,
+    FED_BACK,
     OURS,
     Comparison,
     Method,
@@ -106,14 +108,15 @@ def compare(
     with stage(progress, READING):
         tokenizer = load_tokenizer(checkpoint.path)
         ids = token_ids(tokenizer, text)
-    calibrated = any(method.calibrated for method in peers)
+    calibrated = FED_BACK in ours or any(method.calibrated for method in peers)
     measured, calibration = _measured(checkpoint, architecture, progress, options, calibrated)
     with stage(progress, LOADING):
         original = load_checkpoint(checkpoint)
     context = default_context(original) if context is None else context
     ids = windows(ids, context)[:max_windows].flatten()
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)
-    subject = StudiedModel(name, checkpoint, architecture, original, measured, calibration)
+    record = None if calibration is None else _record(calibration, options)
+    subject = StudiedModel(name, checkpoint, architecture, original, measured, calibration, record)
     request = Request(
         gain=options.get("gain", "auto"),
         keep=tuple(options.get("keep", ())),
@@ -142,6 +145,14 @@ def _methods(patterns: Sequence[str]) -> tuple[tuple[str, ...], tuple[Method, ..
     everything = [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in known())]
     wanted = dict.fromkeys([*everything, *rest])
     return ours, select(tuple(wanted)) if wanted else ()
+
+
+def _record(tokens: torch.Tensor, options: CompareOptions) -> Calibration:
+    """What calibrated methods see."""
+    sequences, length = tokens.shape
+    text = options.get("calibration")
+    kind = options.get("probe", "self") if text is None else "text"
+    return Calibration(kind, sequences, length, options.get("seed", 0), None if text is None else Path(text).name)
 
 
 def _measured(
