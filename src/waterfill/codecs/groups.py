@@ -8,6 +8,8 @@ from __future__ import annotations
 from waterfill.base.lazy import torch
 from waterfill.codecs.hadamard import groups
 
+TINY = 1.1754943508222875e-38  # the least normal float32: what may be divided by
+
 
 def group_sizes(width: int, dtype: torch.dtype) -> torch.Tensor:
     """Coordinates of each group of a row of `width`, `[groups]`."""

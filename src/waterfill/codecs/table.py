@@ -20,13 +20,12 @@ from functools import cached_property, partial
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import BufferLayout, Encoded, Encoder, MemoryForm, RowEncoder, Shape
 from waterfill.codecs.feedback import Feedback
-from waterfill.codecs.groups import group_sizes, group_sums, per_weight
+from waterfill.codecs.groups import TINY, group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import groups, rotate, unrotate
 from waterfill.codecs.indices import pack, radix_word, row_bytes, unpack
 
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
-TINY = 1.1754943508222875e-38  # the least normal float32
 MAX_SCALE = 65504.0  # of fp16
 MIN_COSINE = 1e-2  # squared cosine under which a group's codes say nothing about it (all zeros): stored as zero
 

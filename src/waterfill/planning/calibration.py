@@ -25,10 +25,10 @@ from waterfill.files.artifact.format import is_packed
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.planning.ancestral import Writer
 from waterfill.planning.inventory import PlannedMatrix
-from waterfill.planning.measuring import as_text, measured_tokens
+from waterfill.planning.measuring import WORTH_SAYING_S, as_text, measured_tokens
 from waterfill.planning.moments import InputMoments
 from waterfill.planning.options import ProbeOptions
-from waterfill.planning.pace import fast_dtype
+from waterfill.planning.pace import fast_dtype, speed
 from waterfill.planning.plan import Calibration, Plan
 from waterfill.planning.probe import LENGTH
 
@@ -172,6 +172,9 @@ def on_tokens(
         limit_bytes=min(MOMENTS_BYTES, FREE_SHARE * process.free_bytes()),
         progress=progress,
     )
+    operations = moments.operations + 2 * sum(math.prod(matrix.shape) for matrix in architecture.matrices)
+    if (seconds := ids.numel() * operations / speed(torch.float32)) >= WORTH_SAYING_S:
+        _log.info("error feedback takes moments on %d tokens: about %.0f s on this machine", ids.numel(), seconds)
     without = [m.name for m in architecture.matrices if m.name not in moments.names and m.role != "embedding"]
     if without:
         _log.info("%d matrices have no input of their own, such as %s, and no feedback", len(without), without[0])

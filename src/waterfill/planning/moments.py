@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from waterfill.base.progress import Progress, step_of
+from waterfill.codecs.groups import TINY
 from waterfill.files.architecture import Architecture, Matrix
 from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint
@@ -147,6 +148,12 @@ class InputMoments:
         """The matrices that there are moments of."""
         return frozenset(self._met)
 
+    @property
+    def operations(self) -> int:
+        """Per token, of taking moments; running the model comes to it."""
+        upper = (1 + 1 / PIECES) / 2  # share of the products that is computed
+        return int(2 * upper * sum(self._widths[name] ** 2 for name in {met.leader for met in self._met.values()}))
+
     def leader(self, name: str) -> str:
         """The first matrix that is multiplied with the same as this one."""
         return self._met[name].leader
@@ -220,7 +227,7 @@ class InputMoments:
 def _accumulate(total: Tensor, x: Tensor) -> None:
     """Add the upper triangle of x'x, and some of the lower one, of x `[tokens, in]`."""
     squares = x.square().sum(1, keepdim=True)
-    x = x * (LONGEST * squares.median() / squares.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1).sqrt()
+    x = x * (LONGEST * squares.median() / squares.clamp_min(TINY)).clamp_max(1).sqrt()
     for piece in _pieces(len(total)):
         total[piece, piece.start :].addmm_(x[:, piece].T, x[:, piece.start :])
 

@@ -22,7 +22,7 @@ from waterfill.base.lazy import torch
 from waterfill.codecs.contract import Encoder, Piece, Shape
 from waterfill.codecs.entropy import lanes_for
 from waterfill.codecs.feedback import Feedback, interleaved, order_of
-from waterfill.codecs.groups import group_sizes, group_sums, per_weight
+from waterfill.codecs.groups import TINY, group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import rotate
 from waterfill.codecs.trellis import bitstream
 from waterfill.codecs.trellis.code import Levels, search
@@ -35,7 +35,6 @@ SCALE_STEPS = 8  # per octave; finer steps cost more than the rate that they sav
 BLOCK_STREAMS = 4  # encoded with one step, side by side
 FED_BACK_STREAMS = 16  # with error feedback: one lane of each is searched at a time
 FIT_ATTEMPTS = 10
-TINY = 1.1754943508222875e-38  # the least normal float32
 FIT_SLACK = 1e-4  # of the bytes: near enough
 LADDER = (-1.5, -0.5, 0.5, 1.5)  # rates that are tried together with error feedback, in steps
 LADDER_STEP, LADDER_FINER = 0.04, 20.0  # bits of the first steps; how much finer they get

@@ -4,6 +4,7 @@ base.py      what a method is; one row per method
 stored.py    the bytes of a weight file, counted the same way for all
 ours.py      plans, packed and decoded again
 rounding.py, peers.py, ggml.py, mixtures.py, gptq.py    the others, through their own libraries
+slim.py, billm.py    of those that have none for a CPU; columns.py what they share, layerwise.py layer after layer
 methods.py   all of them, by name
 cache.py     results on disk
 run.py       subject + methods ──► Comparison

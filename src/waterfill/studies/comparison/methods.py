@@ -1,6 +1,6 @@
 """All methods that a comparison can name, in the order in which tables have them.
 
-ggml, peers, gptq, mixtures, rounding ──► METHODS ──► select("hqq-*")
+ggml, peers, gptq, slim, billm, mixtures, rounding ──► METHODS ──► select("hqq-*")
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from waterfill.base.errors import WaterfillError
-from waterfill.studies.comparison import ggml, gptq, mixtures, peers, rounding
+from waterfill.studies.comparison import billm, ggml, gptq, mixtures, peers, rounding, slim
 from waterfill.studies.comparison.base import Method
 
 METHODS: tuple[Method, ...] = (
     *ggml.METHODS,
     *peers.METHODS,
     *gptq.METHODS,
+    *slim.METHODS,
+    *billm.METHODS,
     *mixtures.METHODS,
     *rounding.METHODS,
 )
