@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import models
+from waterfill.files import blockwise
 from waterfill.files.architecture import Architecture, Matrix, describe
 from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import open_checkpoint
@@ -115,6 +116,19 @@ def test_what_is_kept_changes_nothing(family: str, tmp_path: Path, monkeypatch: 
         for name, alpha in passes[0].alpha.items():
             assert other.alpha[name] == pytest.approx(alpha, rel=2e-3), name
             assert other.beta[name] == pytest.approx(passes[0].beta[name], rel=1e-2, abs=1e-9), name
+
+
+def test_rows_of_a_tied_head_that_no_token_looks_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is multiplied some rows at a time, and of some of them the text has no token."""
+    checkpoint = open_checkpoint(models.tiny_llama(tmp_path, tied=True))
+    matrices, ids = describe(checkpoint).matrices, torch.arange(24).view(2, 12) % 9
+    passes = []
+    for weights in (1 << 24, 64 * 50):
+        monkeypatch.setattr(blockwise, "CHUNK_WEIGHTS", weights)
+        model = load_blockwise(checkpoint, torch.float32)
+        passes.append(fisher_pass(model, matrices, ids, torch.Generator().manual_seed(0), lead=3))
+    for name, alpha in passes[0].alpha.items():
+        assert passes[1].alpha[name] == pytest.approx(alpha, rel=1e-3), name
 
 
 def test_tokens_that_give_context_alone_predict_nothing(tmp_path: Path) -> None:
