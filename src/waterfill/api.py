@@ -217,6 +217,10 @@ def _calibrated(
 ) -> Calibrated | None:
     """Moments of inputs, where errors are to be fed back."""
     if (on := options.get("calibrate")) is None:
+        if "calibration_tokens" in options:
+            raise WaterfillError(
+                "calibration tokens are of what is calibrated on; say what (--calibrate self, or a file)"
+            )
         return None
     tokens = options.get("calibration_tokens", CALIBRATION_TOKENS)
     probing = cast(ProbeOptions, options)

@@ -46,14 +46,16 @@ KIND = {
     **dict.fromkeys(("size", "memory"), "size"),
     **dict.fromkeys(("bits", "max_kl"), "number"),
     **dict.fromkeys(("sequences", "length", "context", "stride", "max_windows", "batch", "limit", "shots"), "count"),
-    **dict.fromkeys(("prompt_tokens", "new_tokens", "max_new_tokens", "logits"), "count"),
+    **dict.fromkeys(("prompt_tokens", "new_tokens", "max_new_tokens", "logits", "calibration_tokens"), "count"),
     **dict.fromkeys(
         ("lossless", "uniform", "overwrite", "match", "cache", "chat_template", "efficiency", "quick"), "flag"
     ),
     **dict.fromkeys(("verify", "streamed"), "flag"),
     **dict.fromkeys(("keep", "tie", "codecs", "prompts", "methods"), "texts"),
     **dict.fromkeys(("gain", "purpose", "probe", "method", "alpha", "convention"), "choice"),
-    **dict.fromkeys(("text", "save", "output", "against", "original", "calibration", "sensitivity", "plan"), "path"),
+    **dict.fromkeys(
+        ("text", "save", "output", "against", "original", "calibration", "calibrate", "sensitivity", "plan"), "path"
+    ),
     **dict.fromkeys(("model", "out", "artifact"), "path"),
     "seed": "seed",
     "precision": "share",

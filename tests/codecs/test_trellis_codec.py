@@ -16,8 +16,9 @@ from waterfill.base.errors import ArtifactError, WaterfillError
 from waterfill.codecs import Encoded, Trellis, get_codec, scale_exponent
 from waterfill.codecs.hadamard import groups, rotate, unrotate
 from waterfill.codecs.trellis.bitstream import scale_values, stream_rows
-from waterfill.codecs.trellis.codec import LEAST_RATE, MOST_RATE, _decode_reference, least_bytes
+from waterfill.codecs.trellis.codec import LEAST_RATE, MOST_RATE, _decode_reference
 from waterfill.codecs.trellis.curves import STATES
+from waterfill.codecs.trellis.sizes import least_bytes
 
 Shape = tuple[int, int]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from waterfill.base.arguments import FLAG, PATH, POSITIVE, Check, choice, optional
+from waterfill.base.arguments import FLAG, PATH, Check, choice, optional, whole
 from waterfill.base.errors import WaterfillError
 from waterfill.planning.loss import Gain
 from waterfill.planning.menu import PURPOSES, Purpose
@@ -69,7 +69,7 @@ CHECKS = {
     "method": choice(*PASSES),
     "alpha": choice("measured", "uniform"),
     "calibrate": optional(Check("'self', or a text file", PATH.holds)),
-    "calibration_tokens": POSITIVE,
+    "calibration_tokens": whole(1),
     "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),
     "sensitivity": optional(
         Check("a file, or sensitivities", lambda value: isinstance(value, Sensitivity) or PATH.holds(value))
