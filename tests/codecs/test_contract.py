@@ -28,7 +28,6 @@ from waterfill.codecs import (
     BufferLayout,
     Codec,
     Encoded,
-    Higgs,
     Levels,
     MemoryForm,
     Shape,
@@ -361,17 +360,6 @@ def test_rows_of_no_fixed_size_are_decoded_together_and_have_to_say_how_they_are
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     with pytest.raises(NotImplementedError, match="unsteady has rows of no fixed size; define its `parts`"):
         Unsteady().parts(shape, 1024)
-
-
-@pytest.mark.parametrize(
-    "name", ["higgs-p1-n16", "higgs-p2-n64", "higgs-p3-n64", "higgs-p4-n256", "trellis-s8-r3.0000"]
-)
-def test_errors_are_fed_back_between_blocks_of_whole_vectors(name: str) -> None:
-    codec = get_codec(name)
-    for width in (96, 2048, 11008):
-        blocks = codec.feedback(width)
-        assert sorted(column for block in blocks for column in range(*block.indices(width))) == list(range(width))
-        assert not isinstance(codec, Higgs) or all(block.start % codec.p == 0 for block in blocks)
 
 
 @pytest.mark.parametrize("name", ["trellis-s8-r3.0000", "trellis-s64-r6.5000"])

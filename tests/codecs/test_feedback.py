@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from waterfill.base.errors import WaterfillError
-from waterfill.codecs import BufferLayout, Codec, Encoded, buffer_bytes, get_codec
+from waterfill.codecs import BufferLayout, Codec, Encoded, Higgs, buffer_bytes, get_codec
 from waterfill.codecs.feedback import DAMPING, Feedback, columns_of, expected, interleaved, order_of, runs
 from waterfill.codecs.hadamard import rotate
 
@@ -134,6 +134,17 @@ def test_moments_that_have_no_inverse(name: str, of: str) -> None:
     assert bool(fed_back.isfinite().all())
     assert cost(fed_back - weight, x.T @ x) <= cost(plain - weight, x.T @ x)
     assert float(fed_back[7].abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "name", ["higgs-p1-n16", "higgs-p2-n64", "higgs-p3-n64", "higgs-p4-n256", "trellis-s8-r3.0000"]
+)
+def test_errors_are_fed_back_between_blocks_of_whole_vectors(name: str) -> None:
+    codec = get_codec(name)
+    for width in (96, 2048, 11008):
+        blocks = codec.feedback(width)
+        assert sorted(column for block in blocks for column in range(*block.indices(width))) == list(range(width))
+        assert not isinstance(codec, Higgs) or all(block.start % codec.p == 0 for block in blocks)
 
 
 def test_moments_are_those_of_rotated_inputs() -> None:
