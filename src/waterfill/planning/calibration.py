@@ -35,7 +35,7 @@ from waterfill.planning.probe import LENGTH
 _log = logging.getLogger(__name__)
 
 SELF = "self"
-TOKENS = 16384  # of the model's own, or of a text; twice as many gain a few per cent (docs/results/calibrated.md)
+TOKENS = 16384  # of the model's own, or of a text; how the loss falls with them: `benchmarks.calibrated`
 TEXT_LENGTH = 512  # tokens of a window of a text: they cost no sampling
 MOMENTS_BYTES = 1 << 30  # that are held at a time, where there is memory
 FREE_SHARE = 0.25  # of the memory that is free
