@@ -1,7 +1,9 @@
 """Calibrated rounding: tokens that moments of inputs are taken on, what feedback by them leaves, and that feedback.
 
-own text, or a file ──► tokens ──► moments ──► share of each matrix's loss that is left, to plan with
-                                      └──────► feedback, as the matrix is packed
+    own text, or a file ──► tokens ──► moments ──► share of each matrix's loss that is left, to plan with
+                                          └──────► feedback, as the matrix is packed
+
+A plan says what it was calibrated on, so that whoever packs by it takes the same tokens.
 """
 
 from __future__ import annotations

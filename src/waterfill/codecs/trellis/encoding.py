@@ -1,8 +1,10 @@
 """Encoding a matrix by the trellis code, stream by stream, within the bytes that were promised.
 
-rows ──rotate──► targets, one per stream ──step of a rate──► paths of levels ──► streams ──► too large? another step
-                                  ▲                               │
-                                  └─── error feedback, lane by lane of columns (`codecs.feedback`)
+    rows ──rotate──► targets, one per stream ──step of a rate──► paths of levels ──► streams ──► too large? another step
+                                      ▲                               │
+                                      └─── error feedback, lane by lane of columns (`codecs.feedback`)
+
+With feedback all streams of a block, or all steps that are tried for one stream, are searched together.
 """
 
 from __future__ import annotations
