@@ -137,20 +137,8 @@ struct Neon : Plain {
         const float32x4_t v = vdupq_n_f32(f);
         return {{v, v, v, v}};
     }
-    static Floats select(uint32_t mask, Floats set, Floats clear) {
-        float from[2][16];
-        store_floats(from[0], clear), store_floats(from[1], set);
-        for (int i = 0; i < 16; ++i) from[0][i] = from[mask >> i & 1][i];
-        return load_floats(from[0]);
-    }
-    using Order = int;  // element i is taken from i ^ distance
-    static Order order(int distance) { return distance; }
-    static Floats reordered(Floats f, Order distance) {
-        float from[16], to[16];
-        store_floats(from, f);
-        for (int i = 0; i < 16; ++i) to[i] = from[i ^ distance];
-        return load_floats(to);
-    }
+    static Floats select(uint32_t mask, Floats set, Floats clear) { return select_plain<Neon>(mask, set, clear); }
+    static Floats reordered(Floats f, Order distance) { return reordered_plain<Neon>(f, distance); }
 };
 
 }  // namespace

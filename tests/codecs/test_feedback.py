@@ -157,6 +157,13 @@ def test_moments_that_are_no_numbers_are_refused() -> None:
         Feedback(torch.full((4, 4), torch.nan))
 
 
+@pytest.mark.parametrize(("name", "width"), [("levels-8", 128), ("trellis-s64-r3.0000", 100)])
+def test_moments_change_nothing_where_there_are_no_blocks_of_columns(name: str, width: int) -> None:
+    codec, weight = get_codec(name), weights(40, width)
+    plain, same = (packed(codec, weight, feedback)[0] for feedback in (None, Feedback(moments(200, width))))
+    assert all(torch.equal(same[key], part) for key, part in plain.items())
+
+
 def test_who_has_no_blocks_of_columns_has_no_feedback() -> None:
     assert get_codec("levels-8").feedback(128) == ()
     assert get_codec("trellis-s64-r3.0000").feedback(100) == ()

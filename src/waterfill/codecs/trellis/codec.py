@@ -76,7 +76,8 @@ class Trellis(Codec):
         self, shape: Shape, *, exponent: int = 0, rho: float = 1.0, feedback: Feedback | None = None
     ) -> Encoder:
         coding = Coding(self.name, self.states, self.wide, self.core_rate(shape))
-        return StreamEncoder(shape, stream_bytes(shape, self.rate), coding, exponent, rho, feedback)
+        errors = feedback if self.feedback(shape[1]) else None
+        return StreamEncoder(shape, stream_bytes(shape, self.rate), coding, exponent, rho, errors)
 
     def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
         shape = (weight.shape[0], weight.shape[1])

@@ -14,7 +14,7 @@ The headline of 1.08 bits leaves out all but the signs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -59,22 +59,15 @@ class _Solver(Inputs):
     def solve(self, weight: Tensor) -> QuantisedMatrix:
         factor = inverse_factor(self.moments)
 
-        def start(now: Tensor, block: slice) -> _Step:
+        def start(now: Tensor, block: slice) -> Callable[[Tensor, int], Tensor]:
             salient = salience(now, factor[block, block])
             regions = find_regions(salient if self._by_salience else now, salient)
             self._salient_columns += int(regions.salient[0].sum())
-            return _Step(binarised(now, regions))
+            reached = binarised(now, regions)
+            return lambda _, k: reached[:, k]
 
         rounded = round_columns(weight, factor, start, within=False)
         return quantised(rounded, _buffers(weight.shape[0], weight.shape[1], self._salient_columns))
-
-
-class _Step:
-    def __init__(self, rounded: Tensor) -> None:
-        self._rounded = rounded
-
-    def __call__(self, column: Tensor, k: int) -> Tensor:
-        return self._rounded[:, k]
 
 
 def find_regions(values: Tensor, salient: Tensor) -> Regions:
