@@ -205,7 +205,8 @@ def test_methods_are_selected_by_pattern() -> None:
     with pytest.raises(WaterfillError, match=r"no method matches 'awq\*'; there are "):
         select(["awq*"])
     for found in select():
-        assert found.calibrated == (found.name.endswith("-imatrix") or found.name.startswith("gptq-"))
+        calibrated = found.name.startswith(("gptq-", "slim-", "billm")) or found.name.endswith("-imatrix")
+        assert found.calibrated == calibrated
 
 
 def test_a_library_that_is_absent_says_so_in_its_row(
