@@ -115,6 +115,19 @@ def test_moments_of_few_tokens_promise_less_than_they_say_of_themselves() -> Non
     assert promised == pytest.approx(true, rel=0.15)
 
 
+def test_a_matrix_that_is_looked_up_as_well_keeps_that_part_of_its_loss() -> None:
+    width, blocks = 256, interleaved(256, 32)
+    first, second = moments(4 * width, width, seed=1), moments(4 * width, width, seed=2)
+    left = expected(first, second, blocks, 3 * moments(100, width, seed=3))
+    others = expected(first, second, blocks)
+    assert left.loss == pytest.approx(others.loss, rel=0.15)
+    assert left.noise == others.noise > 1
+    assert left.alpha is not None
+    assert left.of(left.alpha) == left.of(left.alpha / 2) == left.loss
+    assert left.of(4 * left.alpha) == pytest.approx(0.25 * left.loss + 0.75 * left.noise)
+    assert others.of(1.0) == others.loss
+
+
 @pytest.mark.parametrize("name", ["trellis-s64-r3.0000", "higgs-p2-n64"])
 @pytest.mark.parametrize("of", ["nothing", "dead columns", "one token", "one direction"])
 def test_moments_that_have_no_inverse(name: str, of: str) -> None:

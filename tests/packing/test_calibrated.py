@@ -60,9 +60,7 @@ def test_a_plan_says_which_matrices_have_feedback(room: Path) -> None:
     assert fed.calibration is not None
     assert (fed.calibration.kind, fed.calibration.text, fed.calibration.length) == ("self", None, 160)
     for tensor in fed.tensors:
-        assert (tensor.feedback is None) == (
-            tensor.role == "embedding" or not get_codec(tensor.codec).feedback(tensor.shape[1])
-        )
+        assert (tensor.feedback is None) == (not get_codec(tensor.codec).feedback(tensor.shape[1]))
         assert tensor.feedback is None or 0.02 < tensor.feedback < 1
     assert all(tensor.feedback is None for tensor in plan_of(room, "plain").tensors)
 

@@ -49,7 +49,7 @@ def by_hooks(path: Path) -> dict[str, Tensor]:
 
     for matrix in architecture.matrices:
         module = module_of(architecture, model, matrix)
-        if module is not None and matrix.role != "embedding":
+        if module is not None:
             watch(matrix.name, module)
     with torch.no_grad():
         model(TOKENS)

@@ -41,8 +41,16 @@ def runs(width: int, length: int) -> Blocks:
 class Left(NamedTuple):
     """What feedback leaves of the loss that noise costs, and what it makes of the noise's power; 1: nothing changes."""
 
-    loss: float
+    loss: float  # of products
     noise: float
+    alpha: float | None = None  # of products alone, of a matrix whose rows are looked up as well (`planning.tied_head`)
+
+    def of(self, alpha: float) -> float:
+        """What is left of all that noise costs a matrix of this alpha; looked up, more noise costs more."""
+        if self.alpha is None or alpha <= 0:
+            return self.loss
+        products = min(self.alpha / alpha, 1.0)
+        return products * self.loss + (1 - products) * self.noise
 
 
 class Feedback:
@@ -118,16 +126,26 @@ class Feedback:
         return Left(other.cost(in_place) / total if total else 1.0, float(errors.square().sum() / noise.square().sum()))
 
 
-def expected(first: torch.Tensor, second: torch.Tensor, blocks: Blocks) -> Left:
+def expected(first: torch.Tensor, second: torch.Tensor, blocks: Blocks, weighed: torch.Tensor | None = None) -> Left:
     """Of feedback by moments of two halves of a text together, on text that it was not made of.
 
     Moments of n tokens flatter themselves, and do worse on others, by about as much: in proportion to 1 / n. So of the
     way from what all of them say of themselves to what either half does to the other, two thirds are to be gone.
+
+    Args:
+        weighed: moments that the loss is of, where they are others, of some tokens of the second half; their trace
+            is the alpha of products.
     """
-    halves = Feedback(first), Feedback(second)
-    crossed = sum(one.left(blocks, other).loss for one, other in zip(halves, reversed(halves), strict=True)) / 2
-    own = Feedback(first + second).left(blocks)
-    return own._replace(loss=own.loss + max(crossed - own.loss, 0.0) * 2 / 3)
+    all_of_it = Feedback(first + second)
+    if weighed is None:
+        halves, judges = (Feedback(first), Feedback(second)), None
+        crossed = sum(one.left(blocks, other).loss for one, other in zip(halves, reversed(halves), strict=True)) / 2
+    else:
+        judges = Feedback(weighed)
+        crossed = Feedback(first).left(blocks, judges).loss
+    own = all_of_it.left(blocks, judges)
+    alpha = None if weighed is None else float(weighed.trace())
+    return Left(own.loss + max(crossed - own.loss, 0.0) * 2 / 3, own.noise, alpha)
 
 
 def columns_of(blocks: Blocks, width: int) -> list[range]:

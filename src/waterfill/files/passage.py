@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -69,16 +69,23 @@ class Passage:
             step()
         self.reached = stop
 
+    def end(self) -> NoReturn:
+        """Leave out the rest of the model for the part that is under way; said by a hook that has seen all it wants."""
+        raise _Enough
+
     @torch.no_grad()
     def _pass(self, part: int, first: int, stop: int) -> Tensor | None:
         """Logits where it came to the end."""
         self._part, self._first, self._stop, self.call = part, first, stop, 0
-        if self._blockwise is None:
-            logits, self.call = read(self._model, self._parts[part]), 1
-            return logits
-        with self._blockwise.passing(self._block), suppress(_Enough):
-            return read(self._model, self._parts[part])
-        return None
+        logits = None
+        with suppress(_Enough):
+            if self._blockwise is None:
+                logits = read(self._model, self._parts[part])
+            else:
+                with self._blockwise.passing(self._block):
+                    logits = read(self._model, self._parts[part])
+        self.call += self._blockwise is None
+        return logits
 
     def _block(self, once: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         number = self.call

@@ -64,7 +64,7 @@ class Calibrated:
                 continue
             key = self._moments.leader(matrix.name)  # whose width gives the blocks
             if key not in by_input:
-                by_input[key] = expected(*self._moments.of(matrix.name), blocks)
+                by_input[key] = expected(*self._moments.of(key), blocks, self._moments.weighed(key))
             if by_input[key].loss < 1:
                 left[matrix.name] = by_input[key]
         if step:

@@ -27,9 +27,11 @@ from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.files.model_calls import read
 from waterfill.files.passage import Passage
+from waterfill.planning.tied_head import weighed_moments
 
 PART_TOKENS = 1024  # that are read together, about
 LONGEST = 16.0  # times the median squared length of x, that a token counts with at most
+SOME_SEQUENCES, SOME_LENGTH = 4, 256  # that tell what an embedding costs as a head: logits of a few tokens
 PIECES = 4  # of the columns: only products of a piece with itself and later ones are computed, as moments are symmetric
 TAKING = "taking moments of inputs"
 
@@ -39,8 +41,11 @@ def module_of(architecture: Architecture, model: Any, matrix: Matrix) -> nn.Modu
     if matrix.expert is not None:
         return None
     if matrix.role == "embedding":
-        head = model.get_output_embeddings()
-        return head if architecture.tied_head and isinstance(head, nn.Module) else None
+        head, of_tokens = (
+            model.get_output_embeddings(),
+            model.get_submodule(matrix.name) is model.get_input_embeddings(),
+        )
+        return head if architecture.tied_head and of_tokens and isinstance(head, nn.Module) else None
     module = model.get_submodule(matrix.name)
     return module if isinstance(module, nn.Module) else None
 
@@ -104,7 +109,8 @@ class _Met(NamedTuple):
 
 
 class InputMoments:
-    """Of all linear matrices of a model that have an input of their own: not of experts, nor of an embedding.
+    """Of all linear matrices of a model that have an input of their own: not of experts, nor of an embedding that is
+    looked up alone. Those of one that is the head too are of what the head multiplies.
 
     Args:
         tokens: int64 `[sequences, length]`.
@@ -122,7 +128,10 @@ class InputMoments:
         limit_bytes: float = math.inf,
         progress: Progress | None = None,
     ) -> None:
-        model = load_blockwise(checkpoint, dtype)
+        self._checkpoint, self._some = checkpoint, tokens[-SOME_SEQUENCES:, :SOME_LENGTH]
+        self._model = model = load_blockwise(checkpoint, dtype)
+        self._head = model.get_output_embeddings()
+        self._tied: Matrix | None = None  # an embedding that is the head too
         together = max(1, PART_TOKENS // tokens.shape[1])
         halves = [half.split(together) for half in tokens.chunk(2)]
         self._of_first = len(halves[0])  # parts of the first half
@@ -131,9 +140,9 @@ class InputMoments:
         self._modules: dict[str, nn.Module] = {}
         self._widths: dict[str, int] = {}
         for matrix in architecture.matrices:
-            module = None if matrix.role == "embedding" else module_of(architecture, model, matrix)
-            if module is not None:
+            if (module := module_of(architecture, model, matrix)) is not None:
                 self._modules[matrix.name], self._widths[matrix.name] = module, matrix.shape[1]
+                self._tied = matrix if matrix.role == "embedding" else self._tied
         self._met: dict[str, _Met] = {}
         self._recent: list[_Seen] = []
         with self._watched(self._meet, self._modules):
@@ -164,6 +173,14 @@ class InputMoments:
         while met.block not in self._here:
             self._advance(self._here.stop if met.block >= self._here.stop else 0)
         return self._sums[met.leader]
+
+    def weighed(self, name: str) -> Tensor | None:
+        """Of a matrix whose rows are looked up as well, what its products cost: moments of some tokens of the second
+        half (`tied_head`). None of others."""
+        matrix = self._tied
+        if matrix is None or matrix.name != name:
+            return None
+        return weighed_moments(self._model, self._checkpoint, matrix, self._some)
 
     def _advance(self, first: int) -> None:
         """Take moments of the next blocks from the first one on, as many as memory has room for."""
@@ -222,6 +239,8 @@ class InputMoments:
     def _add(self, name: str, x: Tensor) -> None:
         first, second = self._sums[name]
         _accumulate(first if self._part < self._of_first else second, x.flatten(0, -2).to(torch.float32))
+        if self._modules[name] is self._head:
+            self._passage.end()  # nobody asks for logits
 
 
 def _accumulate(total: Tensor, x: Tensor) -> None:
