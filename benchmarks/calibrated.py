@@ -132,7 +132,9 @@ def _embedding(model: Path) -> str | None:
 
 
 def _at_equal_bytes(report: BenchmarkReport, bench: Bench, bits: float, keep: Sequence[str]) -> list[list[Any]]:
-    ways: dict[str, str | Path | None] = {"nothing": None, "own": "self", **bench.calibrating}
+    ways: dict[str, str | Path | None] = {"nothing": None, "own": "self"}
+    if not keep:
+        ways |= bench.calibrating
     results = {name: bench.measure(bits, on, keep) for name, on in ways.items()}
     rows, without = [], results["nothing"].kl
     embedding = "kept" if keep else "packed"

@@ -38,7 +38,7 @@ def weighed_moments(model: Any, checkpoint: Checkpoint, matrix: Matrix, tokens: 
         handle.remove()
     powers, counted = _powers(checkpoint, matrix), slice(lead_of(tokens.shape[1]), -1)
     parts = [
-        _weighed(*(part[counted].to(torch.float32) for part in sequence), powers)
+        _weighed(powers, *(part[counted].to(torch.float32) for part in sequence))
         for sequence in zip(*seen, logits, strict=True)
     ]
     x = torch.cat(parts)
@@ -54,7 +54,7 @@ def _powers(checkpoint: Checkpoint, matrix: Matrix) -> Tensor:
     return sums / group_sizes(width, torch.float32)
 
 
-def _weighed(x: Tensor, products: Tensor, logits: Tensor, powers: Tensor) -> Tensor:
+def _weighed(powers: Tensor, x: Tensor, products: Tensor, logits: Tensor) -> Tensor:
     """x `[tokens, in]`, as long as what noise adds to the logits of each of its tokens is wide."""
     # Some models scale, or cap, what the head gives: by so much on the whole.
     slope = (logits * products).sum(1) / products.square().sum(1).clamp_min(TINY)
