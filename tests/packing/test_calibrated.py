@@ -17,7 +17,12 @@ from tests.support.commands import Command
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import get_codec
 from waterfill.files.artifact import open_artifact
+from waterfill.planning.budget import Budget
 from waterfill.planning.plan import read_plan
+from waterfill.planning.planner import make_plan
+from waterfill.studies.report.charts import gap_bits
+from waterfill.studies.report.facts import sensitivity_of
+from waterfill.studies.report.places import units
 
 PROBE: dict[str, Any] = {"sequences": 4, "length": 64}
 CALIBRATED: dict[str, Any] = {**PROBE, "calibrate": "self", "calibration_tokens": 3000}
@@ -69,6 +74,21 @@ def test_noise_is_as_large_as_the_plan_says(room: Path) -> None:
     measured = waterfill.inspect(room / "fed").measured_t2
     for tensor in plan_of(room, "fed").tensors:
         assert measured[tensor.name] == pytest.approx(tensor.t2, rel=0.25)
+
+
+def test_a_report_says_by_what_and_counts_it(room: Path, tmp_path: Path) -> None:
+    plan, artifact = plan_of(room, "fed"), open_artifact(room / "fed")
+    measured = {tensor.name: tensor.t2 for tensor in artifact.tensors.values() if tensor.packed}
+    gaps = [gap_bits(unit) for unit in units(plan.tensors, measured) if unit.tensors[0].feedback]
+    assert 0 < min(gaps) < max(gaps) < 0.35  # the encoder's noise: what feedback makes of it costs no bits
+    made = waterfill.report(room / "fed", output=tmp_path / "fed.html")
+    page = made.path.read_text("utf-8")
+    assert f"Rounding errors in {len(plan.fed_back)} of the matrices" in page
+    assert "by second moments of their inputs on 3,040 tokens of text that the model wrote itself" in page
+    assert "--calibrate self --calibration-tokens 3040" in page
+    again = make_plan("m", plan, sensitivity_of(room / "fed", plan), Budget(bits=3.0))
+    assert again.predicted.kl == pytest.approx(plan.predicted.kl, rel=0.01)  # alpha after feedback
+    assert "Rounding errors in" not in waterfill.report(room / "plain", output=tmp_path / "plain.html").path.read_text()
 
 
 def test_a_plan_is_carried_out_again_to_the_same_bytes(room: Path, ref_llama: Path, tmp_path: Path) -> None:

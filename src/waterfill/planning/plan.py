@@ -173,6 +173,17 @@ class Plan:
         return "lossless" in self.budget
 
     @property
+    def fed_back(self) -> tuple[TensorPlan, ...]:
+        """The matrices with error feedback."""
+        return tuple(tensor for tensor in self.tensors if tensor.feedback)
+
+    @property
+    def left_by_feedback(self) -> float | None:
+        """Of what those would lose without it, the share that they are expected to lose; None: they lose nothing."""
+        without = math.fsum(tensor.kl / tensor.feedback for tensor in self.fed_back if tensor.feedback)
+        return math.fsum(tensor.kl for tensor in self.fed_back) / without if without else None
+
+    @property
     def promises(self) -> bool:
         """Whether what is predicted was measured on this model."""
         return self.probe.get("kind") not in UNPROMISED

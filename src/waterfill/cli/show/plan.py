@@ -129,14 +129,13 @@ def _borrowed(predicted: Prediction, probe: Mapping[str, Any]) -> str | None:
 
 def _feedback(plan: Plan) -> dict[str, str]:
     """What feeding errors back gives, and by what."""
-    calibration, fed = plan.calibration, [tensor for tensor in plan.tensors if tensor.feedback]
+    calibration, left = plan.calibration, plan.left_by_feedback
     if calibration is None:
         return {}
-    without = math.fsum(tensor.kl / tensor.feedback for tensor in fed if tensor.feedback)
-    left = f", leaves {math.fsum(tensor.kl for tensor in fed) / without:.0%} of their loss" if without else ""
+    share = "" if left is None else f", leaves {left:.0%} of their loss"
     tokens = calibration.sequences * calibration.length
     text = calibration.text or _PROBES["self"]
-    return {"feedback": f"of errors in {len(fed)} matrices{left}; by {tokens:,} tokens of {text}"}
+    return {"feedback": f"of errors in {len(plan.fed_back)} matrices{share}; by {tokens:,} tokens of {text}"}
 
 
 def _unused(plan: Plan) -> dict[str, Text]:

@@ -38,6 +38,8 @@ BLOCK_STREAMS = 4  # encoded with one step, side by side
 FED_BACK_STREAMS = 16  # with error feedback: one lane of each is searched at a time
 FIT_ATTEMPTS = 10
 FIT_SLACK = 1e-4  # of the bytes: near enough
+FED_BACK_SLACK = 2e-4  # of a matrix's bytes: with error feedback it takes longer to come so near
+FIRST_SLACK = 0.01  # of the first stream's, that says what rate to begin with
 LADDER = (-1.5, -0.5, 0.5, 1.5)  # rates that are tried together with error feedback, in steps
 LADDER_STEP, LADDER_FINER = 0.04, 20.0  # bits of the first steps; how much finer they get
 
@@ -106,11 +108,14 @@ class StreamEncoder(Encoder):
         if targets:
             yield from self._block(targets)
         if closing is not None:
-            yield from self._write(closing, self._fit(closing, self._total - self._at, FIT_SLACK))
+            limit_bytes = self._total - self._at
+            slack = FIT_SLACK if self._feedback is None else FED_BACK_SLACK * self._total / max(limit_bytes, 1)
+            yield from self._write(closing, self._fit(closing, limit_bytes, slack))
 
     def _block(self, targets: list[_Target]) -> Iterator[Piece]:
         if not self._started:
-            self._nominal = self._fit(targets[0], self._share(len(targets[0].rotated)), 20 * FIT_SLACK).nominal
+            slack = 20 * FIT_SLACK if self._feedback is None else FIRST_SLACK
+            self._nominal = self._fit(targets[0], self._share(len(targets[0].rotated)), slack).nominal
             self._started = True
         tries = self._tries([(target, self._nominal) for target in targets])
         rows = sum(len(target.rotated) for target in targets)
@@ -244,31 +249,37 @@ def _fed_back(
     rows, width = targets[0].rotated.shape
     count, blocks = len(targets), interleaved(width, lanes_for(rows * width))
     order, lanes = order_of(blocks, width), 1 << (count - 1).bit_length()
-    weights, deviations = (_in_order([getattr(t, what) for t in targets], order) for what in ("rotated", "deviations"))
-    unit = deviations * torch.tensor(steps, dtype=torch.float32)[:, None, None]  # that a level is worth, of 1
-    shortened = torch.tensor(shrinks, dtype=torch.float32)[:, None, None] / unit.clamp_min(TINY)
-    errors, paths, end = torch.empty(count, rows, width), np.empty((count, rows, width), np.int16), 0
+    weights = _side_by_side([target.rotated for target in targets], order, lanes)
+    deviations = _side_by_side([target.deviations for target in targets], order, lanes)
+    unit = deviations * _padded(steps, lanes)  # that a level is worth, of 1
+    shortened = _padded(shrinks, lanes) / unit.clamp_min(TINY)
+    errors, paths, end = torch.empty(width, rows, lanes), np.empty((width, rows, lanes), np.int16), 0
     for push in feedback.pushes(blocks):
         size = push.shape[1]
         here = slice(end, end + size)
-        wanted = torch.mm(errors.view(-1, width)[:, :end], push).view(count, rows, size)
-        wanted.add_(weights[:, :, here]).mul_(shortened[:, :, here])
-        x = torch.zeros(rows, size, lanes)
-        x[:, :, :count] = wanted.permute(1, 2, 0)
-        levels = search(x.view(-1).numpy(), states, lanes, *bounds).reshape(rows, size, lanes)[:, :, :count]
-        paths[:, :, here] = levels.transpose(2, 0, 1)
-        reached = torch.from_numpy(paths[:, :, here]) * unit[:, :, here]
-        torch.sub(weights[:, :, here], reached, out=errors[:, :, here])
+        wanted = torch.mm(push.T, errors.view(width, -1)[:end]).view(size, rows, lanes)
+        wanted.add_(weights[here]).mul_(shortened[here])
+        x = wanted.transpose(0, 1).reshape(-1)  # row after row
+        levels = search(x.numpy(), states, lanes, *bounds).reshape(rows, size, lanes)
+        paths[here] = levels.swapaxes(0, 1)
+        torch.sub(weights[here], torch.from_numpy(paths[here]) * unit[here], out=errors[here])
         end += size
     place = order.argsort().numpy()
-    return [path[:, place].reshape(-1) for path in paths]
+    return [path[:, place].reshape(-1) for path in paths.transpose(2, 1, 0)[:count]]
 
 
-def _in_order(rows: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
-    """Rows of targets with their columns in this order, `[targets, rows, width]`; one for all if they are the same."""
+def _padded(numbers: Sequence[float], lanes: int) -> torch.Tensor:
+    """One for each lane that is searched, float32 `[lanes]`."""
+    return torch.tensor([*numbers, *[1.0] * (lanes - len(numbers))], dtype=torch.float32)
+
+
+def _side_by_side(rows: Sequence[torch.Tensor], order: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Rows of targets with their columns in this order, `[width, rows, lanes]`; one for all if they are the same."""
     if all(some is rows[0] for some in rows):
-        return rows[0][:, order][None]
-    return torch.stack(list(rows))[:, :, order]
+        return rows[0].T[order][:, :, None]
+    together = torch.zeros(len(order), len(rows[0]), lanes)
+    together[:, :, : len(rows)] = torch.stack(list(rows), 2).transpose(0, 1)[order]
+    return together
 
 
 def _gain(rotated: torch.Tensor, values: torch.Tensor, rho: float, feedback: Feedback | None) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from waterfill.codecs import get_codec
+from waterfill.planning.loss import relative_error
 from waterfill.planning.plan import TensorPlan
 
 
@@ -23,6 +25,15 @@ def mse_distortion(relative_error: float, rho: float) -> float:
     return tau / (1 + tau)
 
 
+def coded_t2(tensor: TensorPlan, measured_t2: float) -> float:
+    """Relative noise power of the codes themselves: error feedback makes more noise of theirs, which costs no bits
+    either. By how much is as the plan has it."""
+    if tensor.feedback is None or tensor.t2 <= 0:
+        return measured_t2
+    alone = relative_error(get_codec(tensor.codec).distortion(tensor.shape), tensor.rho)
+    return measured_t2 * alone / tensor.t2
+
+
 def ideal_bits(distortion: float) -> float:
     """Least bits per weight at which a Gaussian source can be known with noise power `distortion`, 0 < D <= 1."""
     return max(0.0, 0.5 * math.log2(1 / distortion))
@@ -32,7 +43,7 @@ def ideal_bytes(tensors: Sequence[TensorPlan], measured_t2: dict[str, float]) ->
     """Bytes that the matrices would take if each were coded at Shannon's bound for the noise that it has."""
     total = 0.0
     for tensor in tensors:
-        error = measured_t2.get(tensor.name, 0.0)
+        error = coded_t2(tensor, measured_t2.get(tensor.name, 0.0))
         if not tensor.packed or error <= 0:
             total += tensor.size_bytes  # as it is: nothing lost, nothing to gain
         else:

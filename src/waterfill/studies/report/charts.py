@@ -338,4 +338,4 @@ def bound_gap(units: Sequence[Unit]) -> Markup:
 
 def gap_bits(unit: Unit) -> float:
     """Stored bits per weight beyond what Shannon's bound asks for the noise that was measured."""
-    return unit.bits - ideal_bits(min(1.0, mse_distortion(unit.t2_measured, min(unit.rho, 1.0))))
+    return unit.bits - ideal_bits(min(1.0, mse_distortion(unit.t2_coded, min(unit.rho, 1.0))))

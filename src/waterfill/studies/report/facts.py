@@ -119,9 +119,10 @@ def gather(
 
 
 def sensitivity_of(path: Path, plan: Plan) -> Sensitivity:
-    """The sensitivities in an artifact, or else what the plan says of them."""
+    """The sensitivities in an artifact, or else what the plan says of them; with the plan's error feedback."""
     if (path / SENSITIVITY_FILE).exists():
-        return Sensitivity.load(path / SENSITIVITY_FILE)
+        left = {tensor.name: tensor.feedback for tensor in plan.tensors if tensor.feedback is not None}
+        return Sensitivity.load(path / SENSITIVITY_FILE).after_feedback(left)
     # The plan's interval tells the sampling error of the whole; as it was taken, all tensors share it.
     predicted = plan.predicted
     low = MARGINS.get(str(plan.probe.get("kind")), MARGINS["random"])[0]
@@ -174,6 +175,8 @@ def _commands(
         f"pip install waterfill=={versions().get('waterfill', '')}".rstrip("="),
         f"waterfill pack {model} again --plan {shlex.quote(f'{name}/{PLAN_FILE}')}",
     ]
+    if plan.calibration is not None and plan.calibration.text is not None:
+        lines[-1] += f" --calibrate {shlex.quote(plan.calibration.text)}"
     measured = ""
     if divergence is not None and text is not None:
         measured = f" --text {shlex.quote(text)} --context {divergence.context} --windows {divergence.windows}"
@@ -195,4 +198,7 @@ def planned_with(plan: Plan) -> str:
     elif probe.get("kind"):
         options.append(f"--probe {probe['kind']}")
     options += [f"--{name} {probe[name]}" for name in ("method", "sequences", "length", "seed") if name in probe]
+    if (on := plan.calibration) is not None:
+        text = on.kind if on.text is None else shlex.quote(on.text)
+        options.append(f"--calibrate {text} --calibration-tokens {on.sequences * on.length}")
     return " ".join(options)

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from waterfill.planning.budget import format_size
+from waterfill.planning.plan import Plan
 from waterfill.studies.report import charts
 from waterfill.studies.report.facts import Report, planned_with
 from waterfill.studies.report.places import units
@@ -52,6 +53,7 @@ def render(report: Report) -> str:
         "gap_bits": 8 * (payload - report.ideal_bytes) / sum(tensor.weights for tensor in plan.tensors),
         "gaps": {unit.name: charts.gap_bits(unit) for unit in marks if not unit.exact and 0 < unit.t2_measured < 1},
         "probe": str(plan.probe.get("text") or _PROBES.get(str(plan.probe.get("kind")), "an unknown probe")),
+        "calibrated": _calibrated(plan),
         "inside": _inside(report),
         "options": planned_with(plan),
         "legend": list(dict.fromkeys((unit.place.colour, unit.place.kind) for unit in marks)),
@@ -70,6 +72,13 @@ def render(report: Report) -> str:
         "script": Markup((folder / "script.js").read_text("utf-8")),
     }
     return environment.get_template("page.html").render(context)
+
+
+def _calibrated(plan: Plan) -> str | None:
+    """What error feedback was made of; None where there is none."""
+    if (on := plan.calibration) is None:
+        return None
+    return f"{on.sequences * on.length:,} tokens of {on.text or _PROBES['self']}"
 
 
 def _inside(report: Report) -> bool | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from waterfill.files.artifact import RAW
 from waterfill.planning.plan import TensorPlan
+from waterfill.studies.report.bound import coded_t2
 
 HUES, SHADES = 4, 4  # that the style sheet knows; `f0` is for what lies outside the layers
 MAX_MARKS = 1500  # beyond this many matrices, the experts of a layer are one mark
@@ -67,6 +68,12 @@ class Unit:
     def t2_measured(self) -> float:
         pairs = zip(self.measured, self.tensors, strict=True)
         return sum(t2 * tensor.weights for t2, tensor in pairs) / self.weights
+
+    @property
+    def t2_coded(self) -> float:
+        """Without what error feedback makes of it."""
+        pairs = zip(self.measured, self.tensors, strict=True)
+        return sum(coded_t2(tensor, t2) * tensor.weights for t2, tensor in pairs) / self.weights
 
     @property
     def rho(self) -> float:
