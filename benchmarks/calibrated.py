@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,18 @@ from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_te
 from waterfill.files.architecture import describe
 from waterfill.files.checkpoint import open_checkpoint
 from waterfill.files.original import load_tokenizer
+from waterfill.planning.calibration import TOKENS
 from waterfill.planning.plan import Plan
+from waterfill.planning.probe import LENGTH
+from waterfill.studies.comparison import Row
 from waterfill.studies.own_text import OwnText
 
 RATES, QUICK_RATES = (2.0, 3.0, 4.0), (3.0,)  # bits
 GROWTH, QUICK_GROWTH = (1024, 4096, 16384), (1024, 4096)  # tokens
 GROWTH_BITS = 3.0
 CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 10, 6
+LOW_RATES, QUICK_LOW_RATES = (0.9, 1.0, 1.1, 1.5, 2.0), (1.0,)  # bits
+BILLM = ("billm", "billm-salience")
 OWN_SEQUENCES, OWN_SEED = 16, 1
 SELF_GOAL, TEXT_GOAL = 0.45, 0.27  # of the KL without feedback
 PREDICTED_FROM_BITS = 3.0
@@ -44,8 +49,6 @@ class Bench:
     calibrating: dict[str, Path]
     measuring: dict[str, Path]
     windows: int
-    rows: list[list[Any]] = field(default_factory=list)
-    growth: list[list[Any]] = field(default_factory=list)
 
     def measure(self, bits: float, calibrate: str | Path | None, keep: Sequence[str], **options: Any) -> Result:
         """Plan, pack, and measure on every text."""
@@ -54,12 +57,13 @@ class Bench:
             options["calibrate"] = calibrate
         plan = waterfill.pack(self.model, packed, bits=bits, keep=keep, overwrite=True, **options)
         seconds = time.perf_counter() - start_s
-        kl = {}
+        kl, ppl = {}, {}
         for name, text in self.measuring.items():
             loss = waterfill.evaluate(packed, self.model, text, context=CONTEXT, max_windows=self.windows)
             assert loss.kl is not None
-            kl[name] = loss.kl
-        return Result(plan, kl, seconds)
+            assert loss.ppl_reference is not None
+            kl[name], ppl[name] = loss.kl, loss.ppl / loss.ppl_reference
+        return Result(plan, kl, ppl, seconds)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Result:
 
     plan: Plan
     kl: dict[str, float]
+    ppl: dict[str, float]  # of the original's
     seconds: float
 
 
@@ -78,6 +83,7 @@ def main() -> None:
         texts={"type": Path, "nargs": "*", "default": [], "help": "more files to calibrate and measure on"},
         rates={"type": float, "nargs": "*", "default": [], "help": "bits per weight (2 3 4)"},
         no_growth={"action": "store_true", "help": "leave out the table of growing numbers of tokens"},
+        low_models={"type": Path, "nargs": "*", "default": [EXAMPLE_MODEL], "help": "checkpoints at about one bit"},
     )
     report = BenchmarkReport("error feedback at equal bytes")
     texts = [held_out_text(report), *arguments.texts]
@@ -85,6 +91,7 @@ def main() -> None:
     growth = () if arguments.no_growth else QUICK_GROWTH if arguments.quick else GROWTH
     rows: list[list[Any]] = []
     grown: list[list[Any]] = []
+    low: list[list[Any]] = []
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             bench = _bench(model, Path(folder), texts, QUICK_WINDOWS if arguments.quick else WINDOWS)
@@ -93,6 +100,10 @@ def main() -> None:
                 if (embedding := _embedding(model)) and not arguments.quick and bits == GROWTH_BITS:
                     rows += _at_equal_bytes(report, bench, bits, keep=(embedding,))
             grown += _grown(bench, growth)
+    for model in arguments.low_models:
+        with tempfile.TemporaryDirectory() as folder:
+            bench = _bench(model, Path(folder), texts, QUICK_WINDOWS if arguments.quick else WINDOWS)
+            low += _low(report, bench, QUICK_LOW_RATES if arguments.quick else LOW_RATES)
     texts_measured = list(bench.measuring)
     columns = ["checkpoint", "bits", "embedding", "calibrated on", "s", "predicted KL", *texts_measured]
     ratios = [f"{name}, of no feedback" for name in texts_measured]
@@ -100,6 +111,9 @@ def main() -> None:
     if grown:
         columns = ["checkpoint", "bits", "own tokens", "predicted KL", *texts_measured]
         report.table("by tokens that calibrate", columns, grown, key="tokens")
+    if low:
+        columns = ["checkpoint", "method", "calibrated on", "bits", *texts_measured]
+        report.table("about one bit", [*columns, *(f"{name}, perplexity" for name in texts_measured)], low, key="low")
     report.save(arguments.json)
 
 
@@ -164,6 +178,45 @@ def _grown(bench: Bench, growth: Sequence[int]) -> list[list[Any]]:
         kl = [round(each, 5) for each in result.kl.values()]
         rows.append([bench.model.name, GROWTH_BITS, tokens, round(result.plan.predicted.kl, 5), *kl])
     return rows
+
+
+def _low(report: BenchmarkReport, bench: Bench, rates: Sequence[float]) -> list[list[Any]]:
+    """Ours at low rates, BiLLM, and ours at BiLLM's own bits."""
+    rows = []
+    theirs = {name: _billm(bench, name) for name in BILLM}
+    for bits in (*rates, max(row.bits or 0.0 for by_text in theirs.values() for row in by_text.values())):
+        for name, on in (("nothing", None), ("own", "self")):
+            result = bench.measure(bits, on, ())
+            figures = [*(round(kl, 4) for kl in result.kl.values()), *(round(ppl, 3) for ppl in result.ppl.values())]
+            rows.append([bench.model.name, "waterfill", name, round(result.plan.bits, 3), *figures])
+    for name, by_text in theirs.items():
+        bits = next(row.bits or 0.0 for row in by_text.values())
+        kl = {text: row.kl or 0.0 for text, row in by_text.items()}
+        ppl = [(row.ppl or 0.0) / (row.ppl_reference or 1.0) for row in by_text.values()]
+        figures = [*(round(each, 4) for each in kl.values()), *(round(each, 3) for each in ppl)]
+        rows.append([bench.model.name, name, "own", round(bits, 3), *figures])
+        for text, lost in kl.items():
+            ratio = result.kl[text] / lost
+            report.criterion(f"{bench.model.name}_over_{name}_on_{text}", round(ratio, 4), "< 1", ratio < 1)
+    return rows
+
+
+def _billm(bench: Bench, name: str) -> dict[str, Row]:
+    """By text. As many tokens calibrate it as calibrate ours."""
+    found = {}
+    for text, file in bench.measuring.items():
+        compared = waterfill.compare(
+            bench.model,
+            file,
+            methods=[name],
+            match=False,
+            context=CONTEXT,
+            max_windows=bench.windows,
+            sequences=-(-TOKENS // LENGTH),
+        )
+        (found[text],) = compared.rows
+        assert found[text].problem is None, found[text].problem
+    return found
 
 
 if __name__ == "__main__":

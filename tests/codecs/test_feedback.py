@@ -37,10 +37,12 @@ def weights(rows: int, width: int) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
 
 
-def packed(codec: Codec, weight: Tensor, feedback: Feedback | None) -> tuple[Mapping[str, Tensor], Tensor]:
+def packed(
+    codec: Codec, weight: Tensor, feedback: Feedback | None, rho: float = 1.0
+) -> tuple[Mapping[str, Tensor], Tensor]:
     """Buffers that an encoder gives, and what they decode to."""
     shape = (weight.shape[0], weight.shape[1])
-    encoder = codec.encoder(shape, feedback=feedback)
+    encoder = codec.encoder(shape, rho=rho, feedback=feedback)
     layout = codec.layout(shape)
     raw = {key: np.zeros(buffer_bytes(part), np.uint8) for key, part in layout.items()}
     for piece in itertools.chain(*map(encoder.add, weight.split(encoder.block_rows)), encoder.finish()):
@@ -180,3 +182,24 @@ def test_moments_change_nothing_where_there_are_no_blocks_of_columns(name: str, 
 def test_who_has_no_blocks_of_columns_has_no_feedback() -> None:
     assert get_codec("levels-8").feedback(128) == ()
     assert get_codec("trellis-s64-r3.0000").feedback(100) == ()
+
+
+@pytest.mark.parametrize("name", ["trellis-s64-r0.7000", "trellis-s64-r1.5000", "higgs-p2-n16", "higgs-p1-n2"])
+@pytest.mark.parametrize("rho", [0.0, 1.0])
+def test_at_low_rates_too_less_is_lost_with_feedback(name: str, rho: float) -> None:
+    codec, weight, width = get_codec(name), weights(256, 288), 288
+    truth, known = moments(8 * width, width, seed=2), Feedback(moments(8 * width, width, seed=1))
+    lost = []
+    for feedback in (None, known):
+        _, decoded = packed(codec, weight, feedback, rho)
+        lost.append(cost(decoded - weight, truth))
+    assert lost[1] < 0.9 * lost[0]
+
+
+def test_damping_grows_with_noise() -> None:
+    feedback, blocks = Feedback(moments(400, 128, seed=1)), interleaved(128, 32)
+    norms = [
+        float(torch.linalg.vector_norm(torch.cat([p.flatten() for p in feedback.pushes(blocks, t2)])))
+        for t2 in (0.0, 0.01, 0.1, 0.3, 0.9)
+    ]
+    assert norms[0] == norms[1] > norms[2] > norms[3] > norms[4]

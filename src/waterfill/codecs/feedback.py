@@ -9,19 +9,26 @@ which is the least that is left of the errors so far (LDLQ with blocks: Chee et 
 arXiv 2406.11235; of single columns it is GPTQ, arXiv 2210.17323). Noise Z of the encoder then costs the sum over blocks
 of tr(Z U[block, block] U[block, block]' Z'), where without feedback it costs tr(Z H Z').
 
+That is so for noise that is independent of the weights, which errors of an MSE reconstruction are not: a share t2 of
+the weights is missing in it. So errors are those of the reconstruction with its gain. Where noise is strong, targets
+with the errors of many columns in them would be much larger than weights: moments are damped in proportion to it.
+
 All of this is in the rotated basis, in which codecs work.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
 from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
+from waterfill.codecs.groups import TINY
 from waterfill.codecs.hadamard import rotate
 
-DAMPING = 0.03  # of the mean moment, that is added to each: what was seen little of may come (docs/design.md §5)
+DAMPING = 0.03  # of the mean moment, that is added to each: what was seen little of may come (docs/design.md §5).
+# At least; as much as there is noise beside weights, where that is more.
 ATTEMPTS = 4  # each with ten times the damping, where rounding makes moments indefinite
 DRAWS = 64  # rows of noise that an expected loss is averaged over
 
@@ -36,6 +43,12 @@ def interleaved(width: int, count: int) -> Blocks:
 def runs(width: int, length: int) -> Blocks:
     """Neighbouring columns, `length` at a time."""
     return tuple(slice(first, min(first + length, width)) for first in range(0, width, length))
+
+
+def gain_of(t2: float, rho: float) -> float:
+    """What an MSE reconstruction of distortion `t2` is multiplied with for the gain `rho`: u / (1 - t2), with u of
+    `planning.loss`."""
+    return 1 / (1 - t2 + rho * t2)
 
 
 class Left(NamedTuple):
@@ -58,7 +71,7 @@ class Feedback:
 
     Args:
         moments: second moments of what the matrices are multiplied with, float32 `[in, in]`, in any unit.
-        damping: share of their mean that is added to each.
+        damping: share of their mean that is added to each, at least.
 
     Raises:
         WaterfillError: moments are not finite.
@@ -69,22 +82,28 @@ class Feedback:
             raise WaterfillError("moments of a matrix's inputs are not finite; calibrate on another text")
         self.moments = _rotated(moments)
         self._damping = damping
-        self._solved: tuple[Blocks, list[torch.Tensor]] | None = None
+        self._solved: tuple[Blocks, int, list[torch.Tensor]] | None = None
 
     @cached_property
     def mean(self) -> float:
         """Of the moments of single columns."""
         return float(self.moments.diagonal().double().mean())
 
-    def pushes(self, blocks: Blocks) -> list[torch.Tensor]:
-        """P of each block, float32 `[columns of the blocks before, columns]`."""
-        if self._solved is None or self._solved[0] != blocks:
+    def pushes(self, blocks: Blocks, t2: float = 0.0) -> list[torch.Tensor]:
+        """P of each block, float32 `[columns of the blocks before, columns]`, for an encoder of distortion `t2`."""
+        octave = self._octave(t2)
+        if self._solved is None or self._solved[:2] != (blocks, octave):
             self._solved = None  # one at a time: they are as large as the moments
-            self._solved = blocks, self._solve(blocks)
-        return self._solved[1]
+            self._solved = blocks, octave, self._solve(blocks, self._damping * 2**octave)
+        return self._solved[2]
 
-    def _solve(self, blocks: Blocks) -> list[torch.Tensor]:
-        upper = self._factor(order_of(blocks, len(self.moments)))
+    def _octave(self, t2: float) -> int:
+        """How often damping is doubled: in such steps, matrices of like rates have the same."""
+        noise = t2 / max(1 - t2, TINY)
+        return max(0, round(math.log2(noise / self._damping))) if noise > 0 else 0
+
+    def _solve(self, blocks: Blocks, damping: float) -> list[torch.Tensor]:
+        upper = self._factor(order_of(blocks, len(self.moments)), damping)
         pushes, end = [], 0
         for size in map(len, columns_of(blocks, len(self.moments))):
             here = slice(end, end + size)
@@ -92,13 +111,13 @@ class Feedback:
             end += size
         return pushes
 
-    def _factor(self, order: torch.Tensor) -> torch.Tensor:
+    def _factor(self, order: torch.Tensor, damping: float) -> torch.Tensor:
         """U, upper triangular, of damped moments in this order of columns."""
         backwards = order.flip(0)
         moments = self.moments[backwards[:, None], backwards]
         for attempt in range(ATTEMPTS):
             damped = moments.clone()
-            damped.diagonal().add_(self._damping * 10**attempt * self.mean or 1.0)
+            damped.diagonal().add_(damping * 10**attempt * self.mean or 1.0)
             lower, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
                 upper: torch.Tensor = lower.flip(0, 1)
