@@ -107,8 +107,8 @@ CHAPTERS = {
         "Calibrated on its own text, without data, a model loses {least *_by_own_on_*:.2f} to {most *_by_own_on_*:.2f} "
         "times what it loses at the same bytes without feedback.",
         "SmolLM2-135M-Instruct, as it comes out of a 4-bit GGUF file, so that it loses more than others at these "
-        "rates. Its embedding is a fifth of the weights and has no feedback: `kept` leaves it out of the budget, which "
-        "bits then count without it. Columns named after texts are KL, measured on the half that calibrates nothing; "
+        "rates. Its embedding, a fifth of the weights, is the head too: `kept` leaves it out of the budget, which bits "
+        "then count without it. Columns named after texts are KL, measured on the half that calibrates nothing; "
         "`own` is text that the model wrote. Of no feedback: the share of the KL of the same bytes without it.",
     ),
     "scale": Chapter(

@@ -27,8 +27,7 @@ from waterfill.base.lazy import torch
 from waterfill.codecs.groups import TINY
 from waterfill.codecs.hadamard import rotate
 
-DAMPING = 0.03  # of the mean moment, that is added to each: what was seen little of may come (docs/design.md §5).
-# At least; as much as there is noise beside weights, where that is more.
+DAMPING = 0.03  # of the mean moment, that is added to each, at least: what was seen little of may come (design.md §5)
 ATTEMPTS = 4  # each with ten times the damping, where rounding makes moments indefinite
 DRAWS = 64  # rows of noise that an expected loss is averaged over
 
@@ -56,7 +55,7 @@ class Left(NamedTuple):
 
     loss: float  # of products
     noise: float
-    alpha: float | None = None  # of products alone, of a matrix whose rows are looked up as well (`planning.tied_head`)
+    alpha: float | None = None  # of products alone, of a matrix whose rows are looked up as well (`planning.head`)
 
     def of(self, alpha: float) -> float:
         """What is left of all that noise costs a matrix of this alpha; looked up, more noise costs more."""

@@ -65,6 +65,8 @@ class Calibrated:
             key = self._moments.leader(matrix.name)  # whose width gives the blocks
             if key not in by_input:
                 by_input[key] = expected(*self._moments.of(key), blocks, self._moments.weighed(key))
+                if matrix.role != "embedding":
+                    by_input[key] = by_input[key]._replace(alpha=None)  # products are all that it costs
             if by_input[key].loss < 1:
                 left[matrix.name] = by_input[key]
         if step:

@@ -27,11 +27,11 @@ from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.files.model_calls import read
 from waterfill.files.passage import Passage
-from waterfill.planning.tied_head import weighed_moments
+from waterfill.planning.head import weighed_moments
 
 PART_TOKENS = 1024  # that are read together, about
 LONGEST = 16.0  # times the median squared length of x, that a token counts with at most
-SOME_SEQUENCES, SOME_LENGTH = 4, 256  # that tell what an embedding costs as a head: logits of a few tokens
+SOME_SEQUENCES, SOME_LENGTH = 4, 160  # that tell what the loss of a head is of: logits of a few tokens
 PIECES = 4  # of the columns: only products of a piece with itself and later ones are computed, as moments are symmetric
 TAKING = "taking moments of inputs"
 
@@ -41,11 +41,9 @@ def module_of(architecture: Architecture, model: Any, matrix: Matrix) -> nn.Modu
     if matrix.expert is not None:
         return None
     if matrix.role == "embedding":
-        head, of_tokens = (
-            model.get_output_embeddings(),
-            model.get_submodule(matrix.name) is model.get_input_embeddings(),
-        )
-        return head if architecture.tied_head and of_tokens and isinstance(head, nn.Module) else None
+        head = model.get_output_embeddings()
+        tied = architecture.tied_head and model.get_submodule(matrix.name) is model.get_input_embeddings()
+        return head if tied and isinstance(head, nn.Module) else None
     module = model.get_submodule(matrix.name)
     return module if isinstance(module, nn.Module) else None
 
@@ -131,7 +129,7 @@ class InputMoments:
         self._checkpoint, self._some = checkpoint, tokens[-SOME_SEQUENCES:, :SOME_LENGTH]
         self._model = model = load_blockwise(checkpoint, dtype)
         self._head = model.get_output_embeddings()
-        self._tied: Matrix | None = None  # an embedding that is the head too
+        self._of_head: Matrix | None = None  # what it multiplies with
         together = max(1, PART_TOKENS // tokens.shape[1])
         halves = [half.split(together) for half in tokens.chunk(2)]
         self._of_first = len(halves[0])  # parts of the first half
@@ -142,7 +140,7 @@ class InputMoments:
         for matrix in architecture.matrices:
             if (module := module_of(architecture, model, matrix)) is not None:
                 self._modules[matrix.name], self._widths[matrix.name] = module, matrix.shape[1]
-                self._tied = matrix if matrix.role == "embedding" else self._tied
+                self._of_head = matrix if module is self._head else self._of_head
         self._met: dict[str, _Met] = {}
         self._recent: list[_Seen] = []
         with self._watched(self._meet, self._modules):
@@ -175,9 +173,8 @@ class InputMoments:
         return self._sums[met.leader]
 
     def weighed(self, name: str) -> Tensor | None:
-        """Of a matrix whose rows are looked up as well, what its products cost: moments of some tokens of the second
-        half (`tied_head`). None of others."""
-        matrix = self._tied
+        """Of a head, moments that its loss is of (`planning.head`), on some tokens of the second half. Else None."""
+        matrix = self._of_head
         if matrix is None or matrix.name != name:
             return None
         return weighed_moments(self._model, self._checkpoint, matrix, self._some)

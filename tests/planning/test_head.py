@@ -1,4 +1,4 @@
-"""What an embedding that is the head too costs in its products: against noise that is put there, and KL as it rises."""
+"""What noise in a head costs: against noise that is put there, and KL as it rises."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from waterfill.files.architecture import describe
 from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import open_checkpoint
 from waterfill.files.original import load_original
+from waterfill.planning.calibration import on_tokens
 from waterfill.planning.estimators import group_power
+from waterfill.planning.head import weighed_moments
 from waterfill.planning.moments import InputMoments
+from waterfill.planning.plan import Calibration
 from waterfill.planning.probe import lead_of
-from waterfill.planning.tied_head import weighed_moments
 
 TOKENS = torch.randint(40, (4, 48), generator=torch.Generator().manual_seed(0))
 LEVEL = 1e-3  # relative power of the noise
@@ -57,15 +59,22 @@ def test_alpha_of_the_products_alone(family: str, tmp_path: Path) -> None:
     assert float(moments.trace()) == pytest.approx(mean, abs=4 * stderr)
 
 
-def test_only_embeddings_that_are_heads_are_weighed(tmp_path: Path) -> None:
-    for tied in (False, True):
+def test_heads_alone_are_weighed(tmp_path: Path) -> None:
+    for tied, name in ((False, "lm_head"), (True, "model.embed_tokens")):
         checkpoint = open_checkpoint(models.tiny_llama(tmp_path / str(tied), tied=tied))
         moments = InputMoments(checkpoint, describe(checkpoint), TOKENS)
-        name = "model.embed_tokens"
-        assert (name in moments.names) == tied
-        if tied:
-            assert moments.weighed(name) is not None
+        assert name in moments.names
+        assert ("model.embed_tokens" in moments.names) == tied
+        assert moments.weighed(name) is not None
         assert moments.weighed("model.layers.0.mlp.down_proj") is None
+
+
+def test_a_head_that_nothing_is_looked_up_in_costs_its_products_alone(tmp_path: Path) -> None:
+    for tied, name in ((False, "lm_head"), (True, "model.embed_tokens")):
+        checkpoint = open_checkpoint(models.tiny_llama(tmp_path / str(tied), tied=tied))
+        architecture, record = describe(checkpoint), Calibration("random", 4, 48, 0, None)
+        left = on_tokens(checkpoint, architecture, TOKENS, record).left(architecture.matrices, ["trellis-s64-r3.0000"])
+        assert (left[name].alpha is not None) == tied
 
 
 def test_positions_are_no_head(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What noise in an embedding that is the head too costs in its products alone: looked up, it costs the rest.
+"""What noise in a head costs, and by which tokens. One that is the embedding too costs the rest looked up.
 
 Noise n in the row of token v adds n'x to its logit, independently of other rows, and KL is half the variance of what is
 added, by the probabilities p. With noise of as much power in each group g of a row as its weights have, d of them, that
