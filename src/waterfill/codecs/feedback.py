@@ -9,9 +9,8 @@ which is the least that is left of the errors so far (LDLQ with blocks: Chee et 
 arXiv 2406.11235; of single columns it is GPTQ, arXiv 2210.17323). Noise Z of the encoder then costs the sum over blocks
 of tr(Z U[block, block] U[block, block]' Z'), where without feedback it costs tr(Z H Z').
 
-That is so for noise that is independent of the weights, which errors of an MSE reconstruction are not: a share t2 of
-the weights is missing in it. So errors are those of the reconstruction with its gain. Where noise is strong, targets
-with the errors of many columns in them would be much larger than weights: moments are damped in proportion to it.
+Where noise is strong, targets with the errors of many columns in them would be much larger than weights: moments are
+damped in proportion to it.
 
 All of this is in the rotated basis, in which codecs work.
 """
@@ -42,12 +41,6 @@ def interleaved(width: int, count: int) -> Blocks:
 def runs(width: int, length: int) -> Blocks:
     """Neighbouring columns, `length` at a time."""
     return tuple(slice(first, min(first + length, width)) for first in range(0, width, length))
-
-
-def gain_of(t2: float, rho: float) -> float:
-    """What an MSE reconstruction of distortion `t2` is multiplied with for the gain `rho`: u / (1 - t2), with u of
-    `planning.loss`."""
-    return 1 / (1 - t2 + rho * t2)
 
 
 class Left(NamedTuple):

@@ -19,7 +19,7 @@ from functools import cached_property, partial
 
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import BufferLayout, Encoded, Encoder, MemoryForm, RowEncoder, Shape
-from waterfill.codecs.feedback import Feedback, gain_of
+from waterfill.codecs.feedback import Feedback
 from waterfill.codecs.groups import TINY, group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import groups, rotate, unrotate
 from waterfill.codecs.indices import pack, radix_word, row_bytes, unpack
@@ -80,7 +80,7 @@ class TableCodec(MemoryForm):
             points = self.vectors(indices, width)
             scales = _scales(rotated, points, norms, rho)
         else:
-            indices = self._fed_back(rotated, per_weight(rms, width), rho, feedback)
+            indices = self._fed_back(rotated, per_weight(rms, width), feedback)
             points = self.vectors(indices, width)
             scales = _common_gains(rotated, points, rms, rho, feedback)
         error = rotated - points * per_weight(scales.to(torch.float32), width)
@@ -93,13 +93,10 @@ class TableCodec(MemoryForm):
             power=float(norms.double().sum()) * unit_power,
         )
 
-    def _fed_back(
-        self, rotated: torch.Tensor, deviations: torch.Tensor, rho: float, feedback: Feedback
-    ) -> torch.Tensor:
+    def _fed_back(self, rotated: torch.Tensor, deviations: torch.Tensor, feedback: Feedback) -> torch.Tensor:
         """Indices int64 `[rows, vectors]` of rows that are encoded block of columns after block."""
         width = rotated.shape[1]
         blocks, t2 = self.feedback(width), self.distortion((len(rotated), width))
-        gain = gain_of(t2, rho)
         indices = torch.empty(len(rotated), -(-width // self.p), dtype=torch.int64)
         errors = torch.empty_like(rotated)
         for block, push in zip(blocks, feedback.pushes(blocks, t2), strict=True):
@@ -107,7 +104,7 @@ class TableCodec(MemoryForm):
             some = self.nearest(wanted / deviations[:, block].clamp_min(TINY))
             first = block.start // self.p
             indices[:, first : first + some.shape[1]] = some
-            errors[:, block] = rotated[:, block] - gain * self.vectors(some, push.shape[1]) * deviations[:, block]
+            errors[:, block] = rotated[:, block] - self.vectors(some, push.shape[1]) * deviations[:, block]
         return indices
 
     @abstractmethod

@@ -23,7 +23,7 @@ from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import Encoder, Piece, Shape
 from waterfill.codecs.entropy import lanes_for
-from waterfill.codecs.feedback import Feedback, gain_of, interleaved, order_of
+from waterfill.codecs.feedback import Feedback, interleaved, order_of
 from waterfill.codecs.groups import TINY, group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import rotate
 from waterfill.codecs.trellis import bitstream
@@ -74,14 +74,6 @@ class _Target:
         """That the scale codes stand for, float32 `[rows, width]`: 0 of groups of zeros."""
         values = bitstream.scale_values(self.scale_codes, self.unit).astype(np.float32)
         return per_weight(torch.from_numpy(values), self.rotated.shape[1])
-
-
-class _Step(NamedTuple):
-    """How targets are quantised at a rate."""
-
-    size: float
-    shrink: float  # what targets are multiplied with before
-    gain: float  # what levels are multiplied with after, where errors are fed back
 
 
 class _Try(NamedTuple):
@@ -182,29 +174,28 @@ class StreamEncoder(Encoder):
     def _tries(self, wanted: Sequence[tuple[_Target, float]]) -> list[_Try]:
         """Code targets with the steps of these rates; below 0, with ever shorter targets."""
         states, wide = self._coding.states, self._coding.wide
-        targets, nominals = [target for target, _ in wanted], [nominal for _, nominal in wanted]
-        steps = [self._step(nominal) for nominal in nominals]
+        rates = [max(nominal, 0.0) for _, nominal in wanted]
+        steps = [self._curve.step(rate) for rate in rates]
+        shrinks = [
+            (1 - self._curve.t2(rate)) * 2.0 ** min(nominal, 0.0)
+            for rate, (_, nominal) in zip(rates, wanted, strict=True)
+        ]
+        targets = [target for target, _ in wanted]
         bounds = bitstream.bounds(states, wide)
         paths: Sequence[Levels | None] = [None] * len(wanted)
         if self._feedback is not None:
             noise = self._curve.t2(self._coding.rate)
-            paths = _fed_back(targets, steps, self._feedback, noise, states, bounds)
+            paths = _fed_back(targets, steps, shrinks, self._feedback, noise, states, bounds)
 
-        def code(target: _Target, nominal: float, step: _Step, path: Levels | None) -> _Try:
+        def code(target: _Target, nominal: float, step: float, shrink: float, path: Levels | None) -> _Try:
             levels = path
             if levels is None:
-                x = target.x * np.float32(step.shrink / step.size)
-                levels = search(x, states, lanes_for(len(target.x)), *bounds)
-            coded = bitstream.code(target.x, levels, states, wide, 4 * step.size, as_levels=path is not None)
+                levels = search(target.x * np.float32(shrink / step), states, lanes_for(len(target.x)), *bounds)
+            coded = bitstream.code(target.x, levels, states, wide, 4 * step, as_levels=path is not None)
             return _Try(nominal, coded, target.side_bytes + len(coded.tables) + len(coded.payload))
 
         with ThreadPoolExecutor(max(1, min(torch.get_num_threads(), len(wanted)))) as pool:
-            return list(pool.map(code, targets, nominals, steps, paths))
-
-    def _step(self, nominal: float) -> _Step:
-        rate, shorter = max(nominal, 0.0), 2.0 ** min(nominal, 0.0)
-        t2 = self._curve.t2(rate)
-        return _Step(self._curve.step(rate), (1 - t2) * shorter, gain_of(t2, self._rho) / shorter)
+            return list(pool.map(code, targets, [nominal for _, nominal in wanted], steps, shrinks, paths))
 
     def _write(self, target: _Target, one: _Try) -> Iterator[Piece]:
         rows, width = target.rotated.shape
@@ -246,7 +237,8 @@ def _target(rotated: torch.Tensor) -> _Target:
 
 def _fed_back(
     targets: Sequence[_Target],
-    steps: Sequence[_Step],
+    steps: Sequence[float],
+    shrinks: Sequence[float],
     feedback: Feedback,
     t2: float,
     states: int,
@@ -262,9 +254,8 @@ def _fed_back(
     order, lanes = order_of(blocks, width), 1 << (count - 1).bit_length()
     weights = _side_by_side([target.rotated for target in targets], order, lanes)
     deviations = _side_by_side([target.deviations for target in targets], order, lanes)
-    sizes, shrinks, gains = (_padded(each, lanes) for each in zip(*steps, strict=True))
-    unit = deviations * sizes  # that a level is worth, of 1
-    shortened, reached = shrinks / unit.clamp_min(TINY), gains * unit
+    unit = deviations * _padded(steps, lanes)  # that a level is worth, of 1
+    shortened = _padded(shrinks, lanes) / unit.clamp_min(TINY)
     errors, paths, end = torch.empty(width, rows, lanes), np.empty((width, rows, lanes), np.int16), 0
     for push in feedback.pushes(blocks, t2):
         size = push.shape[1]
@@ -274,7 +265,7 @@ def _fed_back(
         x = wanted.transpose(0, 1).reshape(-1)  # row after row
         levels = search(x.numpy(), states, lanes, *bounds).reshape(rows, size, lanes)
         paths[here] = levels.swapaxes(0, 1)
-        torch.sub(weights[here], torch.from_numpy(paths[here]) * reached[here], out=errors[here])
+        torch.sub(weights[here], torch.from_numpy(paths[here]) * unit[here], out=errors[here])
         end += size
     place = order.argsort().numpy()
     return [path[:, place].reshape(-1) for path in paths.transpose(2, 1, 0)[:count]]
