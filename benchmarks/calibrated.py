@@ -196,7 +196,7 @@ def _low(report: BenchmarkReport, bench: Bench, rates: Sequence[float]) -> list[
         figures = [*(round(each, 4) for each in kl.values()), *(round(each, 3) for each in ppl)]
         rows.append([bench.model.name, name, "own", round(bits, 3), *figures])
         for text, lost in kl.items():
-            ratio = result.kl[text] / lost
+            ratio = result.kl[text] / lost  # of the last: ours with feedback, at BiLLM's bits
             report.criterion(f"{bench.model.name}_over_{name}_on_{text}", round(ratio, 4), "< 1", ratio < 1)
     return rows
 

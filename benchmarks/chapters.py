@@ -109,7 +109,8 @@ CHAPTERS = {
         "SmolLM2-135M-Instruct, as it comes out of a 4-bit GGUF file, so that it loses more than others at these "
         "rates. Its embedding, a fifth of the weights, is the head too: `kept` leaves it out of the budget, which bits "
         "then count without it. Columns named after texts are KL, measured on the half that calibrates nothing; "
-        "`own` is text that the model wrote. Of no feedback: the share of the KL of the same bytes without it.",
+        "`own` is text that the model wrote. Of no feedback: the share of the KL of the same bytes without it. "
+        "Measured some commits before the last change of what is fed back.",
     ),
     "scale": Chapter(
         "What planning costs",

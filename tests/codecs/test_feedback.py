@@ -125,9 +125,9 @@ def test_a_matrix_that_is_looked_up_as_well_keeps_that_part_of_its_loss() -> Non
     assert left.loss == pytest.approx(others.loss, rel=0.15)
     assert left.noise == others.noise > 1
     assert left.alpha is not None
-    assert left.of(left.alpha) == left.of(left.alpha / 2) == left.loss
-    assert left.of(4 * left.alpha) == pytest.approx(0.25 * left.loss + 0.75 * left.noise)
-    assert others.of(1.0) == others.loss
+    assert left.share_of(left.alpha) == left.share_of(left.alpha / 2) == left.loss
+    assert left.share_of(4 * left.alpha) == pytest.approx(0.25 * left.loss + 0.75 * left.noise)
+    assert others.share_of(1.0) == others.loss
 
 
 @pytest.mark.parametrize("name", ["trellis-s64-r3.0000", "higgs-p2-n64"])
@@ -186,7 +186,7 @@ def test_who_has_no_blocks_of_columns_has_no_feedback() -> None:
 
 @pytest.mark.parametrize("name", ["trellis-s64-r0.7000", "trellis-s64-r1.5000", "higgs-p2-n16", "higgs-p1-n2"])
 @pytest.mark.parametrize("rho", [0.0, 1.0])
-def test_at_low_rates_too_less_is_lost_with_feedback(name: str, rho: float) -> None:
+def test_feedback_gains_at_low_rates_too(name: str, rho: float) -> None:
     codec, weight, width = get_codec(name), weights(256, 288), 288
     truth, known = moments(8 * width, width, seed=2), Feedback(moments(8 * width, width, seed=1))
     lost = []

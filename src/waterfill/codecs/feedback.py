@@ -50,7 +50,7 @@ class Left(NamedTuple):
     noise: float
     alpha: float | None = None  # of products alone, of a matrix whose rows are looked up as well (`planning.head`)
 
-    def of(self, alpha: float) -> float:
+    def share_of(self, alpha: float) -> float:
         """What is left of all that noise costs a matrix of this alpha; looked up, more noise costs more."""
         if self.alpha is None or alpha <= 0:
             return self.loss

@@ -31,7 +31,7 @@ from waterfill.planning.head import weighed_moments
 
 PART_TOKENS = 1024  # that are read together, about
 LONGEST = 16.0  # times the median squared length of x, that a token counts with at most
-SOME_SEQUENCES, SOME_LENGTH = 4, 160  # that tell what the loss of a head is of: logits of a few tokens
+HEAD_SEQUENCES, HEAD_LENGTH = 4, 160  # that tell what the loss of a head is of: logits of a few tokens
 PIECES = 4  # of the columns: only products of a piece with itself and later ones are computed, as moments are symmetric
 TAKING = "taking moments of inputs"
 
@@ -126,7 +126,7 @@ class InputMoments:
         limit_bytes: float = math.inf,
         progress: Progress | None = None,
     ) -> None:
-        self._checkpoint, self._some = checkpoint, tokens[-SOME_SEQUENCES:, :SOME_LENGTH]
+        self._checkpoint, self._some = checkpoint, tokens[-HEAD_SEQUENCES:, :HEAD_LENGTH]
         self._model = model = load_blockwise(checkpoint, dtype)
         self._head = model.get_output_embeddings()
         self._of_head: Matrix | None = None  # what it multiplies with

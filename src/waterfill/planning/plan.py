@@ -141,6 +141,11 @@ class Calibration:
     text: str | None  # its name
     tokens: str = ""  # digest of their ids
 
+    @property
+    def token_count(self) -> int:
+        """Of all sequences."""
+        return self.sequences * self.length
+
 
 @dataclass(frozen=True)
 class Plan:

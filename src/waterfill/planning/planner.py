@@ -79,7 +79,7 @@ def make_plan(
         BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
         WaterfillError: no matrix is left to pack, the sensitivities lack one, or a tie cannot be.
     """
-    left = _of_all(left, sensitivity)
+    left = _with_look_ups(left, sensitivity)
     sensitivity = sensitivity.after_feedback({name: share.loss for name, share in left.items()})
     evidence = weigh(tensors.matrices, sensitivity.tensors, sensitivity.tokens)
     coefficients = {name: entry.coefficients for name, entry in evidence.items()}
@@ -112,11 +112,11 @@ def make_plan(
     )
 
 
-def _of_all(left: Mapping[str, Left], sensitivity: Sensitivity) -> dict[str, Left]:
-    """Of all that a matrix costs, looked up too; of those that gain by feedback."""
+def _with_look_ups(left: Mapping[str, Left], sensitivity: Sensitivity) -> dict[str, Left]:
+    """Shares of all that matrices cost, looked up too; of those that gain by feedback."""
     if sensitivity.probe.get("kind") in UNPROMISED:  # its alphas are of another unit, and say nothing of look-ups
         return dict(left)
-    whole = {name: one._replace(loss=one.of(sensitivity.tensors[name].alpha)) for name, one in left.items()}
+    whole = {name: one._replace(loss=one.share_of(sensitivity.tensors[name].alpha)) for name, one in left.items()}
     return {name: one for name, one in whole.items() if one.loss < 1}
 
 

@@ -133,9 +133,8 @@ def _feedback(plan: Plan) -> dict[str, str]:
     if calibration is None:
         return {}
     share = "" if left is None else f", leaves {left:.0%} of their loss"
-    tokens = calibration.sequences * calibration.length
-    text = calibration.text or _PROBES["self"]
-    return {"feedback": f"of errors in {len(plan.fed_back)} matrices{share}; by {tokens:,} tokens of {text}"}
+    by = f"{calibration.token_count:,} tokens of {calibration.text or _PROBES['self']}"
+    return {"feedback": f"of errors in {len(plan.fed_back)} matrices{share}; by {by}"}
 
 
 def _unused(plan: Plan) -> dict[str, Text]:

@@ -26,12 +26,11 @@ def mse_distortion(relative_error: float, rho: float) -> float:
 
 
 def coded_t2(tensor: TensorPlan, measured_t2: float) -> float:
-    """Relative noise power of the codes themselves: error feedback makes more noise of theirs, which costs no bits
-    either. By how much is as the plan has it."""
-    if tensor.feedback is None or tensor.t2 <= 0:
+    """Relative noise power of the codes themselves. Error feedback makes more noise of theirs, which costs no bits, and
+    is all that can be measured then: the codec's own figure stands for it."""
+    if tensor.feedback is None:
         return measured_t2
-    alone = relative_error(get_codec(tensor.codec).distortion(tensor.shape), tensor.rho)
-    return measured_t2 * alone / tensor.t2
+    return relative_error(get_codec(tensor.codec).distortion(tensor.shape), tensor.rho)
 
 
 def ideal_bits(distortion: float) -> float:

@@ -200,5 +200,5 @@ def planned_with(plan: Plan) -> str:
     options += [f"--{name} {probe[name]}" for name in ("method", "sequences", "length", "seed") if name in probe]
     if (on := plan.calibration) is not None:
         text = on.kind if on.text is None else shlex.quote(on.text)
-        options.append(f"--calibrate {text} --calibration-tokens {on.sequences * on.length}")
+        options.append(f"--calibrate {text} --calibration-tokens {on.token_count}")
     return " ".join(options)

@@ -78,7 +78,7 @@ def _calibrated(plan: Plan) -> str | None:
     """What error feedback was made of; None where there is none."""
     if (on := plan.calibration) is None:
         return None
-    return f"{on.sequences * on.length:,} tokens of {on.text or _PROBES['self']}"
+    return f"{on.token_count:,} tokens of {on.text or _PROBES['self']}"
 
 
 def _inside(report: Report) -> bool | None:
