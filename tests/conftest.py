@@ -12,6 +12,7 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; their threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WATERFILL_FEEDBACK"] = "none"  # plans are made by the hundred; what asks for feedback has it
 
 import pytest
 import torch

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import numpy.typing as npt
 
 import waterfill
 from benchmarks.shared.report import BenchmarkReport
+from waterfill.base.cache import VARIABLE
 from waterfill.planning.plan import Plan
 from waterfill.planning.sensitivity import Sensitivity
 
@@ -42,8 +45,9 @@ def measure_checkpoints(report: BenchmarkReport, models: list[Path], texts: list
     """A row per checkpoint; a curve and promises of each."""
     rows, curves, promises = [], [], []
     for model in models:
-        rows.append(_plan_row(report, model))
-        measured = waterfill.sensitivity(model, sequences=QUICK_SEQUENCES if quick else SEQUENCES)
+        with tempfile.TemporaryDirectory() as folder, kept_in(Path(folder)):
+            rows.append(_plan_row(report, model, Path(folder)))
+            measured = waterfill.sensitivity(model, sequences=QUICK_SEQUENCES if quick else SEQUENCES)
         curves += _curve(model, measured)
         promises += _promises(model, measured, texts, quick)
     columns = ["checkpoint", "billion weights", "s", "peak MB", "sequences", "±", "s, measured before", "s, --quick"]
@@ -81,7 +85,20 @@ class _Run:
     peak_bytes: int
 
 
-def _run(model: Path, cache: Path, *options: str) -> _Run:
+@contextmanager
+def kept_in(cache: Path) -> Iterator[None]:
+    """Use this cache here and in processes started meanwhile: what one of them measured, no other measures again."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(cache)
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+
+
+def _run(model: Path, folder: Path, *options: str) -> _Run:
     """`waterfill plan` in a process of its own."""
     command = [
         sys.executable,
@@ -92,24 +109,21 @@ def _run(model: Path, cache: Path, *options: str) -> _Run:
         "--bits",
         str(BITS),
         "--save",
-        str(cache / "plan.json"),
+        str(folder / "plan.json"),
     ]
     start_s = time.perf_counter()
-    process = subprocess.Popen(
-        [*command, *options], env={**os.environ, "WATERFILL_CACHE": str(cache)}, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return _Run(Plan.load(cache / "plan.json"), time.perf_counter() - start_s, usage.ru_maxrss * 1024)
+    return _Run(Plan.load(folder / "plan.json"), time.perf_counter() - start_s, usage.ru_maxrss * 1024)
 
 
-def _plan_row(report: BenchmarkReport, model: Path) -> list[Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        first = _run(model, Path(folder))
-        again = _run(model, Path(folder))
-        quickly = _run(model, Path(folder), "--quick", "--no-cache")
+def _plan_row(report: BenchmarkReport, model: Path, folder: Path) -> list[Any]:
+    first = _run(model, folder)
+    again = _run(model, folder)
+    quickly = _run(model, folder, "--quick", "--no-cache")
     if again.plan != first.plan:
         raise SystemExit("the plan of kept measurements is not that of the measurements")
     billions = sum(tensor.weights for tensor in first.plan.tensors) / 1e9

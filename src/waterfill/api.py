@@ -29,7 +29,7 @@ from waterfill.packing.seal import seal
 from waterfill.planning.borrowed import check_units, given_sensitivity, uniform_sensitivity
 from waterfill.planning.budget import Budget, format_size, parse_size
 from waterfill.planning.calibration import TOKENS as CALIBRATION_TOKENS
-from waterfill.planning.calibration import Calibrated, calibrate, calibrated_again
+from waterfill.planning.calibration import Calibrated, calibrate, calibrated_again, calibrated_on
 from waterfill.planning.measuring import as_text, measure_checkpoint
 from waterfill.planning.menu import CodedBytes, codec_names
 from waterfill.planning.options import CHECKS, QUICK, PlanOptions, ProbeOptions
@@ -187,8 +187,11 @@ def _plan(
     architecture = _describe(checkpoint, request.keep, progress)
     names = codec_names(architecture, request.codecs, request.purpose)  # refuses what is none, before minutes of work
     sizes = _coded_bytes(checkpoint, architecture, progress)
+    if (given := _given(checkpoint, architecture, options)) is not None:
+        check_units(given, budget)
+    on = calibrated_on(options, given, architecture.matrices, names)
     with OwnText(checkpoint, architecture, progress) as text:
-        calibrated = _calibrated(checkpoint, architecture, progress, options, text)
+        calibrated = None if on is None else _calibrated(checkpoint, architecture, progress, options, on, text)
         left = {} if calibrated is None else calibrated.left(architecture.matrices, names)
 
         def planned(measured: Sensitivity) -> Plan:
@@ -196,16 +199,20 @@ def _plan(
             with stage(progress, PLANNING):
                 return make_plan(name, architecture, measured, budget, request, sizes, record, left)
 
-        if options.get("alpha", "measured") == "uniform":
-            measured = uniform_sensitivity(checkpoint.fingerprint, architecture.matrices)
-        elif (given := options.get("sensitivity")) is not None:
-            measured = given_sensitivity(given, checkpoint, architecture.matrices)
-        else:
-            probing = cast(ProbeOptions, options)
-            measured = _measure(checkpoint, architecture, progress, probing, text, planned)
-    check_units(measured, budget)
+        measured = given or _measure(checkpoint, architecture, progress, cast(ProbeOptions, options), text, planned)
     made = planned(measured)
+    if made.calibration is None:
+        calibrated = None  # nothing that was chosen gains by it
     return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture, calibrated
+
+
+def _given(checkpoint: Checkpoint, architecture: Architecture, options: PlanOptions) -> Sensitivity | None:
+    """Sensitivities that are not measured now."""
+    if options.get("alpha", "measured") == "uniform":
+        return uniform_sensitivity(checkpoint.fingerprint, architecture.matrices)
+    if (given := options.get("sensitivity")) is not None:
+        return given_sensitivity(given, checkpoint, architecture.matrices)
+    return None
 
 
 def _calibrated(
@@ -213,15 +220,10 @@ def _calibrated(
     architecture: Architecture,
     progress: Progress | None,
     options: PlanOptions,
+    on: str | Path,
     text: OwnText,
-) -> Calibrated | None:
-    """Moments of inputs, where errors are to be fed back."""
-    if (on := options.get("calibrate")) is None:
-        if "calibration_tokens" in options:
-            raise WaterfillError(
-                "calibration tokens are of what is calibrated on; say what (--calibrate self, or a file)"
-            )
-        return None
+) -> Calibrated:
+    """Moments of inputs, that errors are fed back by."""
     tokens = options.get("calibration_tokens", CALIBRATION_TOKENS)
     probing = cast(ProbeOptions, options)
     return calibrate(checkpoint, architecture, on, progress, probing, tokens=tokens, write=text.sample)
@@ -286,7 +288,7 @@ def _unused(checkpoint: Checkpoint, architecture: Architecture) -> tuple[Unused,
 
 def _check_alone(options: PlanOptions) -> None:
     """Refuse options that a lossless plan has no use for."""
-    others = {"lossless", "revision"}
+    others = {"lossless", "revision", "feedback"}
     refused = [name for name, value in options.items() if name not in others and value not in (None, False, (), [])]
     if refused:
         raise BudgetError(

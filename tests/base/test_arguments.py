@@ -52,7 +52,7 @@ KIND = {
     ),
     **dict.fromkeys(("verify", "streamed"), "flag"),
     **dict.fromkeys(("keep", "tie", "codecs", "prompts", "methods"), "texts"),
-    **dict.fromkeys(("gain", "purpose", "probe", "method", "alpha", "convention"), "choice"),
+    **dict.fromkeys(("gain", "purpose", "probe", "method", "alpha", "convention", "feedback"), "choice"),
     **dict.fromkeys(
         ("text", "save", "output", "against", "original", "calibration", "calibrate", "sensitivity", "plan"), "path"
     ),

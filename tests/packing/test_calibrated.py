@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,61 @@ def test_what_does_not_go_together(room: Path, ref_llama: Path, tmp_path: Path) 
         waterfill.plan(ref_llama, bits=3, calibrate=tmp_path / "missing.txt", **PROBE)
     with pytest.raises(WaterfillError, match="calibration_tokens"):
         waterfill.plan(ref_llama, bits=3, calibrate="self", calibration_tokens=0, **PROBE)
+
+
+@pytest.fixture
+def by_default(monkeypatch: pytest.MonkeyPatch, room: Path) -> None:
+    """As users have it, with what `room` has measured."""
+    monkeypatch.delenv("WATERFILL_FEEDBACK")
+    monkeypatch.setenv("WATERFILL_CACHE", str(room / "cache"))
+
+
+def test_errors_are_fed_back_where_nobody_says(room: Path, ref_llama: Path, by_default: None) -> None:
+    fed = plan_of(room, "fed")
+    assert waterfill.plan(ref_llama, bits=3, calibration_tokens=3000, **PROBE) == fed
+    known = {"sensitivity": room / "fed.sensitivity.json", "calibration_tokens": 3000}
+    assert waterfill.plan(ref_llama, bits=3, **known) == fed
+
+
+def test_and_not_where_somebody_does(
+    room: Path, ref_llama: Path, by_default: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = plan_of(room, "plain")
+    assert waterfill.plan(ref_llama, bits=3, feedback="none", **PROBE) == plain
+    monkeypatch.setenv("WATERFILL_FEEDBACK", "none")
+    assert waterfill.plan(ref_llama, bits=3, **PROBE) == plain
+    assert waterfill.plan(ref_llama, bits=3, feedback="auto", calibration_tokens=3000, **PROBE) == plan_of(room, "fed")
+    monkeypatch.setenv("WATERFILL_FEEDBACK", "sometimes")
+    with pytest.raises(WaterfillError, match="WATERFILL_FEEDBACK is 'sometimes'; set it to auto or none"):
+        waterfill.plan(ref_llama, bits=3, **PROBE)
+    with pytest.raises(WaterfillError, match="there is a text to calibrate feedback on, and there shall be none"):
+        waterfill.plan(ref_llama, bits=3, feedback="none", **CALIBRATED)
+    with pytest.raises(WaterfillError, match="calibration tokens are of what is calibrated on"):
+        waterfill.plan(ref_llama, bits=3, feedback="none", calibration_tokens=3000, **PROBE)
+
+
+@pytest.mark.parametrize(
+    "options", [{"quick": True}, {"probe": "random", **PROBE}, {"alpha": "uniform"}, {"sensitivity": "table.json"}]
+)
+def test_nor_where_a_plan_is_rough(
+    options: dict[str, Any], ref_llama: Path, by_default: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if "sensitivity" in options:
+        options = {"sensitivity": tmp_path / "table.json"}
+        options["sensitivity"].write_text('{"tensors": {"model.layers.0.mlp.up_proj": {"alpha": 1.0}}}')
+    with caplog.at_level(logging.INFO, logger="waterfill"):
+        plan = waterfill.plan(ref_llama, bits=3, **options)
+    assert plan.calibration is None
+    assert ("a quick plan feeds no errors back" in caplog.text) == ("quick" in options)
+
+
+def test_a_budget_for_every_bit_needs_no_moments(room: Path, ref_llama: Path, tmp_path: Path, by_default: None) -> None:
+    """Feedback may be had, and nothing that is chosen gains by it."""
+    packed = tmp_path / "packed"
+    plan = waterfill.pack(ref_llama, packed, size="1GB", calibration_tokens=3000, **PROBE)
+    assert plan.calibration is None
+    assert not plan.fed_back
+    assert waterfill.inspect(packed).plan == plan
 
 
 def test_grids_of_fixed_rate_feed_errors_back_too(room: Path, ref_llama: Path, tmp_path: Path) -> None:

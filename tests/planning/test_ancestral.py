@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from waterfill.base.errors import WaterfillError
-from waterfill.planning.ancestral import BLOCK, choose, sample
+from waterfill.planning import ancestral
+from waterfill.planning.ancestral import ATTEMPTS, BLOCK, choose, repeats_itself, sample
 
 Floats = npt.NDArray[np.float32]
 
@@ -61,3 +62,55 @@ def test_texts_are_read_token_by_token_and_in_batches() -> None:
     assert seen == [(step, 9) for step in range(10)]
     first = sample(begin, range(50), 2, 0, start=None, vocabulary=9)[:, 0]  # type: ignore[arg-type]
     assert set(first.tolist()) == set(range(9))
+
+
+def looping(count: int) -> object:
+    """A model that says 1 for ever, or any of 3 to 99, by its first token."""
+    either = np.zeros(100, np.float32)
+    either[[1, 2]] = 50.0
+    stuck = np.zeros(100, np.float32)
+    stuck[1] = 50.0
+    free = np.where(np.arange(100) > 2, 0.0, -50.0).astype(np.float32)
+
+    def read(last: npt.NDArray[np.int64]) -> Iterable[Floats]:
+        return [either if token == 0 else stuck if token == 1 else free for token in last]
+
+    return read
+
+
+def test_a_text_that_repeats_itself_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    progress = lambda done, total: seen.append((done, total))  # noqa: E731
+    tokens = sample(looping, range(24), 80, 0, start=0, vocabulary=100, progress=progress)  # type: ignore[arg-type]
+    assert not any(repeats_itself(text) for text in tokens.numpy())
+    assert all(0 <= done <= total for done, total in seen)
+    assert seen[-1][0] == seen[-1][1]
+    some = sample(looping, [17, 3], 80, 0, start=0, vocabulary=100, together=1)  # type: ignore[arg-type]
+    assert torch.equal(some, tokens[[17, 3]])
+    monkeypatch.setattr(ancestral, "ATTEMPTS", 1)
+    first = sample(looping, range(24), 80, 0, start=0, vocabulary=100)  # type: ignore[arg-type]
+    looped = torch.tensor([repeats_itself(text) for text in first.numpy()])
+    assert 4 < looped.sum() < 20
+    assert torch.equal(first[~looped], tokens[~looped])
+
+
+def test_a_model_that_only_repeats_itself_is_taken_as_it_is() -> None:
+    begun: list[int] = []
+
+    def begin(count: int) -> object:
+        begun.append(count)
+        return lambda last: [np.where(np.arange(9) == 4, 50.0, 0.0).astype(np.float32) for _ in last]
+
+    tokens = sample(begin, range(3), 64, 0, start=4, vocabulary=9)  # type: ignore[arg-type]
+    assert torch.equal(tokens, torch.full((3, 64), 4))
+    assert begun == [3, 2 * 3, 4 * 3]
+    assert sum(begun) == 3 * ATTEMPTS
+
+
+def test_what_repeats_itself() -> None:
+    words, loop = np.arange(200), np.tile([7, 8, 9], 100)
+    assert not repeats_itself(words[:160])
+    assert not repeats_itself(np.concatenate([loop[:60], words[:100]]))  # it came out of it
+    assert repeats_itself(np.concatenate([words[:60], loop[:100]]))
+    assert not repeats_itself(loop[:61])  # too short to tell
+    assert repeats_itself(loop[:64])

@@ -18,9 +18,9 @@ from waterfill.files.architecture import Matrix, describe
 from waterfill.files.checkpoint import open_checkpoint
 from waterfill.planning import costs, estimators
 from waterfill.planning.costs import matrix_view, row_costs
-from waterfill.planning.estimators import PERTURB_LEVELS, fisher_pass, group_power, perturb_pass
+from waterfill.planning.estimators import PERTURB_LEVELS, ProbePass, fisher_pass, group_power, perturb_pass
 from waterfill.planning.probe import Probe, probe_tokens
-from waterfill.planning.sensitivity import measure
+from waterfill.planning.sensitivity import MOST, measure, summary
 
 SMALL = {"hidden": 32, "layers": 1, "heads": 4, "vocab": 32, "dtype": torch.float32}
 FAMILIES: dict[str, Callable[[Path], Path]] = {
@@ -351,3 +351,16 @@ def test_gradients_that_are_not_finite_are_refused_by_name(factor: float, llama:
     model.model.layers[0].self_attn.q_proj.register_forward_hook(spoil)
     with pytest.raises(WaterfillError, match=r"alpha of model\.layers\.0\.self_attn\.q_proj comes out as (nan|inf)"):
         measure(model, matrices[1:], random_tokens(256, 2, 6))
+
+
+def test_a_pass_out_of_all_proportion_counts_as_some_times_the_median() -> None:
+    """Few passes are taken as they are, and so is what few tokens come by."""
+
+    def alpha(*values: float, tokens: int = 5) -> float:
+        passes = [ProbePass({"m": value}, {"m": 1.0}, {"m": tokens}, 1.0) for value in values]
+        return summary(passes, [1] * len(passes), 5 * len(passes), method="fisher").tensors["m"].alpha
+
+    assert alpha(1.0, 2.0, 3.0, 1e6) == pytest.approx((1 + 2 + 3 + MOST * 2.5) / 4)
+    assert alpha(1.0, 2.0, 3.0, 1e6, tokens=4) == pytest.approx((1 + 2 + 3 + 1e6) / 4)
+    assert alpha(1.0, 2.0, 1e6) == pytest.approx((1 + 2 + 1e6) / 3)
+    assert alpha(1.0, 2.0, 3.0, 8.0) == pytest.approx(3.5)

@@ -175,6 +175,21 @@ def test_sensitivities_of_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert not left_behind()
 
 
+def test_a_large_model_is_in_memory_only_while_it_writes(
+    ref_llama: Path, trained: OwnText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HELD_BYTES", 1000)
+    tokens = trained.sample(range(2, 4), 6, seed=0)
+    packed: list[str] = []
+    with opened(ref_llama, progress=lambda what, *_: packed.append(what)) as text:
+        text.sample(range(2), 6, seed=0)
+        assert text._model is None
+        assert not left_behind()
+        packed.clear()
+        assert torch.equal(text.sample(range(2, 4), 6, seed=0), tokens)
+        assert packed, "it was packed again"
+
+
 # -- what is left behind ----------------------------------------------------------------------------------------------
 
 

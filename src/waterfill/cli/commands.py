@@ -23,7 +23,7 @@ _SECTIONS = {
         *("probe", "text", "calibration", "precision", "quick", "sequences", "length", "seed", "method"),
         "sensitivity",
     ),
-    "Error feedback": ("calibrate", "calibration_tokens"),
+    "Error feedback": ("feedback", "calibrate", "calibration_tokens"),
     "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
     "Running": ("memory", "draft", "lookup", "engine"),
 }

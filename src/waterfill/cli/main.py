@@ -92,10 +92,14 @@ _plan_options = combined(
         help="uniform: measure nothing, every weight counts the same.",
     ),
     click.option(
+        "--feedback",
+        type=click.Choice(["auto", "none"]),
+        help="auto (default): round so that errors make up for one another in what matrices are multiplied with.",
+    ),
+    click.option(
         "--calibrate",
         metavar="TEXT",
-        help="Feed rounding errors back, by what matrices are multiplied with: on the model's own text ('self'), or on "
-        "this file.",
+        help="What that is known by: the model's own text ('self', as by default), or this file.",
     ),
     click.option("--calibration-tokens", type=int, metavar="N", help="Of that text, about (16384)."),
     click.option("--no-cache", is_flag=True, help="Keep nothing of the measurement on disk, and use nothing kept."),

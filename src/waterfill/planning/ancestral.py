@@ -5,7 +5,8 @@
                            └──────────────────────────────────────────────────┘
 
 What a sequence is drawn with depends on the seed and its number alone, not on which others are drawn beside it. So one
-more sequence is one more, and the text is the same however many are read at a time.
+more sequence is one more, and the text is the same however many are read at a time. One that falls into a loop is drawn
+again, from other numbers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ Writer = Callable[[Sequence[int], int, int, Step | None], torch.Tensor]
 Raises UnsupportedError, having said why, where the model's own class has to."""
 
 TOGETHER = 48  # sequences of a pass over the weights
+ATTEMPTS = 7  # at a sequence that does not repeat itself
+LEAST_HALF, DISTINCT = 32, 4  # tokens of a half that is judged; one of so many has to be new
 BLOCK = 256  # probabilities that are added up in float32
 
 
@@ -45,7 +48,8 @@ def sample(
     together: int = TOGETHER,
     progress: Step | None = None,
 ) -> torch.Tensor:
-    """Sequences of these numbers, int64 `[numbers, length]`. A document that ends is followed by the next one.
+    """Sequences of these numbers, int64 `[numbers, length]`. A document that ends is followed by the next one; a
+    sequence that repeats itself is drawn again, as far as that helps: nobody's texts are like it.
 
     Args:
         start: the token that texts begin with; a random one of each where None.
@@ -56,15 +60,31 @@ def sample(
     Raises:
         WaterfillError: logits are NaN or infinite.
     """
-    batches = [numbers[i : i + together] for i in range(0, len(numbers), together)]
-    tokens = [torch.empty(0, length, dtype=torch.int64)]
-    if progress and batches:
-        progress(0, len(batches) * (length - 1))
-    for done, batch in enumerate(batches):
-        step = None if progress is None else _after(progress, done, len(batches))
-        generators = [np.random.default_rng([seed % 2**64, number]) for number in batch]
-        tokens.append(torch.from_numpy(_batch(begin(len(batch)), generators, length, start, vocabulary, step)))
-    return torch.cat(tokens)
+    tokens = np.empty((len(numbers), length), np.int64)
+    due, attempts, done = list(range(len(numbers))), range(1), 0  # places to be drawn, and batches that were
+    if progress and due:
+        progress(0, -(-len(due) // together) * (length - 1))
+    while due and attempts.stop <= ATTEMPTS:
+        drawn = [(place, attempt) for place in due for attempt in attempts]
+        batches = [drawn[i : i + together] for i in range(0, len(drawn), together)]
+        for number, batch in enumerate(batches):
+            step = None if progress is None else _after(progress, done + number, done + len(batches))
+            generators = [np.random.default_rng([seed % 2**64, numbers[place], attempt]) for place, attempt in batch]
+            texts = _batch(begin(len(batch)), generators, length, start, vocabulary, step)
+            for (place, attempt), text in zip(batch, texts, strict=True):
+                if attempt == attempts.start or repeats_itself(tokens[place]):
+                    tokens[place] = text
+        done += len(batches)
+        due = [place for place in due if repeats_itself(tokens[place])]
+        attempts = range(attempts.stop, 2 * attempts.stop + 1)  # twice as many: a pass costs little more
+    return torch.from_numpy(tokens)
+
+
+def repeats_itself(tokens: Ids) -> bool:
+    """Whether a text `[length]` has fallen into a loop, as models do that are left to themselves (Holtzman et al. 2020,
+    arXiv 1904.09751, §4): a long one whose second half has few tokens over and over."""
+    half = tokens[len(tokens) // 2 :]
+    return len(half) >= LEAST_HALF and len(np.unique(half)) * DISTINCT < len(half)
 
 
 def _after(progress: Step, done: int, batches: int) -> Step:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -29,18 +30,53 @@ from waterfill.planning.ancestral import Writer
 from waterfill.planning.inventory import PlannedMatrix
 from waterfill.planning.measuring import WORTH_SAYING_S, as_text, measured_tokens
 from waterfill.planning.moments import InputMoments
-from waterfill.planning.options import ProbeOptions
+from waterfill.planning.options import PlanOptions, ProbeOptions
 from waterfill.planning.pace import fast_dtype, speed
-from waterfill.planning.plan import Calibration, Plan
+from waterfill.planning.plan import UNPROMISED, Calibration, Plan
 from waterfill.planning.probe import LENGTH
+from waterfill.planning.sensitivity import Sensitivity
 
 _log = logging.getLogger(__name__)
 
+VARIABLE = "WATERFILL_FEEDBACK"  # of the environment: what is done where nobody says
 SELF = "self"
 TOKENS = 16384  # of the model's own, or of a text; how the loss falls with them: `benchmarks.calibrated`
 TEXT_LENGTH = 512  # tokens of a window of a text: they cost no sampling
 MOMENTS_BYTES = 1 << 30  # that are held at a time, where there is memory
 FREE_SHARE = 0.25  # of the memory that is free
+
+
+def calibrated_on(
+    options: PlanOptions, given: Sensitivity | None, matrices: Sequence[PlannedMatrix], codecs: Sequence[str]
+) -> str | Path | None:
+    """What errors are fed back by: the text that is asked for, or else the model's own, where the plan is in earnest
+    about this model, and any of the codecs gains by it. None for no feedback.
+
+    Args:
+        given: sensitivities, where they are not measured now.
+
+    Raises:
+        WaterfillError: options that do not go together; a setting that there is not.
+    """
+    on = options.get("calibrate")
+    asked = options.get("feedback") or os.environ.get(VARIABLE) or "auto"
+    if asked not in ("auto", "none"):
+        raise WaterfillError(f"{VARIABLE} is {asked!r}; set it to auto or none")
+    if on is not None:
+        if options.get("feedback") == "none":
+            raise WaterfillError("there is a text to calibrate feedback on, and there shall be none; give one of them")
+        return on
+    guessed = options.get("alpha") == "uniform" or (given is not None and given.probe.get("kind") in UNPROMISED)
+    rough = options.get("quick", False) or options.get("probe") == "random"
+    if asked == "none" or guessed or rough or not any(_blocks(matrix.shape[1], codecs) for matrix in matrices):
+        if "calibration_tokens" in options:
+            raise WaterfillError(
+                "calibration tokens are of what is calibrated on; say what (--calibrate self, or a file)"
+            )
+        if options.get("quick") and asked == "auto":
+            _log.info("a quick plan feeds no errors back; without --quick, less is lost for the same bytes")
+        return None
+    return SELF
 
 
 class Calibrated:

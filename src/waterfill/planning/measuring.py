@@ -28,10 +28,10 @@ from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.files.context import context_length
 from waterfill.files.original import fits, load_checkpoint, load_tokenizer
-from waterfill.planning.ancestral import Writer
+from waterfill.planning.ancestral import Writer, start_token
 from waterfill.planning.estimators import ProbePass
 from waterfill.planning.options import ProbeOptions
-from waterfill.planning.pace import fast_dtype, forecast
+from waterfill.planning.pace import fast_dtype, forecast, sampling_s
 from waterfill.planning.precision import PRECISION, parse_precision, relative_error
 from waterfill.planning.probe import (
     MOST_SEQUENCES,
@@ -135,11 +135,12 @@ class _Measurement:
         self._adaptive = options.get("sequences") is None
         text = read_text(self._probe.text) if self._probe.text else ""  # before minutes of loading
         self._tokenizer = load_tokenizer(checkpoint.path) if self._probe.text else None
+        self._hidden = self._probe.kind == "self" and _starts_unseen(checkpoint.path, self._config, self._length)
         store = ProbeStore.of(checkpoint.fingerprint, kept=options.get("cache", True))
         self._each = max(1, PASS_TOKENS // self._length)  # sequences of a pass
         if not self._adaptive:
             self._each = max(1, min(self._each, self._probe.sequences // LEAST_PASSES))
-        probe = self._probe.kind, self._probe.length, self._probe.seed, write is None
+        probe = self._probe.kind, self._probe.length, self._probe.seed, write is None, self._hidden
         windows = 0 if self._adaptive else self._probe.sequences  # of a text: they are spread over it
         self._dtype = fast_dtype(self._matrices) if self._method == "fisher" else torch.float32
         self._texts = store.text(*probe)
@@ -266,6 +267,10 @@ class _Measurement:
 
     def tokens(self) -> torch.Tensor:
         """Of all passes, int64 `[sequences, length]`."""
+        if self._probe.kind == "self":
+            due = sum(self._own(number) is None for number in range(self._sequences)) * self._length
+            if (seconds := sampling_s(self._matrices, due)) >= WORTH_SAYING_S:
+                _log.info("sampling %d tokens of its own text: about %.0f s on this machine", due, seconds)
         return torch.cat([self._part(number, self.most) for number in range(self.most)])
 
     def _part(self, number: int, count: int) -> torch.Tensor:
@@ -305,13 +310,14 @@ class _Measurement:
     def _written(self, numbers: list[int]) -> torch.Tensor:
         """By who was given to write, or else by the model itself, loaded as a whole where it fits in memory."""
         step, seed = step_of(self._progress, SAMPLING), self._probe.seed
+        length = self._length + self._hidden
         if self._write is not None:
             with suppress(UnsupportedError):  # it has said why
-                return self._write(numbers, self._length, seed, step)
+                return self._write(numbers, length, seed, step)[:, self._hidden :]
         loaded = self._method == "perturb" or not fits(self._checkpoint)
         model = self._model if loaded else load_checkpoint(self._checkpoint)
         with failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
-            return own_text(model, numbers, self._length, seed, step)
+            return own_text(model, numbers, length, seed, step)[:, self._hidden :]
 
     @cached_property
     def _given(self) -> torch.Tensor:
@@ -320,6 +326,19 @@ class _Measurement:
         if self._adaptive and self._probe.kind == "text":
             return spread_windows(self._model, self._tokenizer, self._probe)
         return probe_tokens(self._model, self._tokenizer, self._probe)
+
+
+def _starts_unseen(path: Path, config: Any, length: int) -> bool:
+    """Whether the token that own text begins with is none that texts begin with: the tokenizer puts none before them.
+    All attention falls back on a first token, and disturbing one that no text has may cost many times as much."""
+    start, most = start_token(config), context_length(config)
+    if start is None or (most is not None and length + 1 > most):
+        return False
+    try:
+        tokenizer = load_tokenizer(path)
+    except WaterfillError:
+        return False
+    return start not in tokenizer("a", verbose=False)["input_ids"][:1]
 
 
 def _digest(text: str) -> str:

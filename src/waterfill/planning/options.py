@@ -49,7 +49,8 @@ class PlanOptions(ProbeOptions, total=False):
     purpose: Purpose  # storage: entropy-coded, the fewest bytes; memory: runs from its codes
     alpha: Literal["measured", "uniform"]  # uniform: every weight counts the same
     sensitivity: str | Path | Sensitivity | None  # of this model, or of one like it, or a table
-    calibrate: str | Path | None  # error feedback by moments of inputs, on the model's own text ("self") or on a text
+    feedback: Literal["auto", "none"]  # auto: errors are fed back wherever the model is measured on its own text
+    calibrate: str | Path | None  # by moments of inputs on the model's own text ("self", as auto does) or on a text
     calibration_tokens: int
 
 
@@ -68,6 +69,7 @@ CHECKS = {
     "quick": FLAG,
     "method": choice(*PASSES),
     "alpha": choice("measured", "uniform"),
+    "feedback": choice("auto", "none"),
     "calibrate": optional(Check("'self', or a text file", PATH.holds)),
     "calibration_tokens": whole(1),
     "plan": optional(Check("a file, or a plan", lambda value: isinstance(value, Plan) or PATH.holds(value))),

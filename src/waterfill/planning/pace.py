@@ -67,12 +67,17 @@ def forecast(
     """Of so many passes over so many sequences; some have to be `sampled` first."""
     weights, tokens = _weights(matrices), sequences * length
     seconds = PER_TOKEN * weights * tokens / speed(dtype) + PER_PASS * weights * passes / speed(torch.float32)
-    seconds += PER_OWN_TOKEN * weights * sampled * length / speed(torch.float32)
+    seconds += sampling_s(matrices, sampled * length)
     width = max(min(matrix.shape) for matrix in matrices)
     block = weights // max(1, layers)
     logits = 3 * 4 * length * vocabulary
     peak = process.resident_bytes() + 3 * dtype.itemsize * block + logits + layers * length * width * dtype.itemsize
     return Forecast(tokens, seconds, peak)
+
+
+def sampling_s(matrices: Sequence[PlannedMatrix], tokens: int) -> float:
+    """Seconds that so many tokens of own text take."""
+    return PER_OWN_TOKEN * _weights(matrices) * tokens / speed(torch.float32)
 
 
 def _weights(matrices: Sequence[PlannedMatrix]) -> int:

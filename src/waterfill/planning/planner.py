@@ -73,7 +73,7 @@ def make_plan(
 ) -> Plan:
     """The plan of least predicted loss within the budget. With `coded_bytes`, what stays as it is is coded losslessly
     where that saves bytes; matrices that a generous budget leaves as they are, after the budget has been divided. With
-    a `calibration`, errors of the matrices that are named in `left` are fed back.
+    a `calibration`, errors of the matrices that are named in `left` are fed back; the plan has it if any are.
 
     Raises:
         BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
@@ -108,7 +108,7 @@ def make_plan(
         tensors=planned,
         kept=solver.kept,
         optimal=optimal,
-        calibration=calibration,
+        calibration=calibration if any(tensor.feedback is not None for tensor in planned) else None,
     )
 
 

@@ -30,7 +30,7 @@ from waterfill.planning.estimators import ProbePass
 
 _log = logging.getLogger(__name__)
 
-VERSION = 2  # of what is kept: another way to sample or to measure is another one
+VERSION = 3  # of what is kept: another way to sample or to measure is another one
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,9 @@ from waterfill.planning.loss import Coefficients, Cost
 Method = Literal["fisher", "perturb"]
 
 VERSION = 1
+# Where a disturbance makes another token the one that attention falls back on, the slope of the loss says nothing of
+# its rise: passes come out thousands of times as high as others, and what is lost there at any real noise is not.
+MOST, LEAST_PASSES = 4.0, 4  # times the median of a matrix's passes that one of them counts as, of so many or more
 PASSES: Mapping[Method, Callable[..., ProbePass]] = MappingProxyType({"fisher": fisher_pass, "perturb": perturb_pass})
 SENSITIVITY_FILE = "waterfill-sensitivity.json"
 
@@ -184,10 +188,12 @@ def summary(
     nll, _ = _mean_and_stderr([sample.nll for sample in samples], weights)
     tensors, single = {}, {}
     for name in samples[0].alpha:
-        single[name] = Samples(*(tuple(getattr(s, what)[name] for s in samples) for what in ("alpha", "beta")))
+        alphas, betas = (tuple(getattr(sample, what)[name] for sample in samples) for what in ("alpha", "beta"))
+        reached = sum(sample.tokens[name] for sample in samples)
+        # What few tokens come by is rightly 0 in one pass, and far above the others in the next.
+        single[name] = Samples(_capped(alphas) if reached >= positions else alphas, betas)
         alpha, alpha_stderr = _mean_and_stderr(single[name].alpha, weights)
         beta, beta_stderr = _mean_and_stderr(single[name].beta, weights)
-        reached = sum(sample.tokens[name] for sample in samples)
         tensors[name] = Coefficients(alpha, beta, alpha_stderr, beta_stderr, reached)
     return Sensitivity(fingerprint, method, dict(probe or {}), nll, positions, tensors, single)
 
@@ -202,6 +208,12 @@ def _check_finite(sample: ProbePass) -> None:
                 f"{what} comes out as {value}, not as a finite number; "
                 "check the model's weights, and measure it in float32 or bfloat16 rather than float16"
             )
+
+
+def _capped(values: Sequence[float]) -> tuple[float, ...]:
+    """What is out of all proportion counts as `MOST` times the median."""
+    limit = MOST * median(values) if len(values) >= LEAST_PASSES else math.inf
+    return tuple(min(value, limit) for value in values)
 
 
 def _mean_and_stderr(values: Sequence[float], weights: torch.Tensor) -> tuple[float, float]:

@@ -10,6 +10,7 @@ of a model this close is text of the original.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,6 +40,7 @@ from waterfill.running.engine.opening import check_library, open_model
 _log = logging.getLogger(__name__)
 
 CODEC = "levels-8"
+HELD_BYTES = 1 << 28  # of codes that stay in memory from one sampling to the next; more are packed anew when wanted
 TEXTS_SHARE = 0.25  # of the free memory that keys and values of all texts of a pass may take
 
 
@@ -56,6 +58,7 @@ class OwnText:
         self._checkpoint, self._architecture, self._progress = checkpoint, architecture, progress
         self._model: LlamaModel | None = None
         self._refusal: str | None = None
+        self._codes_bytes = sum(math.prod(matrix.shape) for matrix in architecture.matrices)  # a byte each
         self._texts_bytes = 0.0  # of the texts of a pass, at most
         self._files = ExitStack()
 
@@ -81,6 +84,9 @@ class OwnText:
             return self._sample(self._opened(), numbers, length, seed, progress)
         except MemoryLimitError as error:
             raise self._refused(error) from error
+        finally:
+            if self._model is not None and self._model.streaming is None and self._codes_bytes > HELD_BYTES:
+                self._model = None  # whoever measures on the text needs the memory
 
     def _sample(
         self, model: LlamaModel, numbers: Sequence[int], length: int, seed: int, progress: Step | None

@@ -33,6 +33,7 @@ from waterfill.studies.comparison import (
     DEFAULT_BITS,
     FED_BACK,
     OURS,
+    PLAIN,
     Comparison,
     Method,
     StudiedModel,
@@ -43,7 +44,7 @@ from waterfill.studies.comparison import (
 from waterfill.studies.own_text import OwnText
 
 # Without the baseline that nobody ships, and without variants of what is there already.
-USUAL_METHODS = ("waterfill", "bnb-*", "hqq-[2348]", "quanto-*", "torchao-*", "gptq-*", "gguf-*[!x]")
+USUAL_METHODS = (PLAIN, FED_BACK, "bnb-*", "hqq-[2348]", "quanto-*", "torchao-*", "gptq-*", "gguf-*[!x]")
 
 
 PROBE_KEYS = ("probe", "sequences", "length", "seed")
