@@ -356,11 +356,12 @@ def test_gradients_that_are_not_finite_are_refused_by_name(factor: float, llama:
 def test_a_pass_out_of_all_proportion_counts_as_some_times_the_median() -> None:
     """Few passes are taken as they are, and so is what few tokens come by."""
 
-    def alpha(*values: float, tokens: int = 5) -> float:
+    def alpha(*values: float, tokens: int = 100, length: int = 100) -> float:
         passes = [ProbePass({"m": value}, {"m": 1.0}, {"m": tokens}, 1.0) for value in values]
-        return summary(passes, [1] * len(passes), 5 * len(passes), method="fisher").tensors["m"].alpha
+        return summary(passes, [1] * len(passes), length * len(passes), method="fisher").tensors["m"].alpha
 
     assert alpha(1.0, 2.0, 3.0, 1e6) == pytest.approx((1 + 2 + 3 + MOST * 2.5) / 4)
-    assert alpha(1.0, 2.0, 3.0, 1e6, tokens=4) == pytest.approx((1 + 2 + 3 + 1e6) / 4)
+    for few in ({"tokens": 99}, {"tokens": 40, "length": 40}):
+        assert alpha(1.0, 2.0, 3.0, 1e6, **few) == pytest.approx((1 + 2 + 3 + 1e6) / 4)
     assert alpha(1.0, 2.0, 1e6) == pytest.approx((1 + 2 + 1e6) / 3)
     assert alpha(1.0, 2.0, 3.0, 8.0) == pytest.approx(3.5)

@@ -45,6 +45,7 @@ VERSION = 1
 # Where a disturbance makes another token the one that attention falls back on, the slope of the loss says nothing of
 # its rise: passes come out thousands of times as high as others, and what is lost there at any real noise is not.
 MOST, LEAST_PASSES = 4.0, 4  # times the median of a matrix's passes that one of them counts as, of so many or more
+LEAST_TOKENS = 64  # of a pass, all of which come by the matrix
 PASSES: Mapping[Method, Callable[..., ProbePass]] = MappingProxyType({"fisher": fisher_pass, "perturb": perturb_pass})
 SENSITIVITY_FILE = "waterfill-sensitivity.json"
 
@@ -190,8 +191,9 @@ def summary(
     for name in samples[0].alpha:
         alphas, betas = (tuple(getattr(sample, what)[name] for sample in samples) for what in ("alpha", "beta"))
         reached = sum(sample.tokens[name] for sample in samples)
-        # What few tokens come by is rightly 0 in one pass, and far above the others in the next.
-        single[name] = Samples(_capped(alphas) if reached >= positions else alphas, betas)
+        # What few tokens come by is rightly next to nothing in one pass, and far above the others in the next.
+        usual = reached >= max(positions, LEAST_TOKENS * len(samples))
+        single[name] = Samples(_capped(alphas) if usual else alphas, betas)
         alpha, alpha_stderr = _mean_and_stderr(single[name].alpha, weights)
         beta, beta_stderr = _mean_and_stderr(single[name].beta, weights)
         tensors[name] = Coefficients(alpha, beta, alpha_stderr, beta_stderr, reached)
