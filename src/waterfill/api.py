@@ -15,7 +15,7 @@ from typing import Unpack, cast
 
 from waterfill.base.ambient import own_torch_modes
 from waterfill.base.arguments import checked
-from waterfill.base.errors import BudgetError, WaterfillError
+from waterfill.base.errors import BudgetError, CheckpointError, WaterfillError
 from waterfill.base.progress import DESCRIBING, OPENING, PLANNING, Progress, stage
 from waterfill.base.writing import prepare_file, write_file
 from waterfill.evaluation.evaluate import Evaluation, evaluate
@@ -222,11 +222,19 @@ def _calibrated(
     options: PlanOptions,
     on: str | Path,
     text: OwnText,
-) -> Calibrated:
-    """Moments of inputs, that errors are fed back by."""
+) -> Calibrated | None:
+    """Moments of inputs, that errors are fed back by. Where nobody asked for feedback, None if there can be none."""
     tokens = options.get("calibration_tokens", CALIBRATION_TOKENS)
     probing = cast(ProbeOptions, options)
-    return calibrate(checkpoint, architecture, on, progress, probing, tokens=tokens, write=text.sample)
+    try:
+        return calibrate(checkpoint, architecture, on, progress, probing, tokens=tokens, write=text.sample)
+    except CheckpointError:
+        raise
+    except WaterfillError as error:
+        if options.get("calibrate") is not None:
+            raise
+        _log.warning("rounding errors are not fed back: %s", error)
+        return None
 
 
 def _measure(

@@ -15,6 +15,7 @@ import torch
 import waterfill
 from tests.support import models
 from tests.support.commands import Command
+from waterfill import api
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import get_codec
 from waterfill.files.artifact import open_artifact
@@ -172,6 +173,20 @@ def test_nor_where_a_plan_is_rough(
         plan = waterfill.plan(ref_llama, bits=3, **options)
     assert plan.calibration is None
     assert ("a quick plan feeds no errors back" in caplog.text) == ("quick" in options)
+
+
+def test_a_model_that_writes_no_text_is_planned_without(
+    room: Path, ref_llama: Path, by_default: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise WaterfillError("it cannot sample")
+
+    monkeypatch.setattr(api, "calibrate", fail)
+    known: dict[str, Any] = {"sensitivity": room / "plain.sensitivity.json"}
+    assert waterfill.plan(ref_llama, bits=3, **known) == plan_of(room, "plain")
+    assert "rounding errors are not fed back: it cannot sample" in caplog.text
+    with pytest.raises(WaterfillError, match="it cannot sample"):
+        waterfill.plan(ref_llama, bits=3, calibrate="self", **known)
 
 
 def test_a_budget_for_every_bit_needs_no_moments(room: Path, ref_llama: Path, tmp_path: Path, by_default: None) -> None:
