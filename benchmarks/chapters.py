@@ -110,17 +110,18 @@ CHAPTERS = {
         "rates. Its embedding, a fifth of the weights, is the head too: `kept` leaves it out of the budget, which bits "
         "then count without it. Columns named after texts are KL, measured on the half that calibrates nothing; "
         "`own` is text that the model wrote. Of no feedback: the share of the KL of the same bytes without it. "
-        "Measured some commits before the last change of what is fed back.",
+        "Measured some commits before the last changes of what is fed back, and of the text that a model writes.",
     ),
     "scale": Chapter(
         "What planning costs",
         "A plan of 135 million weights, of which the loss is known to ±{smollm2-135m_known_to:.0%} without data, takes "
         "{smollm2-135m_s:.0f} s and {smollm2-135m_peak_bytes:MB} from scratch; one of 405 billion weights by their "
         "shapes {most_plan_s_llama-3.1-405b:.1f} s, of a trillion {most_plan_s_1t_mixture_of_experts:.0f} s.",
-        "SmolLM2-135M-Instruct, as it comes out of a 4-bit GGUF file; kernels and torch were held to AVX2 "
-        "(`WATERFILL_ISA`, `ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA`, `MKL_ENABLE_INSTRUCTIONS`). Other processes "
-        "shared the cores from the second table on; only plans by shapes are timed there. How many sequences it takes "
-        "depends on what the model happens to write.",
+        "SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct, as they come out of GGUF files, on a machine with "
+        "AVX2 and without AVX-512; plans without error feedback. How many sequences it takes depends on what a model "
+        "happens to write. What tokens lose by their places, and plans by shapes, were measured on another machine "
+        "(Intel Xeon, held to AVX2 by `WATERFILL_ISA`, `ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA` and "
+        "`MKL_ENABLE_INSTRUCTIONS`), some commits earlier, when texts still began with the token that sampling does.",
     ),
     "batching": Chapter(
         "Several texts in one pass",
