@@ -45,7 +45,7 @@ def measure_checkpoints(report: BenchmarkReport, models: list[Path], texts: list
     """A row per checkpoint; a curve and promises of each."""
     rows, curves, promises = [], [], []
     for model in models:
-        with tempfile.TemporaryDirectory() as folder, kept_in(Path(folder)):
+        with tempfile.TemporaryDirectory() as folder, _kept_in(Path(folder)):
             rows.append(_plan_row(report, model, Path(folder)))
             measured = waterfill.sensitivity(model, sequences=QUICK_SEQUENCES if quick else SEQUENCES)
         curves += _curve(model, measured)
@@ -86,7 +86,7 @@ class _Run:
 
 
 @contextmanager
-def kept_in(cache: Path) -> Iterator[None]:
+def _kept_in(cache: Path) -> Iterator[None]:
     """Use this cache here and in processes started meanwhile: what one of them measured, no other measures again."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = str(cache)

@@ -91,7 +91,10 @@ def test_a_report_says_by_what_and_counts_it(room: Path, tmp_path: Path) -> None
     assert "--calibrate self --calibration-tokens 3040" in page
     again = make_plan("m", plan, sensitivity_of(room / "fed", plan), Budget(bits=3.0))
     assert again.predicted.kl == pytest.approx(plan.predicted.kl, rel=0.01)  # alpha after feedback
-    assert "Rounding errors in" not in waterfill.report(room / "plain", output=tmp_path / "plain.html").path.read_text()
+    plain = waterfill.report(room / "plain", output=tmp_path / "plain.html").path.read_text("utf-8")
+    assert "Rounding errors in" not in plain
+    assert "--feedback none" in plain
+    assert "--feedback none" not in page
 
 
 def test_a_plan_is_carried_out_again_to_the_same_bytes(room: Path, ref_llama: Path, tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_and_not_where_somebody_does(
     monkeypatch.setenv("WATERFILL_FEEDBACK", "sometimes")
     with pytest.raises(WaterfillError, match="WATERFILL_FEEDBACK is 'sometimes'; set it to auto or none"):
         waterfill.plan(ref_llama, bits=3, **PROBE)
-    with pytest.raises(WaterfillError, match="there is a text to calibrate feedback on, and there shall be none"):
+    with pytest.raises(WaterfillError, match="--calibrate and --feedback none do not go together"):
         waterfill.plan(ref_llama, bits=3, feedback="none", **CALIBRATED)
     with pytest.raises(WaterfillError, match="calibration tokens are of what is calibrated on"):
         waterfill.plan(ref_llama, bits=3, feedback="none", calibration_tokens=3000, **PROBE)

@@ -30,7 +30,7 @@ from waterfill.planning.ancestral import Writer
 from waterfill.planning.inventory import PlannedMatrix
 from waterfill.planning.measuring import WORTH_SAYING_S, as_text, measured_tokens
 from waterfill.planning.moments import InputMoments
-from waterfill.planning.options import PlanOptions, ProbeOptions
+from waterfill.planning.options import CHECKS, PlanOptions, ProbeOptions
 from waterfill.planning.pace import fast_dtype, speed
 from waterfill.planning.plan import UNPROMISED, Calibration, Plan
 from waterfill.planning.probe import LENGTH
@@ -60,11 +60,11 @@ def calibrated_on(
     """
     on = options.get("calibrate")
     asked = options.get("feedback") or os.environ.get(VARIABLE) or "auto"
-    if asked not in ("auto", "none"):
+    if not CHECKS["feedback"].holds(asked):
         raise WaterfillError(f"{VARIABLE} is {asked!r}; set it to auto or none")
     if on is not None:
         if options.get("feedback") == "none":
-            raise WaterfillError("there is a text to calibrate feedback on, and there shall be none; give one of them")
+            raise WaterfillError("--calibrate and --feedback none do not go together; give one of them")
         return on
     guessed = options.get("alpha") == "uniform" or (given is not None and given.probe.get("kind") in UNPROMISED)
     rough = options.get("quick", False) or options.get("probe") == "random"

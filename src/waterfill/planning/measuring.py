@@ -135,12 +135,13 @@ class _Measurement:
         self._adaptive = options.get("sequences") is None
         text = read_text(self._probe.text) if self._probe.text else ""  # before minutes of loading
         self._tokenizer = load_tokenizer(checkpoint.path) if self._probe.text else None
-        self._hidden = self._probe.kind == "self" and _starts_unseen(checkpoint.path, self._config, self._length)
+        own = self._probe.kind == "self"
+        self._dropped = int(own and _starts_unseen(checkpoint.path, self._config, self._length))  # first tokens
         store = ProbeStore.of(checkpoint.fingerprint, kept=options.get("cache", True))
         self._each = max(1, PASS_TOKENS // self._length)  # sequences of a pass
         if not self._adaptive:
             self._each = max(1, min(self._each, self._probe.sequences // LEAST_PASSES))
-        probe = self._probe.kind, self._probe.length, self._probe.seed, write is None, self._hidden
+        probe = self._probe.kind, self._probe.length, self._probe.seed, write is None, self._dropped
         windows = 0 if self._adaptive else self._probe.sequences  # of a text: they are spread over it
         self._dtype = fast_dtype(self._matrices) if self._method == "fisher" else torch.float32
         self._texts = store.text(*probe)
@@ -310,14 +311,14 @@ class _Measurement:
     def _written(self, numbers: list[int]) -> torch.Tensor:
         """By who was given to write, or else by the model itself, loaded as a whole where it fits in memory."""
         step, seed = step_of(self._progress, SAMPLING), self._probe.seed
-        length = self._length + self._hidden
+        length = self._length + self._dropped
         if self._write is not None:
             with suppress(UnsupportedError):  # it has said why
-                return self._write(numbers, length, seed, step)[:, self._hidden :]
+                return self._write(numbers, length, seed, step)[:, self._dropped :]
         loaded = self._method == "perturb" or not fits(self._checkpoint)
         model = self._model if loaded else load_checkpoint(self._checkpoint)
         with failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
-            return own_text(model, numbers, length, seed, step)[:, self._hidden :]
+            return own_text(model, numbers, length, seed, step)[:, self._dropped :]
 
     @cached_property
     def _given(self) -> torch.Tensor:

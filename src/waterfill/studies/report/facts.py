@@ -201,4 +201,6 @@ def planned_with(plan: Plan) -> str:
     if (on := plan.calibration) is not None:
         text = on.kind if on.text is None else shlex.quote(on.text)
         options.append(f"--calibrate {text} --calibration-tokens {on.token_count}")
+    else:
+        options.append("--feedback none")
     return " ".join(options)
