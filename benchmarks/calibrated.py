@@ -2,8 +2,9 @@
 
 Each of --texts is halved: the first half calibrates, the second is measured on, and so are the other texts' second
 halves. `own` is text that the model wrote, of another seed than what calibrates. Plans are allotted, for storage;
-`embedding` says whether the input embedding, which has no feedback, is packed as well or kept out of the budget. The
-last table is of growing numbers of the model's own tokens, at one rate.
+`embedding` says whether the input embedding, which has feedback only as a head, is packed as well or kept out of the
+budget. A second table is of growing numbers of the model's own tokens, at one rate; a third of rates about one bit,
+beside BiLLM at its true bits, for --low-models.
 
 Takes minutes per plan and 100 million weights. With --quick, the example model at one rate.
 """
@@ -53,8 +54,7 @@ class Bench:
     def measure(self, bits: float, calibrate: str | Path | None, keep: Sequence[str], **options: Any) -> Result:
         """Plan, pack, and measure on every text."""
         packed, start_s = self.folder / "packed", time.perf_counter()
-        if calibrate is not None:
-            options["calibrate"] = calibrate
+        options |= {"feedback": "none"} if calibrate is None else {"calibrate": calibrate}
         plan = waterfill.pack(self.model, packed, bits=bits, keep=keep, overwrite=True, **options)
         seconds = time.perf_counter() - start_s
         kl, ppl = {}, {}
