@@ -22,17 +22,27 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 import waterfill
 from benchmarks.shared.report import BenchmarkReport
 from waterfill.base.cache import VARIABLE
+from waterfill.files.architecture import describe
+from waterfill.files.checkpoint import open_checkpoint
+from waterfill.files.model_calls import read
+from waterfill.files.original import load_checkpoint
+from waterfill.planning.measuring import measured_tokens
+from waterfill.planning.options import ProbeOptions
 from waterfill.planning.plan import Plan
+from waterfill.planning.probe import MOST_SEQUENCES, lead_of
 from waterfill.planning.sensitivity import Sensitivity
+from waterfill.studies.own_text import OwnText
 
 BITS = 4.0
 SEQUENCES, QUICK_SEQUENCES = 48, 16  # of the curve
 RATES, QUICK_RATES = (2.5, 3.0, 4.0, 5.0), (4.0,)  # of promises, bits
 CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 12, 4
+OWN, UNSEEN = "its own", 24  # sequences of own text to measure promises on
 QUICK_GOAL_S = 20.0  # of --quick, for 135 million weights
 DRAWS = 200  # subsets per point of the curve
 GOAL_S = {0.2: 90.0, 0.8: 240.0, 2.0: 720.0}  # by billions of weights, up to
@@ -48,34 +58,67 @@ def measure_checkpoints(report: BenchmarkReport, models: list[Path], texts: list
         with tempfile.TemporaryDirectory() as folder, _kept_in(Path(folder)):
             rows.append(_plan_row(report, model, Path(folder)))
             measured = waterfill.sensitivity(model, sequences=QUICK_SEQUENCES if quick else SEQUENCES)
-        curves += _curve(model, measured)
-        promises += _promises(model, measured, texts, quick)
-    columns = ["checkpoint", "billion weights", "s", "peak MB", "sequences", "±", "s, measured before", "s, --quick"]
+            curves += _curve(model, measured)
+            promises += _promises(model, measured, texts, quick)
+    columns = [
+        "checkpoint",
+        "billion weights",
+        "s",
+        "peak MB",
+        "sequences measured, tried",
+        "±",
+        "s, measured before",
+        "s, --quick",
+    ]
     report.table(f"plans from scratch, {BITS:g} bits", [*columns, "predicted KL"], rows, key="plans")
     columns = ["checkpoint", "passes", "sequences", "excess loss %", "with pooling %", "error of the promise %"]
     report.table("what noise of sensitivities costs", columns, curves, key="curve")
     columns = ["checkpoint", "bits", "text", "predicted KL", "± ", "measured KL", "±", "predicted / measured"]
+    columns.append(f"by sums over {QUICK_SEQUENCES if quick else SEQUENCES} sequences")
     report.table(f"promises, windows of {CONTEXT} tokens", columns, promises, key="promises")
 
 
 def _promises(model: Path, measured: Sensitivity, texts: list[Path], quick: bool) -> list[list[Any]]:
-    """Predicted beside measured KL."""
-    rows = []
+    """Predicted beside measured KL: of plans as they are made, and what sensitivities of many sequences add up to."""
+    rows, windows, checkpoint = [], QUICK_WINDOWS if quick else WINDOWS, open_checkpoint(model)
+    own = _unseen(model)
+    original = load_checkpoint(checkpoint)
     for bits in QUICK_RATES if quick else RATES:
-        plan = waterfill.plan(model, bits=bits, sensitivity=measured)
+        plan, summed = waterfill.plan(model, bits=bits), waterfill.plan(model, bits=bits, sensitivity=measured)
         with tempfile.TemporaryDirectory() as folder:
             packed = Path(folder) / "packed"
             waterfill.pack(model, packed, plan=plan)
+            losses = {OWN: _loss_on(own, original, packed)}
             for text in texts:
-                windows = QUICK_WINDOWS if quick else WINDOWS
                 loss = waterfill.evaluate(packed, model, text, context=CONTEXT, max_windows=windows)
                 assert loss.kl is not None
                 assert loss.kl_stderr is not None
-                predicted = plan.predicted
-                figures = predicted.kl, predicted.sampling_error, loss.kl, loss.kl_stderr
-                ratio = round(predicted.kl / loss.kl, 3)
-                rows.append([model.name, bits, text.name, *(round(figure, 5) for figure in figures), ratio])
+                losses[text.name] = loss.kl, loss.kl_stderr
+        predicted = plan.predicted
+        for name, (kl, stderr) in losses.items():
+            figures = (round(figure, 5) for figure in (predicted.kl, predicted.sampling_error, kl, stderr))
+            ratios = (round(each / kl, 3) for each in (predicted.kl, summed.predicted.kl))
+            rows.append([model.name, bits, name, *figures, *ratios])
     return rows
+
+
+def _unseen(model: Path) -> torch.Tensor:
+    """Own text that no plan has seen, int64 `[sequences, length]`."""
+    checkpoint = open_checkpoint(model)
+    architecture = describe(checkpoint)
+    options: ProbeOptions = {"sequences": MOST_SEQUENCES + UNSEEN}
+    with OwnText(checkpoint, architecture) as text:
+        return measured_tokens(checkpoint, architecture, None, options, write=text.sample)[MOST_SEQUENCES:]
+
+
+def _loss_on(tokens: torch.Tensor, original: Any, artifact: Path) -> tuple[float, float]:
+    """KL of a packed model behind the tokens that are context for a probe, too, and its standard error."""
+    packed, lead, losses = waterfill.load(artifact, dtype=original.dtype), lead_of(tokens.shape[1]), []
+    with torch.no_grad():
+        for sequence in tokens:
+            p, q = (read(m, sequence[None])[0, lead:-1].float().log_softmax(-1) for m in (original, packed))
+            losses.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    return float(np.mean(losses)), float(np.std(losses, ddof=1) / math.sqrt(len(losses)))
 
 
 @dataclass(frozen=True)
@@ -136,7 +179,7 @@ def _plan_row(report: BenchmarkReport, model: Path, folder: Path) -> list[Any]:
         seconds = round(quickly.seconds, 1)
         report.criterion(f"{model.name}_quick_s", seconds, f"<= {QUICK_GOAL_S:g}", seconds <= QUICK_GOAL_S)
     report.criterion(f"{model.name}_known_to", round(share, 3), "<= 0.1", share <= 0.1)
-    sequences = first.plan.probe["sequences"]
+    sequences = f"{first.plan.probe['sequences']}, {predicted.tried}"
     times = round(first.seconds, 1), round(first.peak_bytes / 1e6), sequences, f"{share:.1%}"
     others = round(again.seconds, 1), round(quickly.seconds, 1)
     return [model.name, round(billions, 3), *times, *others, round(predicted.kl, 5)]

@@ -30,6 +30,7 @@ from waterfill.planning.borrowed import check_units, given_sensitivity, uniform_
 from waterfill.planning.budget import Budget, format_size, parse_size
 from waterfill.planning.calibration import TOKENS as CALIBRATION_TOKENS
 from waterfill.planning.calibration import Calibrated, calibrate, calibrated_again, calibrated_on
+from waterfill.planning.disturbance import Disturbance
 from waterfill.planning.measuring import as_text, measure_checkpoint
 from waterfill.planning.menu import CodedBytes, codec_names
 from waterfill.planning.options import CHECKS, QUICK, PlanOptions, ProbeOptions
@@ -245,17 +246,16 @@ def _measure(
     text: OwnText,
     planned: Callable[[Sensitivity], Plan] | None = None,
 ) -> Sensitivity:
-    """As many sequences as what is `planned` with them takes."""
+    """As many sequences as it takes to know what is lost by what is `planned` with them."""
     if options.get("quick"):
         options = {**QUICK, **options}
 
-    def error(measured: Sensitivity) -> float:
+    def noise(measured: Sensitivity) -> Disturbance:
         assert planned is not None
-        predicted = planned(measured).predicted
-        return predicted.sampling_error / predicted.kl if predicted.kl else 0.0
+        return Disturbance.of(planned(measured).tensors)
 
     return measure_checkpoint(
-        checkpoint, architecture, progress, options, write=text.sample, error=error if planned else None
+        checkpoint, architecture, progress, options, write=text.sample, planned=noise if planned else None
     )
 
 

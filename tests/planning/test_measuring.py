@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,16 @@ import pytest
 import torch
 
 from tests.support import models
+from tests.support.measuring import KINDS, RANDOM, falling, measured
 from waterfill.base.cache import cache_folder
 from waterfill.base.errors import UnsupportedError
 from waterfill.files.architecture import describe
 from waterfill.files.checkpoint import open_checkpoint
 from waterfill.files.original import load_original, load_tokenizer
-from waterfill.planning import measuring
+from waterfill.planning import measuring, probe_texts
 from waterfill.planning.estimators import ProbePass
-from waterfill.planning.measuring import measure_checkpoint
 from waterfill.planning.probe import MOST_SEQUENCES, Probe, own_text, probe_tokens
 from waterfill.planning.sensitivity import Sensitivity, measure, one_pass
-
-RANDOM: dict[str, Any] = {"probe": "random", "length": 6}
-KINDS: dict[str, dict[str, Any]] = {"random": RANDOM, "self": {"length": 6}, "text": {"length": 6}}
 
 
 class StopHereError(Exception):
@@ -61,19 +58,6 @@ def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.py"
     file.write_text("\n".join(f"def function_{i}(x): return x + {i * i}" for i in range(60)))
     return file
-
-
-def measured(
-    path: Path, *, keep: Sequence[str] = (), write: Any = None, error: Any = None, progress: Any = None, **options: Any
-) -> Sensitivity:
-    checkpoint = open_checkpoint(path)
-    architecture = describe(checkpoint, keep)
-    return measure_checkpoint(checkpoint, architecture, progress, options, write=write, error=error)  # type: ignore[arg-type]
-
-
-def falling(first: float) -> Callable[[Sensitivity], float]:
-    """An error that falls as it does with independent sequences."""
-    return lambda found: first / math.sqrt(int(found.probe["sequences"] or 0))
 
 
 # -- what is measured -------------------------------------------------------------------------------------------------
@@ -242,8 +226,8 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(
         found: ProbePass = counted(*arguments, **more)
         return found
 
-    with monkeypatch.context() as patch:
-        patch.setattr(measuring, "one_pass", breaking)
+    with monkeypatch.context() as broken:
+        broken.setattr(measuring, "one_pass", breaking)
         with pytest.raises(StopHereError):
             measured(path, **options)
     assert passes == [0, 1, 2]
@@ -257,7 +241,7 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(
 def test_what_is_known_needs_no_model(kind: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = measured(path, sequences=4, **KINDS[kind])
     monkeypatch.setattr(measuring, "load_blockwise", pytest.fail)
-    monkeypatch.setattr(measuring, "load_checkpoint", pytest.fail)
+    monkeypatch.setattr(probe_texts, "load_checkpoint", pytest.fail)
     assert measured(path, sequences=4, **KINDS[kind]) == expected
     assert measured(path, error=falling(0), **KINDS[kind]) == expected
     assert measured(path, sequences=2, **KINDS[kind]).probe["sequences"] == 2
@@ -383,8 +367,8 @@ def test_the_model_writes_where_who_was_asked_cannot(path: Path) -> None:
 
 def test_a_model_that_is_larger_than_memory_writes_block_by_block(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = measured(path, sequences=2, length=6, cache=False)
-    monkeypatch.setattr(measuring, "fits", lambda _: False)
-    monkeypatch.setattr(measuring, "load_checkpoint", pytest.fail)
+    monkeypatch.setattr(probe_texts, "fits", lambda _: False)
+    monkeypatch.setattr(probe_texts, "load_checkpoint", pytest.fail)
     assert measured(path, sequences=2, length=6, cache=False) == expected
 
 

@@ -16,8 +16,9 @@ from waterfill.files.architecture import Architecture
 from waterfill.planning.loss import Coefficients, predicted_kl
 from waterfill.planning.menu import planned_kl
 from waterfill.planning.plan import Plan
-from waterfill.planning.precision import half_width, relative_error, sampling_error, t_quantile
+from waterfill.planning.precision import relative_error, sampling_error
 from waterfill.planning.sensitivity import Samples, Sensitivity
+from waterfill.planning.spread import half_width, t_quantile
 
 # Two-sided 95 % points, as every table of Student's t has them.
 PUBLISHED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.228, 15: 2.131, 20: 2.086, 30: 2.042}

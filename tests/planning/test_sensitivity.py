@@ -20,7 +20,8 @@ from waterfill.planning import costs, estimators
 from waterfill.planning.costs import matrix_view, row_costs
 from waterfill.planning.estimators import PERTURB_LEVELS, ProbePass, fisher_pass, group_power, perturb_pass
 from waterfill.planning.probe import Probe, probe_tokens
-from waterfill.planning.sensitivity import MOST, measure, summary
+from waterfill.planning.sensitivity import measure, summary
+from waterfill.planning.spread import MOST
 
 SMALL = {"hidden": 32, "layers": 1, "heads": 4, "vocab": 32, "dtype": torch.float32}
 FAMILIES: dict[str, Callable[[Path], Path]] = {

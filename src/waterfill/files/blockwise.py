@@ -23,6 +23,7 @@ from waterfill.base.errors import WaterfillError, first_line
 from waterfill.files.architecture import read_kept
 from waterfill.files.block_division import Block, Division, LookUp, Slot, Table, divide
 from waterfill.files.checkpoint import Checkpoint, check_finite
+from waterfill.files.head_product import HeadProduct
 from waterfill.files.model_calls import read
 from waterfill.files.original import load_original
 from waterfill.files.recomputing import Kept, closed, recomputed
@@ -35,6 +36,9 @@ CHUNK_WEIGHTS = 1 << 24  # of the head, in memory at a time
 Consume = Callable[[str, Tensor, Tensor, int], None]
 """Called with a parameter's state-dict name, some of its rows or all of it, their gradient, and 1; or -1 to take back
 what was handed out of these rows before."""
+Change = Callable[[str, Tensor, Tensor | None], Tensor]
+"""Called with a parameter's state-dict name, its weights, and which rows they are where they are not all; returns what
+is to be used in their place."""
 ConsumeProduct = Callable[[str, Tensor, Tensor, Tensor, Tensor], None]
 """Called with a parameter's state-dict name, some of its rows `[rows, in]` or all of them, what was multiplied with
 them `[tokens, in]`, the gradient of the product `[tokens, rows]`, and its part of that of the input `[tokens, in]`."""
@@ -89,6 +93,7 @@ class Blockwise:
         self._kept = Kept(0)
         self._checked: set[str | tuple[str, int, int]] = set()  # to be finite: parameters, and rows of tables
         self._watcher: Watcher | None = None
+        self._change: Change | None = None
         self._anchor = torch.zeros((), requires_grad=True)  # a block may have no other input to differentiate by
         self._on_trial = False
         self._passing: Callable[[Callable[..., Any], Any, Any], Any] | None = None
@@ -172,6 +177,20 @@ class Blockwise:
             self._wanted, self._consume, self._consume_product = frozenset(), None, None
 
     @contextmanager
+    def changed(self, change: Change) -> Iterator[None]:
+        """Compute with other weights inside of the block; nobody may ask for gradients there."""
+        before = {name: parameter.data for name, parameter in self._outside.items()}
+        self._change = change
+        try:
+            for name, parameter in self._outside.items():
+                parameter.data = change(name, before[name], None)
+            yield
+        finally:
+            self._change = None
+            for name, parameter in self._outside.items():
+                parameter.data = before[name]
+
+    @contextmanager
     def passing(self, block: Callable[[Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
         """Have somebody else call blocks inside of the block: given what to call, and its arguments."""
         self._passing = block
@@ -245,7 +264,10 @@ class Blockwise:
                 self._watcher.forgotten(slot.tensor.name, weight)
 
     def _leaf(self, block: Block, tensor: ModelTensor) -> nn.Parameter:
-        weight = nn.Parameter(self._read(tensor), requires_grad=False)
+        values = self._read(tensor)
+        if self._change is not None:
+            values = self._change(tensor.name, values, None)
+        weight = nn.Parameter(values, requires_grad=False)
         if self._asked(tensor.name):
             weight.requires_grad_()
             weight.register_post_accumulate_grad_hook(partial(self._arrived, block, tensor.name))
@@ -295,7 +317,11 @@ class Blockwise:
             check_finite(weight, table.source, self._checkpoint.tensors[table.source].file)
         if key is not None:
             self._checked.add(key)
-        return weight.to(self._dtype)
+        weight = weight.to(self._dtype)
+        if self._change is None:
+            return weight
+        numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        return self._change(table.name, weight, numbers)
 
     def _rows_arrived(self, table: Table, look_up: LookUp, weight: Tensor) -> None:
         """The gradient of a row is the sum of all that comes of it: what is known already is taken back."""
@@ -312,7 +338,7 @@ class Blockwise:
     def _multiply(self, module: nn.Linear, table: Table, x: Tensor) -> Tensor:
         if self._watcher is not None:
             self._watcher.multiplied(table.name, x.numel() // x.shape[-1])
-        product: Callable[..., Tensor] = _HeadProduct.apply
+        product: Callable[..., Tensor] = HeadProduct.apply
         anchor = None if self._consume is None else self._anchor
         logits = product(x, self, table, self._asked(table.name), anchor)
         return logits if module.bias is None else logits + module.bias
@@ -339,35 +365,6 @@ class Blockwise:
         self._consume(table.name, weight, gradient, 1)
         for look_up in table.look_ups:
             look_up.add(looked_up, gradient)
-
-
-class _HeadProduct(torch.autograd.Function):
-    """x `[..., in]` times the head, some of its rows at a time, both ways."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Blockwise, table: Table, wanted: bool, anchor: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weights, ctx.table, ctx.wanted = weights, table, wanted
-        logits = x.new_empty(*x.shape[:-1], table.shape[0])
-        for rows, weight in weights.chunks(table):
-            logits[..., rows] = nn.functional.linear(x, weight)
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (x,) = ctx.saved_tensors
-        total = torch.zeros_like(x).flatten(0, -2)
-        slope = gradients[0].flatten(0, -2)
-        counting = slope.any(1)  # tokens whose predictions do; others are context alone
-        slope, flat = slope[counting], x.flatten(0, -2)[counting]
-        back = torch.zeros_like(flat)
-        for rows, weight in ctx.weights.chunks(ctx.table):
-            part = slope[:, rows] @ weight
-            back += part
-            if ctx.wanted:
-                ctx.weights.consume_rows(ctx.table, rows, weight, flat, slope[:, rows], part)
-        total[counting] = back
-        return total.view_as(x), None, None, None, None
 
 
 def _unknown(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

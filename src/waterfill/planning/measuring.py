@@ -1,7 +1,7 @@
 """Sensitivities of a checkpoint: sequences of a probe, passes of the model on some of them, until they say enough.
 
-    checkpoint ──► own text, or another probe: sequences ──► pass k: alpha, beta ──► enough? ──► Sensitivity
-                              └───── both are kept by the weights' fingerprint ─────┘
+    checkpoint ──► own text, or another probe: sequences ──► passes: alpha, beta ──► a plan's noise, tried ──► enough?
+                              └───────────── all are kept by the weights' fingerprint ─────────────┘
 
 The model is read block by block as it is run, so that it may be larger than memory.
 """
@@ -10,53 +10,45 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
 import torch
-import transformers
 
-from waterfill.base.errors import UnsupportedError, WaterfillError, first_line
+from waterfill.base import process
 from waterfill.base.progress import LOADING, Progress, stage, step_of
 from waterfill.files.architecture import Architecture
 from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint
-from waterfill.files.context import context_length
-from waterfill.files.original import fits, load_checkpoint, load_tokenizer
-from waterfill.planning.ancestral import Writer, start_token
+from waterfill.files.original import load_checkpoint
+from waterfill.planning.ancestral import Writer
+from waterfill.planning.disturbance import Disturbance, Losses, losses
 from waterfill.planning.estimators import ProbePass
 from waterfill.planning.options import ProbeOptions
 from waterfill.planning.pace import fast_dtype, forecast, sampling_s
 from waterfill.planning.precision import PRECISION, parse_precision, relative_error
-from waterfill.planning.probe import (
-    MOST_SEQUENCES,
-    Probe,
-    lead_of,
-    own_text,
-    probe_tokens,
-    read_text,
-    spread_windows,
-)
+from waterfill.planning.probe import Probe
 from waterfill.planning.probe_store import ProbeStore
+from waterfill.planning.probe_texts import TOGETHER, ProbeTexts, failing
 from waterfill.planning.sensitivity import Method, Sensitivity, one_pass, summary, trainable
+from waterfill.planning.spread import capped
+from waterfill.planning.trials import Trial, error_of_trials, usable
 
 _log = logging.getLogger(__name__)
 
 FIRST = 4  # passes before it is asked whether they are enough
+ALLOTTING = 6  # passes that a plan is made by which is then tried: its loss is not what they have to tell
 PASS_TOKENS = 320  # of a pass, about: what it takes however many there are is worth some sequences
 LEAST_PASSES = 4  # of a number of sequences that is asked for: their spread gives the error
 WORTH_SAYING_S = 5.0  # that measuring takes, before it is said
-TOGETHER = 24  # of own text that are sampled at once: more cost little beside these
+TRIAL_TOKENS = 640  # that are tried together, about, with the same noise
+WEAKER, WEAK_KL, WEAK_SEQUENCES = 1 / 8, 0.05, 8  # the power of less noise; where it is tried, and on how many
 MEASURING = "measuring sensitivities"
-SAMPLING = "sampling a probe"
-
-Error = Callable[[Sensitivity], float]
-"""How well what is to be known is known from sensitivities: half of a 95 % interval, as a share."""
+TRYING = "trying the plan"
 
 
 def probe_of(options: ProbeOptions, text: str | Path | None) -> Probe:
@@ -72,36 +64,62 @@ def measure_checkpoint(
     options: ProbeOptions,
     *,
     write: Writer | None = None,
-    error: Error | None = None,
+    planned: Callable[[Sensitivity], Disturbance] | None = None,
 ) -> Sensitivity:
-    """Measure as many sequences as are asked for; else as many as it takes for `error`, that of a predicted loss, to
-    be below the `precision` asked for.
+    """Measure as many sequences as are asked for; else as many as it takes for a predicted loss to be known to the
+    `precision` asked for: that of what is `planned`, which is tried; without, that of an optimal allocation.
 
     Args:
         write: own text; transformers samples it when None.
-        error: of an optimal allocation's loss when None.
+        planned: what a plan made with sensitivities does to the matrices.
 
     Raises:
         WaterfillError: the model's class, or the text, does not allow it.
     """
     passes = _Measurement(checkpoint, architecture, progress, options, write)
-    if options.get("sequences") is not None:
-        return passes.sensitivity(passes.most)
-    error = error or partial(relative_error, matrices=architecture.matrices)
     precision = parse_precision(options.get("precision", PRECISION))
+    if planned is not None and passes.tries:
+        measured = passes.sensitivity(min(ALLOTTING, passes.most) if passes.adaptive else passes.most)
+        return _tried(passes, measured, planned(measured), precision)
+    if not passes.adaptive:
+        return passes.sensitivity(passes.most)
     count = min(FIRST, passes.most)
     while True:
         measured = passes.sensitivity(count)
-        known = error(measured)
+        known = relative_error(measured, architecture.matrices)
         if known <= precision or count >= passes.most:
             break
-        count = min(passes.most, max(count + 1, math.ceil(count * min(2.0, (known / precision) ** 2))))
+        count = min(passes.most, _more(count, known / precision))
     if known > precision:
-        _log.warning(
-            "after %d sequences the predicted loss is known to ±%.0f %%, not ±%.0f %%; ask for more with --sequences",
-            *(measured.probe["sequences"], 100 * known, 100 * precision),
-        )
+        _tell(int(measured.probe["sequences"] or 0), known, precision)
     return measured
+
+
+def _tried(passes: _Measurement, measured: Sensitivity, noise: Disturbance, precision: float) -> Sensitivity:
+    """With trials of a plan, on as many sequences as it takes."""
+    if noise.predicted(measured) <= 0:
+        return measured
+    count = passes.whole_parts(TOGETHER) if passes.adaptive else passes.sequences
+    while trials := passes.trials(noise, measured, count):
+        known = error_of_trials(trials)
+        if known <= precision or count >= passes.sequences:
+            break
+        count = passes.whole_parts(_more(count, known / precision))
+    if trials and passes.adaptive and known > precision:
+        _tell(count, known, precision)
+    return replace(measured, trials=trials)
+
+
+def _more(count: int, times: float) -> int:
+    """How many to go on with, where so many times the error asked for is left: some at a time, the first may be odd."""
+    return max(count + 1, math.ceil(count * min(2.0, times**2)))
+
+
+def _tell(sequences: int, known: float, precision: float) -> None:
+    _log.warning(
+        "after %d sequences the predicted loss is known to ±%.0f %%, not ±%.0f %%; ask for more with --sequences",
+        *(sequences, 100 * known, 100 * precision),
+    )
 
 
 def measured_tokens(
@@ -113,12 +131,11 @@ def measured_tokens(
     write: Writer | None = None,
 ) -> torch.Tensor:
     """The sequences of a probe alone, int64 `[sequences, length]`, as many as are asked for; kept, and used again."""
-    passes = _Measurement(checkpoint, architecture, progress, options, write)
-    return passes.tokens()
+    return _Measurement(checkpoint, architecture, progress, options, write).tokens()
 
 
 class _Measurement:
-    """Passes over a probe's sequences, some at a time, each of them made once."""
+    """Passes over a probe's sequences, some at a time, each of them made once; and trials of plans on them."""
 
     def __init__(
         self,
@@ -129,41 +146,62 @@ class _Measurement:
         write: Writer | None,
     ) -> None:
         self._checkpoint, self._matrices, self._progress = checkpoint, architecture.matrices, progress
-        self._write = write
         self._method: Method = options.get("method", "fisher")
         self._probe = probe_of(options, options.get("text"))
-        self._adaptive = options.get("sequences") is None
-        text = read_text(self._probe.text) if self._probe.text else ""  # before minutes of loading
-        self._tokenizer = load_tokenizer(checkpoint.path) if self._probe.text else None
-        own = self._probe.kind == "self"
-        self._dropped = int(own and _starts_unseen(checkpoint.path, self._config, self._length))  # first tokens
-        store = ProbeStore.of(checkpoint.fingerprint, kept=options.get("cache", True))
-        self._each = max(1, PASS_TOKENS // self._length)  # sequences of a pass
-        if not self._adaptive:
+        self.adaptive = options.get("sequences") is None
+        self._store = ProbeStore.of(checkpoint.fingerprint, kept=options.get("cache", True))
+        self._texts = texts = ProbeTexts(
+            checkpoint,
+            self._probe,
+            progress,
+            self._store,
+            adaptive=self.adaptive,
+            model=lambda: self._model,
+            whole=self._method == "perturb",
+            write=write,
+        )
+        self._each = max(1, PASS_TOKENS // texts.length)  # sequences of a pass
+        self._each_tried = max(1, TRIAL_TOKENS // texts.length)
+        if not self.adaptive:
             self._each = max(1, min(self._each, self._probe.sequences // LEAST_PASSES))
-        probe = self._probe.kind, self._probe.length, self._probe.seed, write is None, self._dropped
-        windows = 0 if self._adaptive else self._probe.sequences  # of a text: they are spread over it
+        windows = 0 if self.adaptive else self._probe.sequences  # of a text: they are spread over it
         self._dtype = fast_dtype(self._matrices) if self._method == "fisher" else torch.float32
-        self._texts = store.text(*probe)
-        self._passes = store.passes(
-            self._matrices, *probe, self._each, _digest(text), windows if text else 0, self._method, self._dtype
+        self._of_text = _digest(texts.text), windows if texts.text else 0
+        self._passes = self._store.passes(
+            self._matrices, *texts.key, self._each, *self._of_text, self._method, self._dtype
         )
         self._done: list[ProbePass] = []
+        self._lost: dict[tuple[str, int], Losses] = {}  # by plan and part
+
+    @property
+    def tries(self) -> bool:
+        """Whether plans can be tried: not with a model that is disturbed where it is."""
+        return self._method == "fisher"
+
+    @property
+    def sequences(self) -> int:
+        """Of the probe, at most."""
+        return self._texts.most
 
     @cached_property
     def most(self) -> int:
         """Passes at most: over the sequences asked for, or over as many as there are where nobody says how many."""
-        return -(-self._sequences // self._each)
+        return -(-self.sequences // self._each)
 
-    @cached_property
-    def _sequences(self) -> int:
-        if not self._adaptive:
-            return self._probe.sequences
-        return len(self._given) if self._probe.kind == "text" else MOST_SEQUENCES
+    def tokens(self) -> torch.Tensor:
+        """All sequences, int64 `[sequences, length]`."""
+        due = self._texts.missing(self.sequences) * self._texts.length
+        if (seconds := sampling_s(self._matrices, due)) >= WORTH_SAYING_S:
+            _log.info("sampling %d tokens of its own text: about %.0f s on this machine", due, seconds)
+        return self._texts.some(range(self.sequences), self.sequences)
 
     def _of_pass(self, number: int) -> range:
         """Numbers of its sequences."""
-        return range(number * self._each, min((number + 1) * self._each, self._sequences))
+        return range(number * self._each, min((number + 1) * self._each, self.sequences))
+
+    def _part(self, number: int, count: int) -> torch.Tensor:
+        """What a pass reads, of so many, int64 `[sequences, length]`."""
+        return self._texts.some(self._of_pass(number), self._of_pass(count - 1).stop)
 
     def sensitivity(self, count: int) -> Sensitivity:
         """Of the first `count` passes."""
@@ -174,10 +212,10 @@ class _Measurement:
         return summary(
             self._done,
             sequences,
-            sum(sequences) * (self._length - 1 - self._lead),
+            sum(sequences) * (self._texts.length - 1 - self._texts.lead),
             method=self._method,
             fingerprint=self._checkpoint.fingerprint,
-            probe=described(self._probe, sum(sequences), self._length),
+            probe=described(self._probe, sum(sequences), self._texts.length),
         )
 
     def _reuse(self, count: int) -> None:
@@ -203,15 +241,14 @@ class _Measurement:
 
     def _foretell(self, count: int) -> None:
         """What it will take, before it begins."""
-        due = self._due(self._of_pass(len(self._done)).start, count) if self._probe.kind == "self" else ()
-        sampled = 0 if not due or self._own(due[0]) is not None else len(due)
-        config = self._config.get_text_config()
+        first, stop = self._of_pass(len(self._done)).start, self._of_pass(count - 1).stop
+        config = self._texts.config.get_text_config()
         ahead = forecast(
             self._matrices,
             passes=count - len(self._done),
-            sequences=self._of_pass(count - 1).stop - self._of_pass(len(self._done)).start,
-            sampled=sampled,
-            length=self._length,
+            sequences=stop - first,
+            sampled=self._texts.sampled_from(first, stop),
+            length=self._texts.length,
             vocabulary=getattr(config, "vocab_size", 0),
             layers=getattr(config, "num_hidden_layers", 1),
             dtype=self._dtype,
@@ -224,7 +261,7 @@ class _Measurement:
             str(self._dtype).removeprefix("torch."),
             ahead.seconds,
             ahead.peak_bytes / 1e9,
-            "; more if the prediction asks for it" if self._adaptive else "",
+            "; more if the prediction asks for it" if self.adaptive else "",
         )
 
     def _measure(self, number: int, count: int) -> ProbePass:
@@ -238,7 +275,7 @@ class _Measurement:
                 method=method,
                 seed=self._probe.seed,
                 number=number,
-                lead=self._lead,
+                lead=self._texts.lead,
             )
         self._passes.keep_pass(number, measured)
         return measured
@@ -250,96 +287,52 @@ class _Measurement:
                 return load_checkpoint(self._checkpoint)
             return load_blockwise(self._checkpoint, self._dtype)
 
-    @cached_property
-    def _length(self) -> int:
-        """Tokens of a sequence: those asked for, or as many as the model reads."""
-        return min(self._probe.length, context_length(self._config) or self._probe.length)
-
-    @cached_property
-    def _lead(self) -> int:
-        return lead_of(self._length)
-
-    @cached_property
-    def _config(self) -> Any:
-        return transformers.AutoConfig.from_pretrained(self._checkpoint.path, trust_remote_code=False)
-
     # -----------------------------------------------------------------------------------------------------------------
-    # Tokens
+    # Trials
 
-    def tokens(self) -> torch.Tensor:
-        """Of all passes, int64 `[sequences, length]`."""
-        if self._probe.kind == "self":
-            due = sum(self._own(number) is None for number in range(self._sequences)) * self._length
-            if (seconds := sampling_s(self._matrices, due)) >= WORTH_SAYING_S:
-                _log.info("sampling %d tokens of its own text: about %.0f s on this machine", due, seconds)
-        return torch.cat([self._part(number, self.most) for number in range(self.most)])
+    def whole_parts(self, sequences: int) -> int:
+        """So many, or a few more, that are tried together."""
+        return min(self.sequences, -(-sequences // self._each_tried) * self._each_tried)
 
-    def _part(self, number: int, count: int) -> torch.Tensor:
-        """What a pass reads, of so many, int64 `[sequences, length]`."""
-        return torch.stack([self._sequence(each, count) for each in self._of_pass(number)])
+    def trials(self, disturbance: Disturbance, measured: Sensitivity, sequences: int) -> tuple[Trial, ...]:
+        """What the first `sequences` lose with this noise; and some of them with less of it, where it is much."""
+        whole = disturbance.predicted(measured)
+        weak = disturbance.weaker(WEAKER)
+        both = [disturbance, weak] if whole > WEAK_KL else [disturbance]
+        parts = range(-(-sequences // self._each_tried))
+        begun = sum((disturbance.digest, number) in self._lost for number in parts)
+        step = step_of(self._progress, TRYING)
+        process.release()  # what passes have held
+        if step:
+            step(begun, len(parts))
+        lost, weakly = list[float](), list[float]()
+        for number in parts:
+            strong, *less = self._losses(number, both if number * self._each_tried < WEAK_SEQUENCES else both[:1])
+            lost += strong
+            weakly += less[0] if less else ()
+            if step and number >= begun:
+                step(number + 1, len(parts))
+        trials = [Trial(whole, capped(lost))]
+        if weakly:
+            trials.append(Trial(weak.predicted(measured), capped(weakly)))
+        return tuple(trial for trial in trials if usable(trial))
 
-    def _sequence(self, number: int, count: int) -> torch.Tensor:
-        """int64 `[length]`."""
-        if self._probe.kind != "self":
-            return self._given[number]
-        if (known := self._own(number)) is None:
-            self._sample(self._due(number, count))
-            known = self._fresh[number]
+    def _losses(self, number: int, disturbances: Sequence[Disturbance]) -> Losses:
+        """Of a part of the sequences, by disturbance."""
+        key = disturbances[0].digest
+        shelf = self._store.trials(*self._texts.key, *self._of_text, self._each_tried, self._dtype, key)
+        rows = range(number * self._each_tried, min((number + 1) * self._each_tried, self.sequences))
+        known = self._lost.get((key, number)) or shelf.losses(number)
+        if known is None or [len(each) for each in known] != [len(rows)] * len(disturbances):
+            known = self._lose(number, self._texts.some(rows, rows.stop), disturbances)
+            shelf.keep_losses(number, known)
+        self._lost[key, number] = known
         return known
 
-    def _due(self, number: int, count: int) -> range:
-        """What is sampled together where sequence `number` is not there yet, for so many passes."""
-        last = self._of_pass(count - 1).stop
-        return range(number, max(last, number + TOGETHER) if self._adaptive else last)
-
-    @cached_property
-    def _fresh(self) -> dict[int, torch.Tensor]:
-        return {}
-
-    def _own(self, number: int) -> torch.Tensor | None:
-        """Own text, as far as it was sampled: now, or before."""
-        fresh = self._fresh.get(number)
-        known = self._texts.sequence(number) if fresh is None else fresh
-        return None if known is None or len(known) != self._length else known
-
-    def _sample(self, numbers: range) -> None:
-        missing = [number for number in numbers if self._own(number) is None]
-        for number, sequence in zip(missing, self._written(missing), strict=True):
-            self._texts.keep_sequence(number, sequence)
-            self._fresh[number] = sequence
-
-    def _written(self, numbers: list[int]) -> torch.Tensor:
-        """By who was given to write, or else by the model itself, loaded as a whole where it fits in memory."""
-        step, seed = step_of(self._progress, SAMPLING), self._probe.seed
-        length = self._length + self._dropped
-        if self._write is not None:
-            with suppress(UnsupportedError):  # it has said why
-                return self._write(numbers, length, seed, step)[:, self._dropped :]
-        loaded = self._method == "perturb" or not fits(self._checkpoint)
-        model = self._model if loaded else load_checkpoint(self._checkpoint)
-        with failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
-            return own_text(model, numbers, length, seed, step)[:, self._dropped :]
-
-    @cached_property
-    def _given(self) -> torch.Tensor:
-        """All sequences that there are without sampling, int64 `[sequences, length]`, the first ones of them spread as
-        the others are."""
-        if self._adaptive and self._probe.kind == "text":
-            return spread_windows(self._model, self._tokenizer, self._probe)
-        return probe_tokens(self._model, self._tokenizer, self._probe)
-
-
-def _starts_unseen(path: Path, config: Any, length: int) -> bool:
-    """Whether the token that own text begins with is none that texts begin with: the tokenizer puts none before them.
-    All attention falls back on a first token, and disturbing one that no text has may cost many times as much."""
-    start, most = start_token(config), context_length(config)
-    if start is None or (most is not None and length + 1 > most):
-        return False
-    try:
-        tokenizer = load_tokenizer(path)
-    except WaterfillError:
-        return False
-    return start not in tokenizer("a", verbose=False)["input_ids"][:1]
+    def _lose(self, number: int, part: torch.Tensor, disturbances: Sequence[Disturbance]) -> Losses:
+        seed, lead = self._probe.seed * 1_000_003 + number, self._texts.lead
+        with failing(self._model, "being tried with a plan's noise", "measure by the other method (--method perturb)"):
+            return losses(self._model, self._matrices, part, disturbances, seed, lead=lead)
 
 
 def _digest(text: str) -> str:
@@ -350,22 +343,6 @@ def described(probe: Probe, sequences: int, length: int) -> dict[str, Any]:
     """What sensitivities say of the probe that they were measured on."""
     text = as_text(probe.text.name) if probe.text else None
     return {"kind": probe.kind, "sequences": sequences, "length": length, "seed": probe.seed, "text": text}
-
-
-@contextmanager
-def failing(model: object, doing: str, advice: str) -> Iterator[None]:
-    """What transformers' code raises becomes a sentence: a model class may lack what others have."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, WaterfillError) or not _raised_in("transformers", error):
-            raise
-        raise WaterfillError(f"{type(model).__name__} fails at {doing} ({first_line(error)}); {advice}") from error
-
-
-def _raised_in(package: str, error: Exception) -> bool:
-    names = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
-    return any(name.partition(".")[0] == package for name in names)
 
 
 def as_text(name: str) -> str:

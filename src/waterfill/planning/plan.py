@@ -46,7 +46,7 @@ class TensorPlan:
     beta: Cost  # nats per token per squared relative change of scale
     rho: Share  # gain, see waterfill.planning.loss
     t2: Magnitude  # predicted ||W' - W||^2 / ||W||^2, with its gain
-    kl: Magnitude  # its share of the predicted loss, nats per token
+    kl: Magnitude  # its share of the predicted loss, nats per token, corrected as that is
     role: Role
     dtype: str  # of the checkpoint, safetensors name
     parameter: str  # the model's state-dict name; a raw matrix is stored under it
@@ -118,6 +118,8 @@ class Prediction:
     It is for text like the probe. `assumed_kl` is what `kl` has beyond the measurement, for matrices that the probe
     hardly reached: text that uses them more than the probe does may lose more, and nothing says how much.
     `sampling_error` is the part of the interval that more sequences would narrow: half of a 95 % interval.
+    `factor` is by what the sum of sensitivities was corrected, after noise of the plan's size in all matrices at once
+    was `tried` on so many sequences (`trials`).
     """
 
     kl: Magnitude
@@ -128,6 +130,8 @@ class Prediction:
     in_regime: bool
     assumed_kl: float = 0.0
     sampling_error: Magnitude = 0.0
+    factor: Magnitude = 1.0
+    tried: Count = 0
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from waterfill.planning.plan import UNPROMISED, Calibration, KeptPlan, Plan, Pre
 from waterfill.planning.precision import sampling_error
 from waterfill.planning.refine import refine
 from waterfill.planning.sensitivity import Sensitivity
+from waterfill.planning.trials import error_of_trials, factor, tried, uncorrected
 
 # Past this predicted loss the second-order model under-states the measured one (docs/results/prediction.md).
 REGIME_KL = 0.1
@@ -86,14 +87,18 @@ def make_plan(
     menus = make_menus(tensors, coefficients, request.gain, request.codecs, request.purpose)
     ties = _ties(menus, request)
     task = Task.of(menus.choices, ties)
+    if budget.max_kl is not None:
+        budget = replace(budget, max_kl=uncorrected(sensitivity.trials, budget.max_kl))
     solver = _Solver(menus, task, kept_plans(tensors, coded_bytes), ties, budget, request.shard_bytes)
     allocation = solver.solve()
     planned = solver.refined(allocation)
     if coded_bytes is not None:
         planned = tuple(coded_where_smaller(tensor, coded_bytes) for tensor in planned)
-    optimal = _how_good(allocation, planned, menus.tensors(allocation.choices))
     planned = tuple(replace(t, measured=evidence[t.name].measured, like=evidence[t.name].like) for t in planned)
+    predicted = predict(planned, sensitivity)
+    optimal = _how_good(allocation, planned, menus.tensors(allocation.choices), predicted.factor)
     planned = tuple(_fed_back(tensor, left.get(tensor.name)) for tensor in planned)
+    planned = tuple(replace(tensor, kl=tensor.kl * predicted.factor) for tensor in planned)
     return Plan(
         model=model,
         fingerprint=sensitivity.fingerprint,
@@ -104,7 +109,7 @@ def make_plan(
         shard_bytes=request.shard_bytes,
         size_bytes=solver.bytes_of(planned),
         bits=8 * sum(tensor.size_bytes for tensor in planned) / menus.weights,
-        predicted=predict(planned, sensitivity),
+        predicted=predicted,
         tensors=planned,
         kept=solver.kept,
         optimal=optimal,
@@ -149,21 +154,25 @@ def make_lossless_plan(
 
 
 def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Prediction:
-    """Sum of the tensors' losses; the interval joins the probe's margin and its sampling error.
+    """Sum of the tensors' losses, corrected by what a plan like it lost when it was tried; the interval joins the
+    probe's margin and its sampling error.
 
     Nothing is promised where nothing was measured on this model.
     Where tensors were hardly measured, it also spans what the measurement alone says and what was assumed.
     """
-    kl = math.fsum(tensor.kl for tensor in tensors)
+    total = math.fsum(tensor.kl for tensor in tensors)
     if sensitivity.probe.get("kind") in UNPROMISED:
-        return Prediction(kl=kl, kl_low=0.0, kl_high=None, ppl=None, ppl_reference=None, in_regime=False)
+        return Prediction(kl=total, kl_low=0.0, kl_high=None, ppl=None, ppl_reference=None, in_regime=False)
     alone = math.fsum(
         tensor.kl if tensor.measured == 1 else planned_kl(tensor, sensitivity.tensors[tensor.name], tensor.rho)
         for tensor in tensors
     )
-    error = sampling_error(tensors, sensitivity)
+    trials, by = sensitivity.trials, factor(sensitivity.trials, alone)  # which reach no more than what was measured
+    error = by * (alone * error_of_trials(trials) if trials else sampling_error(tensors, sensitivity))
+    within = tried(trials, alone)
+    kl, alone = by * total, by * alone
     low, high = MARGINS.get(str(sensitivity.probe.get("kind")), MARGINS["random"])
-    in_regime = kl <= REGIME_KL
+    in_regime = within or kl <= REGIME_KL
     return Prediction(
         kl=kl,
         kl_low=max(0.0, min(kl, alone) * low - error),
@@ -173,14 +182,18 @@ def predict(tensors: Sequence[TensorPlan], sensitivity: Sensitivity) -> Predicti
         in_regime=in_regime,
         assumed_kl=kl - alone,
         sampling_error=error,
+        factor=by,
+        tried=max((len(trial.kl) for trial in trials), default=0),
     )
 
 
-def _how_good(allocation: Allocation, tensors: Sequence[TensorPlan], of_menu: Sequence[TensorPlan]) -> str:
+def _how_good(
+    allocation: Allocation, tensors: Sequence[TensorPlan], of_menu: Sequence[TensorPlan], corrected: float
+) -> str:
     """The solver's certificate, unless rates were moved off the menu afterwards."""
-    if tuple(tensors) == tuple(of_menu):
-        return certificate(allocation)
-    loss = math.fsum(tensor.kl for tensor in tensors)
+    if [t.codec for t in tensors] == [t.codec for t in of_menu]:
+        return certificate(replace(allocation, loss=corrected * allocation.loss, bound=corrected * allocation.bound))
+    loss = corrected * math.fsum(tensor.kl for tensor in tensors)
     return f"one more byte would save the same in every entropy-coded matrix: {loss:.6g} nats per token"
 
 

@@ -1,16 +1,14 @@
 """How well a predicted loss is known from what each sequence of a probe says alone.
 
 Sequences are independent, so that the spread of what each predicts for the whole model gives the error of their mean,
-whatever matrices have to do with each other:
-
-    half width = t(.975, n - 1) · standard deviation / √n
+whatever matrices have to do with each other (`spread`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean
 
 import numpy as np
 
@@ -20,10 +18,10 @@ from waterfill.planning.loss import Coefficients
 from waterfill.planning.menu import planned_kl
 from waterfill.planning.plan import TensorPlan
 from waterfill.planning.sensitivity import Sensitivity
+from waterfill.planning.spread import half_width
 
 PRECISION = 0.1  # of a predicted loss, as a share of it: where sequences are enough
 LEAST = 0.001
-_Z = NormalDist().inv_cdf(0.975)
 
 
 def parse_precision(value: str | float) -> float:
@@ -39,30 +37,6 @@ def parse_precision(value: str | float) -> float:
     if not LEAST <= share < 1:
         raise WaterfillError(f"the precision {value!r} is no share of the loss from {LEAST:.1%} on; give 10% or 0.1")
     return share
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of their mean; infinite for less than two."""
-    if len(values) < 2:
-        return math.inf
-    return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-
-
-def t_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t: exact for 1 and 2 degrees of freedom, else the expansion about the normal one
-    (Abramowitz & Stegun 26.7.5), which is within a sixth of a percent."""
-    if freedom == 1:
-        return math.tan(math.pi * 0.475)
-    if freedom == 2:
-        return 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))
-    z, v = _Z, freedom
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
-    )
 
 
 def sampling_error(tensors: Sequence[TensorPlan], measured: Sensitivity) -> float:

@@ -2,6 +2,7 @@
 
     cache folder / probes / FINGERPRINT / text-KEY / 0003.json        a sequence of the model's own text
                                         / passes-KEY / 0003.json      alpha, beta of every matrix on it
+                                        / trials-KEY / 0003.json      what it lost with noise in all matrices
 
 Each file is written whole, as soon as it is known: a run that was broken off goes on behind the last of them. One that
 cannot be read is made again.
@@ -27,6 +28,7 @@ from waterfill.base.typed import Range
 from waterfill.base.writing import write_file
 from waterfill.files.architecture import Matrix
 from waterfill.planning.estimators import ProbePass
+from waterfill.planning.trials import Loss
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +38,11 @@ VERSION = 3  # of what is kept: another way to sample or to measure is another o
 @dataclass(frozen=True)
 class _Sequence:
     tokens: tuple[Annotated[int, Range(0, 2**31)], ...]
+
+
+@dataclass(frozen=True)
+class _Losses:
+    kl: tuple[tuple[Loss, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,10 @@ class ProbeStore:
         """Passes that measured these matrices in one way."""
         names = [matrix.name for matrix in matrices]
         return replace(self._shelf("passes", (*key, *names)), names=frozenset(names))
+
+    def trials(self, *key: object) -> Shelf:
+        """What sequences lost with some noise."""
+        return self._shelf("trials", key)
 
     def _shelf(self, kind: str, key: Sequence[object]) -> Shelf:
         digest = blake2b(repr((VERSION, *key)).encode(), digest_size=8).hexdigest()
@@ -88,6 +99,15 @@ class Shelf:
     def keep_pass(self, number: int, measured: ProbePass) -> None:
         """Write what a sequence said."""
         self._write(number, asdict(measured))
+
+    def losses(self, number: int) -> tuple[tuple[float, ...], ...] | None:
+        """What some sequences lost, by disturbance; None where that is not there."""
+        stored: _Losses | None = self._load(_Losses, number)
+        return None if stored is None else stored.kl
+
+    def keep_losses(self, number: int, losses: Sequence[Sequence[float]]) -> None:
+        """Write what some sequences lost."""
+        self._write(number, {"kl": losses})
 
     def _load(self, kind: Any, number: int) -> Any:
         if self.folder is None:

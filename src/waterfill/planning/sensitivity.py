@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -38,13 +37,12 @@ from waterfill.base.typed import Count, Range
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.planning.estimators import ProbePass, fisher_pass, perturb_pass
 from waterfill.planning.loss import Coefficients, Cost
+from waterfill.planning.spread import capped
+from waterfill.planning.trials import Trial
 
 Method = Literal["fisher", "perturb"]
 
 VERSION = 1
-# Where a disturbance makes another token the one that attention falls back on, the slope of the loss says nothing of
-# its rise: passes come out thousands of times as high as others, and what is lost there at any real noise is not.
-MOST, LEAST_PASSES = 4.0, 4  # times the median of a matrix's passes that one of them counts as, of so many or more
 LEAST_TOKENS = 64  # of a pass, all of which come by the matrix
 PASSES: Mapping[Method, Callable[..., ProbePass]] = MappingProxyType({"fisher": fisher_pass, "perturb": perturb_pass})
 SENSITIVITY_FILE = "waterfill-sensitivity.json"
@@ -69,6 +67,7 @@ class Sensitivity:
     tokens: Count  # predicted positions
     tensors: Mapping[str, Coefficients]
     samples: Mapping[str, Samples] | None = None  # by tensor; None where they were not kept
+    trials: tuple[Trial, ...] = ()  # of a plan made with them: what it lost with noise in all matrices at once
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
@@ -193,7 +192,7 @@ def summary(
         reached = sum(sample.tokens[name] for sample in samples)
         # What few tokens come by is rightly next to nothing in one pass, and far above the others in the next.
         usual = reached >= max(positions, LEAST_TOKENS * len(samples))
-        single[name] = Samples(_capped(alphas) if usual else alphas, betas)
+        single[name] = Samples(capped(alphas) if usual else alphas, betas)
         alpha, alpha_stderr = _mean_and_stderr(single[name].alpha, weights)
         beta, beta_stderr = _mean_and_stderr(single[name].beta, weights)
         tensors[name] = Coefficients(alpha, beta, alpha_stderr, beta_stderr, reached)
@@ -210,12 +209,6 @@ def _check_finite(sample: ProbePass) -> None:
                 f"{what} comes out as {value}, not as a finite number; "
                 "check the model's weights, and measure it in float32 or bfloat16 rather than float16"
             )
-
-
-def _capped(values: Sequence[float]) -> tuple[float, ...]:
-    """What is out of all proportion counts as `MOST` times the median."""
-    limit = MOST * median(values) if len(values) >= LEAST_PASSES else math.inf
-    return tuple(min(value, limit) for value in values)
 
 
 def _mean_and_stderr(values: Sequence[float], weights: torch.Tensor) -> tuple[float, float]:

@@ -150,13 +150,16 @@ def _unused(plan: Plan) -> dict[str, Text]:
 
 def _sampling(plan: Plan) -> dict[str, str | Text]:
     """How well the loss is known, where it was measured on a probe."""
-    sequences, length = plan.probe.get("sequences"), plan.probe.get("length")
-    if not plan.predicted.kl or not sequences:
+    predicted, length = plan.predicted, plan.probe.get("length")
+    sequences = predicted.tried or plan.probe.get("sequences")
+    if not predicted.kl or not sequences:
         return {}
-    share = 100 * plan.predicted.sampling_error / plan.predicted.kl
-    return {
-        "known to": f"±{share:.0f} % by {sequences} sequences of {length} tokens, besides the margin of predictions"
-    }
+    share = 100 * predicted.sampling_error / predicted.kl
+    known = f"±{share:.0f} % by {sequences} sequences of {length} tokens, besides the margin of predictions"
+    if not predicted.tried:
+        return {"known to": known}
+    times = f"{predicted.factor:.2f} times what sensitivities add up to"
+    return {"tried": f"with noise of this size in all matrices at once: {times}", "known to": known}
 
 
 def _evidence(plan: Plan) -> dict[str, Text]:

@@ -5,7 +5,8 @@ model + text + budgets + methods ──► Comparison
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack, cast
@@ -14,7 +15,7 @@ import torch
 
 from waterfill.base.ambient import own_torch_modes
 from waterfill.base.arguments import PATH, POSITIVE, SIZE, checked, each
-from waterfill.base.errors import WaterfillError
+from waterfill.base.errors import BudgetError, WaterfillError
 from waterfill.base.progress import DESCRIBING, LOADING, OPENING, READING, Progress, stage
 from waterfill.evaluation import default_context, token_ids, windows
 from waterfill.files.architecture import Architecture, describe
@@ -22,12 +23,13 @@ from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.files.original import load_checkpoint, load_tokenizer
 from waterfill.planning.borrowed import given_sensitivity
 from waterfill.planning.budget import Budget, parse_size
+from waterfill.planning.disturbance import Disturbance
 from waterfill.planning.loss import Gain
 from waterfill.planning.measuring import measure_checkpoint, measured_tokens
 from waterfill.planning.menu import Purpose, codec_names
 from waterfill.planning.options import CHECKS, ProbeOptions
 from waterfill.planning.plan import Calibration
-from waterfill.planning.planner import Request
+from waterfill.planning.planner import Request, make_plan
 from waterfill.planning.sensitivity import Sensitivity
 from waterfill.studies.comparison import (
     DEFAULT_BITS,
@@ -109,8 +111,24 @@ def compare(
     with stage(progress, READING):
         tokenizer = load_tokenizer(checkpoint.path)
         ids = token_ids(tokenizer, text)
+    request = Request(
+        gain=options.get("gain", "auto"),
+        keep=tuple(options.get("keep", ())),
+        codecs=tuple(options.get("codecs", ())),
+        purpose=options.get("purpose", "storage"),
+    )
+    budgets = budgets or [Budget(bits=rate) for rate in DEFAULT_BITS]
+
+    def most_lost(measured: Sensitivity) -> Disturbance:
+        """What is tried: the plan that loses most."""
+        plans = []
+        for budget in budgets:
+            with suppress(BudgetError):  # it will have a row that says so
+                plans.append(make_plan("", architecture, measured, budget, request))
+        return Disturbance.of(max(plans, key=lambda plan: plan.predicted.kl).tensors if plans else ())
+
     calibrated = FED_BACK in ours or any(method.calibrated for method in peers)
-    measured, calibration = _measured(checkpoint, architecture, progress, options, calibrated)
+    measured, calibration = _measured(checkpoint, architecture, progress, options, calibrated, most_lost)
     with stage(progress, LOADING):
         original = load_checkpoint(checkpoint)
     context = default_context(original) if context is None else context
@@ -118,12 +136,6 @@ def compare(
     name = Path(model).resolve().name if Path(model).is_dir() else str(model)
     record = None if calibration is None else _record(calibration, options)
     subject = StudiedModel(name, checkpoint, architecture, original, measured, calibration, record)
-    request = Request(
-        gain=options.get("gain", "auto"),
-        keep=tuple(options.get("keep", ())),
-        codecs=tuple(options.get("codecs", ())),
-        purpose=options.get("purpose", "storage"),
-    )
     return compare_methods(
         subject,
         ids,
@@ -131,7 +143,7 @@ def compare(
         context=context,
         methods=peers,
         ours=ours,
-        budgets=budgets or [Budget(bits=rate) for rate in DEFAULT_BITS],
+        budgets=budgets,
         request=request,
         match=match,
         batch=batch,
@@ -162,6 +174,7 @@ def _measured(
     progress: Progress | None,
     options: CompareOptions,
     calibrated: bool,
+    planned: Callable[[Sensitivity], Disturbance],
 ) -> tuple[Sensitivity, torch.Tensor | None]:
     """Sensitivities as `plan` measures them, and the tokens that calibrated peers see; what was made before is used."""
     wanted = options.get("sensitivity")
@@ -169,7 +182,9 @@ def _measured(
     probing = cast(ProbeOptions, probe | {"text": options.get("calibration")})
     with OwnText(checkpoint, architecture, progress) as own:
         if wanted is None:
-            measured = measure_checkpoint(checkpoint, architecture, progress, probing, write=own.sample)
+            measured = measure_checkpoint(
+                checkpoint, architecture, progress, probing, write=own.sample, planned=planned
+            )
         else:
             measured = given_sensitivity(wanted, checkpoint, architecture.matrices)
         if not calibrated:

@@ -127,8 +127,10 @@ def sensitivity_of(path: Path, plan: Plan) -> Sensitivity:
     predicted = plan.predicted
     low = MARGINS.get(str(plan.probe.get("kind")), MARGINS["random"])[0]
     share = max(0.0, (predicted.kl * low - predicted.kl_low) / 2 / predicted.kl) if predicted.kl else 0.0
+    corrected = ((t.name, predicted.factor * t.alpha, predicted.factor * t.beta) for t in plan.tensors)
     tensors = {
-        t.name: Coefficients(t.alpha, t.beta, share * max(t.alpha, 0.0), share * max(t.beta, 0.0)) for t in plan.tensors
+        name: Coefficients(alpha, beta, share * max(alpha, 0.0), share * max(beta, 0.0))
+        for name, alpha, beta in corrected
     }
     nll = 0.0 if predicted.ppl_reference is None else math.log(predicted.ppl_reference)  # a lossless plan has none
     method = cast(Method, str(plan.probe.get("method")))  # for the record; nothing is measured here
