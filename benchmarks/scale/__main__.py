@@ -38,11 +38,12 @@ def main() -> None:
         part={"choices": PARTS, "nargs": "+", "default": list(PARTS), "help": f"of {', '.join(PARTS)}"},
         models={"type": Path, "nargs": "+", "default": [EXAMPLE_MODEL], "help": "checkpoints to plan"},
         texts={"type": Path, "nargs": "*", "default": [], "help": "more files to measure predictions on"},
+        larger={"type": Path, "nargs": "*", "default": [], "help": "checkpoints that plans alone are made of"},
     )
     report = BenchmarkReport("planning at scale")
     if "plan" in arguments.part:
         texts = [held_out_text(report), *arguments.texts]
-        measure_checkpoints(report, arguments.models, texts, arguments.quick)
+        measure_checkpoints(report, arguments.models, arguments.larger, texts, arguments.quick)
     if "writers" in arguments.part:
         measure_writers(report, arguments.models, arguments.quick)
     if "large" in arguments.part:

@@ -51,8 +51,10 @@ GOAL_BYTES = {0.2: 1.5e9, 0.8: 2.5e9, 2.0: 4e9}
 Floats = npt.NDArray[np.float64]
 
 
-def measure_checkpoints(report: BenchmarkReport, models: list[Path], texts: list[Path], quick: bool) -> None:
-    """A row per checkpoint; a curve and promises of each."""
+def measure_checkpoints(
+    report: BenchmarkReport, models: list[Path], larger: list[Path], texts: list[Path], quick: bool
+) -> None:
+    """A row per checkpoint; a curve and promises of each that is not among the `larger` ones."""
     rows, curves, promises = [], [], []
     for model in models:
         with tempfile.TemporaryDirectory() as folder, _kept_in(Path(folder)):
@@ -60,6 +62,9 @@ def measure_checkpoints(report: BenchmarkReport, models: list[Path], texts: list
             measured = waterfill.sensitivity(model, sequences=QUICK_SEQUENCES if quick else SEQUENCES)
             curves += _curve(model, measured)
             promises += _promises(model, measured, texts, quick)
+    for model in larger:
+        with tempfile.TemporaryDirectory() as folder, _kept_in(Path(folder)):
+            rows.append(_plan_row(report, model, Path(folder)))
     columns = [
         "checkpoint",
         "billion weights",
