@@ -18,6 +18,7 @@ from waterfill.base.arguments import checked
 from waterfill.base.errors import BudgetError, CheckpointError, WaterfillError
 from waterfill.base.progress import DESCRIBING, OPENING, PLANNING, Progress, stage
 from waterfill.base.writing import prepare_file, write_file
+from waterfill.codecs.feedback import Left
 from waterfill.evaluation.evaluate import Evaluation, evaluate
 from waterfill.files.architecture import Architecture, describe
 from waterfill.files.artifact import check_target, open_artifact
@@ -192,8 +193,9 @@ def _plan(
         check_units(given, budget)
     on = calibrated_on(options, given, architecture.matrices, names)
     with OwnText(checkpoint, architecture, progress) as text:
-        calibrated = None if on is None else _calibrated(checkpoint, architecture, progress, options, on, text)
-        left = {} if calibrated is None else calibrated.left(architecture.matrices, names)
+        calibrated, left = None, dict[str, Left]()
+        if on is not None:
+            calibrated, left = _calibrated(checkpoint, architecture, progress, options, names, on, text)
 
         def planned(measured: Sensitivity) -> Plan:
             record = None if calibrated is None else calibrated.record
@@ -221,21 +223,23 @@ def _calibrated(
     architecture: Architecture,
     progress: Progress | None,
     options: PlanOptions,
+    codecs: Sequence[str],
     on: str | Path,
     text: OwnText,
-) -> Calibrated | None:
-    """Moments of inputs, that errors are fed back by. Where nobody asked for feedback, None if there can be none."""
+) -> tuple[Calibrated | None, dict[str, Left]]:
+    """What errors are fed back by, and what that leaves; nothing where there can be none, and nobody asked for it."""
     tokens = options.get("calibration_tokens", CALIBRATION_TOKENS)
     probing = cast(ProbeOptions, options)
     try:
-        return calibrate(checkpoint, architecture, on, progress, probing, tokens=tokens, write=text.sample)
+        made = calibrate(checkpoint, architecture, on, progress, probing, tokens=tokens, write=text.sample)
+        return made, made.left(architecture.matrices, codecs)
     except CheckpointError:
         raise
     except WaterfillError as error:
         if options.get("calibrate") is not None:
             raise
         _log.warning("rounding errors are not fed back: %s", error)
-        return None
+        return None, {}
 
 
 def _measure(

@@ -19,6 +19,7 @@ from waterfill import api
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import get_codec
 from waterfill.files.artifact import open_artifact
+from waterfill.planning import calibration
 from waterfill.planning.budget import Budget
 from waterfill.planning.plan import read_plan
 from waterfill.planning.planner import make_plan
@@ -70,6 +71,18 @@ def test_a_plan_says_which_matrices_have_feedback(room: Path) -> None:
         assert (tensor.feedback is None) == (not get_codec(tensor.codec).feedback(tensor.shape[1]))
         assert tensor.feedback is None or 0.02 < tensor.feedback < 1
     assert all(tensor.feedback is None for tensor in plan_of(room, "plain").tensors)
+
+
+def test_a_second_plan_takes_no_moments(room: Path, ref_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATERFILL_CACHE", str(room / "cache"))
+    (file,) = (room / "cache").glob("probes/*/left-*/0000.json")
+    sound = file.read_bytes()
+    file.write_text('{"left": {"model.embed_tokens": {"loss": 2.0}}}')
+    assert waterfill.plan(ref_llama, bits=3, **CALIBRATED) == plan_of(room, "fed")
+    assert file.read_bytes() == sound, "a damaged one is made again"
+    monkeypatch.setattr(calibration, "InputMoments", pytest.fail)
+    assert waterfill.plan(ref_llama, bits=3, **CALIBRATED) == plan_of(room, "fed")
+    assert waterfill.plan(ref_llama, bits=4, **CALIBRATED).left_by_feedback is not None
 
 
 def test_noise_is_as_large_as_the_plan_says(room: Path) -> None:

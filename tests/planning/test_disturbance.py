@@ -98,9 +98,9 @@ def test_the_model_is_as_it_was_afterwards(opened: Opened) -> None:
 
 def test_less_noise_loses_in_proportion(opened: Opened) -> None:
     strong = opened.noise(1e-3, 0.999)
-    whole, weak = losses(opened.blockwise, opened.matrices, opened.ids, [strong, strong.weaker(0.25)], 3)
+    whole, weak = losses(opened.blockwise, opened.matrices, opened.ids, [strong, strong.times(0.25)], 3)
     assert sum(weak) / sum(whole) == pytest.approx(0.25, rel=0.15)
-    assert strong.weaker(1) == strong
+    assert strong.times(1) == strong
 
 
 def test_no_noise_loses_nothing(opened: Opened) -> None:

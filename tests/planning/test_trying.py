@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support import models
 from tests.support.measuring import RANDOM, measured
@@ -24,6 +25,14 @@ POWER = 0.05
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.tiny_llama(tmp_path_factory.mktemp("llama"), tokenizer=True, layers=1)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Less than two sequences."""
+    file = tmp_path / "text.txt"
+    file.write_text("x = 1\n" * 60)
+    return file
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +85,22 @@ def test_little_noise_is_tried_as_it_is(path: Path, tried: list[tuple[int, int]]
     (trial,) = measured(path, planned=weak, sequences=5, **RANDOM).trials
     assert tried == [(2, 1), (2, 1), (1, 1)]
     assert trial.mean == pytest.approx(trial.predicted, rel=0.5)
+
+
+def test_in_rough_arithmetic_noise_is_well_above_its_own(
+    path: Path, tried: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "fast_dtype", lambda _: torch.bfloat16)
+    (trial,) = measured(path, planned=weak, sequences=4, **RANDOM).trials
+    assert trial.predicted == pytest.approx(measuring.WEAK_KL)
+    assert trial.mean == pytest.approx(trial.predicted, rel=0.5)
+    assert len(measured(path, planned=noise, sequences=4, **RANDOM).trials) == 1
+    assert len(measured(path, planned=lambda found: noise(found, 16 * POWER), sequences=4, **RANDOM).trials) == 2
+    assert [noises for _, noises in tried] == [1, 1, 1, 1, 2, 2]
+
+
+def test_one_sequence_does_not_tell_how_well_it_tells(path: Path, text: Path) -> None:
+    assert measured(path, planned=noise, text=text, length=200).trials == ()
 
 
 def test_few_passes_are_enough_to_plan_by(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

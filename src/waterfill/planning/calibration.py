@@ -3,7 +3,8 @@
     own text, or a file ──► tokens ──► moments ──► share of each matrix's loss that is left, to plan with
                                           └──────► feedback, as the matrix is packed
 
-A plan says what it was calibrated on, so that whoever packs by it takes the same tokens.
+A plan says what it was calibrated on, so that whoever packs by it takes the same tokens. Shares are kept by the
+fingerprint of the weights: another plan needs no moments, only whoever packs does.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from waterfill.planning.options import CHECKS, PlanOptions, ProbeOptions
 from waterfill.planning.pace import fast_dtype, speed
 from waterfill.planning.plan import UNPROMISED, Calibration, Plan
 from waterfill.planning.probe import LENGTH
+from waterfill.planning.probe_store import FORGETFUL, ProbeStore, Shelf
 from waterfill.planning.sensitivity import Sensitivity
 
 _log = logging.getLogger(__name__)
@@ -80,15 +83,39 @@ def calibrated_on(
 
 
 class Calibrated:
-    """Error feedback for the matrices of a model, by the moments of what they are multiplied with on some tokens."""
+    """Error feedback for the matrices of a model, by the moments of what they are multiplied with on some tokens.
 
-    def __init__(self, record: Calibration, moments: InputMoments, progress: Progress | None = None) -> None:
+    Args:
+        take: takes the moments, when somebody needs them.
+        shares: of their loss that are left, by codecs; where they are kept.
+    """
+
+    def __init__(
+        self,
+        record: Calibration,
+        take: Callable[[], InputMoments],
+        shares: Callable[[Sequence[str]], Shelf],
+        progress: Progress | None = None,
+    ) -> None:
         self.record = record
-        self._moments, self._progress = moments, progress
+        self._take, self._shares, self._progress = take, shares, progress
         self._feedback: tuple[str, Feedback] | None = None  # of one input at a time: it is as large as its moments
+
+    @cached_property
+    def _moments(self) -> InputMoments:
+        return self._take()
 
     def left(self, matrices: Sequence[PlannedMatrix], codecs: Sequence[str]) -> dict[str, Left]:
         """What is left of each matrix's loss, whichever of these codecs it gets; of those that gain by feedback."""
+        shelf, names = self._shares(codecs), {matrix.name for matrix in matrices}
+        if (known := shelf.left()) is not None and known.keys() <= names:
+            _log.info("what error feedback leaves was predicted before, and is not again")
+            return known
+        left = self._predicted(matrices, codecs)
+        shelf.keep_left(left)
+        return left
+
+    def _predicted(self, matrices: Sequence[PlannedMatrix], codecs: Sequence[str]) -> dict[str, Left]:
         left: dict[str, Left] = {}
         by_input: dict[str, Left] = {}
         step = step_of(self._progress, "predicting what feedback gains")
@@ -192,7 +219,8 @@ def _taken(
     if record.kind != SELF:
         probing["text"] = on
     ids = measured_tokens(checkpoint, architecture, progress, probing, write=write)
-    return on_tokens(checkpoint, architecture, ids, record, progress)
+    store = ProbeStore.of(checkpoint.fingerprint, kept=options.get("cache", True))
+    return on_tokens(checkpoint, architecture, ids, record, progress, store)
 
 
 def on_tokens(
@@ -201,14 +229,31 @@ def on_tokens(
     ids: torch.Tensor,
     record: Calibration,
     progress: Progress | None = None,
+    store: ProbeStore = FORGETFUL,
 ) -> Calibrated:
-    """Take moments of these tokens, int64 `[sequences, length]`, which the record says the origin of."""
+    """By the moments of these tokens, int64 `[sequences, length]`, which the record says the origin of."""
     record = replace(record, sequences=len(ids), length=ids.shape[1], tokens=_digest(ids))
+    dtype = fast_dtype(architecture.matrices)
+
+    def shares(codecs: Sequence[str]) -> Shelf:
+        return store.shares(architecture.matrices, record.tokens, dtype, *codecs)
+
+    return Calibrated(record, partial(_moments, checkpoint, architecture, ids, dtype, progress), shares, progress)
+
+
+def _moments(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> InputMoments:
+    """Of these tokens; says what taking them will take."""
     moments = InputMoments(
         checkpoint,
         architecture,
         ids,
-        dtype=fast_dtype(architecture.matrices),
+        dtype=dtype,
         limit_bytes=min(MOMENTS_BYTES, FREE_SHARE * process.free_bytes()),
         progress=progress,
     )
@@ -218,7 +263,7 @@ def on_tokens(
     without = [m.name for m in architecture.matrices if m.name not in moments.names and m.role != "embedding"]
     if without:
         _log.info("%d matrices have no input of their own, such as %s, and no feedback", len(without), without[0])
-    return Calibrated(record, moments, progress)
+    return moments
 
 
 def _blocks(width: int, codecs: Sequence[str]) -> Blocks:

@@ -60,8 +60,8 @@ class Disturbance:
         """Of all its noise."""
         return blake2b(repr(sorted(self.noise.items())).encode(), digest_size=8).hexdigest()
 
-    def weaker(self, share: float) -> Disturbance:
-        """With so much of its power."""
+    def times(self, share: float) -> Disturbance:
+        """With so many times its power."""
         return Disturbance({n: Noise(1 - (1 - o.scale) * share, o.power * share) for n, o in self.noise.items()})
 
     def predicted(self, sensitivity: Sensitivity) -> float:

@@ -47,6 +47,7 @@ LEAST_PASSES = 4  # of a number of sequences that is asked for: their spread giv
 WORTH_SAYING_S = 5.0  # that measuring takes, before it is said
 TRIAL_TOKENS = 640  # that are tried together, about, with the same noise
 WEAKER, WEAK_KL, WEAK_SEQUENCES = 1 / 8, 0.05, 8  # the power of less noise; where it is tried, and on how many
+LEAST_SEQUENCES = 2  # that tell how well a loss is known
 MEASURING = "measuring sensitivities"
 TRYING = "trying the plan"
 
@@ -79,8 +80,10 @@ def measure_checkpoint(
     passes = _Measurement(checkpoint, architecture, progress, options, write)
     precision = parse_precision(options.get("precision", PRECISION))
     if planned is not None and passes.tries:
-        measured = passes.sensitivity(min(ALLOTTING, passes.most) if passes.adaptive else passes.most)
-        return _tried(passes, measured, planned(measured), precision)
+        count = min(ALLOTTING, passes.most) if passes.adaptive else passes.most
+        sequences = passes.whole_parts(TOGETHER) if passes.adaptive else passes.sequences
+        measured = passes.sensitivity(count, tried=sequences)
+        return _tried(passes, measured, planned(measured), sequences, precision)
     if not passes.adaptive:
         return passes.sensitivity(passes.most)
     count = min(FIRST, passes.most)
@@ -95,11 +98,12 @@ def measure_checkpoint(
     return measured
 
 
-def _tried(passes: _Measurement, measured: Sensitivity, noise: Disturbance, precision: float) -> Sensitivity:
-    """With trials of a plan, on as many sequences as it takes."""
+def _tried(
+    passes: _Measurement, measured: Sensitivity, noise: Disturbance, count: int, precision: float
+) -> Sensitivity:
+    """With trials of a plan, on so many sequences or as many as it takes."""
     if noise.predicted(measured) <= 0:
         return measured
-    count = passes.whole_parts(TOGETHER) if passes.adaptive else passes.sequences
     while trials := passes.trials(noise, measured, count):
         known = error_of_trials(trials)
         if known <= precision or count >= passes.sequences:
@@ -203,11 +207,11 @@ class _Measurement:
         """What a pass reads, of so many, int64 `[sequences, length]`."""
         return self._texts.some(self._of_pass(number), self._of_pass(count - 1).stop)
 
-    def sensitivity(self, count: int) -> Sensitivity:
-        """Of the first `count` passes."""
+    def sensitivity(self, count: int, *, tried: int = 0) -> Sensitivity:
+        """Of the first `count` passes; so many sequences will be tried then."""
         self._reuse(count)
         if len(self._done) < count:
-            self._measure_to(count)
+            self._measure_to(count, tried)
         sequences = [len(self._of_pass(number)) for number in range(count)]
         return summary(
             self._done,
@@ -226,9 +230,9 @@ class _Measurement:
         if reused := sum(len(self._of_pass(number)) for number in range(begun, len(self._done))):
             _log.info("%d sequences of the probe were measured before, and are not again", reused)
 
-    def _measure_to(self, count: int) -> None:
+    def _measure_to(self, count: int, tried: int) -> None:
         if self._method == "fisher":
-            self._foretell(count)
+            self._foretell(count, tried)
         self._part(len(self._done), count)  # sampled before it is said that measuring begins
         self._model  # noqa: B018 - and loaded
         step = step_of(self._progress, MEASURING)
@@ -239,7 +243,7 @@ class _Measurement:
             if step:
                 step(number + 1, count)
 
-    def _foretell(self, count: int) -> None:
+    def _foretell(self, count: int, tried: int) -> None:
         """What it will take, before it begins."""
         first, stop = self._of_pass(len(self._done)).start, self._of_pass(count - 1).stop
         config = self._texts.config.get_text_config()
@@ -248,6 +252,7 @@ class _Measurement:
             passes=count - len(self._done),
             sequences=stop - first,
             sampled=self._texts.sampled_from(first, stop),
+            tried=tried,
             length=self._texts.length,
             vocabulary=getattr(config, "vocab_size", 0),
             layers=getattr(config, "num_hidden_layers", 1),
@@ -295,10 +300,15 @@ class _Measurement:
         return min(self.sequences, -(-sequences // self._each_tried) * self._each_tried)
 
     def trials(self, disturbance: Disturbance, measured: Sensitivity, sequences: int) -> tuple[Trial, ...]:
-        """What the first `sequences` lose with this noise; and some of them with less of it, where it is much."""
-        whole = disturbance.predicted(measured)
-        weak = disturbance.weaker(WEAKER)
-        both = [disturbance, weak] if whole > WEAK_KL else [disturbance]
+        """What the first `sequences` lose with this noise; and some of them with less of it, where it is much. Of rough
+        arithmetic's own loss there must be little beside it, so that there with more of it, where it is not."""
+        if sequences < LEAST_SEQUENCES:
+            return ()
+        least = 0.0 if self._dtype == torch.float32 else WEAK_KL
+        if (whole := disturbance.predicted(measured)) < least:
+            disturbance = disturbance.times(least / whole)
+        weak = disturbance.times(WEAKER)
+        both = [disturbance, weak] if whole > WEAK_KL and WEAKER * whole >= least else [disturbance]
         parts = range(-(-sequences // self._each_tried))
         begun = sum((disturbance.digest, number) in self._lost for number in parts)
         step = step_of(self._progress, TRYING)
@@ -312,7 +322,7 @@ class _Measurement:
             weakly += less[0] if less else ()
             if step and number >= begun:
                 step(number + 1, len(parts))
-        trials = [Trial(whole, capped(lost))]
+        trials = [Trial(disturbance.predicted(measured), capped(lost))]
         if weakly:
             trials.append(Trial(weak.predicted(measured), capped(weakly)))
         return tuple(trial for trial in trials if usable(trial))

@@ -1,7 +1,8 @@
 """How fast this machine multiplies, by some milliseconds of it: in which dtype to measure, and how long it will take.
 
 A token of a pass costs, in operations per weight: 2 forward, 2 for its gradient, and half of one for a quarter of the
-weights'; half as much again for the rest. One of own text costs 2, in products with few rows, at about half the speed.
+weights'; half as much again for the rest. One of a trial costs 2 with noise and 2 without. One of own text costs 2, in
+products with few rows, at about half the speed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from waterfill.planning.inventory import PlannedMatrix
 
 SMALL_WEIGHTS = 1 << 25  # of a model that is measured in float32 whatever the machine is fast in
 FASTER = 1.5  # times as fast as float32 bfloat16 has to be, which rounds gradients to 1/256
-PER_TOKEN, PER_OWN_TOKEN = 7, 4  # operations per weight
+PER_TOKEN, PER_TRIED_TOKEN, PER_OWN_TOKEN = 7, 4, 4  # operations per weight
 PER_PASS = 1000  # of all that is no product: reading and converting weights, sums over their groups
 _ROWS, _WIDTH, _TRIALS = 512, 1024, 4
 
@@ -59,15 +60,17 @@ def forecast(
     passes: int,
     sequences: int,
     sampled: int,
+    tried: int = 0,
     length: int,
     vocabulary: int,
     layers: int,
     dtype: torch.dtype,
 ) -> Forecast:
-    """Of so many passes over so many sequences; some have to be `sampled` first."""
+    """Of so many passes over so many sequences; some have to be `sampled` first, and a plan is then `tried` on some."""
     weights, tokens = _weights(matrices), sequences * length
     seconds = PER_TOKEN * weights * tokens / speed(dtype) + PER_PASS * weights * passes / speed(torch.float32)
     seconds += sampling_s(matrices, sampled * length)
+    seconds += PER_TRIED_TOKEN * weights * tried * length / speed(dtype)
     width = max(min(matrix.shape) for matrix in matrices)
     block = weights // max(1, layers)
     logits = 3 * 4 * length * vocabulary

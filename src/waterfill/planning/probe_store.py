@@ -3,6 +3,7 @@
     cache folder / probes / FINGERPRINT / text-KEY / 0003.json        a sequence of the model's own text
                                         / passes-KEY / 0003.json      alpha, beta of every matrix on it
                                         / trials-KEY / 0003.json      what it lost with noise in all matrices
+                                        / left-KEY / 0000.json        what error feedback leaves of every matrix's loss
 
 Each file is written whole, as soon as it is known: a run that was broken off goes on behind the last of them. One that
 cannot be read is made again.
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,9 @@ from waterfill.base import typed
 from waterfill.base.cache import cache_folder
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.reading import read_text
-from waterfill.base.typed import Range
+from waterfill.base.typed import Magnitude, Range, Share
 from waterfill.base.writing import write_file
+from waterfill.codecs.feedback import Left
 from waterfill.files.architecture import Matrix
 from waterfill.planning.estimators import ProbePass
 from waterfill.planning.trials import Loss
@@ -43,6 +45,18 @@ class _Sequence:
 @dataclass(frozen=True)
 class _Losses:
     kl: tuple[tuple[Loss, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Share:
+    loss: Share
+    noise: Magnitude
+    alpha: Magnitude | None
+
+
+@dataclass(frozen=True)
+class _Shares:
+    left: Mapping[str, _Share]
 
 
 @dataclass(frozen=True)
@@ -69,9 +83,16 @@ class ProbeStore:
         """What sequences lost with some noise."""
         return self._shelf("trials", key)
 
+    def shares(self, matrices: Iterable[Matrix], *key: object) -> Shelf:
+        """What error feedback by some moments leaves of the losses of these matrices."""
+        return self._shelf("left", (*key, *(matrix.name for matrix in matrices)))
+
     def _shelf(self, kind: str, key: Sequence[object]) -> Shelf:
         digest = blake2b(repr((VERSION, *key)).encode(), digest_size=8).hexdigest()
         return Shelf(None if self.folder is None else self.folder / f"{kind}-{digest}")
+
+
+FORGETFUL = ProbeStore(None)
 
 
 @dataclass(frozen=True)
@@ -108,6 +129,15 @@ class Shelf:
     def keep_losses(self, number: int, losses: Sequence[Sequence[float]]) -> None:
         """Write what some sequences lost."""
         self._write(number, {"kl": losses})
+
+    def left(self) -> dict[str, Left] | None:
+        """What error feedback leaves, by matrix; None where that is not there."""
+        stored: _Shares | None = self._load(_Shares, 0)
+        return None if stored is None else {name: Left(*astuple(share)) for name, share in stored.left.items()}
+
+    def keep_left(self, left: Mapping[str, Left]) -> None:
+        """Write what error feedback leaves."""
+        self._write(0, {"left": {name: share._asdict() for name, share in left.items()}})
 
     def _load(self, kind: Any, number: int) -> Any:
         if self.folder is None:
