@@ -97,10 +97,8 @@ def test_the_model_is_as_it_was_afterwards(opened: Opened) -> None:
 
 
 def test_less_noise_loses_in_proportion(opened: Opened) -> None:
-    strong = opened.noise(1e-3, 0.999)
-    whole, weak = losses(opened.blockwise, opened.matrices, opened.ids, [strong, strong.times(0.25)], 3)
+    whole, weak = losses(opened.blockwise, opened.matrices, opened.ids, [opened.noise(1e-3), opened.noise(2.5e-4)], 3)
     assert sum(weak) / sum(whole) == pytest.approx(0.25, rel=0.15)
-    assert strong.times(1) == strong
 
 
 def test_no_noise_loses_nothing(opened: Opened) -> None:
@@ -139,8 +137,25 @@ def test_what_feedback_leaves_is_left_of_the_noise(llama: Opened) -> None:
 def test_what_stays_as_it_is_is_not_disturbed(llama: Opened) -> None:
     plan, measured = llama.plan()
     kept = [replace(tensor, codec="raw") for tensor in plan.tensors]
-    assert Disturbance.of(kept) == Disturbance({})
+    assert Disturbance.of(kept).noise == {}
     assert Disturbance.of(kept).predicted(measured) == 0
+
+
+def test_even_noise_loses_as_much_by_every_weight(llama: Opened) -> None:
+    _, measured = llama.plan()
+    even = Disturbance.even(llama.matrices, measured, 0.01)
+    assert even.predicted(measured) == pytest.approx(0.01)
+    each = {n: measured.tensors[n].alpha * noise.power for n, noise in even.noise.items()}
+    sizes = {matrix.name: math.prod(matrix.shape) for matrix in llama.matrices}
+    assert [each[n] / size for n, size in sizes.items()] == pytest.approx([0.01 / sum(sizes.values())] * len(sizes))
+
+
+def test_even_noise_is_never_much_of_a_matrix(llama: Opened) -> None:
+    _, measured = llama.plan()
+    nothing = dict.fromkeys(measured.tensors, Coefficients(-1e-3, 0.0))
+    for found in (measured, replace(measured, tensors=nothing)):
+        assert all(0 < noise.power <= 0.1 for noise in Disturbance.even(llama.matrices, found, 1e3).noise.values())
+    assert Disturbance.even(llama.matrices, replace(measured, tensors=nothing), 0.01).predicted(measured) > 0
 
 
 def test_plans_are_told_apart_by_their_noise(llama: Opened) -> None:

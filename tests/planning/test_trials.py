@@ -53,6 +53,17 @@ def test_what_adds_up_to_a_loss_is_corrected_to_it(loss: float, strong: float, w
         assert summed * factor(trials, summed) == pytest.approx(loss, rel=1e-6)
 
 
+def test_how_well_it_is_known_is_known_of_both() -> None:
+    many = Trial(0.1, (0.1, 0.14, 0.12, 0.1, 0.14, 0.12))
+    alone = half_width(many.kl) / many.mean
+    assert error_of_trials((many,)) == pytest.approx(alone)
+    assert error_of_trials((many, Trial(0.8, (0.8, 1.12, 0.96)))) == pytest.approx(alone), "eight times, on all"
+    uneven = Trial(0.8, (0.8, 1.12, 1.4))
+    ratio = uneven.mean / 0.12
+    rest = half_width([one - ratio * other for one, other in zip(uneven.kl, many.kl, strict=False)])
+    assert error_of_trials((many, uneven)) == pytest.approx(math.hypot(alone, rest / uneven.mean))
+
+
 def test_a_trial_speaks_for_what_loses_no_more() -> None:
     assert tried((STRONG,), 0.8 * BEYOND)
     assert not tried((STRONG,), 0.81 * BEYOND)
@@ -60,10 +71,12 @@ def test_a_trial_speaks_for_what_loses_no_more() -> None:
     assert not tried((), 0.0)
 
 
-@pytest.mark.parametrize("trial", [Trial(0.0, (1.0,)), Trial(1.0, (0.0, 0.0)), Trial(1.0, (-1e-9,))])
-def test_a_trial_of_nothing_says_nothing(trial: Trial) -> None:
-    assert not usable(trial)
-    assert usable(STRONG)
+@pytest.mark.parametrize("nothing", [Trial(0.0, (1.0,)), Trial(1.0, (0.0, 0.0)), Trial(1.0, (-1e-9,))])
+def test_a_trial_of_nothing_says_nothing(nothing: Trial) -> None:
+    assert usable(()) == usable((nothing,)) == ()
+    assert usable((STRONG, nothing)) == (STRONG,)
+    long = replace(nothing, kl=nothing.kl * 9)
+    assert usable((long, STRONG)) == ()
 
 
 # -- of a plan --------------------------------------------------------------------------------------------------------

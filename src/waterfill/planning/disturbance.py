@@ -34,6 +34,7 @@ Losses = tuple[tuple[float, ...], ...]
 """Nats per token, of each sequence, by disturbance."""
 
 POOL = 1 << 22  # normal numbers that the noise of all matrices is taken from, at other places for every row
+MOST_POWER = 0.1  # of even noise, as a share of the weights': where all is still in proportion
 STRIDE = 1_000_003  # between the places of neighbouring rows: a prime
 
 
@@ -44,7 +45,7 @@ class Noise(NamedTuple):
     power: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Disturbance:
     """Of all matrices that lose anything, by name."""
 
@@ -55,14 +56,21 @@ class Disturbance:
         """What a plan does to its matrices."""
         return Disturbance({tensor.name: _noise(tensor) for tensor in tensors if tensor.packed})
 
+    @staticmethod
+    def even(matrices: Sequence[Matrix], sensitivity: Sensitivity, loss: float) -> Disturbance:
+        """Noise that every weight is to lose the same by, in all `loss` nats per token, or less where that is much for
+        a matrix: what an optimal allocation leaves (docs/design.md §5)."""
+        total = sum(math.prod(matrix.shape) for matrix in matrices)
+        noise = {}
+        for matrix in matrices:
+            alpha, share = sensitivity.tensors[matrix.name].alpha, math.prod(matrix.shape) / total
+            noise[matrix.name] = Noise(1.0, min(loss * share / alpha, MOST_POWER) if alpha > 0 else MOST_POWER)
+        return Disturbance(noise)
+
     @cached_property
     def digest(self) -> str:
         """Of all its noise."""
         return blake2b(repr(sorted(self.noise.items())).encode(), digest_size=8).hexdigest()
-
-    def times(self, share: float) -> Disturbance:
-        """With so many times its power."""
-        return Disturbance({n: Noise(1 - (1 - o.scale) * share, o.power * share) for n, o in self.noise.items()})
 
     def predicted(self, sensitivity: Sensitivity) -> float:
         """What sensitivities add up to, nats per token; of products that no errors are fed back in."""

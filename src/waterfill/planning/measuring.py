@@ -32,7 +32,7 @@ from waterfill.planning.options import ProbeOptions
 from waterfill.planning.pace import fast_dtype, forecast, sampling_s
 from waterfill.planning.precision import PRECISION, parse_precision, relative_error
 from waterfill.planning.probe import Probe
-from waterfill.planning.probe_store import ProbeStore
+from waterfill.planning.probe_store import ProbeStore, Shelf
 from waterfill.planning.probe_texts import TOGETHER, ProbeTexts, failing
 from waterfill.planning.sensitivity import Method, Sensitivity, one_pass, summary, trainable
 from waterfill.planning.spread import capped
@@ -46,7 +46,10 @@ PASS_TOKENS = 320  # of a pass, about: what it takes however many there are is w
 LEAST_PASSES = 4  # of a number of sequences that is asked for: their spread gives the error
 WORTH_SAYING_S = 5.0  # that measuring takes, before it is said
 TRIAL_TOKENS = 640  # that are tried together, about, with the same noise
-WEAKER, WEAK_KL, WEAK_SEQUENCES = 1 / 8, 0.05, 8  # the power of less noise; where it is tried, and on how many
+EVEN_KL = 0.05  # nats per token that even noise is to cost
+PLAN_SHARE = (
+    3  # of the sequences that say what it costs, one in so many: what a plan's noise costs beside it varies less
+)
 LEAST_SEQUENCES = 2  # that tell how well a loss is known
 MEASURING = "measuring sensitivities"
 TRYING = "trying the plan"
@@ -104,7 +107,7 @@ def _tried(
     """With trials of a plan, on so many sequences or as many as it takes."""
     if noise.predicted(measured) <= 0:
         return measured
-    while trials := passes.trials(noise, measured, count):
+    while trials := passes.trials(measured, noise, count):
         known = error_of_trials(trials)
         if known <= precision or count >= passes.sequences:
             break
@@ -175,7 +178,7 @@ class _Measurement:
             self._matrices, *texts.key, self._each, *self._of_text, self._method, self._dtype
         )
         self._done: list[ProbePass] = []
-        self._lost: dict[tuple[str, int], Losses] = {}  # by plan and part
+        self._lost: dict[tuple[str, int], tuple[float, ...]] = {}  # by noise and part
 
     @property
     def tries(self) -> bool:
@@ -299,45 +302,46 @@ class _Measurement:
         """So many, or a few more, that are tried together."""
         return min(self.sequences, -(-sequences // self._each_tried) * self._each_tried)
 
-    def trials(self, disturbance: Disturbance, measured: Sensitivity, sequences: int) -> tuple[Trial, ...]:
-        """What the first `sequences` lose with this noise; and some of them with less of it, where it is much. Of rough
-        arithmetic's own loss there must be little beside it, so that there with more of it, where it is not."""
-        if sequences < LEAST_SEQUENCES:
+    def trials(self, measured: Sensitivity, plan: Disturbance, sequences: int) -> tuple[Trial, ...]:
+        """What the first `sequences` lose with even noise, which is the same for every plan, and what some of them lose
+        with that of a plan: but where it is so little that rough arithmetic loses as much by itself."""
+        even = Disturbance.even(self._matrices, measured, EVEN_KL)
+        if even.predicted(measured) <= 0:
             return ()
-        least = 0.0 if self._dtype == torch.float32 else WEAK_KL
-        if (whole := disturbance.predicted(measured)) < least:
-            disturbance = disturbance.times(least / whole)
-        weak = disturbance.times(WEAKER)
-        both = [disturbance, weak] if whole > WEAK_KL and WEAKER * whole >= least else [disturbance]
+        told = self._dtype == torch.float32 or plan.predicted(measured) > EVEN_KL
+        some = max(LEAST_SEQUENCES, -(-sequences // PLAN_SHARE))
         parts = range(-(-sequences // self._each_tried))
-        begun = sum((disturbance.digest, number) in self._lost for number in parts)
+        begun = sum((even.digest, number) in self._lost for number in parts)
         step = step_of(self._progress, TRYING)
         process.release()  # what passes have held
         if step:
             step(begun, len(parts))
-        lost, weakly = list[float](), list[float]()
+        lost: dict[Disturbance, list[float]] = {even: [], plan: []}
         for number in parts:
-            strong, *less = self._losses(number, both if number * self._each_tried < WEAK_SEQUENCES else both[:1])
-            lost += strong
-            weakly += less[0] if less else ()
+            both = [even, plan] if told and number * self._each_tried < some else [even]
+            for noise, losses_of_part in zip(both, self._losses(number, both), strict=True):
+                lost[noise] += losses_of_part
             if step and number >= begun:
                 step(number + 1, len(parts))
-        trials = [Trial(disturbance.predicted(measured), capped(lost))]
-        if weakly:
-            trials.append(Trial(weak.predicted(measured), capped(weakly)))
-        return tuple(trial for trial in trials if usable(trial))
+        return usable(Trial(noise.predicted(measured), capped(values)) for noise, values in lost.items() if values)
 
     def _losses(self, number: int, disturbances: Sequence[Disturbance]) -> Losses:
         """Of a part of the sequences, by disturbance."""
-        key = disturbances[0].digest
-        shelf = self._store.trials(*self._texts.key, *self._of_text, self._each_tried, self._dtype, key)
         rows = range(number * self._each_tried, min((number + 1) * self._each_tried, self.sequences))
-        known = self._lost.get((key, number)) or shelf.losses(number)
-        if known is None or [len(each) for each in known] != [len(rows)] * len(disturbances):
-            known = self._lose(number, self._texts.some(rows, rows.stop), disturbances)
-            shelf.keep_losses(number, known)
-        self._lost[key, number] = known
-        return known
+        due = [each for each in disturbances if (each.digest, number) not in self._lost]
+        shelves = {each: self._shelf(each) for each in due}
+        for each in due:
+            if (known := shelves[each].losses(number)) is not None and len(known) == len(rows):
+                self._lost[each.digest, number] = known
+        due = [each for each in due if (each.digest, number) not in self._lost]
+        if due:
+            for each, lost in zip(due, self._lose(number, self._texts.some(rows, rows.stop), due), strict=True):
+                shelves[each].keep_losses(number, lost)
+                self._lost[each.digest, number] = lost
+        return tuple(self._lost[each.digest, number] for each in disturbances)
+
+    def _shelf(self, noise: Disturbance) -> Shelf:
+        return self._store.trials(*self._texts.key, *self._of_text, self._each_tried, self._dtype, noise.digest)
 
     def _lose(self, number: int, part: torch.Tensor, disturbances: Sequence[Disturbance]) -> Losses:
         seed, lead = self._probe.seed * 1_000_003 + number, self._texts.lead

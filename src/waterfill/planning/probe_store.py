@@ -44,7 +44,7 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class _Losses:
-    kl: tuple[tuple[Loss, ...], ...]
+    kl: tuple[Loss, ...]
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ class Shelf:
         """Write what a sequence said."""
         self._write(number, asdict(measured))
 
-    def losses(self, number: int) -> tuple[tuple[float, ...], ...] | None:
-        """What some sequences lost, by disturbance; None where that is not there."""
+    def losses(self, number: int) -> tuple[float, ...] | None:
+        """What some sequences lost; None where that is not there."""
         stored: _Losses | None = self._load(_Losses, number)
         return None if stored is None else stored.kl
 
-    def keep_losses(self, number: int, losses: Sequence[Sequence[float]]) -> None:
+    def keep_losses(self, number: int, losses: Sequence[float]) -> None:
         """Write what some sequences lost."""
         self._write(number, {"kl": losses})
 

@@ -6,13 +6,15 @@ plan's loss is measured, with noise of the plan's own size, and the sum is corre
 
     factor  =  mean loss of some sequences with that noise / what the sum says of it
 
-Noise is drawn anew for every few sequences, so that the spread of their losses has that of the noise in it, too.
+Texts lose very differently, but what a plan's noise costs beside other noise is much the same on all of them. So many
+sequences are tried with even noise, whatever the plan, and some of them with the plan's (a ratio estimator). Noise is
+drawn anew for every few sequences, so that the spread of their losses has that of the noise in it, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -59,14 +61,23 @@ def factor(trials: Sequence[Trial], predicted: float) -> float:
 
 
 def error_of_trials(trials: Sequence[Trial]) -> float:
-    """Half of the 95 % interval of the loss that was tried, as a share of it."""
+    """Half of the 95 % interval of the loss that was tried, as a share of it: that of the mean over all sequences, and
+    the largest of those of what other noise makes of it."""
     most = _longest(trials)
-    return half_width(most.kl) / most.mean
+    ratios = [_error_of_ratio(trial, most) for trial in trials if trial is not most]
+    return math.hypot(half_width(most.kl) / most.mean, max(ratios, default=0.0))
+
+
+def _error_of_ratio(trial: Trial, most: Trial) -> float:
+    """By what is left of each sequence's loss beside the ratio of the means (Cochran, Sampling Techniques, §6)."""
+    same = most.kl[: len(trial.kl)]
+    ratio = trial.mean / fmean(same)
+    return half_width([one - ratio * other for one, other in zip(trial.kl, same, strict=True)]) / trial.mean
 
 
 def _longest(trials: Sequence[Trial]) -> Trial:
-    """That of the most sequences; the strongest of those."""
-    return max(trials, key=lambda trial: (len(trial.kl), trial.predicted))
+    """That of the most sequences; the first of those."""
+    return max(trials, key=lambda trial: len(trial.kl))
 
 
 def _factor(trial: Trial, most: Trial) -> float:
@@ -95,6 +106,9 @@ def tried(trials: Sequence[Trial], predicted: float) -> bool:
     return any(predicted <= BEYOND * trial.predicted for trial in trials)
 
 
-def usable(trial: Trial) -> bool:
-    """Whether it says anything: where nothing was lost, or nothing was to be, there is nothing to correct."""
-    return trial.predicted > 0 and trial.mean > 0
+def usable(trials: Iterable[Trial]) -> tuple[Trial, ...]:
+    """Those that say anything: none where the one of the most sequences does not. Where nothing was lost, or nothing
+    was to be, there is nothing to correct."""
+    every = tuple(trials)
+    some = tuple(trial for trial in every if trial.predicted > 0 and trial.mean > 0)
+    return some if every and _longest(every) in some else ()
