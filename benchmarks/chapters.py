@@ -117,11 +117,12 @@ CHAPTERS = {
         "A plan of 135 million weights, of which the loss is known to ±{smollm2-135m_known_to:.0%} without data, takes "
         "{smollm2-135m_s:.0f} s and {smollm2-135m_peak_bytes:MB} from scratch; one of 405 billion weights by their "
         "shapes {most_plan_s_llama-3.1-405b:.1f} s, of a trillion {most_plan_s_1t_mixture_of_experts:.0f} s.",
-        "SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct, as they come out of GGUF files, on a machine with "
-        "AVX2 and without AVX-512; plans without error feedback. How many sequences it takes depends on what a model "
-        "happens to write. What tokens lose by their places, and plans by shapes, were measured on another machine "
-        "(Intel Xeon, held to AVX2 by `WATERFILL_ISA`, `ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA` and "
-        "`MKL_ENABLE_INSTRUCTIONS`), some commits earlier, when texts still began with the token that sampling does.",
+        "SmolLM2-135M-Instruct, and Qwen2.5-Coder-Instruct of 0.5 and 1.5 billion weights, as they come out of GGUF "
+        "files; plans without error feedback. The machine has AVX-512 and was held to AVX2 by `WATERFILL_ISA`, "
+        "`ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA` and `MKL_ENABLE_INSTRUCTIONS`. How many sequences it takes depends "
+        "on what a model happens to write: passes are over the first number of sequences, trials of the plan, with its "
+        "noise in all matrices, over the second one. Sums are what sensitivities of many sequences add up to, without "
+        "a trial. Own text that promises are measured on is none that was planned with.",
     ),
     "batching": Chapter(
         "Several texts in one pass",
