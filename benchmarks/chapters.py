@@ -119,7 +119,7 @@ CHAPTERS = {
         "shapes {most_plan_s_llama-3.1-405b:.1f} s, of a trillion {most_plan_s_1t_mixture_of_experts:.0f} s.",
         "SmolLM2-135M-Instruct, and Qwen2.5-Coder-Instruct of 0.5 and 1.5 billion weights, as they come out of GGUF "
         "files; plans without error feedback. The machine has AVX-512 and was held to AVX2 by `WATERFILL_ISA`, "
-        "`ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA` and `MKL_ENABLE_INSTRUCTIONS`. How many sequences it takes depends "
+        "`ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA` and `MKL_ENABLE_INSTRUCTIONS`. How many sequences it takes hangs "
         "on what a model happens to write: passes are over the first number of sequences, trials of the plan, with its "
         "noise in all matrices, over the second one. Sums are what sensitivities of many sequences add up to, without "
         "a trial. Own text that promises are measured on is none that was planned with.",
