@@ -33,8 +33,8 @@ CHAPTERS = {
         "Prediction against measurement",
         "At 2 to 6 bits the prediction is within {worst_deviation_text:.0%} of the measured KL with a "
         "probe of text, and within {worst_deviation_self:.0%} without data.",
-        "Bits are those of the indices; stored bits count scales and padding. Above 0.1 nats per token the prediction "
-        "is too low, and plans say so instead of giving an interval.",
+        "Bits are those of the indices; stored bits count scales and padding. Above 0.1 nats per token what "
+        "sensitivities add up to is too low: plans that were tried are corrected, others give no interval.",
     ),
     "gains": Chapter(
         "The three gains",

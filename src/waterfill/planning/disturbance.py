@@ -122,7 +122,7 @@ def losses(
 def _kl(reference: Tensor, other: Tensor) -> float:
     """Of logits `[tokens, vocabulary]`."""
     p, q = (logits.to(torch.float32).log_softmax(-1) for logits in (reference, other))
-    difference = p - q
+    difference = (p - q).masked_fill_(p == -math.inf, 0)  # tokens that a model never writes
     check_probabilities(difference)
     return float(difference.mul_(p.exp_()).sum(-1).double().mean())
 

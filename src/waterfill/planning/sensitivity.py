@@ -67,7 +67,7 @@ class Sensitivity:
     tokens: Count  # predicted positions
     tensors: Mapping[str, Coefficients]
     samples: Mapping[str, Samples] | None = None  # by tensor; None where they were not kept
-    trials: tuple[Trial, ...] = ()  # of a plan made with them: what it lost with noise in all matrices at once
+    trials: tuple[Trial, ...] = ()  # what was lost with noise in all matrices at once
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
