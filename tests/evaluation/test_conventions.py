@@ -64,6 +64,18 @@ def test_strided_is_that_of_transformers(tokens: int, context: int, stride: int)
     assert (result.tokens, result.convention, result.stride) == (tokens - 1, "strided", stride)
 
 
+@pytest.mark.parametrize(("tokens", "context", "stride"), [(50, 16, 4), (50, 16, 5), (16, 16, 4), (19, 16, 15)])
+def test_rows_of_exl3_overlap_and_are_scored_whole(tokens: int, context: int, stride: int) -> None:
+    model, ids = tiny_llama(1), random_ids(tokens)
+    result = perplexity(model, ids, context=context, convention="exl3", stride=stride)
+    rows = [ids[start : start + context].tolist() for start in range(0, tokens - context + 1, stride)]
+    scored = [(row[:at], row[at]) for row in rows for at in range(1, context)]
+    assert result.nll == pytest.approx(slow_nll(model, scored), rel=1e-6)
+    assert (result.tokens, result.convention, result.stride) == (len(rows) * (context - 1), "exl3", stride)
+    how = convention("exl3", context=context, stride=stride)
+    assert len(how.cut(how.first_windows(random_ids(10 * context), 3))) == 3
+
+
 @pytest.mark.parametrize("bos", [None, 3])
 @pytest.mark.parametrize("context", [15, 16])
 def test_llama_cpp_scores_the_second_half_after_a_bos(context: int, bos: int | None) -> None:
@@ -100,7 +112,8 @@ def test_usual_contexts() -> None:
     assert convention().context == convention("decode").context == 2048
     assert convention("llama.cpp", 1024).context == 512
     assert convention("gptq", 1024).context == 1024
-    assert (convention("strided").context, convention("strided").stride) == (2048, 512)
+    for name in ("strided", "exl3"):
+        assert (convention(name).context, convention(name).stride) == (2048, 512)
     assert convention("strided", 100).stride == 50
     assert convention("gptq", bos=7).bos is None
 
@@ -108,8 +121,8 @@ def test_usual_contexts() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"name": "mlc"}, "'mlc' is no convention; choose one of gptq, strided, llama.cpp, decode"),
-        ({"name": "gptq", "stride": 4}, "only the convention 'strided' has one"),
+        ({"name": "mlc"}, "'mlc' is no convention; choose one of gptq, strided, llama.cpp, decode, exl3"),
+        ({"name": "gptq", "stride": 4}, "only the conventions strided and exl3 have one"),
         ({"name": "strided", "context": 16, "stride": 16}, "a stride of 16 tokens was asked for"),
         ({"name": "strided", "context": 16, "stride": 0}, "a stride of 0 tokens"),
     ],
@@ -127,7 +140,7 @@ def test_windows_without_a_target_are_refused() -> None:
 
 
 @given(
-    name=st.sampled_from(["gptq", "strided", "llama.cpp"]),
+    name=st.sampled_from(["gptq", "strided", "llama.cpp", "exl3"]),
     tokens=st.integers(12, 200),
     context=st.integers(4, 12),
     count=st.integers(1, 6),

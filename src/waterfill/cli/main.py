@@ -206,11 +206,11 @@ def seal(artifact: Path, as_json: bool) -> None:
 @click.option("--text", "text_file", type=FILE, help="Text to measure on.")
 @click.option(
     "--convention",
-    type=click.Choice(["gptq", "strided", "llama.cpp", "decode"]),
+    type=click.Choice(["gptq", "strided", "llama.cpp", "decode", "exl3"]),
     help="How the text is cut and scored; gptq (default) scores all of every window.",
 )
 @click.option("--context", type=int, metavar="N", help="Tokens per window (2048, llama.cpp 512, or the model's limit).")
-@click.option("--stride", type=int, metavar="N", help="Tokens between windows, with --convention strided (512).")
+@click.option("--stride", type=int, metavar="N", help="Tokens between windows, of strided and exl3 (512).")
 @click.option(
     "--windows", "max_windows", type=click.IntRange(min=1), metavar="N", help="Measure on the first windows only."
 )

@@ -5,6 +5,8 @@ strided    a window every `stride` tokens; all of the first is scored, of the ot
 llama.cpp  non-overlapping windows, 512 tokens; the second half is scored; where the vocabulary adds a BOS, it replaces
            the first token of each
 decode     as gptq, but the model reads token by token through its key-value cache
+exl3       a window every `stride` tokens, whole ones only; every target of each is scored, most of them several times:
+           rows of exllamav3's charts (eval/compare_q.py), whose KL is of the first 10
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from torch import Tensor
 from waterfill.base.errors import WaterfillError
 from waterfill.evaluation.text import windows
 
-CONVENTIONS = ("gptq", "strided", "llama.cpp", "decode")
+CONVENTIONS = ("gptq", "strided", "llama.cpp", "decode", "exl3")
+STRIDED = ("strided", "exl3")
 USUAL_CONTEXTS = {"llama.cpp": 512}
 USUAL_CONTEXT = 2048
 USUAL_STRIDE = 512
@@ -45,7 +48,7 @@ class Convention:
 
     name: str
     context: int  # tokens per window
-    stride: int | None = None  # of `strided` only
+    stride: int | None = None  # of `strided` and `exl3` only
     bos: int | None = None  # what replaces the first token of each window, in `llama.cpp` only
 
     @property
@@ -61,6 +64,10 @@ class Convention:
         """
         if self.name == "strided":
             return self._strides(ids)
+        if self.name == "exl3":
+            windows(ids, self.context)  # refuses what cannot be cut
+            assert self.stride is not None
+            return [Window(number, part, 0) for number, part in enumerate(ids.unfold(0, self.context, self.stride))]
         first = self.context // 2 if self.name == "llama.cpp" else 0
         if first >= self.context - 1:
             raise WaterfillError(f"a context of {self.context} tokens scores no target; choose at least 3")
@@ -109,9 +116,11 @@ def convention(
     if context is None:
         usual = USUAL_CONTEXTS.get(name, USUAL_CONTEXT)
         context = min(usual, limit or usual)
-    if name != "strided":
+    if name not in STRIDED:
         if stride is not None:
-            raise WaterfillError(f"a stride of {stride} was given, but only the convention 'strided' has one; drop it")
+            raise WaterfillError(
+                f"a stride of {stride} was given, but only the conventions {' and '.join(STRIDED)} have one; drop it"
+            )
         return Convention(name, context, bos=bos if name == "llama.cpp" else None)
     if stride is None:
         stride = min(USUAL_STRIDE, max(1, context // 2))

@@ -80,7 +80,7 @@ class Divergence(Record):
     windows: int
     context: int  # tokens per window
     convention: str
-    stride: int | None  # of the convention `strided`
+    stride: int | None  # of the conventions `strided` and `exl3`
     bos: int | None  # token that replaced the first of each window, in the convention `llama.cpp`
     perplexity_statistics: PerplexityStatistics  # these three are the blocks of llama-perplexity
     kl_statistics: KlStatistics

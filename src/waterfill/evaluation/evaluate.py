@@ -99,8 +99,8 @@ def evaluate(
             has its text in it.
         text: file to measure on.
         context: tokens per window; the convention's own, or the model's positions, if that is less, when None.
-        convention: "gptq", "strided", "llama.cpp" or "decode".
-        stride: tokens between windows, in the convention "strided".
+        convention: "gptq", "strided", "llama.cpp", "decode" or "exl3".
+        stride: tokens between windows, in the conventions "strided" and "exl3".
         max_windows: measure on the first windows only.
         batch: windows, or questions, at a time.
         memory: what the process may take in all, as for `load`. A reference that is no artifact cannot be streamed: it

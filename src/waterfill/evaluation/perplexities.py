@@ -43,7 +43,7 @@ class Perplexity(Record):
     windows: int
     context: int  # tokens per window
     convention: str = "gptq"
-    stride: int | None = None  # of the convention `strided`
+    stride: int | None = None  # of the conventions `strided` and `exl3`
     bos: int | None = None  # token that replaced the first of each window, in the convention `llama.cpp`
     nll_token_stderr: float = float("nan")  # tokens as units, as llama.cpp has it; ppl times this is its "+/-"
 
@@ -65,8 +65,8 @@ def perplexity(
     Args:
         context: tokens per window; the convention's own, or the model's positions, if that is less, when None.
         progress: called with (windows done, windows in all).
-        convention: "gptq", "strided", "llama.cpp" or "decode"; see `conventions`.
-        stride: tokens between windows, in the convention "strided".
+        convention: "gptq", "strided", "llama.cpp", "decode" or "exl3"; see `conventions`.
+        stride: tokens between windows, in the conventions "strided" and "exl3".
         bos: token that texts begin with, if the tokenizer adds one; only "llama.cpp" asks.
         journal: where scores are kept, so that an interrupted run continues.
 

@@ -62,6 +62,9 @@ def _divergence(result: Evaluation, measured: Divergence) -> Iterator[Renderable
         predicted = f"{result.predicted_kl:.4g} ({result.predicted_low:.3g} to {result.predicted_high:.3g})"
     table = plain_table(("", "left"), ("packed", "right"), ("predicted", "right"), ("original", "right"))
     table.add_row("KL, nats per token", f"{measured.kl:.4g} ± {measured.kl_stderr:.2g}", predicted, "")
+    tail = measured.kl_statistics
+    most = " / ".join(f"{kl:.3g}" for kl in (tail.percentile_90, tail.percentile_99, tail.percentile_99_9))
+    table.add_row("  at most, of 90 / 99 / 99.9 % of tokens", most, "", "")
     table.add_row("perplexity", f"{measured.ppl:.3f}", "", f"{measured.ppl_reference:.3f}")
     top1 = f"{100 * measured.top1_agreement:.2f} ± {100 * measured.top1_stderr:.2g}"
     table.add_row("top-1 agreement, %", top1, "", "")
@@ -119,7 +122,8 @@ def _efficiency(measured: Efficiency) -> Iterator[RenderableType]:
 
 
 def _measured_on(measured: Divergence | Perplexity) -> str:
-    name = CONVENTION_NAMES.get(measured.convention, f"strided by {measured.stride}")
+    usual = "rows of exllamav3, one every {} tokens" if measured.convention == "exl3" else "strided by {}"
+    name = CONVENTION_NAMES.get(measured.convention, usual.format(measured.stride))
     return f"{measured.tokens:,} tokens in windows of {measured.context} ({name})"
 
 
