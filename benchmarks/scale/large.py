@@ -23,6 +23,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from benchmarks.shared.processes import take
 from benchmarks.shared.report import BenchmarkReport
 from waterfill.base.cache import VARIABLE
 from waterfill.planning.plan import Plan
@@ -118,13 +119,8 @@ def _command(model: Path, cache: Path) -> tuple[list[str], dict[str, str], Path]
 def _plan(model: Path, cache: Path) -> tuple[Plan, float, int]:
     """The plan, seconds, and peak memory in bytes."""
     command, environment, saved = _command(model, cache)
-    start_s = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return Plan.load(saved), time.perf_counter() - start_s, usage.ru_maxrss * 1024
+    taken = take(command, environment)
+    return Plan.load(saved), taken.seconds, taken.peak_bytes
 
 
 def _killed(model: Path, cache: Path) -> int:

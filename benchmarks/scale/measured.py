@@ -10,10 +10,8 @@ from __future__ import annotations
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 import waterfill
+from benchmarks.shared.processes import take
 from benchmarks.shared.report import BenchmarkReport
 from waterfill.base.cache import VARIABLE
 from waterfill.files.architecture import describe
@@ -159,13 +158,8 @@ def _run(model: Path, folder: Path, *options: str) -> _Run:
         "--save",
         str(folder / "plan.json"),
     ]
-    start_s = time.perf_counter()
-    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return _Run(Plan.load(folder / "plan.json"), time.perf_counter() - start_s, usage.ru_maxrss * 1024)
+    taken = take([*command, *options])
+    return _Run(Plan.load(folder / "plan.json"), *taken)
 
 
 def _plan_row(report: BenchmarkReport, model: Path, folder: Path) -> list[Any]:
