@@ -122,7 +122,8 @@ CHAPTERS = {
         "`ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA` and `MKL_ENABLE_INSTRUCTIONS`. How many sequences it takes hangs "
         "on what a model happens to write: passes are over the first number of sequences, trials of the plan, with its "
         "noise in all matrices, over the second one. Sums are what sensitivities of many sequences add up to, without "
-        "a trial. Own text that promises are measured on is none that was planned with.",
+        "a trial. Own text that promises are measured on is none that was planned with. One in 24 of the smaller coder "
+        "model's loses a hundred times what others do; a promise counts none as more than four times the median.",
     ),
     "batching": Chapter(
         "Several texts in one pass",

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Unpack, cast
 
@@ -321,6 +322,7 @@ def _coded_bytes(checkpoint: Checkpoint, architecture: Architecture, progress: P
         if progress:
             progress("coding what is kept", done, total)
 
+    @cache  # a plan is made twice where it is tried
     def size(name: str) -> int | None:
         if name not in kept:
             return coded_bytes(checkpoint, matrices[name])

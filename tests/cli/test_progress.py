@@ -128,7 +128,7 @@ def test_the_events_of_pack_are_the_documented_ones(command: Command, llama: Pat
     told = [event for event in result.events if event["event"] == "progress"]
     assert begun_and_over(told) == [
         "preparing", "opening the model", "describing the model", *SAMPLED, "loading the model",
-        "measuring sensitivities", "planning", "coding what is kept", "packing",
+        "measuring sensitivities", "planning", "coding what is kept", "trying the plan", "planning", "packing",
     ]  # fmt: skip
     failed = command("pack", llama, tmp_path / "out", "--bits", "4", "--json")
     assert shape(failed.events[-1]) in shapes
@@ -146,8 +146,8 @@ def test_compare_tells_of_everything_that_it_does(command: Command, ref_llama: P
     matched = ["planning", "storing the weights", "packing", "measuring"]
     assert begun_and_over(told) == [
         "preparing", "opening the model", "describing the model", "reading the text", *SAMPLED, "loading the model",
-        "measuring sensitivities", "loading the model", "planning", "comparing", *matched[1:], *matched[1::2], *matched,
-        "planning other sizes",
+        "measuring sensitivities", "trying the plan", "loading the model", "planning", "comparing", *matched[1:],
+        *matched[1::2], *matched, "planning other sizes",
     ]  # fmt: skip
 
 

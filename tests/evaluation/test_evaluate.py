@@ -167,7 +167,7 @@ def test_tables(command: Command, work: Path, ref_llama: Path) -> None:
     ("arguments", "sentence"),
     [
         ([], r"nothing to measure; give a text, tasks or efficiency \(--text, --tasks, --efficiency\)"),
-        (["--text", "TEXT", "--stride", "4"], "only the convention 'strided' has one"),
+        (["--text", "TEXT", "--stride", "4"], "only the conventions strided and exl3 have one"),
         (["--text", "TEXT", "--against", "base.kld"], "base.kld has its text in it; leave out the other one"),
         (["--against", "absent.kld"], "absent.kld is no file"),
         (["--text", "TEXT", "--convention", "mine"], "'mine' is not one of"),
