@@ -51,6 +51,7 @@ class _Subject:
         seconds = time.perf_counter() - start_s
 
         def written(numbers: Any, length: int, *_: Any) -> torch.Tensor:
+            """The same again, behind as many first tokens as are dropped of a text."""
             return torch.cat([tokens[:, :1].expand(-1, length - tokens.shape[1]), tokens], dim=1)[list(numbers)]
 
         return seconds, measure_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from waterfill.base.errors import WaterfillError
 from waterfill.planning.loss import Coefficients
 from waterfill.planning.sensitivity import Sensitivity
+from waterfill.planning.trials import Trial
 
 
 def example() -> Sensitivity:
@@ -26,6 +28,9 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert Sensitivity.load(file) == example()
     assert Sensitivity.load(file).to_json() == example().to_json()
     assert json.loads(example().to_json())["version"] == 1
+    tried = replace(example(), trials=(Trial(0.05, (0.04, 0.07, 0.05)), Trial(0.3, (0.2, 0.5))))
+    file.write_text(tried.to_json(), "utf-8")
+    assert Sensitivity.load(file) == tried
 
 
 def changed(**values: Any) -> str:
@@ -54,6 +59,12 @@ def changed(**values: Any) -> str:
         (changed(tensors={"a": {"alpha": math.nan, "beta": 1}}), "not finite"),
         (changed(nll=math.inf), "not finite"),
         (changed(nll="3"), "real number"),
+        (changed(trials=[{"predicted": 0.1, "kl": []}]), "a trial has less than two sequences, or no loss"),
+        (changed(trials=[{"predicted": 0.1, "kl": [0.1]}]), "a trial has less than two sequences, or no loss"),
+        (changed(trials=[{"predicted": 0.0, "kl": [0.1, 0.2]}]), "a trial has less than two sequences, or no loss"),
+        (changed(trials=[{"predicted": 0.1, "kl": [0.1, -0.2]}]), "a trial has less than two sequences, or no loss"),
+        (changed(trials=[{"predicted": 1e-310, "kl": [0.1, 0.2]}]), "a trial has less than two sequences, or no loss"),
+        (changed(trials=[{"predicted": -0.1, "kl": [0.1, 0.2]}]), "predicted"),
     ],
 )
 def test_bad_files_are_refused(content: str, reason: str, tmp_path: Path) -> None:

@@ -47,9 +47,7 @@ LEAST_PASSES = 4  # of a number of sequences that is asked for: their spread giv
 WORTH_SAYING_S = 5.0  # that measuring takes, before it is said
 TRIAL_TOKENS = 640  # that are tried together, about, with the same noise
 EVEN_KL = 0.05  # nats per token that even noise is to cost
-PLAN_SHARE = (
-    3  # of the sequences that say what it costs, one in so many: what a plan's noise costs beside it varies less
-)
+PLAN_SHARE = 3  # one in so many sequences is tried with a plan's noise, which costs much the same beside even noise
 LEAST_SEQUENCES = 2  # that tell how well a loss is known
 MEASURING = "measuring sensitivities"
 TRYING = "trying the plan"

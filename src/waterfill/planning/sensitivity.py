@@ -38,7 +38,7 @@ from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.planning.estimators import ProbePass, fisher_pass, perturb_pass
 from waterfill.planning.loss import Coefficients, Cost
 from waterfill.planning.spread import capped
-from waterfill.planning.trials import Trial
+from waterfill.planning.trials import Trial, usable
 
 Method = Literal["fisher", "perturb"]
 
@@ -95,6 +95,8 @@ class Sensitivity:
 
 def _from_json(data: dict[str, Any]) -> Sensitivity:
     stored: Sensitivity = typed.read(Sensitivity, data)
+    if usable(stored.trials) != stored.trials:
+        raise ValueError("a trial has less than two sequences, or no loss; leave it out")
     old = {name for name, fields in data["tensors"].items() if "tokens" not in fields}  # of before they were counted
     unreached = Coefficients(0.0, 0.0)
     tensors = {n: replace(c, tokens=0) if n in old and c == unreached else c for n, c in stored.tensors.items()}

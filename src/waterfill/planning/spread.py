@@ -1,6 +1,9 @@
 """How well a mean is known by the spread of what it is of: values of sequences, which are independent.
 
-half width = t(.975, n - 1) · standard deviation / √n
+    half width = t(.975, n - 1) · standard deviation / √n
+
+Single ones are out of all proportion. Where a disturbance makes another token the one that attention falls back on, a
+text loses ten times as much as others, or a hundred, and the slope of its loss may be thousands of times theirs.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from waterfill.planning.spread import half_width
 
 BEYOND = 1.25  # times the loss that was tried, that the largest trial still speaks for
 STEPS = 60  # of a bisection, which end at a rounding
+LEAST = 1e-30  # nats per token that are something
 
 Loss = Annotated[float, Range(-1, 1e12)]
 """Of a sequence, nats per token; rounding may take nothing below zero."""
@@ -70,9 +71,8 @@ def error_of_trials(trials: Sequence[Trial]) -> float:
 
 def _error_of_ratio(trial: Trial, most: Trial) -> float:
     """By what is left of each sequence's loss beside the ratio of the means (Cochran, Sampling Techniques, §6)."""
-    same = most.kl[: len(trial.kl)]
-    ratio = trial.mean / fmean(same)
-    return half_width([one - ratio * other for one, other in zip(trial.kl, same, strict=True)]) / trial.mean
+    ratio = trial.mean / _same(trial, most)
+    return half_width([one - ratio * other for one, other in zip(trial.kl, most.kl, strict=False)]) / trial.mean
 
 
 def _longest(trials: Sequence[Trial]) -> Trial:
@@ -81,19 +81,22 @@ def _longest(trials: Sequence[Trial]) -> Trial:
 
 
 def _factor(trial: Trial, most: Trial) -> float:
-    same = fmean(most.kl[: len(trial.kl)])
-    rise = trial.mean / same if same > 0 else 1.0
-    return most.mean * rise / trial.predicted
+    return most.mean / trial.predicted * trial.mean / _same(trial, most)
+
+
+def _same(trial: Trial, most: Trial) -> float:
+    """What the sequences of one trial lost in the other, nats per token."""
+    return fmean(most.kl[: len(trial.kl)])
 
 
 def uncorrected(trials: Sequence[Trial], loss: float) -> float:
     """What sensitivities add up to where so much is lost."""
     if not trials:
         return loss
-    low = high = loss / factor(trials, loss) if factor(trials, loss) > 0 else loss
+    low = high = loss / factor(trials, loss)
     while low * factor(trials, low) > loss:
         low /= 2
-    while high * factor(trials, high) < loss and high < 1e12:
+    while high * factor(trials, high) < loss:
         high *= 2
     for _ in range(STEPS):
         middle = math.sqrt(low * high)
@@ -107,8 +110,13 @@ def tried(trials: Sequence[Trial], predicted: float) -> bool:
 
 
 def usable(trials: Iterable[Trial]) -> tuple[Trial, ...]:
-    """Those that say anything: none where the one of the most sequences does not. Where nothing was lost, or nothing
-    was to be, there is nothing to correct."""
+    """Those that say anything, and how well they know it; none where the one of the most sequences does not. Where
+    nothing was lost, or nothing was to be, there is nothing to correct."""
     every = tuple(trials)
-    some = tuple(trial for trial in every if trial.predicted > 0 and trial.mean > 0)
-    return some if every and _longest(every) in some else ()
+    if not every:
+        return ()
+    most = _longest(every)
+    some = tuple(
+        each for each in every if len(each.kl) > 1 and min(each.predicted, each.mean, _same(each, most)) > LEAST
+    )
+    return some if most in some else ()
