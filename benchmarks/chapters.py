@@ -123,7 +123,8 @@ CHAPTERS = {
         "on what a model happens to write: passes are over the first number of sequences, trials of the plan, with its "
         "noise in all matrices, over the second one. Sums are what sensitivities of many sequences add up to, without "
         "a trial. Own text that promises are measured on is none that was planned with. One in 24 of the smaller coder "
-        "model's loses a hundred times what others do; a promise counts none as more than four times the median. What "
+        "model's loses a hundred times what others do; a promise counts none as more than four times the median. The "
+        "checkpoint that is larger than memory was measured in bfloat16, with AVX-512. What "
         "tokens lose by their places, and plans by shapes, were measured on an Intel Xeon that was held to AVX2, too, "
         "some commits earlier, when texts still began with the token that sampling does.",
     ),
