@@ -4,7 +4,8 @@ Each of --texts is halved: the first half calibrates, the second is measured on,
 halves. `own` is text that the model wrote, of another seed than what calibrates. Plans are allotted, for storage;
 `embedding` says whether the input embedding, which has feedback only as a head, is packed as well or kept out of the
 budget. A second table is of growing numbers of the model's own tokens, at one rate; a third of rates about one bit,
-beside BiLLM at its true bits, for --low-models.
+beside BiLLM at its true bits, for --low-models; a fourth of GPTQ and SliM-LLM, calibrated on as many own tokens, and
+ours at their bytes, for --peer-models.
 
 Takes minutes per plan and 100 million weights. With --quick, the example model at one rate.
 """
@@ -35,6 +36,8 @@ GROWTH_BITS = 3.0
 CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 10, 6
 LOW_RATES, QUICK_LOW_RATES = (0.9, 1.0, 1.1, 1.5, 2.0), (1.0,)  # bits
 BILLM = ("billm", "billm-salience")
+PEERS, QUICK_PEERS = ("gptq-2", "gptq-3", "slim-2", "slim-3"), ("gptq-3",)
+PEER_GOAL = 0.5  # of a peer's KL at its bytes
 OWN_SEQUENCES, OWN_SEED = 16, 1
 SELF_GOAL, TEXT_GOAL = 0.45, 0.27  # of the KL without feedback
 PREDICTED_FROM_BITS = 3.0
@@ -79,11 +82,12 @@ class Result:
 def main() -> None:
     arguments = parse_arguments(
         __doc__,
-        models={"type": Path, "nargs": "+", "default": [EXAMPLE_MODEL], "help": "checkpoints to pack"},
+        models={"type": Path, "nargs": "*", "default": [EXAMPLE_MODEL], "help": "checkpoints to pack"},
         texts={"type": Path, "nargs": "*", "default": [], "help": "more files to calibrate and measure on"},
         rates={"type": float, "nargs": "*", "default": [], "help": "bits per weight (2 3 4)"},
         no_growth={"action": "store_true", "help": "leave out the table of growing numbers of tokens"},
         low_models={"type": Path, "nargs": "*", "default": [EXAMPLE_MODEL], "help": "checkpoints at about one bit"},
+        peer_models={"type": Path, "nargs": "*", "default": [EXAMPLE_MODEL], "help": "checkpoints beside peers"},
     )
     report = BenchmarkReport("error feedback at equal bytes")
     texts = [held_out_text(report), *arguments.texts]
@@ -92,6 +96,7 @@ def main() -> None:
     rows: list[list[Any]] = []
     grown: list[list[Any]] = []
     low: list[list[Any]] = []
+    beside: list[list[Any]] = []
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             bench = _bench(model, Path(folder), texts, QUICK_WINDOWS if arguments.quick else WINDOWS)
@@ -104,16 +109,25 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bench = _bench(model, Path(folder), texts, QUICK_WINDOWS if arguments.quick else WINDOWS)
             low += _low(report, bench, QUICK_LOW_RATES if arguments.quick else LOW_RATES)
+    for model in arguments.peer_models:
+        with tempfile.TemporaryDirectory() as folder:
+            bench = _bench(model, Path(folder), texts, QUICK_WINDOWS if arguments.quick else WINDOWS)
+            beside += _beside(report, bench, QUICK_PEERS if arguments.quick else PEERS)
     texts_measured = list(bench.measuring)
-    columns = ["checkpoint", "bits", "embedding", "calibrated on", "s", "predicted KL", *texts_measured]
-    ratios = [f"{name}, of no feedback" for name in texts_measured]
-    report.table("KL at equal bytes", [*columns, *ratios], rows, key="kl")
+    if rows:
+        columns = ["checkpoint", "bits", "embedding", "calibrated on", "s", "predicted KL", *texts_measured]
+        ratios = [f"{name}, of no feedback" for name in texts_measured]
+        report.table("KL at equal bytes", [*columns, *ratios], rows, key="kl")
     if grown:
         columns = ["checkpoint", "bits", "own tokens", "predicted KL", *texts_measured]
         report.table("by tokens that calibrate", columns, grown, key="tokens")
     if low:
         columns = ["checkpoint", "method", "calibrated on", "bits", *texts_measured]
         report.table("about one bit", [*columns, *(f"{name}, perplexity" for name in texts_measured)], low, key="low")
+    if beside:
+        columns = ["checkpoint", "method", "bits", *texts_measured]
+        ours = ["waterfill, predicted KL", *(f"waterfill, {name}" for name in texts_measured)]
+        report.table("beside peers, at their bytes", [*columns, *ours], beside, key="peers")
     report.save(arguments.json)
 
 
@@ -201,8 +215,38 @@ def _low(report: BenchmarkReport, bench: Bench, rates: Sequence[float]) -> list[
     return rows
 
 
+def _beside(report: BenchmarkReport, bench: Bench, peers: Sequence[str]) -> list[list[Any]]:
+    """Peers, and ours at the bytes of each."""
+    rows = []
+    for name in peers:
+        theirs = _compared(bench, name)
+        problem = next((row.problem for row in theirs.values() if row.problem), None)
+        if problem is not None:
+            report.note(f"{name}: {problem}")
+            continue
+        bits = next(row.bits or 0.0 for row in theirs.values())
+        result = bench.measure(bits, "self", ())
+        lost = {text: row.kl or 0.0 for text, row in theirs.items()}
+        kl = [*lost.values(), result.plan.predicted.kl, *result.kl.values()]
+        rows.append([bench.model.name, name, round(bits, 3), *(round(each, 5) for each in kl)])
+        for text, other in lost.items():
+            ratio = result.kl[text] / other
+            report.criterion(
+                f"{bench.model.name}_over_{name}_on_{text}", round(ratio, 4), f"<= {PEER_GOAL}", ratio <= PEER_GOAL
+            )
+    return rows
+
+
 def _billm(bench: Bench, name: str) -> dict[str, Row]:
-    """By text. As many tokens calibrate it as calibrate ours."""
+    """By text."""
+    found = _compared(bench, name)
+    for row in found.values():
+        assert row.problem is None, row.problem
+    return found
+
+
+def _compared(bench: Bench, name: str) -> dict[str, Row]:
+    """A method, by text. As many tokens calibrate it as calibrate ours."""
     found = {}
     for text, file in bench.measuring.items():
         compared = waterfill.compare(
@@ -215,7 +259,6 @@ def _billm(bench: Bench, name: str) -> dict[str, Row]:
             sequences=-(-TOKENS // LENGTH),
         )
         (found[text],) = compared.rows
-        assert found[text].problem is None, found[text].problem
     return found
 
 

@@ -358,6 +358,13 @@ def test_own_text_is_written_once_where_nothing_is_kept(path: Path) -> None:
     assert write.numbers == [[0, 1, 2]]
 
 
+def test_a_large_model_writes_all_that_may_be_asked_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_texts, "HELD_WEIGHTS", 1000)
+    write = Writing(path)
+    measured(path, write=write, error=falling(0.4), length=6, cache=False)
+    assert write.numbers == [list(range(48))]
+
+
 def test_the_model_writes_where_who_was_asked_cannot(path: Path) -> None:
     def refuse(*_: Any) -> torch.Tensor:
         raise UnsupportedError("no")

@@ -178,7 +178,7 @@ def test_sensitivities_of_both_ways(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_a_large_model_is_in_memory_only_while_it_writes(
     ref_llama: Path, trained: OwnText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "HELD_BYTES", 1000)
+    monkeypatch.setattr(module, "HELD_WEIGHTS", 1000)
     tokens = trained.sample(range(2, 4), 6, seed=0)
     packed: list[str] = []
     with opened(ref_llama, progress=lambda what, *_: packed.append(what)) as text:

@@ -1,5 +1,8 @@
 """Text from a model's own predictions: ancestral sampling at temperature 1, several sequences in lockstep.
 
+Each goes on from a random token (LLM-QAT, arXiv 2305.17888, §3.1): left to itself a model writes the few kinds of text
+that it writes most, and from there it writes whatever it knows (docs/design.md §5).
+
     begin(count) ──► read(last token of each) ──► logits of each ──► the next token of each
                            ▲                                                  │
                            └──────────────────────────────────────────────────┘
@@ -12,7 +15,7 @@ again, from other numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +30,19 @@ Read = Callable[[Ids], Iterable[Floats]]
 """Reads on in texts by one token of each, `[count]`, and gives the logits `[vocabulary]` behind it of each."""
 Begin = Callable[[int], Read]
 """Begins so many new texts."""
-Writer = Callable[[Sequence[int], int, int, Step | None], torch.Tensor]
-"""Who writes a model's own text: (numbers of the sequences, length, seed, progress) -> int64 `[numbers, length]`.
-Raises UnsupportedError, having said why, where the model's own class has to."""
+
+
+class Writer(Protocol):
+    """Who writes a model's own text."""
+
+    def __call__(
+        self, numbers: Sequence[int], length: int, seed: int, progress: Step | None = None, *, start: int | None = None
+    ) -> torch.Tensor:
+        """Sequences of these numbers, int64 `[numbers, length]`, as `sample` draws them.
+
+        Raises UnsupportedError, having said why, where the model's own class has to.
+        """
+
 
 TOGETHER = 48  # sequences of a pass over the weights
 ATTEMPTS = 7  # at a sequence that does not repeat itself
@@ -52,7 +65,7 @@ def sample(
     sequence that repeats itself is drawn again, as far as that helps: nobody's texts are like it.
 
     Args:
-        start: the token that texts begin with; a random one of each where None.
+        start: a token that is before the random one.
         vocabulary: tokens that may be drawn.
         together: how many are read at a time.
         progress: called with (tokens of a batch drawn, in all).
@@ -101,11 +114,14 @@ def _batch(
     progress: Step | None,
 ) -> Ids:
     tokens = np.empty((len(generators), length), np.int64)
-    tokens[:, 0] = [generator.integers(vocabulary) if start is None else start for generator in generators]
+    begun = [] if start is None else [start]
+    tokens[:, : len(begun)] = begun
+    tokens[:, len(begun) : len(begun) + 1] = [[generator.integers(vocabulary)] for generator in generators]
     for position in range(1, length):
-        rows = read(tokens[:, position - 1])
-        pairs = zip(rows, generators, strict=True)
-        tokens[:, position] = [choose(row[:vocabulary], generator.random()) for row, generator in pairs]
+        pairs = zip(read(tokens[:, position - 1]), generators, strict=True)
+        drawn = [choose(row[:vocabulary], generator.random()) for row, generator in pairs]
+        if position > len(begun):
+            tokens[:, position] = drawn
         if progress:
             progress(position, length - 1)
     return tokens

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from waterfill.codecs import get_codec
-from waterfill.codecs.groups import per_weight
+from waterfill.codecs.hadamard import groups
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.files.model_calls import read
 from waterfill.planning.costs import matrix_view
@@ -180,5 +180,7 @@ def disturbed(model: Any, matrices: Sequence[Matrix], disturbance: Disturbance, 
 
 def _with_noise(weight: Tensor, noise: Noise, drawn: Tensor) -> Tensor:
     """float32 `[rows, width]`; `drawn` is used up."""
-    sigma = per_weight((group_power(weight) * noise.power).sqrt(), weight.shape[1])
-    return drawn.mul_(sigma).add_(weight, alpha=noise.scale)
+    sigma = (group_power(weight) * noise.power).sqrt()
+    for number, group in enumerate(groups(weight.shape[1])):
+        drawn[:, group.start : group.stop].mul_(sigma[:, number, None])
+    return drawn.add_(weight, alpha=noise.scale)

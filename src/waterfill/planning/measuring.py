@@ -160,6 +160,7 @@ class _Measurement:
             self._probe,
             progress,
             self._store,
+            weights=sum(math.prod(matrix.shape) for matrix in self._matrices),
             adaptive=self.adaptive,
             model=lambda: self._model,
             whole=self._method == "perturb",

@@ -1,6 +1,6 @@
 """Token sequences on which sensitivities are measured.
 
-self    sampled from the model itself at temperature 1: data-free, and of the kind the model was made for (default)
+self    sampled from the model itself at temperature 1, from random tokens on: data-free (default)
 random  uniform tokens, as in the HIGGS paper (arXiv 2411.17525, §5): ranks tensors, over-predicts the loss
 text    windows spread over a text file of the user's
 """
@@ -25,7 +25,7 @@ from waterfill.files.context import context_length
 from waterfill.files.growing_cache import reserve
 from waterfill.files.model_calls import read_on
 from waterfill.files.settings.tokenizing import in_words
-from waterfill.planning.ancestral import Writer, sample, start_token
+from waterfill.planning.ancestral import Writer, sample
 
 Kind = Literal["self", "random", "text"]
 KINDS: tuple[Kind, ...] = ("self", "random", "text")
@@ -75,7 +75,7 @@ def probe_tokens(
     the model's own (`own_text`)."""
     length = min(probe.length, context_length(model.config) or probe.length)
     if probe.kind == "self":
-        return own_text(model, range(probe.sequences), length, probe.seed, progress, writer)
+        return own_text(model, range(probe.sequences), length, probe.seed, progress, writer=writer)
     vocabulary = _vocabulary(model)
     if probe.kind == "random":
         generator = torch.Generator().manual_seed(probe.seed)
@@ -96,25 +96,30 @@ def own_text(
     length: int,
     seed: int,
     progress: Step | None = None,
+    *,
+    start: int | None = None,
     writer: Writer | None = None,
 ) -> torch.Tensor:
     """Sequences that a transformers model would write, int64 `[numbers, length]`: by the writer, or by the model itself
     where there is none or it cannot. Each depends on the seed and its number.
+
+    Args:
+        start: a token that is before the random one that each goes on from.
 
     Raises:
         WaterfillError: logits are NaN or infinite, or not those of one token where one was read.
     """
     if writer is not None:
         with suppress(UnsupportedError):  # it has said why
-            return writer(numbers, length, seed, progress)
-    return _sample(model, numbers, length, seed, progress)
-
-
-def _sample(model: Any, numbers: Sequence[int], length: int, seed: int, progress: Step | None) -> torch.Tensor:
-    """Ancestral sampling through the key/value cache."""
-    start, vocabulary = start_token(model.config), _vocabulary(model)
+            return writer(numbers, length, seed, progress, start=start)
     return sample(
-        lambda _: _Texts(model, length), numbers, length, seed, start=start, vocabulary=vocabulary, progress=progress
+        lambda _: _Texts(model, length),  # through the key/value cache
+        numbers,
+        length,
+        seed,
+        start=start,
+        vocabulary=_vocabulary(model),
+        progress=progress,
     )
 
 

@@ -34,7 +34,7 @@ from waterfill.planning.trials import Loss
 
 _log = logging.getLogger(__name__)
 
-VERSION = 3  # of what is kept: another way to sample or to measure is another one
+VERSION = 4  # of what is kept: another way to sample or to measure is another one
 
 
 @dataclass(frozen=True)

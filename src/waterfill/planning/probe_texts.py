@@ -30,6 +30,7 @@ from waterfill.planning.probe_store import ProbeStore
 _log = logging.getLogger(__name__)
 
 TOGETHER = 24  # of own text that are sampled at once: more cost little beside these
+HELD_WEIGHTS = 1 << 28  # of a model whose codes stay in memory from one sampling to the next; larger are packed anew
 SAMPLING = "sampling a probe"
 
 
@@ -37,6 +38,7 @@ class ProbeTexts:
     """Of one probe of one model.
 
     Args:
+        weights: of the model; all own text of a large one is sampled at once.
         adaptive: nobody says how many sequences there are to be: as many as it takes.
         model: the model as it is measured, to tokenize and sample with.
         whole: whether that is in memory as a whole.
@@ -50,6 +52,7 @@ class ProbeTexts:
         progress: Progress | None,
         store: ProbeStore,
         *,
+        weights: int,
         adaptive: bool,
         model: Callable[[], Any],
         whole: bool,
@@ -57,11 +60,11 @@ class ProbeTexts:
     ) -> None:
         self._checkpoint, self._probe, self._progress = checkpoint, probe, progress
         self._adaptive, self._model, self._whole, self._write = adaptive, model, whole, write
+        self._together = TOGETHER if weights <= HELD_WEIGHTS else MOST_SEQUENCES
         self.text = read_text(probe.text) if probe.text else ""  # before minutes of loading
         self._tokenizer = load_tokenizer(checkpoint.path) if probe.text else None
-        own = probe.kind == "self"
-        self._dropped = int(own and _starts_unseen(checkpoint.path, self.config, self.length))  # first tokens
-        self.key = probe.kind, probe.length, probe.seed, write is None, self._dropped  # what decides the sequences
+        self._start = text_start(checkpoint.path, self.config) if probe.kind == "self" else None
+        self.key = probe.kind, probe.length, probe.seed, write is None, self._start  # what decides the sequences
         self._kept = store.text(*self.key)
         self._fresh: dict[int, torch.Tensor] = {}
 
@@ -99,7 +102,7 @@ class ProbeTexts:
 
     def due(self, number: int, last: int) -> range:
         """What is sampled together where sequence `number` is not there yet."""
-        return range(number, max(last, number + TOGETHER) if self._adaptive else last)
+        return range(number, max(last, number + self._together) if self._adaptive else last)
 
     def sampled_from(self, number: int, last: int) -> int:
         """Sequences that are sampled first where this one is asked for."""
@@ -130,15 +133,14 @@ class ProbeTexts:
 
     def _written(self, numbers: list[int]) -> torch.Tensor:
         """By who was given to write, or else by the model itself, loaded as a whole where it fits in memory."""
-        step, seed = step_of(self._progress, SAMPLING), self._probe.seed
-        length = self.length + self._dropped
+        step, length, seed, start = step_of(self._progress, SAMPLING), self.length, self._probe.seed, self._start
         if self._write is not None:
             with suppress(UnsupportedError):  # it has said why
-                return self._write(numbers, length, seed, step)[:, self._dropped :]
+                return self._write(numbers, length, seed, step, start=start)
         loaded = self._whole or not fits(self._checkpoint)
         model = self._model() if loaded else load_checkpoint(self._checkpoint)
         with failing(model, "sampling its own text", "give it one (--text), or random tokens (--probe random)"):
-            return own_text(model, numbers, length, seed, step)[:, self._dropped :]
+            return own_text(model, numbers, length, seed, step, start=start)
 
     @cached_property
     def _given(self) -> torch.Tensor:
@@ -149,17 +151,15 @@ class ProbeTexts:
         return probe_tokens(self._model(), self._tokenizer, self._probe)
 
 
-def _starts_unseen(path: Path, config: Any, length: int) -> bool:
-    """Whether the token that own text begins with is none that texts begin with: the tokenizer puts none before them.
-    All attention falls back on a first token, and disturbing one that no text has may cost many times as much."""
-    start, most = start_token(config), context_length(config)
-    if start is None or (most is not None and length + 1 > most):
-        return False
+def text_start(path: Path, config: Any) -> int | None:
+    """The token that sampling starts from, where the tokenizer puts it before texts, or nobody knows. All attention
+    falls back on a first token, and disturbing one that no text has may cost many times as much."""
+    start = start_token(config)
     try:
         tokenizer = load_tokenizer(path)
     except WaterfillError:
-        return False
-    return start not in tokenizer("a", verbose=False)["input_ids"][:1]
+        return start
+    return start if start in tokenizer("a", verbose=False)["input_ids"][:1] else None
 
 
 @contextmanager

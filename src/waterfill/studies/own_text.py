@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 
 import torch
-import transformers
 
 from waterfill.base import process
 from waterfill.base.cache import cache_folder
@@ -27,11 +26,12 @@ from waterfill.base.progress import Progress, Step, step_of
 from waterfill.files.architecture import Architecture, describe
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.packing.pack import pack_plan
-from waterfill.planning.ancestral import TOGETHER, Read, sample, start_token
+from waterfill.planning.ancestral import TOGETHER, Read, sample
 from waterfill.planning.budget import Budget
 from waterfill.planning.loss import Coefficients
 from waterfill.planning.plan import Plan
 from waterfill.planning.planner import Request, make_plan
+from waterfill.planning.probe_texts import HELD_WEIGHTS
 from waterfill.planning.sensitivity import Sensitivity
 from waterfill.running.engine.families.llama import LlamaModel, working
 from waterfill.running.engine.families.llama_spec import config_of
@@ -40,7 +40,6 @@ from waterfill.running.engine.opening import check_library, open_model
 _log = logging.getLogger(__name__)
 
 CODEC = "levels-8"
-HELD_BYTES = 1 << 28  # of codes that stay in memory from one sampling to the next; more are packed anew when wanted
 TEXTS_SHARE = 0.25  # of the free memory that keys and values of all texts of a pass may take
 
 
@@ -58,7 +57,7 @@ class OwnText:
         self._checkpoint, self._architecture, self._progress = checkpoint, architecture, progress
         self._model: LlamaModel | None = None
         self._refusal: str | None = None
-        self._codes_bytes = sum(math.prod(matrix.shape) for matrix in architecture.matrices)  # a byte each
+        self._weights = sum(math.prod(matrix.shape) for matrix in architecture.matrices)
         self._texts_bytes = 0.0  # of the texts of a pass, at most
         self._files = ExitStack()
 
@@ -71,9 +70,11 @@ class OwnText:
         self._model = None
         self._files.close()
 
-    def sample(self, numbers: Sequence[int], length: int, seed: int, progress: Step | None = None) -> torch.Tensor:
+    def sample(
+        self, numbers: Sequence[int], length: int, seed: int, progress: Step | None = None, *, start: int | None = None
+    ) -> torch.Tensor:
         """Sequences of these numbers, int64 `[numbers, length]`, at temperature 1; each depends on the seed and its
-        number alone.
+        number alone, and goes on from a random token, or from `start` and a random token.
 
         Raises:
             UnsupportedError: the engine cannot run the model; the log has said why, once.
@@ -81,23 +82,28 @@ class OwnText:
             WaterfillError: logits are NaN or infinite; more tokens than the model has positions.
         """
         try:
-            return self._sample(self._opened(), numbers, length, seed, progress)
+            return self._sample(self._opened(), numbers, length, seed, start, progress)
         except MemoryLimitError as error:
             raise self._refused(error) from error
         finally:
-            if self._model is not None and self._model.streaming is None and self._codes_bytes > HELD_BYTES:
+            if self._model is not None and self._model.streaming is None and self._weights > HELD_WEIGHTS:
                 self._model = None  # whoever measures on the text needs the memory
 
     def _sample(
-        self, model: LlamaModel, numbers: Sequence[int], length: int, seed: int, progress: Step | None
+        self,
+        model: LlamaModel,
+        numbers: Sequence[int],
+        length: int,
+        seed: int,
+        start: int | None,
+        progress: Step | None,
     ) -> torch.Tensor:
-        config = transformers.AutoConfig.from_pretrained(self._checkpoint.path, trust_remote_code=False)
         return sample(
             lambda count: _begin(model, count, length),
             numbers,
             length,
             seed,
-            start=start_token(config),
+            start=start,
             vocabulary=model.vocabulary,
             together=self._together(model, length),
             progress=progress,
