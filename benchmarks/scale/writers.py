@@ -50,9 +50,9 @@ class _Subject:
         tokens = measured_tokens(self.checkpoint, self.architecture, None, self.options, write=write)
         seconds = time.perf_counter() - start_s
 
-        def written(numbers: Any, length: int, *_: Any) -> torch.Tensor:
-            """The same again, behind as many first tokens as are dropped of a text."""
-            return torch.cat([tokens[:, :1].expand(-1, length - tokens.shape[1]), tokens], dim=1)[list(numbers)]
+        def written(numbers: Any, *_: Any, **__: Any) -> torch.Tensor:
+            """The same again."""
+            return tokens[list(numbers)]
 
         return seconds, measure_checkpoint(
             self.checkpoint, self.architecture, None, self.options, write=written, planned=self.noise

@@ -333,9 +333,11 @@ class Writing:
         self._model = load_original(open_checkpoint(path), torch.float32)
         self.numbers: list[list[int]] = []
 
-    def __call__(self, numbers: Sequence[int], length: int, seed: int, progress: Any = None) -> torch.Tensor:
+    def __call__(
+        self, numbers: Sequence[int], length: int, seed: int, progress: Any = None, *, start: int | None = None
+    ) -> torch.Tensor:
         self.numbers.append(list(numbers))
-        return own_text(self._model, numbers, length, seed)
+        return own_text(self._model, numbers, length, seed, start=start)
 
 
 def test_own_text_is_written_once(path: Path) -> None:
@@ -366,7 +368,7 @@ def test_a_large_model_writes_all_that_may_be_asked_for(path: Path, monkeypatch:
 
 
 def test_the_model_writes_where_who_was_asked_cannot(path: Path) -> None:
-    def refuse(*_: Any) -> torch.Tensor:
+    def refuse(*_: Any, **__: Any) -> torch.Tensor:
         raise UnsupportedError("no")
 
     assert measured(path, write=refuse, sequences=2, length=6) == measured(path, sequences=2, length=6)

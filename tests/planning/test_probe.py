@@ -43,17 +43,21 @@ def test_impossible_probes(options: dict[str, Any], message: str) -> None:
         Probe(**options)
 
 
-def test_self_probe_is_ancestral_sampling_from_the_first_token(model: Any) -> None:
+@pytest.mark.parametrize("start", [None, 7])
+def test_own_text_is_ancestral_sampling_from_a_random_token(model: Any, start: int | None) -> None:
     """Token by token without a cache, the same draws give the same text."""
-    probe = Probe(sequences=3, length=12, seed=5)
     seen: list[tuple[int, int]] = []
-    tokens = probe_tokens(model, None, probe, lambda done, total: seen.append((done, total)))
+    tokens = own_text(model, range(3), 12, 5, lambda done, total: seen.append((done, total)), start=start)
     assert seen == [(position, 11) for position in range(12)]
     assert tokens.dtype == torch.int64
     generators = [np.random.default_rng([5, number]) for number in range(3)]
-    expected = torch.full((3, 1), model.config.bos_token_id)
+    expected = torch.tensor([[generator.integers(256)] for generator in generators])
+    if start is not None:
+        expected = torch.cat([torch.full((3, 1), start), expected], dim=1)
+        for generator in generators:
+            generator.random()  # what follows the start is none of what the model says
     with torch.no_grad():
-        for _ in range(11):
+        while expected.shape[1] < 12:
             probabilities = model(input_ids=expected).logits[:, -1].double().softmax(-1)
             draws = torch.tensor([[generator.random()] for generator in generators], dtype=torch.float64)
             token = (probabilities.cumsum(-1) < draws).sum(-1, keepdim=True)
@@ -73,7 +77,8 @@ def test_self_probe_has_the_models_distribution(model: Any) -> None:
     count = 20_000
     tokens = probe_tokens(model, None, Probe(sequences=count, length=2))
     with torch.no_grad():
-        expected = model(input_ids=tokens[:1, :1]).logits[0, -1].softmax(-1) * count
+        after = model(input_ids=torch.arange(256)[:, None]).logits[:, -1].double().softmax(-1)
+    expected = torch.bincount(tokens[:, 0], minlength=256).double() @ after
     observed = torch.bincount(tokens[:, 1], minlength=len(expected))
     common = expected > 5
     chi2 = ((observed - expected).square() / expected)[common].sum()
@@ -85,7 +90,7 @@ def test_self_probe_has_the_models_distribution(model: Any) -> None:
 def test_self_probe_of_a_trained_model(trained: Any) -> None:
     tokens = probe_tokens(trained, None, Probe(sequences=4, length=32))
     assert tokens.shape == (4, 32)
-    assert tokens[:, 0].eq(trained.config.bos_token_id).all()
+    assert len(tokens[:, 0].unique()) == 4
     assert 0 <= int(tokens.min()) <= int(tokens.max()) < 8192
     assert torch.equal(probe_tokens(trained, None, Probe(sequences=4, length=32)), tokens)
     assert not torch.equal(probe_tokens(trained, None, Probe(sequences=4, length=32, seed=1)), tokens)
@@ -94,13 +99,12 @@ def test_self_probe_of_a_trained_model(trained: Any) -> None:
     assert 1 < nll < 7  # nats: text that the model finds likely; uniform tokens cost more than 9
 
 
-def test_self_probe_without_a_first_token(model: Any) -> None:
-    model.config.bos_token_id, model.config.eos_token_id = None, [7, 9]
-    assert probe_tokens(model, None, Probe(sequences=3, length=3))[:, 0].eq(7).all()
-    model.config.eos_token_id = None
-    first = probe_tokens(model, None, Probe(sequences=50, length=2))[:, 0]
-    assert len(first.unique()) > 10
-    assert torch.equal(probe_tokens(model, None, Probe(sequences=50, length=2))[:, 0], first)
+def test_own_text_begins_with_any_token_after_the_start(model: Any) -> None:
+    assert own_text(model, range(3), 1, 0, start=7).eq(7).all()
+    tokens = own_text(model, range(50), 3, 0, start=7)
+    assert tokens[:, 0].eq(7).all()
+    assert len(tokens[:, 1].unique()) > 30
+    assert torch.equal(own_text(model, range(50), 2, 0)[:, 0], tokens[:, 1])
 
 
 def test_a_model_that_gives_no_probabilities_is_refused(model: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,22 +66,40 @@ def test_progress_is_called(ref_llama: Path) -> None:
     assert packed[-1][1] == packed[-1][2] > 0
 
 
+def drawn_with(seed: int, count: int, length: int) -> torch.Tensor:
+    """What decides the tokens of each behind the first one, `[count, length]`."""
+    generators = [np.random.default_rng([seed, number]) for number in range(count)]
+    for generator in generators:
+        generator.integers(8192)  # the first one
+    return torch.tensor(np.array([generator.random(length) for generator in generators]))
+
+
+def ends(probabilities: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each token lies among the sums of probabilities `[count, length, vocabulary]`: from, to."""
+    sums = torch.nn.functional.pad(probabilities.cumsum(-1), (1, 0))
+    return sums.gather(2, tokens[..., None])[..., 0], sums.gather(2, tokens[..., None] + 1)[..., 0]
+
+
 # -- whose text it is -------------------------------------------------------------------------------------------------
 
 
 def test_text_of_the_codes_is_text_of_the_model(trained: OwnText, ref_llama: Path) -> None:
-    """The original finds it as likely as what it samples itself, and most of the first tokens are the same."""
+    """The original finds it as likely as what it samples itself, and draws nearly the same by the same numbers."""
     model = AutoModelForCausalLM.from_pretrained(ref_llama, dtype=torch.float32).eval()
     texts = [trained.sample(range(48), 96, seed=0), own_text(model, range(48), 96, seed=0)]
-    nll = []
+    draws = drawn_with(0, 48, 95)
+    mean, off = [], []
     for tokens in texts:
-        assert tokens[:, 0].eq(model.config.bos_token_id).all()
         with torch.no_grad():
-            log_p = model(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
-        nll.append(-log_p.gather(2, tokens[:, 1:, None])[..., 0].mean(1))
-    mean = [float(each.mean()) for each in nll]
+            log_p = model(input_ids=tokens[:, :-1]).logits.double().log_softmax(-1)
+        mean.append(float(-log_p.gather(2, tokens[:, 1:, None]).mean()))
+        below, above = ends(log_p.exp(), tokens[:, 1:])
+        off.append(torch.maximum(below - draws, draws - above).clamp_min(0))
     assert mean[0] == pytest.approx(mean[1], rel=0.05)
-    assert (texts[0][:, 1] == texts[1][:, 1]).float().mean() > 0.5, "the same draws, of nearly the same logits"
+    assert off[1].max() < 1e-5
+    assert off[0].max() < 0.03
+    assert (off[0] == 0).float().mean() > 0.5
+    assert torch.equal(texts[0][:, 0], texts[1][:, 0])
 
 
 def test_tokens_are_where_draws_lie_in_the_codes_own_probabilities(
@@ -95,21 +112,19 @@ def test_tokens_are_where_draws_lie_in_the_codes_own_probabilities(
         (folder,) = left_behind()
         with torch.no_grad():
             logits = waterfill.load(folder / "packed", dtype=torch.float32)(input_ids=tokens[:, :-1]).logits
-    ends = torch.nn.functional.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
-    draws = torch.tensor(np.array([np.random.default_rng([1, number]).random(23) for number in range(8)]))
-    below, above = (ends.gather(2, tokens[:, 1:, None] + k)[..., 0] for k in (0, 1))
+    draws = drawn_with(1, 8, 23)
+    below, above = ends(logits.double().softmax(-1), tokens[:, 1:])
     assert (draws - below).min() > -0.015  # activations are rounded
     assert (above - draws).min() > -0.015
     assert ((below <= draws) & (draws <= above)).float().mean() > 0.5
 
 
-def test_a_model_without_a_first_token_begins_with_any(tmp_path: Path) -> None:
-    path = tiny_llama(tmp_path / "model")
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "bos_token_id": None, "eos_token_id": None}))
-    with opened(path) as text:
-        first = text.sample(range(40), 2, seed=0)[:, 0]
-    assert len(first.unique()) > 10
+def test_texts_begin_with_any_token_after_what_is_before_all(trained: OwnText) -> None:
+    first = trained.sample(range(40), 2, seed=0)[:, 0]
+    assert len(first.unique()) > 30
+    texts = trained.sample(range(40), 2, seed=0, start=7)
+    assert texts[:, 0].eq(7).all()
+    assert torch.equal(texts[:, 1], first)
 
 
 def test_what_the_user_keeps_is_packed_all_the_same(ref_llama: Path, trained: OwnText) -> None:
