@@ -63,7 +63,7 @@ class ProbeTexts:
         self._together = TOGETHER if weights <= HELD_WEIGHTS else MOST_SEQUENCES
         self.text = read_text(probe.text) if probe.text else ""  # before minutes of loading
         self._tokenizer = load_tokenizer(checkpoint.path) if probe.text else None
-        self._start = text_start(checkpoint.path, self.config) if probe.kind == "self" else None
+        self._start = _text_start(checkpoint.path, self.config) if probe.kind == "self" else None
         self.key = probe.kind, probe.length, probe.seed, write is None, self._start  # what decides the sequences
         self._kept = store.text(*self.key)
         self._fresh: dict[int, torch.Tensor] = {}
@@ -151,7 +151,7 @@ class ProbeTexts:
         return probe_tokens(self._model(), self._tokenizer, self._probe)
 
 
-def text_start(path: Path, config: Any) -> int | None:
+def _text_start(path: Path, config: Any) -> int | None:
     """The token that sampling starts from, where the tokenizer puts it before texts, or nobody knows. All attention
     falls back on a first token, and disturbing one that no text has may cost many times as much."""
     start = start_token(config)
