@@ -110,8 +110,8 @@ CHAPTERS = {
         "rates. Its embedding, a fifth of the weights, is the head too: `kept` leaves it out of the budget, which bits "
         "then count without it. Columns named after texts are KL, measured on the half that calibrates nothing; "
         "`own` is text that the model wrote, from random tokens on. Of no feedback: the share of the KL of the same "
-        "bytes without it. Seconds are of planning and packing with AVX-512, where the first row measured what the next "
-        "ones used again; other work ran beside them.",
+        "bytes without it. Seconds are of planning and packing with AVX-512, where the first row measured what the "
+        "next ones used again; other work ran beside them.",
     ),
     "scale": Chapter(
         "What planning costs",
