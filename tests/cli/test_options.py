@@ -33,7 +33,7 @@ NEW = {"missing", "noise", "a\nb"}
 SENSIBLE: dict[str, set[str]] = {
     **{key: {"0"} for key in ("seed", "temperature", "top_k", "shots")},
     **{key: {HUGE} for key in ("size", "memory", "bits", "sizes", "rates")},
-    **dict.fromkeys(("save", "output"), NEW),
+    **dict.fromkeys(("save", "save_reference", "output"), NEW),
     **{key: set(TEXTS) for key in ("system", "prompt", "prompts")},
     "max_kl": {"0", HUGE, "1e-320"},
     "top_p": {"1e-320"},

@@ -204,6 +204,8 @@ def seal(artifact: Path, as_json: bool) -> None:
 @_model
 @click.option("--against", metavar="MODEL", help="The model that it was packed from, or a .kld file of llama.cpp.")
 @click.option("--text", "text_file", type=FILE, help="Text to measure on.")
+@click.option("--reference", type=FILE, help="What --save-reference wrote of the original, in its place.")
+@click.option("--save-reference", type=PATH, metavar="FILE", help="Write what MODEL predicts, to measure others by.")
 @click.option(
     "--convention",
     type=click.Choice(["gptq", "strided", "llama.cpp", "decode", "exl3"]),

@@ -37,7 +37,8 @@ COLUMNS = len(Scores._fields)
 
 @runtime_checkable
 class KnownReference(Protocol):
-    """A reference whose predictions have been computed before: `store.ReferenceStore`, `kld_file.KldFile`."""
+    """A reference whose predictions have been computed before: on disk (`store`), or in a file
+    (`reference_file`, `kld_file`)."""
 
     form: str
     kept: int | None

@@ -7,6 +7,7 @@ open_subject ──► text: tokens ──► reference's predictions (stored, o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -35,12 +36,16 @@ from waterfill.evaluation.on_text import (
     divergence_from_file,
     divergence_of,
     perplexity_of,
+    recorded,
 )
 from waterfill.evaluation.perplexities import Perplexity
+from waterfill.evaluation.reference_file import ReferenceFile
 from waterfill.evaluation.store import EvaluationCache
 from waterfill.evaluation.subjects import CHECKPOINT, PACKED, Subject, open_subject
 from waterfill.evaluation.tasks import EFFICIENCY, TaskResults, names_of, run_tasks, task_specs
 from waterfill.planning.plan import PLAN_FILE, read_plan
+
+_log = logging.getLogger(__name__)
 
 KLD_SUFFIX = ".kld"
 
@@ -74,6 +79,8 @@ def evaluate(
     against: str | Path | None = None,
     text: str | Path | None = None,
     *,
+    reference: str | Path | None = None,
+    save_reference: str | Path | None = None,
     context: int | None = None,
     convention: str = "gptq",
     stride: int | None = None,
@@ -98,6 +105,8 @@ def evaluate(
             prediction, and its own scores in the tasks. Also a file of `llama-perplexity --kl-divergence-base`, which
             has its text in it.
         text: file to measure on.
+        reference: a file that `save_reference` wrote of the original, in its place; it has its text in it.
+        save_reference: file for what the model itself predicts on the text, to measure others by.
         context: tokens per window; the convention's own, or the model's positions, if that is less, when None.
         convention: "gptq", "strided", "llama.cpp", "decode" or "exl3".
         stride: tokens between windows, in the conventions "strided" and "exl3".
@@ -119,32 +128,38 @@ def evaluate(
     names = _names(tasks)
     specs = task_specs(names)
     efficiency = efficiency or EFFICIENCY in names
-    if text is None and not specs and not efficiency and not _is_kld(against):
+    known = _known(against, reference, text, context, stride)
+    if text is None and not specs and not efficiency and known is None:
         raise WaterfillError(
             "there is nothing to measure; give a text, tasks or efficiency (--text, --tasks, --efficiency)"
+        )
+    if save_reference is not None and (text is None or against is not None):
+        raise WaterfillError(
+            "a model's predictions are saved alone, on a text; give that (--text), and leave out what to measure "
+            "against (--against)"
         )
     with stage(progress, OPENING):
         subject = open_subject(model, revision=revision, memory=memory)
     run = EvaluationRun(EvaluationCache.default() if cache else None, batch, progress)
-    reference = None
-    if against is not None and not _is_kld(against):
+    original = None
+    if against is not None and known is None:
         with stage(progress, OPENING):
-            reference = open_subject(against, revision=revision, memory=memory)
-    if revision is not None and reference is None and subject.kind != CHECKPOINT:
+            original = open_subject(against, revision=revision, memory=memory)
+    if revision is not None and original is None and subject.kind != CHECKPOINT:
         raise WaterfillError(f"{model} has no revision {revision!r}, only a hub model has; leave the revision out")
     measured = Evaluation(size_bytes=subject.size_bytes)
-    if against is not None and reference is None:
-        measured = _against_file(subject, against, text, max_windows, run)
+    if known is not None:
+        measured = _compared(subject, divergence_from_file(subject, known, max_windows, run), known)
     elif text is not None:
         check_tokenising(Path(text), memory)
         with stage(progress, READING):
-            ids = agreed_ids(subject, reference, Path(text))  # before minutes of loading
-        how = convention_for(reference or subject, convention, context, stride)
+            ids = agreed_ids(subject, original, Path(text))  # before minutes of loading
+        how = convention_for(original or subject, convention, context, stride)
         ids = ids if max_windows is None else how.first_windows(ids, max_windows)
-        measured = _on_text(subject, reference, ids, how, run)
+        measured = _on_text(subject, original, ids, how, run, save_reference)
     if specs:
         options = {"shots": shots, "limit": limit, "chat_template": chat_template}
-        measured = _on_tasks(measured, subject, reference, names, specs, run, options)
+        measured = _on_tasks(measured, subject, original, names, specs, run, options)
     if efficiency:
         step = run.step("running")
         figures = measure_efficiency(
@@ -161,36 +176,56 @@ def _names(tasks: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _is_kld(against: str | Path | None) -> bool:
-    return against is not None and Path(against).suffix == KLD_SUFFIX
+def _known(
+    against: str | Path | None,
+    reference: str | Path | None,
+    text: str | Path | None,
+    context: int | None,
+    stride: int | None,
+) -> KldFile | ReferenceFile | None:
+    """A file that an original's predictions are in, with their text; None where there is none."""
+    if reference is not None and against is not None:
+        raise WaterfillError(f"both {reference} and {against} are given to measure against; leave out one of them")
+    file = against if reference is None else reference
+    if file is None or (reference is None and Path(file).suffix != KLD_SUFFIX):
+        return None
+    if text is not None:
+        raise WaterfillError(f"{file} has its text in it; leave out the other one")
+    if reference is None:
+        return KldFile(Path(file))
+    if context is not None or stride is not None:
+        raise WaterfillError(f"{file} says how its text is cut; leave out context and stride")
+    return ReferenceFile(Path(file))
 
 
 # ---------------------------------------------------------------------------------------------------------- on a text
 
 
 def _on_text(
-    subject: Subject, reference: Subject | None, ids: torch.Tensor, how: Convention, run: EvaluationRun
+    subject: Subject,
+    original: Subject | None,
+    ids: torch.Tensor,
+    how: Convention,
+    run: EvaluationRun,
+    save_reference: str | Path | None,
 ) -> Evaluation:
-    for each in (subject, reference or subject):
+    for each in (subject, original or subject):
         each.logits = run.batch * how.context
-    if reference is not None:
-        return _compared(subject, divergence_of(reference, subject, ids, how, run))
-    alone = perplexity_of(subject, ids, how, run)
+    if original is not None:
+        return _compared(subject, divergence_of(original, subject, ids, how, run))
+    if save_reference is not None:
+        alone = recorded(subject, ids, how, Path(save_reference), run)
+    else:
+        alone = perplexity_of(subject, ids, how, run)
     return Evaluation(subject.size_bytes, alone.ppl, context=alone.context, tokens=alone.tokens, perplexity=alone)
 
 
-def _against_file(
-    subject: Subject, file: str | Path, text: str | Path | None, max_windows: int | None, run: EvaluationRun
-) -> Evaluation:
-    if text is not None:
-        raise WaterfillError(f"{file} has its text in it; leave out the other one")
-    return _compared(subject, divergence_from_file(subject, KldFile(Path(file)), max_windows, run))
-
-
-def _compared(subject: Subject, measured: Divergence) -> Evaluation:
+def _compared(subject: Subject, measured: Divergence, file: KldFile | ReferenceFile | None = None) -> Evaluation:
     """With the prediction beside the measurement, where there is one."""
-    known = subject.kind == PACKED and (subject.path / PLAN_FILE).exists()
-    plan = read_plan(subject.path) if known else None
+    planned = subject.kind == PACKED and (subject.path / PLAN_FILE).exists()
+    plan = read_plan(subject.path) if planned else None
+    if plan is not None and isinstance(file, ReferenceFile) and file.fingerprint != plan.fingerprint:
+        _log.warning("%s was packed from other weights than those whose predictions are in %s", subject.path, file.path)
     predicted = plan.predicted if plan is not None and plan.promises else None
     return Evaluation(
         size_bytes=subject.size_bytes,

@@ -24,12 +24,14 @@ from waterfill.base.errors import MemoryLimitError, WaterfillError
 from waterfill.base.native import FLOAT_ACTIVATIONS
 from waterfill.base.progress import LOADING, Progress, Step, stage, step_of
 from waterfill.base.version import __version__
+from waterfill.base.writing import prepare_file
 from waterfill.evaluation import divergences, perplexities
 from waterfill.evaluation.conventions import Convention, convention
 from waterfill.evaluation.divergences import Divergence, measure_divergence
 from waterfill.evaluation.journal import Journal
 from waterfill.evaluation.kld_file import KldFile
 from waterfill.evaluation.perplexities import Perplexity, measure_perplexity
+from waterfill.evaluation.reference_file import ReferenceFile, ReferenceRecorder
 from waterfill.evaluation.store import EvaluationCache, ReferenceStore, evaluation_key
 from waterfill.evaluation.subjects import GGUF, Subject
 from waterfill.evaluation.text import begin_token, token_ids
@@ -87,6 +89,16 @@ def perplexity_of(subject: Subject, ids: torch.Tensor, how: Convention, run: Eva
         return measure_perplexity(run.load(subject, dtype), ids, how, batch=run.batch, progress=step, journal=journal)
 
 
+def recorded(subject: Subject, ids: torch.Tensor, how: Convention, path: Path, run: EvaluationRun) -> Perplexity:
+    """Perplexity of a model, whose predictions are written into a file on the way."""
+    prepare_file(path)
+    recorder, step = ReferenceRecorder(), run.step("measuring")
+    model = run.load(subject, common_dtype(subject, None))
+    measured = measure_perplexity(model, ids, how, batch=run.batch, progress=step, see=recorder.add)
+    recorder.write(path, ids, how, subject.fingerprint)
+    return measured
+
+
 def divergence_of(
     reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: EvaluationRun
 ) -> Divergence:
@@ -116,9 +128,11 @@ def divergence_of(
         )
 
 
-def divergence_from_file(subject: Subject, file: KldFile, max_windows: int | None, run: EvaluationRun) -> Divergence:
-    """Of a model from what llama-perplexity has written of another, on the text in that file."""
-    how = file.convention(begin_token(subject.tokenizer()))
+def divergence_from_file(
+    subject: Subject, file: KldFile | ReferenceFile, max_windows: int | None, run: EvaluationRun
+) -> Divergence:
+    """Of a model from what is known of another's predictions, on the text in that file."""
+    how = file.how if isinstance(file, ReferenceFile) else file.convention(begin_token(subject.tokenizer()))
     ids = file.ids if max_windows is None else how.first_windows(file.ids, max_windows)
     model, step = run.load(subject, common_dtype(subject, None)), run.step("measuring")
     return measure_divergence(file, model, ids, how, batch=run.batch, progress=step)

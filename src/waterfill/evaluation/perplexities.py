@@ -5,7 +5,7 @@ token ids -> Convention.cut -> windows -> scoring.score_windows: one negative lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,13 +88,17 @@ def measure_perplexity(
     batch: int = 1,
     progress: Step | None = None,
     journal: Journal | None = None,
+    see: Callable[[Window, Tensor], None] | None = None,
 ) -> Perplexity:
-    """`perplexity` by a convention."""
+    """`perplexity` by a convention; `see` is told of the logits `[targets, vocab]` of each window that is computed."""
     cut = how.cut(ids)
     prepare(model, cut)
 
     def score(some: Sequence[Window]) -> list[Tensor]:
         logits = window_logits(model, some, how)
+        if see is not None:
+            for window, rows in zip(some, logits, strict=True):
+                see(window, rows)
         return [negative_log_likelihood(rows, window.targets) for rows, window in zip(logits, some, strict=True)]
 
     scores = [each[0] for each in score_windows(cut, score, batch=batch, progress=progress, journal=journal)]
