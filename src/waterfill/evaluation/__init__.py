@@ -3,7 +3,7 @@
 token_ids(tokenizer, path) -> ids -> perplexity(model, ids, convention=…)
                                   -> divergence(reference, model, ids, convention=…)
 
-`conventions` says how a text is cut and scored; `store` keeps a reference's predictions on disk, `reference_file` in one
+`conventions` says how a text is cut and scored; `store` keeps a reference's predictions on disk, `reference_file` in a
 file to be sent along, `journal` the scores of a run under way. Results are frozen dataclasses with `to_dict`, `to_json`
 and `to_pandas`.
 """
