@@ -21,7 +21,7 @@ from tests.support.commands import Command
 from tests.support.measure_samples import CONTEXT, VOCABULARY, random_ids, tiny_llama
 from waterfill.base.errors import WaterfillError
 from waterfill.evaluation import convention, divergence, reference_file
-from waterfill.evaluation.divergences import measure_divergence
+from waterfill.evaluation.divergences import scored
 from waterfill.evaluation.perplexities import measure_perplexity
 from waterfill.evaluation.reference_file import META, ReferenceFile, ReferenceRecorder
 
@@ -52,7 +52,7 @@ def test_what_is_measured_by_it_is_what_is_measured_beside_the_reference(
         file = ReferenceFile(written(tmp_path / "reference", name))
         assert (file.kept, file.fingerprint, file.vocabulary) == (min(kept, 60), "of-these-weights", VOCABULARY)
         assert torch.equal(file.ids, IDS)
-        known = measure_divergence(file, tiny_llama(2), file.ids, file.how)
+        known = scored(file, tiny_llama(2), file.ids, file.how).divergence
         assert (known.ppl, known.top1_agreement, known.tokens) == (live.ppl, live.top1_agreement, live.tokens)
         assert known.ppl_reference == pytest.approx(live.ppl_reference, rel=1e-6)
         form = known.reference
@@ -64,14 +64,14 @@ def test_what_is_measured_by_it_is_what_is_measured_beside_the_reference(
 
 def test_the_reference_does_not_differ_from_itself(tmp_path: Path) -> None:
     file = ReferenceFile(written(tmp_path / "reference"))
-    itself = measure_divergence(file, tiny_llama(1), file.ids, file.how)
+    itself = scored(file, tiny_llama(1), file.ids, file.how).divergence
     assert abs(itself.kl) < 1e-6
     assert itself.top1_agreement == 1
 
 
 def test_some_windows_of_it(tmp_path: Path) -> None:
     file = ReferenceFile(written(tmp_path / "reference"))
-    first = measure_divergence(file, tiny_llama(2), file.how.first_windows(file.ids, 2), file.how)
+    first = scored(file, tiny_llama(2), file.how.first_windows(file.ids, 2), file.how).divergence
     live = divergence(tiny_llama(1), tiny_llama(2), IDS[: 2 * CONTEXT], context=CONTEXT)
     assert (first.windows, first.ppl) == (2, live.ppl)
 
@@ -125,7 +125,7 @@ def test_predictions_of_tokens_that_there_are_not_are_refused(tmp_path: Path) ->
         damaged = changed(Path(shutil.copy(path, tmp_path / name)), {f"top-k.{name}": tensor})
         file = ReferenceFile(damaged)
         with pytest.raises(WaterfillError, match=f"{name} is damaged: window 8 has tokens beyond its vocabulary of 61"):
-            measure_divergence(file, tiny_llama(2), file.ids, file.how)
+            scored(file, tiny_llama(2), file.ids, file.how)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -144,7 +144,7 @@ def test_damaged_files_are_refused_or_measured_by(tmp_path: Path, data: st.DataO
     damaged.write_bytes(content)
     try:
         file = ReferenceFile(damaged)
-        measure_divergence(file, tiny_llama(2), file.ids, file.how)
+        scored(file, tiny_llama(2), file.ids, file.how)
     except WaterfillError:
         pass
 

@@ -207,6 +207,9 @@ def seal(artifact: Path, as_json: bool) -> None:
 @click.option("--reference", type=FILE, help="What --save-reference wrote of the original, in its place.")
 @click.option("--save-reference", type=PATH, metavar="FILE", help="Write what MODEL predicts, to measure others by.")
 @click.option(
+    "--beside", metavar="MODEL", help="Another model on the same windows, and how much less or more it loses."
+)
+@click.option(
     "--convention",
     type=click.Choice(["gptq", "strided", "llama.cpp", "decode", "exl3"]),
     help="How the text is cut and scored; gptq (default) scores all of every window.",

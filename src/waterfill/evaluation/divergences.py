@@ -89,6 +89,21 @@ class Divergence(Record):
     reference: ReferenceForm
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A model and its reference at every scored position of a text, window by window."""
+
+    windows: Sequence[Scores]
+    how: Convention
+    form: str  # these two as in `ReferenceForm`
+    kept: int | None
+
+    @property
+    def divergence(self) -> Divergence:
+        """All of it in some figures."""
+        return _summary(self)
+
+
 def divergence(
     reference: Any,
     model: Any,
@@ -112,10 +127,10 @@ def divergence(
             logits are not finite.
     """
     how = conventions.convention(convention, context_length(model.config), context=context, stride=stride, bos=bos)
-    return measure_divergence(reference, model, ids, how, batch=batch, progress=progress, journal=journal)
+    return scored(reference, model, ids, how, batch=batch, progress=progress, journal=journal).divergence
 
 
-def measure_divergence(
+def scored(
     reference: Any,
     model: Any,
     ids: Tensor,
@@ -124,8 +139,8 @@ def measure_divergence(
     batch: int = 1,
     progress: Step | None = None,
     journal: Journal | None = None,
-) -> Divergence:
-    """`divergence` by a convention."""
+) -> Scored:
+    """What `divergence` sums up, by a convention."""
     cut = how.cut(ids)
     known = reference if isinstance(reference, KnownReference) else None
     for each in [model] if known is not None else [reference, model]:
@@ -145,7 +160,7 @@ def measure_divergence(
 
     scores = score_windows(cut, compare, batch=batch, progress=progress, journal=journal)
     form, kept = (known.form, known.kept) if known is not None else ("live", None)
-    return _summary([Scores(*each) for each in scores], how, form, kept)
+    return Scored([Scores(*each) for each in scores], how, form, kept)
 
 
 def _check_same_vocabulary(reference: int, model: int) -> None:
@@ -155,7 +170,8 @@ def _check_same_vocabulary(reference: int, model: int) -> None:
         )
 
 
-def _summary(windows: Sequence[Scores], how: Convention, form: str, kept: int | None) -> Divergence:
+def _summary(measured: Scored) -> Divergence:
+    windows, how = measured.windows, measured.how
     every = Scores(*map(torch.cat, zip(*windows, strict=True)))
     rise = [each.nll - each.nll_reference for each in windows]
     kl = kl_statistics(every.kl)
@@ -181,8 +197,8 @@ def _summary(windows: Sequence[Scores], how: Convention, form: str, kept: int | 
         kl_statistics=kl,
         token_statistics=token_statistics(every.nll, every.nll_reference, every.agrees),
         reference=ReferenceForm(
-            form=form,
-            kept=kept,
+            form=measured.form,
+            kept=measured.kept,
             kl_low=float(every.kl_low.mean()),
             kl_high=float(every.kl_high.mean()),
             kl_sampling_stderr=math.sqrt(float(every.kl_variance.sum())) / len(every.kl),

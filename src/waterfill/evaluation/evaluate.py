@@ -7,9 +7,11 @@ open_subject ──► text: tokens ──► reference's predictions (stored, o
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from waterfill.base.progress import OPENING, READING, Progress, stage
 from waterfill.base.records import Record
 from waterfill.base.version import __version__
 from waterfill.evaluation.conventions import CONVENTIONS, Convention
-from waterfill.evaluation.divergences import Divergence
+from waterfill.evaluation.divergences import Divergence, Scored
 from waterfill.evaluation.efficiency import Efficiency, measure_efficiency
 from waterfill.evaluation.kld_file import KldFile
 from waterfill.evaluation.local_tasks import SUFFIX as TASK_SUFFIX
@@ -33,11 +35,12 @@ from waterfill.evaluation.on_text import (
     check_tokenising,
     common_dtype,
     convention_for,
-    divergence_from_file,
-    divergence_of,
     perplexity_of,
     recorded,
+    scored_against,
+    scored_by_file,
 )
+from waterfill.evaluation.paired import Paired, paired
 from waterfill.evaluation.perplexities import Perplexity
 from waterfill.evaluation.reference_file import ReferenceFile
 from waterfill.evaluation.store import EvaluationCache
@@ -66,6 +69,7 @@ class Evaluation(Record):
     context: int | None = None  # tokens per window
     tokens: int | None = None  # scored
     divergence: Divergence | None = None
+    beside: Paired | None = None  # another model on the same windows
     perplexity: Perplexity | None = None  # without a reference
     tasks: TaskResults | None = None
     tasks_reference: TaskResults | None = None
@@ -81,6 +85,7 @@ def evaluate(
     *,
     reference: str | Path | None = None,
     save_reference: str | Path | None = None,
+    beside: str | Path | None = None,
     context: int | None = None,
     convention: str = "gptq",
     stride: int | None = None,
@@ -107,6 +112,7 @@ def evaluate(
         text: file to measure on.
         reference: a file that `save_reference` wrote of the original, in its place; it has its text in it.
         save_reference: file for what the model itself predicts on the text, to measure others by.
+        beside: another model that is measured on the same windows, and how much less or more it loses.
         context: tokens per window; the convention's own, or the model's positions, if that is less, when None.
         convention: "gptq", "strided", "llama.cpp", "decode" or "exl3".
         stride: tokens between windows, in the conventions "strided" and "exl3".
@@ -138,8 +144,13 @@ def evaluate(
             "a model's predictions are saved alone, on a text; give that (--text), and leave out what to measure "
             "against (--against)"
         )
+    if beside is not None and against is None and known is None:
+        raise WaterfillError(
+            f"{beside} is measured beside {model} against an original; give that as well (--against, or --reference)"
+        )
     with stage(progress, OPENING):
         subject = open_subject(model, revision=revision, memory=memory)
+        other = None if beside is None else open_subject(beside, memory=memory)
     run = EvaluationRun(EvaluationCache.default() if cache else None, batch, progress)
     original = None
     if against is not None and known is None:
@@ -149,14 +160,17 @@ def evaluate(
         raise WaterfillError(f"{model} has no revision {revision!r}, only a hub model has; leave the revision out")
     measured = Evaluation(size_bytes=subject.size_bytes)
     if known is not None:
-        measured = _compared(subject, divergence_from_file(subject, known, max_windows, run), known)
+        score = partial(scored_by_file, file=known, max_windows=max_windows, run=run)
+        measured = _compared(subject, other, score, known)
     elif text is not None:
         check_tokenising(Path(text), memory)
         with stage(progress, READING):
             ids = agreed_ids(subject, original, Path(text))  # before minutes of loading
+            if other is not None:
+                agreed_ids(other, original, Path(text))
         how = convention_for(original or subject, convention, context, stride)
         ids = ids if max_windows is None else how.first_windows(ids, max_windows)
-        measured = _on_text(subject, original, ids, how, run, save_reference)
+        measured = _on_text(subject, original, other, ids, how, run, save_reference)
     if specs:
         options = {"shots": shots, "limit": limit, "chat_template": chat_template}
         measured = _on_tasks(measured, subject, original, names, specs, run, options)
@@ -204,15 +218,16 @@ def _known(
 def _on_text(
     subject: Subject,
     original: Subject | None,
+    other: Subject | None,
     ids: torch.Tensor,
     how: Convention,
     run: EvaluationRun,
     save_reference: str | Path | None,
 ) -> Evaluation:
-    for each in (subject, original or subject):
+    for each in (subject, original or subject, other or subject):
         each.logits = run.batch * how.context
     if original is not None:
-        return _compared(subject, divergence_of(original, subject, ids, how, run))
+        return _compared(subject, other, partial(scored_against, original, ids=ids, how=how, run=run))
     if save_reference is not None:
         alone = recorded(subject, ids, how, Path(save_reference), run)
     else:
@@ -220,8 +235,17 @@ def _on_text(
     return Evaluation(subject.size_bytes, alone.ppl, context=alone.context, tokens=alone.tokens, perplexity=alone)
 
 
-def _compared(subject: Subject, measured: Divergence, file: KldFile | ReferenceFile | None = None) -> Evaluation:
-    """With the prediction beside the measurement, where there is one."""
+def _compared(
+    subject: Subject,
+    other: Subject | None,
+    score: Callable[[Subject], Scored],
+    file: KldFile | ReferenceFile | None = None,
+) -> Evaluation:
+    """With the prediction beside the measurement, where there is one, and with what another model loses."""
+    scores = score(subject)
+    measured = scores.divergence
+    gc.collect()  # one model goes before the next one comes
+    beside = None if other is None else paired(scores, score(other), other.size_bytes)
     planned = subject.kind == PACKED and (subject.path / PLAN_FILE).exists()
     plan = read_plan(subject.path) if planned else None
     if plan is not None and isinstance(file, ReferenceFile) and file.fingerprint != plan.fingerprint:
@@ -240,6 +264,7 @@ def _compared(subject: Subject, measured: Divergence, file: KldFile | ReferenceF
         context=measured.context,
         tokens=measured.tokens,
         divergence=measured,
+        beside=beside,
     )
 
 

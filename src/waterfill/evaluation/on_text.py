@@ -27,7 +27,7 @@ from waterfill.base.version import __version__
 from waterfill.base.writing import prepare_file
 from waterfill.evaluation import divergences, perplexities
 from waterfill.evaluation.conventions import Convention, convention
-from waterfill.evaluation.divergences import Divergence, measure_divergence
+from waterfill.evaluation.divergences import Scored, scored
 from waterfill.evaluation.journal import Journal
 from waterfill.evaluation.kld_file import KldFile
 from waterfill.evaluation.perplexities import Perplexity, measure_perplexity
@@ -99,10 +99,10 @@ def recorded(subject: Subject, ids: torch.Tensor, how: Convention, path: Path, r
     return measured
 
 
-def divergence_of(
+def scored_against(
     reference: Subject, subject: Subject, ids: torch.Tensor, how: Convention, run: EvaluationRun
-) -> Divergence:
-    """Of a model from its reference.
+) -> Scored:
+    """A model against its reference.
 
     Raises:
         WaterfillError: the reference's predictions have no place on disk, and memory is limited.
@@ -117,7 +117,7 @@ def divergence_of(
     form, kept = ("live", None) if known is None else (known.form, known.kept)
     whose = (reference.fingerprint, form, str(kept), subject.fingerprint, str(dtype))
     with run.journal(ids, how, divergences.COLUMNS, *whose) as journal:
-        return measure_divergence(
+        return scored(
             run.load(reference, dtype) if known is None else known,
             run.load(subject, dtype),
             ids,
@@ -128,14 +128,14 @@ def divergence_of(
         )
 
 
-def divergence_from_file(
+def scored_by_file(
     subject: Subject, file: KldFile | ReferenceFile, max_windows: int | None, run: EvaluationRun
-) -> Divergence:
-    """Of a model from what is known of another's predictions, on the text in that file."""
+) -> Scored:
+    """A model against what is known of its reference's predictions, on the text in that file."""
     how = file.how if isinstance(file, ReferenceFile) else file.convention(begin_token(subject.tokenizer()))
     ids = file.ids if max_windows is None else how.first_windows(file.ids, max_windows)
     model, step = run.load(subject, common_dtype(subject, None)), run.step("measuring")
-    return measure_divergence(file, model, ids, how, batch=run.batch, progress=step)
+    return scored(file, model, ids, how, batch=run.batch, progress=step)
 
 
 def check_tokenising(text: Path, memory: str | float | None) -> None:

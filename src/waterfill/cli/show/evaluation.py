@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # they import torch, which the command line does without unti
     from waterfill.evaluation import Divergence, Estimate, Perplexity
     from waterfill.evaluation.efficiency import Efficiency
     from waterfill.evaluation.evaluate import Evaluation
+    from waterfill.evaluation.paired import Paired
     from waterfill.evaluation.tasks import TaskResults, TaskScore
 
 CONVENTION_NAMES = {"gptq": "GPTQ convention", "llama.cpp": "llama.cpp's convention", "decode": "decode mode"}
@@ -43,6 +44,8 @@ def record(result: Evaluation) -> dict[str, Any]:
     if result.divergence is not None:
         predicted = {name: getattr(result, name) for name in ("predicted_kl", "predicted_low", "predicted_high")}
         fields |= {**result.divergence.to_dict(), **predicted}
+    if result.beside is not None:
+        fields["beside"] = result.beside.to_dict()
     if result.perplexity is not None:
         fields |= result.perplexity.to_dict()
     for name in ("tasks", "tasks_reference", "efficiency"):
@@ -70,9 +73,24 @@ def _divergence(result: Evaluation, measured: Divergence) -> Iterator[Renderable
     table.add_row("top-1 agreement, %", top1, "", "")
     table.add_row("weight files", format_size(result.size_bytes), "", "")
     yield table
+    if result.beside is not None:
+        yield from ("", _beside(result.beside), "")
     yield Text(_measured_on(measured), style="dim")
     if measured.reference.form in ("top-k", "llama.cpp"):
         yield Text(_known(measured), style="dim")
+
+
+def _beside(other: Paired) -> Table:
+    """What another model loses on the same windows, and the intervals of what it is less."""
+    table = plain_table(
+        ("beside the other", "left"), ("the other", "right"), ("difference", "right"), ("95 %", "right")
+    )
+    for name, value, figure in (("KL, nats per token", f"{other.kl:.4g}", "kl"), ("log perplexity", "", "nll")):
+        mean, low, high = (getattr(other, f"{figure}_difference{end}") for end in ("", "_low", "_high"))
+        table.add_row(name, value, f"{mean:+.3g}", f"{low:+.3g} to {high:+.3g}")
+    table.add_row("perplexity", f"{other.ppl:.3f}", "", "")
+    table.add_row("weight files", format_size(other.size_bytes), "", "")
+    return table
 
 
 def _perplexity(result: Evaluation, measured: Perplexity) -> Iterator[RenderableType]:
