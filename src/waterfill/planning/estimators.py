@@ -22,7 +22,7 @@ from waterfill.planning.products import Products, gradients, watched
 
 PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
 SCALE_STEP = 0.05  # relative change of scale by which `perturb_pass` measures beta, both ways
-KEPT_BYTES = 6 << 26  # of what a pass computes that are kept for the way back; more is computed again
+KEPT_BYTES = 5 << 26  # of what a pass computes that are kept for the way back; more is computed again
 
 
 @dataclass(frozen=True)
