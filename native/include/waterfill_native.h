@@ -60,8 +60,12 @@ WF_EXPORT int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inve
 WF_EXPORT wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* units, const float* points);
 WF_EXPORT void wf_table_free(wf_table* table);
 
+/* A bitshift trellis of `halves` / 2 bits: `multiplier` of a window, and 1 to 3 tables of 16 entries, whose sums are
+ * levels of 8 bits. NULL where there is no such trellis, or no memory. */
+WF_EXPORT wf_table* wf_window_table_new(int isa, int halves, int multiplier, int tables, const int8_t* entries);
+
 /* Sizes in the kernels' layout; -1 for a matrix that cannot be. */
-WF_EXPORT int64_t wf_codes_bytes(int p, int n, int64_t rows, int64_t width);
+WF_EXPORT int64_t wf_codes_bytes(const wf_table* table, int64_t rows, int64_t width);
 WF_EXPORT int64_t wf_scales_count(int64_t rows, int64_t width);
 
 /* From the layout of the artifact to that of the kernels. `word_indices` > 0: radix words of so many indices in
@@ -161,6 +165,14 @@ WF_EXPORT int wf_rans_decode(int isa, const uint8_t* in, int64_t bytes, int lane
  * one state), least <= j <= most: out [count] are the levels. */
 WF_EXPORT int wf_trellis_search(int isa, int states, const float* x, int64_t count, int lanes, int least, int most,
                                 int16_t* out);
+
+/* The paths through windows of 12 bits whose levels [4096] come nearest to x [blocks][steps][16], each from its own
+ * window start [blocks][16] on: windows [blocks][steps][16]. Squared errors are counted in whole numbers, a squared
+ * level as `unit`. Steps are of `kinds` kinds in turn, 1 or 2; for each kind, `before` and `after` [kinds][4096] have
+ * groups of ways[kind] windows, all of which follow on each of as many others. */
+WF_EXPORT int wf_bitshift_search(int isa, const int8_t* levels, float unit, const uint16_t* before,
+                                 const uint16_t* after, const int* ways, int kinds, const float* x,
+                                 const uint16_t* start, int64_t blocks, int64_t steps, uint16_t* windows);
 
 /* All streams of a matrix -> levels plus 128 as bytes, or `wide` plus 32768 in two bytes, [rows][width], and fp16
  * scales [rows][groups]. -3 - i: stream i is damaged, or what follows the last one is not zeros. */

@@ -57,12 +57,13 @@ wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* unit
 
 void wf_table_free(wf_table* table) { delete table; }
 
-int64_t wf_codes_bytes(int p, int n, int64_t rows, int64_t width) {
-    if (p < 1 || p > 4 || n < 2 || n > 1 << 16 || !possible(rows, width)) return -1;
-    const int bits = bits_of(n);
-    int64_t bytes = chunks_per_row(width, p) * planes_of(bits).bytes;
-    if (p == 1 && bits <= kMostPairBits) bytes = std::max(bytes, chunks_per_row(width, 2) * planes_of(2 * bits).bytes);
-    return tiles_of(rows) * kTile * bytes;
+wf_table* wf_window_table_new(int isa, int halves, int multiplier, int tables, const int8_t* entries) {
+    const Functions* f = functions(isa);
+    return f ? new_window_table(*f, halves, multiplier, tables, entries) : nullptr;
+}
+
+int64_t wf_codes_bytes(const wf_table* table, int64_t rows, int64_t width) {
+    return table && possible(rows, width) ? tiles_of(rows) * tile_code_bytes(table->view, width) : -1;
 }
 
 int64_t wf_scales_count(int64_t rows, int64_t width) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../include/waterfill_native.h"
+#include "bitshift.hpp"
 #include "bitstream.hpp"
 #include "isa.hpp"
 #include "layout.hpp"
@@ -20,7 +21,8 @@ using namespace waterfill;
 
 namespace {
 
-constexpr int kFewLanes = 8;  // that are searched one by one, by several threads
+constexpr int kFewLanes = 8;                   // that are searched one by one, by several threads
+constexpr int64_t kMostWindowSteps = 1 << 14;  // of one search, which takes 8 KiB for each
 
 bool lanes_are(int lanes, int64_t count) {
     return lanes >= 1 && lanes <= kMostLanes && !(lanes & (lanes - 1)) && count >= 0 && count % lanes == 0;
@@ -63,6 +65,22 @@ int wf_trellis_search(int isa, int states, const float* x, int64_t count, int la
     parallel(lanes, [&](int64_t lane) {
         uint8_t* memory = scratch(kDecoded, lane_search_bytes(states, steps));
         f->search_lane(*code, lanes, int(lane), count, x, least, most, memory, out);
+    });
+    return 0;
+}
+
+int wf_bitshift_search(int isa, const int8_t* levels, float unit, const uint16_t* before, const uint16_t* after,
+                       const int* ways, int kinds, const float* x, const uint16_t* start, int64_t blocks, int64_t steps,
+                       uint16_t* windows) {
+    const Functions* f = functions(isa);
+    if (!f || blocks < 0 || steps < 0 || steps > kMostWindowSteps) return -1;
+    const auto tables = window_tables(levels, unit, before, after, ways, kinds);
+    if (!tables || std::any_of(start, start + blocks * kSearchLanes, [](uint16_t s) { return s >= kWindows; }))
+        return -1;
+    parallel(blocks, [&](int64_t block) {
+        const int64_t at = block * steps * kSearchLanes;
+        uint8_t* memory = scratch(kDecoded, window_search_bytes(steps));
+        f->search_windows(tables->code, steps, x + at, start + block * kSearchLanes, memory, windows + at);
     });
     return 0;
 }

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "layout.hpp"
+#include "registers.hpp"
 
 namespace waterfill {
 namespace {
@@ -206,6 +208,84 @@ void arrange_levels(const Way& way, const uint8_t* row, uint8_t* out) {
     }
 }
 
+// Symbols of a register, a byte each, of whole chunks: those that a row has not are 0.
+std::vector<uint8_t> symbols_of(const uint8_t* from, Register r, int64_t count, int64_t chunks) {
+    std::vector<uint8_t> symbols(size_t(chunks * kChunk / r.every), uint8_t(0));
+    const int each = 8 / r.bits, mask = (1 << r.bits) - 1;
+    for (int64_t i = 0; i < count; ++i) symbols[size_t(i)] = uint8_t(from[i / each] >> i % each * r.bits & mask);
+    return symbols;
+}
+
+// Of a register, what lanes have at steps first, first + 1, …, as its words: registers.hpp. `at` gives a step's
+// symbols.
+template <class At>
+uint8_t* put_words(Register r, int64_t first, const At& at, uint8_t* out) {
+    const int steps = r.bits == 4 ? 4 : kChunkSteps / r.every;
+    for (int64_t begin = first; begin < first + kChunkSteps / r.every; begin += steps) {
+        uint16_t word[kRowLanes] = {};
+        for (int64_t step = begin; step < begin + steps; ++step) {
+            uint8_t symbol[kRowLanes];
+            at(step, symbol);
+            for (int lane = 0; lane < kRowLanes; ++lane) word[lane] = uint16_t(word[lane] << r.bits | symbol[lane]);
+        }
+        if (r.every > 1) {
+            for (int i = 0; i < 8; ++i) out[i] = uint8_t(word[i] | word[8 + i] << 4);
+            out += 8;
+        } else if (r.bits == 1) {
+            for (int lane = 0; lane < kRowLanes; ++lane) out[lane] = uint8_t(word[lane]);
+            out += kRowLanes;
+        } else {
+            std::memcpy(out, word, sizeof word);
+            out += sizeof word;
+        }
+    }
+    return out;
+}
+
+// A row of a bitshift trellis: chunks of what comes before each lane, and those of the row; `stride` bytes apart.
+void arrange_windows(const Table& t, const uint8_t* row, int64_t width, uint8_t* out, int64_t stride) {
+    const Registers registers = registers_of(t.halves);
+    const int64_t columns = window_columns(width, t.halves), chunks = chunks_per_row(width, 1);
+    const int64_t whole = ceil_div(columns, kChunk), history = history_chunks(t.halves);
+    int offset = 0;
+    for (int i = 0; i < registers.count; ++i) {
+        const Register r = registers.of[i];
+        const int64_t count = columns / r.every, steps = count / kRowLanes;
+        const std::vector<uint8_t> symbols = symbols_of(row, r, count, whole);
+        auto now = [&](int64_t step, uint8_t* symbol) {
+            std::memcpy(symbol, symbols.data() + step * kRowLanes, kRowLanes);
+        };
+        auto before = [&](int64_t step, uint8_t* symbol) {  // steps below 0: of the lanes before, as the path goes
+            for (int64_t lane = 0; lane < kRowLanes; ++lane) {
+                const int64_t at = lane * steps + step;
+                symbol[lane] = at < 0 ? uint8_t(0) : symbols[size_t(at % steps * kRowLanes + at / steps)];
+            }
+        };
+        const int64_t per_chunk = kChunkSteps / r.every;
+        uint8_t* to = out + offset;
+        for (int64_t chunk = -history; chunk < 0; ++chunk, to += stride) put_words(r, chunk * per_chunk, before, to);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk, to += stride) put_words(r, chunk * per_chunk, now, to);
+        offset += int(kRowLanes * kChunkSteps / r.every * r.bits / 8);
+        row += register_bytes(width, t.halves, r);
+    }
+}
+
+void arrange_window_tiles(const StoredRows& m, int64_t first_tile, int64_t last_tile, uint8_t* codes,
+                          uint16_t* scales) {
+    const Table& t = m.table->view;
+    const int64_t groups = groups_of(m.width), bytes = window_chunk_bytes(t.halves);
+    const int64_t tile_bytes = tile_window_bytes(m.width, t.halves);
+    for (int64_t tile = first_tile; tile < last_tile; ++tile, codes += tile_bytes, scales += groups * kTile) {
+        std::memset(codes, 0, size_t(tile_bytes));
+        std::fill(scales, scales + groups * kTile, uint16_t(0));
+        for (int64_t row = tile * kTile; row < least((tile + 1) * kTile, m.rows); ++row) {
+            const int64_t r = row % kTile;
+            for (int64_t g = 0; g < groups; ++g) scales[g * kTile + r] = m.scales[row * groups + g];
+            arrange_windows(t, m.codes + row * m.row_bytes, m.width, codes + r * bytes, kTile * bytes);
+        }
+    }
+}
+
 using ArrangeRow = void (*)(const Way& way, const uint8_t* row, uint8_t* out);
 
 ArrangeRow row_function(const Table& t) {
@@ -219,12 +299,14 @@ ArrangeRow row_function(const Table& t) {
 }  // namespace
 
 int64_t tile_code_bytes(const Table& t, int64_t width) {
+    if (t.halves) return tile_window_bytes(width, t.halves);
     return chunks_per_row(width, t.p) * kTile * planes_of(t.bits).bytes;
 }
 
 void arrange_tiles(const Functions& f, const StoredRows& m, int64_t first_tile, int64_t last_tile, uint8_t* codes,
                    uint16_t* scales) {
     const Table& t = m.table->view;
+    if (t.halves) return arrange_window_tiles(m, first_tile, last_tile, codes, scales);
     const int paired = m.table->paired;
     const Way way{m,
                   paired ? paired : t.n,

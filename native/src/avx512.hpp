@@ -188,6 +188,23 @@ struct Avx512 {
     using Floats = __m512;
     static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
     static void store_floats(float* p, Floats f) { _mm512_storeu_ps(p, f); }
+    template <class Octets>
+    static Octets shuffle(Octets table, Octets index) {
+        return Octets(_mm256_shuffle_epi8(__m256i(table), __m256i(index)));
+    }
+    template <class, class Octets>
+    static Bytes join(Octets first, Octets second) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(__m256i(first)), __m256i(second), 1);
+    }
+
+    using Shorts = __m256i;
+    static Shorts load_shorts(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static void store_shorts(uint16_t* p, Shorts s) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s); }
+    static Shorts min_shorts(Shorts a, Shorts b) { return _mm256_min_epu16(a, b); }
+    static Shorts add_shorts(Shorts a, Shorts b) { return _mm256_adds_epu16(a, b); }
+    static Shorts subtract_shorts(Shorts a, Shorts b) { return _mm256_subs_epu16(a, b); }
+    static uint32_t same_shorts(Shorts a, Shorts b) { return _mm256_cmpeq_epi16_mask(a, b); }
+
     static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
     static Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }

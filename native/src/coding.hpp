@@ -25,6 +25,28 @@ struct TrellisCode {
     uint8_t h0, h1;
 };
 
+// The bitshift trellis: bitshift_search.hpp. States are windows of 12 bits.
+constexpr int kWindows = 4096, kMostWays = 32;
+
+// One step: groups of `ways` states, in the order in which their metrics lie. `places` has those of a group next to
+// each other, and `level` says which level each state has that takes such a place; `group` is where a state's group
+// begins, by the state that is reached.
+struct WindowStep {
+    int ways;
+    const uint16_t *places, *group;
+    const uint8_t* level;
+    const uint16_t* before;  // the states that have those places
+    const uint16_t* states;  // places of all states before the step
+};
+
+// Steps are the same again after `cycle` of them.
+struct WindowCode {
+    int cycle, count;
+    float unit;  // of cost, that a squared error of 1 is
+    const WindowStep* steps;
+    const float* level;  // [count]
+};
+
 struct Walk {
     TrellisCode code;
     int center, raw_bits;

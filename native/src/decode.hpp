@@ -11,6 +11,7 @@
 #include "half.hpp"
 #include "layout.hpp"
 #include "matrix.hpp"
+#include "windows.hpp"
 
 namespace waterfill {
 namespace {
@@ -21,12 +22,13 @@ struct Decoding {
 
     // Whether products take the codes to registers and multiply there: of bytes, of words.
     static bool from_codes(const Table& t) {
-        if (t.direct) return true;
+        if (t.direct || t.halves) return true;
         if (t.precision != 8 || t.bits > 8) return false;
         return t.p == 1 ? t.bits <= 4 : t.p == 2 || (t.p == 4 && t.bits >= 3 && Isa::quadruples);
     }
     static bool from_words(const Table& t) { return t.precision == 16 && t.p == 1 && t.bits >= 5 && t.bits <= 8; }
     static int order(const Table& t) {
+        if (t.halves) return kInSteps;
         if (t.direct || Isa::interleaved(t.bits, t.p) || !(from_codes(t) || from_words(t))) return 1;
         return t.p == 4 ? 4 : 2;
     }
@@ -114,8 +116,37 @@ struct Decoding {
             }
     }
 
+    template <int HALVES>
+    static void decode_windows(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
+        using Decoder = Windows<Isa, HALVES>;
+        const Decoder decoder(*m.table);
+        typename Decoder::History history[kTile];
+        const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), history);
+        for (int64_t chunk = 0; chunk < chunks_per_row(m.width, 1); ++chunk)
+            for (int r = 0; r < kTile; ++r, code += Decoder::bytes) {
+                Bytes value[2];
+                decoder.decode(code, history[r], value);
+                for (int k = 0; k < 2; ++k) Isa::store(out + r * stride + chunk * kChunk + 64 * k, value[k]);
+            }
+    }
+
+    static void decode_windows(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
+        switch (m.table->halves) {
+            case 2: return decode_windows<2>(m, tile, out, stride);
+            case 3: return decode_windows<3>(m, tile, out, stride);
+            case 4: return decode_windows<4>(m, tile, out, stride);
+            case 5: return decode_windows<5>(m, tile, out, stride);
+            case 6: return decode_windows<6>(m, tile, out, stride);
+            case 7: return decode_windows<7>(m, tile, out, stride);
+            case 8: return decode_windows<8>(m, tile, out, stride);
+            case 9: return decode_windows<9>(m, tile, out, stride);
+            default: return decode_windows<10>(m, tile, out, stride);
+        }
+    }
+
     // Four rows as integers in the order of the prepared activations; `stride` in bytes.
     static void decode_tile(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
+        if (m.table->halves) return decode_windows(m, tile, out, stride);
         if (from_codes(*m.table)) {
             if (m.table->p == 1) switch (m.table->bits) {
                     case 1: return decode_bytes<1, 1>(m, tile, out, stride);
@@ -154,8 +185,45 @@ struct Decoding {
         return int16_t(uint16_t(chunk[2 * i] | chunk[2 * i + 1] << 8));
     }
 
+    template <int HALVES>
+    static void window_row(const Matrix& m, int64_t row, float* out) {
+        using Decoder = Windows<Isa, HALVES>;
+        const Decoder decoder(*m.table);
+        typename Decoder::History history[kTile];
+        const int64_t tile = row / kTile, groups = groups_of(m.width);
+        const uint16_t* scale = m.scales + tile * groups * kTile + row % kTile;
+        const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), history);
+        code += row % kTile * Decoder::bytes;
+        for (int64_t start = 0; start < m.width; start += kChunk, code += kTile * Decoder::bytes) {
+            Bytes value[2];
+            uint8_t level[kChunk];
+            decoder.decode(code, history[row % kTile], value);
+            for (int k = 0; k < 2; ++k) Isa::store(level + 64 * k, value[k]);
+            const float by = half_to_float(scale[least(start / kGroup, groups - 1) * kTile]) * m.unit;
+            for (int i = 0; i < kChunk; ++i) {
+                const int64_t column = start + column_of_level(i);
+                if (column < m.width) out[column] = float(level_at(*m.table, level, i)) * by;
+            }
+        }
+    }
+
+    static void window_row(const Matrix& m, int64_t row, float* out) {
+        switch (m.table->halves) {
+            case 2: return window_row<2>(m, row, out);
+            case 3: return window_row<3>(m, row, out);
+            case 4: return window_row<4>(m, row, out);
+            case 5: return window_row<5>(m, row, out);
+            case 6: return window_row<6>(m, row, out);
+            case 7: return window_row<7>(m, row, out);
+            case 8: return window_row<8>(m, row, out);
+            case 9: return window_row<9>(m, row, out);
+            default: return window_row<10>(m, row, out);
+        }
+    }
+
     static void decode_row(const Matrix& m, int64_t row, float* out) {
         const Table& t = *m.table;
+        if (t.halves) return window_row(m, row, out);
         const Planes planes = planes_of(t.bits);
         const int64_t chunks = chunks_per_row(m.width, t.p), tile = row / kTile, groups = groups_of(m.width);
         const uint16_t* scale = m.scales + tile * groups * kTile + row % kTile;

@@ -168,6 +168,27 @@ struct Avx2 : Plain {
         return order.halves ? Floats{high, low} : Floats{low, high};
     }
 
+    template <class Octets>
+    static Octets shuffle(Octets table, Octets index) {
+        return Octets(_mm256_shuffle_epi8(__m256i(table), __m256i(index)));
+    }
+    template <class, class Octets>
+    static Bytes join(Octets first, Octets second) {
+        return {__m256i(first), __m256i(second)};
+    }
+
+    using Shorts = __m256i;
+    static Shorts load_shorts(const uint16_t* p) { return load256(p); }
+    static void store_shorts(uint16_t* p, Shorts s) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s); }
+    static Shorts min_shorts(Shorts a, Shorts b) { return _mm256_min_epu16(a, b); }
+    static Shorts add_shorts(Shorts a, Shorts b) { return _mm256_adds_epu16(a, b); }
+    static Shorts subtract_shorts(Shorts a, Shorts b) { return _mm256_subs_epu16(a, b); }
+    static uint32_t same_shorts(Shorts a, Shorts b) {
+        const __m256i equal = _mm256_cmpeq_epi16(a, b);
+        return uint32_t(
+            _mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(equal), _mm256_extracti128_si256(equal, 1))));
+    }
+
     static bool decode_rows(LevelReader* const* readers, const LevelPlace* places, int count, int64_t width,
                             int64_t first, int64_t last) {
         return decode_rows_avx2(readers, places, count, width, first, last);

@@ -121,6 +121,32 @@ struct Neon : Plain {
     static Floats add(Floats a, Floats b) {
         return each(a, b, [](float32x4_t u, float32x4_t v) { return vaddq_f32(u, v); });
     }
+    template <class Octets>
+    static Octets shuffle(Octets table, Octets index) {
+        uint8x16_t of, at[2];
+        std::memcpy(&of, &table, sizeof of), std::memcpy(at, &index, sizeof at);
+        for (uint8x16_t& half : at) half = vqtbl1q_u8(of, half);
+        std::memcpy(&index, at, sizeof at);
+        return index;
+    }
+
+    struct Shorts {
+        uint16x8_t low, high;
+    };
+    static Shorts load_shorts(const uint16_t* p) { return {vld1q_u16(p), vld1q_u16(p + 8)}; }
+    static void store_shorts(uint16_t* p, Shorts s) {
+        vst1q_u16(p, s.low);
+        vst1q_u16(p + 8, s.high);
+    }
+    static Shorts min_shorts(Shorts a, Shorts b) { return {vminq_u16(a.low, b.low), vminq_u16(a.high, b.high)}; }
+    static Shorts add_shorts(Shorts a, Shorts b) { return {vqaddq_u16(a.low, b.low), vqaddq_u16(a.high, b.high)}; }
+    static Shorts subtract_shorts(Shorts a, Shorts b) { return {vqsubq_u16(a.low, b.low), vqsubq_u16(a.high, b.high)}; }
+    static uint32_t same_shorts(Shorts a, Shorts b) {
+        static constexpr uint16_t bits[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+        const uint16x8_t each = vld1q_u16(bits);
+        const uint32_t low = vaddvq_u16(vandq_u16(vceqq_u16(a.low, b.low), each));
+        return low | uint32_t(vaddvq_u16(vandq_u16(vceqq_u16(a.high, b.high), each))) << 8;
+    }
     static Floats subtract(Floats a, Floats b) {
         return each(a, b, [](float32x4_t u, float32x4_t v) { return vsubq_f32(u, v); });
     }

@@ -13,6 +13,7 @@
 
 #include <cstring>
 
+#include "bitshift_search.hpp"
 #include "checksum.hpp"
 #include "decode.hpp"
 #include "hadamard.hpp"
@@ -24,17 +25,13 @@
 #include "rans.hpp"
 #include "trellis_search.hpp"
 #include "trellis_states.hpp"
+#include "windows.hpp"
 
 namespace waterfill {
 namespace {
 
-#if defined(__GNUC__)
-#define WF_UNROLL _Pragma("GCC unroll 32")  // or an array of vectors would not be one of registers
-#else
-#define WF_UNROLL
-#endif
-
 constexpr int kAhead = 4096;          // bytes: codes are fetched before they are needed, across pages too
+constexpr int64_t kFromBuffer = 8;    // tokens for which levels that are computed are written down
 constexpr int64_t kExactWords = 512;  // products of 2047 * 2047 that surely fit an int32 sum
 
 template <class Isa>
@@ -85,6 +82,43 @@ struct Kernels : Decoding<Isa> {
                 Isa::reduce(acc[t], whole);
                 const float by = x.scales[(token + t) * groups + g];
                 for (int r = 0; r < kTile; ++r) sum[t][r] += float(whole[r]) * (factor[r] * by);
+            }
+        }
+        std::memcpy(y, sum, sizeof sum);
+    }
+
+    // The same from a bitshift trellis, whose levels come from what is behind in a row, too.
+    template <int HALVES, int TOKENS>
+    static void tile_from_windows(const Matrix& m, int64_t tile, const Prepared& x, int64_t token, float* y) {
+        using Decoder = Windows<Isa, HALVES>;
+        const Decoder decoder(*m.table);
+        const int64_t chunks = chunks_per_row(m.width, 1), groups = x.groups;
+        const uint16_t* scale = m.scales + tile * groups * kTile;
+        typename Decoder::History history[kTile];
+        const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), history);
+        const int8_t* activations[TOKENS];
+        for (int t = 0; t < TOKENS; ++t) activations[t] = row<int8_t>(x, token + t);
+        float sum[TOKENS][kTile] = {};
+        for (int64_t g = 0, chunk = 0; g < groups; ++g, scale += kTile) {
+            const int64_t end = g + 1 < groups ? (g + 1) * (kGroup / kChunk) : chunks;
+            Acc acc[TOKENS][kTile];
+            for (int t = 0; t < TOKENS; ++t)
+                for (int r = 0; r < kTile; ++r) acc[t][r] = Isa::start(x.corrections[(token + t) * groups + g]);
+            for (; chunk < end; ++chunk) {
+                for (int line = 0; line < kTile * Decoder::bytes; line += 64) Isa::prefetch(code + kAhead + line);
+                for (int r = 0; r < kTile; ++r, code += Decoder::bytes) {
+                    Bytes value[2];
+                    decoder.decode(code, history[r], value);
+                    for (int t = 0; t < TOKENS; ++t)
+                        for (int k = 0; k < 2; ++k)
+                            acc[t][r] = Isa::dot(acc[t][r], value[k], activations[t] + chunk * kChunk + 64 * k);
+                }
+            }
+            for (int t = 0; t < TOKENS; ++t) {
+                int32_t whole[kTile];
+                Isa::reduce(acc[t], whole);
+                const float by = x.scales[(token + t) * groups + g];
+                for (int r = 0; r < kTile; ++r) sum[t][r] += float(whole[r]) * (half_to_float(scale[r]) * m.step * by);
             }
         }
         std::memcpy(y, sum, sizeof sum);
@@ -197,6 +231,18 @@ struct Kernels : Decoding<Isa> {
 
     template <int TOKENS>
     static Tile tile_for(const Table& t) {
+        switch (t.halves) {
+            case 0: break;
+            case 2: return tile_from_windows<2, TOKENS>;
+            case 3: return tile_from_windows<3, TOKENS>;
+            case 4: return tile_from_windows<4, TOKENS>;
+            case 5: return tile_from_windows<5, TOKENS>;
+            case 6: return tile_from_windows<6, TOKENS>;
+            case 7: return tile_from_windows<7, TOKENS>;
+            case 8: return tile_from_windows<8, TOKENS>;
+            case 9: return tile_from_windows<9, TOKENS>;
+            default: return tile_from_windows<10, TOKENS>;
+        }
         if constexpr (Isa::quadruples)
             if (t.p == 4) return tile_for<4, TOKENS>(t.bits);
         return t.p == 1 ? tile_for<1, TOKENS>(t.bits) : tile_for<2, TOKENS>(t.bits);
@@ -222,7 +268,7 @@ struct Kernels : Decoding<Isa> {
     // Null where eight tokens are no more than twice four.
     static Tile eight_for(const Table& t) {
         if constexpr (Isa::eight_tokens)
-            return t.p == 1 ? eight_for<1>(t.bits) : t.p == 2 ? eight_for<2>(t.bits) : nullptr;
+            return t.halves ? nullptr : t.p == 1 ? eight_for<1>(t.bits) : t.p == 2 ? eight_for<2>(t.bits) : nullptr;
         return nullptr;
     }
 
@@ -318,7 +364,7 @@ struct Kernels : Decoding<Isa> {
         // What has to be written to a buffer anyway gains from the gemm sooner.
         if (x.tokens >= (from_codes(*m.table) ? Isa::gemm_tokens : Isa::gemm_tokens / 2))
             Isa::template gemm<Kernels>(m, x, first_tile, last_tile, y, scratch);
-        else if (from_codes(*m.table))
+        else if (from_codes(*m.table) && (!m.table->halves || x.tokens < kFromBuffer))
             few(m, x, first_tile, last_tile, y);
         else
             through_buffer(m, x, first_tile, last_tile, y, scratch);
@@ -347,6 +393,7 @@ struct Kernels : Decoding<Isa> {
             f.walk_wide = walk_lanes<int16_t>;
             f.search = Search<Isa>::run;
             f.search_lane = LaneSearch<Isa>::run;
+            f.search_windows = WindowSearch<Isa>::run;
             f.checksum = checksum;
             return f;
         }();

@@ -11,6 +11,8 @@
 
 namespace waterfill {
 
+constexpr int kWindowTables = 3, kWindowEntries = 16;
+
 // A grid of n points in p dimensions, in units of a step. Unsigned tables have `bias` added to their bytes.
 struct Table {
     int p, n, bits, precision, bias;
@@ -20,6 +22,9 @@ struct Table {
     const int16_t* words;     // precision 16, p = 1, n <= 256: repeated to 256; or null
     const float* points;      // [n][p], the grid itself
     bool direct;              // the codes are the numbers of `precision` bits themselves, and there are no tables
+    int halves;               // twice the bits of a bitshift trellis (registers.hpp), whose levels are computed; or 0
+    uint16_t multiplier;
+    uint8_t lookup[kWindowTables][kWindowEntries];  // `bias` is added to the first
 };
 
 struct Matrix {
@@ -90,6 +95,9 @@ struct Functions {
     // Of one lane, with at least 16 states; the same levels.
     void (*search_lane)(const TrellisCode& code, int lanes, int lane, int64_t count, const float* x, int least,
                         int most, uint8_t* scratch, int16_t* out);
+    // bitshift_search.hpp: 16 sequences.
+    void (*search_windows)(const WindowCode& code, int64_t steps, const float* x, const uint16_t* start,
+                           uint8_t* scratch, uint16_t* out);
     uint64_t (*checksum)(const uint8_t* data, int64_t bytes);
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "matrix.hpp"
 #include "rans.hpp"
@@ -42,6 +43,52 @@ struct Plain {
     // Distances between floats as they are.
     using Order = int;
     static Order order(int distance) { return distance; }
+
+    // Bytes of a table of 16, which each half has; windows.hpp.
+    template <class Octets>
+    static Octets shuffle(Octets table, Octets index) {
+        Octets found;
+        for (int i = 0; i < 32; ++i) found[i] = table[index[i]];
+        return found;
+    }
+
+    template <class Isa, class Octets>
+    static auto join(Octets first, Octets second) {
+        uint8_t both[64];
+        std::memcpy(both, &first, 32), std::memcpy(both + 32, &second, 32);
+        return Isa::load(both);
+    }
+
+    // 16 unsigned numbers of 16 bits; sums stop at the largest, differences at 0.
+    struct Shorts {
+        uint16_t number[16];
+    };
+    static Shorts load_shorts(const uint16_t* p) {
+        Shorts s;
+        std::memcpy(s.number, p, sizeof s.number);
+        return s;
+    }
+    static void store_shorts(uint16_t* p, const Shorts& s) { std::memcpy(p, s.number, sizeof s.number); }
+    static Shorts min_shorts(Shorts a, const Shorts& b) {
+        for (int i = 0; i < 16; ++i) a.number[i] = a.number[i] < b.number[i] ? a.number[i] : b.number[i];
+        return a;
+    }
+    static Shorts add_shorts(Shorts a, const Shorts& b) {
+        for (int i = 0; i < 16; ++i) {
+            const uint16_t sum = uint16_t(a.number[i] + b.number[i]);
+            a.number[i] = sum < b.number[i] ? uint16_t(0xffff) : sum;
+        }
+        return a;
+    }
+    static Shorts subtract_shorts(Shorts a, const Shorts& b) {
+        for (int i = 0; i < 16; ++i) a.number[i] = a.number[i] > b.number[i] ? uint16_t(a.number[i] - b.number[i]) : 0;
+        return a;
+    }
+    static uint32_t same_shorts(const Shorts& a, const Shorts& b) {  // a bit for each
+        uint32_t mask = 0;
+        for (int i = 0; i < 16; ++i) mask |= uint32_t(a.number[i] == b.number[i]) << i;
+        return mask;
+    }
 
     // Streams one after another, their lanes too.
     static bool decode_rows(LevelReader* const*, const LevelPlace*, int, int64_t, int64_t, int64_t) { return false; }

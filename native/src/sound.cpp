@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "layout.hpp"
+#include "registers.hpp"
 
 namespace waterfill {
 namespace {
@@ -14,6 +15,7 @@ constexpr int kMostWordBytes = 7;
 // Bytes of a stored row that are read; -1 where words cannot be as they are said to be.
 int64_t row_bytes_read(const StoredRows& m) {
     const Table& t = m.table->view;
+    if (t.halves) return window_row_bytes(m.width, t.halves);
     const int paired = m.table->paired, n = paired ? paired : t.n;
     const int64_t count = codes_per_row(m.width, paired ? 1 : t.p);
     if (!m.word_indices || t.direct) return ceil_div(count * bits_of(n), 8);

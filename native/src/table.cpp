@@ -6,13 +6,14 @@
 #include <new>
 
 #include "layout.hpp"
+#include "registers.hpp"
 
 namespace waterfill {
 namespace {
 
 void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const float* points, int bias) {
     Table& v = t.view;
-    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {}, nullptr, nullptr, false};
+    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {}, nullptr, nullptr, false, 0, 0, {}};
     while (v.entry < p * precision / 8) v.entry *= 2;
     const int rounded = 1 << v.bits, period = std::max(256, rounded), size = precision / 8;
     t.entries.resize(size_t(period) * size_t(v.entry) + 8);
@@ -42,7 +43,8 @@ void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const 
 bool is_direct(int p, int n, int precision) { return p == 1 && n == 1 << precision; }
 
 void fill_direct(wf_table& t, int precision, int bias) {
-    t.view = {1, 1 << precision, precision, precision, bias, precision / 8, nullptr, {}, nullptr, nullptr, true};
+    t.view = {1,       1 << precision, precision, precision, bias, precision / 8, nullptr, {}, nullptr,
+              nullptr, true,           0,         0,         {}};
 }
 
 // A scalar grid as one of pairs: two codes side by side index it, so that each byte that is loaded and shifted serves
@@ -75,6 +77,20 @@ wf_table* new_table(const Functions& f, int p, int n, int precision, const int16
         fill_with_pairs(*made, n, units, points, f.bias);
     else
         fill(*made, p, n, precision, units, points, precision == 8 ? f.bias : 0);
+    return made.release();
+}
+
+wf_table* new_window_table(const Functions& f, int halves, int multiplier, int tables, const int8_t* entries) {
+    const Registers registers = registers_of(halves);
+    if (!registers.count || multiplier < 0 || multiplier > 0xffff || tables < 1 || tables > kWindowTables)
+        return nullptr;
+    std::unique_ptr<wf_table> made(new (std::nothrow) wf_table);
+    if (!made) return nullptr;
+    Table& v = made->view;
+    v = {1, 1 << 8, 8, 8, f.bias, 1, nullptr, {}, nullptr, nullptr, false, halves, uint16_t(multiplier), {}};
+    for (int table = 0; table < tables; ++table)
+        for (int i = 0; i < kWindowEntries; ++i)
+            v.lookup[table][i] = uint8_t(entries[kWindowEntries * table + i] + (table ? 0 : f.bias));
     return made.release();
 }
 

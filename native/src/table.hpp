@@ -19,4 +19,7 @@ namespace waterfill {
 // What wf_table_new is to; null where there can be none, or no memory for it.
 wf_table* new_table(const Functions& f, int p, int n, int precision, const int16_t* units, const float* points);
 
+// The same of wf_window_table_new.
+wf_table* new_window_table(const Functions& f, int halves, int multiplier, int tables, const int8_t* entries);
+
 }  // namespace waterfill

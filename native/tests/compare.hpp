@@ -31,7 +31,7 @@ struct Arranged {
              const std::vector<float>& points, const std::vector<uint8_t>& stored, const std::vector<uint16_t>& factors,
              int64_t row_bytes)
         : table(wf_table_new(isa, g.p, g.n, g.precision, units.data(), points.data())),
-          codes(size_t(wf_codes_bytes(g.p, g.n, rows, width))),
+          codes(size_t(wf_codes_bytes(table, rows, width))),
           scales(size_t(wf_scales_count(rows, width))),
           matrix{rows,
                  width,

@@ -11,7 +11,7 @@ The GIL is released meanwhile.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     Matrices = ctypes.Array[ctypes._Pointer[MatrixView]]  # of `matrices_of`
     Addresses = ctypes.Array[ctypes.c_void_p]  # of `addresses_of`
 
-_U8, _I16, _U16, _U32, _U64, _I64, _F32 = map(np.dtype, ("u1", "i2", "u2", "u4", "u8", "i8", "f4"))
+_U8, _I8, _I16, _U16, _U32, _U64, _I64, _F32 = map(np.dtype, ("u1", "i1", "i2", "u2", "u4", "u8", "i8", "f4"))
+_WINDOWS, _SIDE_BY_SIDE, _TABLE_ENTRIES = 4096, 16, 16  # of the bitshift trellis: kWindows, kSearchLanes
 _DAMAGED = -3  # less the number of a stream
 
 Bytes = npt.NDArray[np.uint8]
@@ -131,17 +132,29 @@ class Functions:
             raise MemoryError(f"no memory for the table of a grid of {n} points in {p} dimensions")
         return int(table)
 
+    def window_table_new(self, isa: int, *, halves: int, multiplier: int, tables: npt.NDArray[np.int8]) -> int:
+        """Address of the table of a bitshift trellis of `halves` / 2 bits, of int8 `[tables, 16]`, which are copied.
+
+        Raises:
+            MemoryError: there is no memory for it, or can be no such table.
+        """
+        entries = _at(tables, _I8, _TABLE_ENTRIES * len(tables))
+        table = self.raw.wf_window_table_new(isa, halves, multiplier, len(tables), entries)
+        if not table:
+            raise MemoryError(f"no memory for the table of a bitshift trellis of {halves / 2:g} bits")
+        return int(table)
+
     def table_free(self, table: int) -> None:
         """Free a table, which no matrix may point to any more."""
         self.raw.wf_table_free(table)
 
-    def codes_bytes(self, *, p: int, n: int, rows: int, width: int) -> int:
-        """Bytes of a matrix's codes in the kernels' layout.
+    def codes_bytes(self, *, table: int, rows: int, width: int) -> int:
+        """Bytes of a matrix's codes in the kernels' layout, given its table's address.
 
         Raises:
             ValueError: there can be no such matrix.
         """
-        return _expect_size("codes_bytes", self.raw.wf_codes_bytes(p, n, rows, width))
+        return _expect_size("codes_bytes", self.raw.wf_codes_bytes(table, rows, width))
 
     def scales_count(self, *, rows: int, width: int) -> int:
         """Scales of a matrix in the kernels' layout.
@@ -317,6 +330,31 @@ class Functions:
         count = len(x)
         places = _at(x, _F32, 0), count, lanes, least, most, _at(out, _I16, count)
         _expect("trellis_search", self.raw.wf_trellis_search(isa, states, *places))
+
+    def bitshift_search(
+        self,
+        isa: int,
+        *,
+        levels: npt.NDArray[np.int8],
+        unit: float,
+        before: Sequence[Halves],
+        after: Sequence[Halves],
+        x: Floats,
+        start: Halves,
+        windows: Halves,
+    ) -> None:
+        """Windows of the nearest paths, uint16 `[blocks, steps, 16]`, of float32 x as large, each from its window of
+        `start` on; `before` and `after` uint16 `[groups, ways]` are lists of one array for each kind of steps. A
+        squared error of one level counts as `unit`."""
+        blocks, steps, lanes = x.shape
+        if lanes != _SIDE_BY_SIDE:
+            raise ValueError(f"{lanes} sequences side by side; the library searches {_SIDE_BY_SIDE}")
+        kinds = np.array([part.shape[1] for part in before], np.int32)
+        lists = [np.concatenate([part.reshape(-1) for part in parts]) for parts in (before, after)]
+        places = [_at(levels, _I8, _WINDOWS), unit, *(_at(part, _U16, _WINDOWS * len(kinds)) for part in lists)]
+        where = _at(x, _F32, 0), _at(start, _U16, blocks * lanes), blocks, steps, _at(windows, _U16, x.size)
+        status = self.raw.wf_bitshift_search(isa, *places, kinds.ctypes.data, len(kinds), *where)
+        _expect("bitshift_search", status)
 
     def trellis_decode(
         self, isa: int, arena: Bytes, *, states: int, wide: bool, shape: tuple[int, int], codes: Bytes, scales: Halves

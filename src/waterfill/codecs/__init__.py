@@ -7,6 +7,8 @@ where nobody asks for it.
 from collections.abc import Mapping
 
 from waterfill.codecs import higgs, levels
+from waterfill.codecs.bitshift import codec as bitshift_codec
+from waterfill.codecs.bitshift.codec import Bitshift
 from waterfill.codecs.contract import (
     BufferLayout,
     Codec,
@@ -30,6 +32,7 @@ from waterfill.codecs.table import TableCodec, scale_exponent
 from waterfill.codecs.trellis import codec as trellis_codec
 from waterfill.codecs.trellis.codec import Trellis
 
+register_codec("bitshift", bitshift_codec.bitshift, bitshift_codec.any_rate)
 register_codec("higgs", higgs.higgs)
 register_codec("levels", levels.levels)
 register_codec("trellis", trellis_codec.trellis, trellis_codec.any_rate)
@@ -48,6 +51,7 @@ __all__ = [
     "GRIDS",
     "LOSSLESS",
     "MENUS",
+    "Bitshift",
     "BufferLayout",
     "Codec",
     "Encoded",

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
+from waterfill.base.native import Native
 from waterfill.codecs import decoded
 from waterfill.codecs.feedback import Blocks, Feedback
 from waterfill.codecs.hadamard import rotate
@@ -256,20 +257,13 @@ class Codec(ABC):
 
 
 class MemoryForm(Codec):
-    """A codec that kernels multiply from: vectors of `p` weights, each one of the `n` points of a table.
+    """A codec that kernels multiply from: weights are whole numbers times a step and scales of their groups.
 
-    Its buffers are `scales` F16 `[rows, groups]` and `codes` U8, `row_bytes` for every row: W = point * scale *
-    2^exponent in the rotated basis.
+    Its buffers are `scales` F16 `[rows, groups]` and `codes` U8, `row_bytes` for every row: W = number * step * scale *
+    2^exponent in the rotated basis, but for the rounding of numbers to `precision`.
     """
 
-    p: int
-    n: int
-    precision = 16  # bits that points and activations are multiplied with: 8 or 16, of which 12 are used
-
-    @property
-    @abstractmethod
-    def array(self) -> npt.NDArray[np.float32]:
-        """The points, `[n, p]`."""
+    precision = 16  # bits that numbers and activations are multiplied with: 8 or 16, of which 12 are used
 
     @abstractmethod
     def row_bytes(self, width: int) -> int:
@@ -287,11 +281,21 @@ class MemoryForm(Codec):
             float32 `[rows, width]`.
         """
 
-    @property
-    def direct(self) -> bool:
-        """Whether a code is the number itself, plus n / 2: there are as many as `precision` has bits for, and nothing
-        to be looked up."""
-        return self.p == 1 and self.n == 1 << self.precision
+    @abstractmethod
+    def whole_numbers(self, codes: torch.Tensor, width: int) -> tuple[torch.Tensor, float]:
+        """What kernels multiply, of codes uint8 `[rows, row_bytes]`: whole numbers `[rows, width]`, and their step."""
+
+    @abstractmethod
+    def new_table(self, library: Native, isa: int) -> tuple[float, int]:
+        """The step of its whole numbers, and the address of a new table of the library's that gives them."""
+
+    @abstractmethod
+    def native_fields(self, width: int) -> Mapping[str, int]:
+        """`word_indices`, `word_bytes` and `row_bytes` of the library's `wf_arrange`."""
+
+    def in_registers(self, isa: str = "") -> bool:
+        """Whether its tables fit vector registers, of every instruction set or of `isa` in particular."""
+        return True
 
     @property
     def memory(self) -> MemoryForm:
@@ -299,6 +303,24 @@ class MemoryForm(Codec):
 
     def to_memory(self, buffers: Mapping[str, torch.Tensor], shape: Shape, exponent: int) -> Mapping[str, torch.Tensor]:
         return buffers
+
+
+class PointForm(MemoryForm):
+    """Vectors of `p` weights, each one of the `n` points of a table."""
+
+    p: int
+    n: int
+
+    @property
+    @abstractmethod
+    def array(self) -> npt.NDArray[np.float32]:
+        """The points, `[n, p]`."""
+
+    @property
+    def direct(self) -> bool:
+        """Whether a code is the number itself, plus n / 2: there are as many as `precision` has bits for, and nothing
+        to be looked up."""
+        return self.p == 1 and self.n == 1 << self.precision
 
 
 class RowEncoder(Encoder):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from waterfill.base import native
-from waterfill.codecs.contract import MemoryForm, get_codec
+from waterfill.codecs.contract import MemoryForm, PointForm, get_codec
 
 LIMITS = {8: 127, 16: 2047}  # largest table entry and activation
 EXACT_WORDS = 512  # products of 2047 x 2047 that surely fit a 32-bit sum
@@ -31,7 +31,7 @@ class IntegerGrid:
 
 
 @lru_cache(maxsize=4096)
-def integer_grid(codec: MemoryForm) -> IntegerGrid:
+def integer_grid(codec: PointForm) -> IntegerGrid:
     """The integer form of a codec's points."""
     precision = codec.precision
     if codec.direct:
@@ -52,7 +52,7 @@ def _stretches() -> npt.NDArray[np.float64]:
     return np.where(i < STEPS_TRIED // 2, 1 + each * i, MOST_STEP - each * (STEPS_TRIED - 1 - i))
 
 
-def register_table(codec: MemoryForm, isa: str = "") -> bool:
+def register_table(codec: PointForm, isa: str = "") -> bool:
     """Whether the table fits vector registers, of every instruction set or of `isa` in particular."""
     if codec.direct:
         return True
@@ -68,8 +68,13 @@ def native_table(codec: MemoryForm, isa: str) -> tuple[float, int]:
 
 @lru_cache(maxsize=4096)
 def _native_table(codec_name: str, isa: str) -> tuple[float, int]:
-    library, codec = native.library(), get_codec(codec_name).memory
+    library = native.library()
     assert library is not None
+    return get_codec(codec_name).memory.new_table(library, library.isas[isa])
+
+
+def new_point_table(codec: PointForm, library: native.Native, isa: int) -> tuple[float, int]:
+    """(step, address) of a new table of points."""
     grid, points = integer_grid(codec), np.ascontiguousarray(codec.array)
     units = np.ascontiguousarray(grid.units)
-    return grid.step, library.table_new(library.isas[isa], precision=grid.precision, units=units, points=points)
+    return grid.step, library.table_new(isa, precision=grid.precision, units=units, points=points)

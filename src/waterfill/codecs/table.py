@@ -18,11 +18,13 @@ from collections.abc import Mapping
 from functools import cached_property, partial
 
 from waterfill.base.lazy import torch
-from waterfill.codecs.contract import BufferLayout, Encoded, Encoder, MemoryForm, RowEncoder, Shape
+from waterfill.base.native import Native
+from waterfill.codecs.contract import BufferLayout, Codec, Encoded, Encoder, PointForm, RowEncoder, Shape
 from waterfill.codecs.feedback import Feedback
 from waterfill.codecs.groups import TINY, group_sizes, group_sums, per_weight
 from waterfill.codecs.hadamard import groups, rotate, unrotate
 from waterfill.codecs.indices import pack, radix_word, row_bytes, unpack
+from waterfill.codecs.integers import integer_grid, new_point_table, register_table
 
 HEADROOM_BITS = 12  # a group's RMS stays under 2^12, which leaves fp16 (65504) room for any sensible gain
 MIN_MAGNITUDE_BITS = -100  # below 2^-100 weights may as well be zero, and 2^-exponent has to be a float32
@@ -35,14 +37,19 @@ def scale_exponent(largest: float) -> int:
     return max(math.frexp(largest)[1], MIN_MAGNITUDE_BITS) - HEADROOM_BITS if largest > 0 else 0
 
 
-class TableCodec(MemoryForm):
-    """Vectors of `p` weights, each one of `n` points. `name` gives all of it."""
+class ScaledCodec(Codec):
+    """Codes of rows, and a scale for each of their groups. `name` gives all of it."""
 
-    @cached_property
-    def points(self) -> torch.Tensor:
-        """`array` as a tensor."""
-        with torch.inference_mode(mode=False):  # as in `hadamard.signs`
-            return torch.from_numpy(self.array)
+    @abstractmethod
+    def row_bytes(self, width: int) -> int:
+        """Bytes of codes per row of `width` weights."""
+
+    @abstractmethod
+    def coded(
+        self, rotated: torch.Tensor, deviations: torch.Tensor, feedback: Feedback | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and the RMS of each weight's group, both `[rows, width]` -> what their codes decode to where the RMS is
+        1, in any unit, float32 `[rows, width]`, and the codes, uint8 `[rows, row_bytes]`."""
 
     def layout(self, shape: Shape) -> Mapping[str, BufferLayout]:
         rows, width = shape
@@ -53,13 +60,6 @@ class TableCodec(MemoryForm):
             "scales": BufferLayout("F16", (rows, parts), 2 * parts),
             "codes": BufferLayout("U8", (total + total % 2,), row),  # even, so that fp16 buffers stay aligned
         }
-
-    def row_bytes(self, width: int) -> int:
-        return row_bytes(-(-width // self.p), self.n)
-
-    def native_fields(self, width: int) -> Mapping[str, int]:
-        word_indices, word_bytes = radix_word(self.n) or (0, 0)
-        return {"word_indices": word_indices, "word_bytes": word_bytes, "row_bytes": self.row_bytes(width)}
 
     def encoder(
         self, shape: Shape, *, exponent: int = 0, rho: float = 1.0, feedback: Feedback | None = None
@@ -75,23 +75,46 @@ class TableCodec(MemoryForm):
         rotated = rotate(weight.to(torch.float32) * 2.0**-exponent)
         norms = group_sums(rotated.square())  # [rows, groups]
         rms = (norms / group_sizes(width, torch.float32)).sqrt()
+        points, codes = self.coded(rotated, per_weight(rms, width), feedback)
         if feedback is None:
-            indices = self.nearest(rotated / per_weight(rms.clamp_min(TINY), width))
-            points = self.vectors(indices, width)
             scales = _scales(rotated, points, norms, rho)
         else:
-            indices = self._fed_back(rotated, per_weight(rms, width), feedback)
-            points = self.vectors(indices, width)
             scales = _common_gains(rotated, points, rms, rho, feedback)
         error = rotated - points * per_weight(scales.to(torch.float32), width)
         unit_power = 4.0**exponent
         return Encoded(
             shape=(rows, width),
-            buffers={"scales": scales, "codes": pack(indices, self.n).flatten()},
+            buffers={"scales": scales, "codes": codes.flatten()},
             exponent=exponent,
             noise_power=float(error.double().square().sum()) * unit_power,
             power=float(norms.double().sum()) * unit_power,
         )
+
+
+class TableCodec(ScaledCodec, PointForm):
+    """Vectors of `p` weights, each one of `n` points."""
+
+    @cached_property
+    def points(self) -> torch.Tensor:
+        """`array` as a tensor."""
+        with torch.inference_mode(mode=False):  # as in `hadamard.signs`
+            return torch.from_numpy(self.array)
+
+    def row_bytes(self, width: int) -> int:
+        return row_bytes(-(-width // self.p), self.n)
+
+    def native_fields(self, width: int) -> Mapping[str, int]:
+        word_indices, word_bytes = radix_word(self.n) or (0, 0)
+        return {"word_indices": word_indices, "word_bytes": word_bytes, "row_bytes": self.row_bytes(width)}
+
+    def coded(
+        self, rotated: torch.Tensor, deviations: torch.Tensor, feedback: Feedback | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if feedback is None:
+            indices = self.nearest(rotated / deviations.clamp_min(TINY))
+        else:
+            indices = self._fed_back(rotated, deviations, feedback)
+        return self.vectors(indices, rotated.shape[1]), pack(indices, self.n)
 
     def _fed_back(self, rotated: torch.Tensor, deviations: torch.Tensor, feedback: Feedback) -> torch.Tensor:
         """Indices int64 `[rows, vectors]` of rows that are encoded block of columns after block."""
@@ -122,6 +145,17 @@ class TableCodec(MemoryForm):
         packed = codes.flatten()[: rows * per_row].view(rows, per_row)
         indices = unpack(packed, -(-width // self.p), self.n)
         return self.vectors(indices, width) * per_weight(scales.to(torch.float32) * 2.0**exponent, width)
+
+    def whole_numbers(self, codes: torch.Tensor, width: int) -> tuple[torch.Tensor, float]:
+        found = integer_grid(self)
+        indices = unpack(codes, -(-width // self.p), self.n)
+        return torch.from_numpy(found.units)[indices].flatten(1)[:, :width], found.step
+
+    def new_table(self, library: Native, isa: int) -> tuple[float, int]:
+        return new_point_table(self, library, isa)
+
+    def in_registers(self, isa: str = "") -> bool:
+        return register_table(self, isa)
 
     def vectors(self, indices: torch.Tensor, width: int) -> torch.Tensor:
         """Coordinates of the points of int64 `[rows, vectors]` -> float32 `[rows, width]`."""

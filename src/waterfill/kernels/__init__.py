@@ -17,7 +17,6 @@ import torch
 from waterfill.base import native as library
 from waterfill.codecs import MemoryForm
 from waterfill.codecs.hadamard import unrotate
-from waterfill.codecs.integers import register_table
 from waterfill.kernels import cpu
 from waterfill.kernels.cpu import DTYPES
 from waterfill.kernels.ops import matmul, matmul_many, rotated_tiles, rows
@@ -76,7 +75,7 @@ def arrange(packed: Packed) -> Packed:
 
 def log_slow(codecs: Iterable[MemoryForm]) -> None:
     """Say once which of a model's codecs the native kernels multiply slowly."""
-    slow = sorted({codec.name for codec in codecs if not register_table(codec, implementation())})
+    slow = sorted({codec.name for codec in codecs if not codec.in_registers(implementation())})
     if slow:
         _log.info(
             "%s: tables too large for registers, multiplied several times more slowly than others "

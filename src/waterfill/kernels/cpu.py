@@ -17,7 +17,6 @@ from waterfill.base.native import DTYPES as LAZY_DTYPES
 from waterfill.base.native import MatrixView, Native, addresses_of, library, matrices_of
 from waterfill.base.native import float_activations as float_activations
 from waterfill.codecs import MemoryForm
-from waterfill.codecs.indices import radix_word
 from waterfill.codecs.integers import native_table
 from waterfill.kernels.reference import Packed
 
@@ -28,18 +27,16 @@ def arrange(packed: Packed, isa: str) -> Packed:
     """A matrix as stored -> in the layout of an instruction set, in new memory of about the same size."""
     native, (out_features, width) = _native(), packed.shape
     codec = packed.codec
-    codes_bytes = native.codes_bytes(p=codec.p, n=codec.n, rows=out_features, width=width)
+    _, table = native_table(codec, isa)
+    codes_bytes = native.codes_bytes(table=table, rows=out_features, width=width)
     codes = torch.empty(codes_bytes, dtype=torch.uint8)
     scales = torch.empty(native.scales_count(rows=out_features, width=width), dtype=torch.float16)
     from_scales, from_codes = packed.scales.contiguous(), packed.codes.contiguous()  # alive until they are read
     stored = _view(from_scales, from_codes, codec, packed.exponent, packed.shape, isa)
-    count, width_bytes = radix_word(codec.n) or (0, 0)
     native.arrange(
         native.isas[isa],
         stored,
-        word_indices=count,
-        word_bytes=width_bytes,
-        row_bytes=codec.row_bytes(width),
+        **codec.native_fields(width),
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
     )

@@ -13,8 +13,7 @@ import torch
 
 from waterfill.codecs import MemoryForm
 from waterfill.codecs.hadamard import groups, rotate, unrotate
-from waterfill.codecs.indices import unpack
-from waterfill.codecs.integers import EXACT_WORDS, LIMITS, integer_grid
+from waterfill.codecs.integers import EXACT_WORDS, LIMITS
 
 TILE_WEIGHTS = 1 << 20  # 4 MiB of float32, and 8 MiB of indices while they are unpacked
 
@@ -71,18 +70,14 @@ def matmul_integer(x: torch.Tensor, packed: Packed) -> torch.Tensor:
     Activations get one scale per token and group, their largest magnitude over that of `LIMITS`, or NaN where one
     of them is not finite. A group of 12-bit integers is summed in parts of 512, which are added as float32.
     """
-    grid = integer_grid(packed.codec)
-    limit = torch.tensor(LIMITS[grid.precision], dtype=torch.float32)
+    precision = packed.codec.precision
+    limit = torch.tensor(LIMITS[precision], dtype=torch.float32)
     out_features, width = packed.shape
     rotated = rotate(x.reshape(-1, width).to(torch.float32))
-    indices = unpack(
-        packed.codes[: out_features * packed.codec.row_bytes(width)].view(out_features, -1),
-        -(-width // packed.codec.p),
-        packed.codec.n,
-    )
-    units = torch.from_numpy(grid.units)[indices].flatten(1)[:, :width]
-    units = units.to(torch.float64)  # whole numbers: float64 adds them exactly
-    step = torch.tensor(grid.step * 2.0**packed.exponent, dtype=torch.float32)
+    codes = packed.codes[: out_features * packed.codec.row_bytes(width)].view(out_features, -1)
+    units, unit = packed.codec.whole_numbers(codes, width)
+    units = units.to(torch.float64)  # which adds them exactly
+    step = torch.tensor(unit * 2.0**packed.exponent, dtype=torch.float32)
     total = torch.zeros(len(rotated), out_features)
     for at, group in enumerate(groups(width)):
         part = rotated[:, group.start : group.stop]
@@ -90,7 +85,7 @@ def matmul_integer(x: torch.Tensor, packed: Packed) -> torch.Tensor:
         usable = (largest > 1e-30) & largest.isfinite()
         scale = torch.where(usable, largest / limit, largest * 0)  # NaN where the group has NaN or infinity
         whole = torch.where(usable, (part * (limit / largest)).round(), 0).to(torch.float64)
-        span = EXACT_WORDS if grid.precision == 16 else group.size
+        span = EXACT_WORDS if precision == 16 else group.size
         sums = torch.zeros(len(rotated), out_features)
         for start in range(0, group.size, span):
             stop = min(start + span, group.size)

@@ -18,7 +18,6 @@ import numpy as np
 from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import GRIDS, LOSSLESS, MENUS, MenuPoint, Rates, get_codec, rates_of
-from waterfill.codecs.integers import register_table
 from waterfill.files.artifact import RAW
 from waterfill.files.artifact.format import is_packed
 from waterfill.files.artifact.header import reserved_bytes
@@ -204,7 +203,7 @@ def _is_fast(name: str) -> bool:
     if not is_packed(name):
         return False
     codec = get_codec(name)
-    return codec.memory is codec and register_table(codec.memory)
+    return codec.memory is codec and codec.memory.in_registers()
 
 
 def _point(codec: str, shape: tuple[int, int], dtype: str) -> MenuPoint:

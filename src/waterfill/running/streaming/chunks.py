@@ -290,7 +290,8 @@ class ChunkData:
         if self.chunk.matrix.native is None:
             return self._decoded()
         codec, rows, width = self.chunk.matrix.codec, self.chunk.rows, self.chunk.matrix.shape[1]
-        codes = np.empty(library.codes_bytes(p=codec.p, n=codec.n, rows=rows, width=width), np.uint8)
+        _, table = native_table(codec, isa)
+        codes = np.empty(library.codes_bytes(table=table, rows=rows, width=width), np.uint8)
         scales = np.empty(library.scales_count(rows=rows, width=width), np.uint16)
         expect(*library.chunk_decode(library.isas[isa], self._view, codes=codes, scales=scales), [self.chunk])
         return ChunkData(self.chunk, codes, scales)
