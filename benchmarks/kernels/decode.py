@@ -120,8 +120,8 @@ class RandomModel:
         return Run(self.model.sequence(), ids, tokens, Rules.greedy(), frozenset(), None, seed=0).tokens()
 
     def _matrix(self, rows: int, width: int) -> native.MatrixView:
-        codec, (step, table) = get_codec(self.codec), self._table
-        codes = random_bytes(self._library.codes_bytes(p=codec.p, n=codec.n, rows=rows, width=width))
+        step, table = self._table
+        codes = random_bytes(self._library.codes_bytes(table=table, rows=rows, width=width))
         scales = np.full(self._library.scales_count(rows=rows, width=width), SCALE, np.float16)
         self._arrays += [codes, scales]
         places = codes.ctypes.data, scales.ctypes.data, codes.nbytes, scales.size

@@ -30,8 +30,7 @@ import torch
 from benchmarks.shared.report import BenchmarkReport, median_spread
 from benchmarks.shared.rounds import Effort, Round, Series, undisturbed
 from waterfill.base import native
-from waterfill.codecs import Higgs, get_codec
-from waterfill.codecs.integers import integer_grid
+from waterfill.codecs import get_codec
 
 COLD_BYTES = 512 << 20  # of distinct weights, at least
 READER_ROUNDS = 9
@@ -156,24 +155,18 @@ def kernels() -> tuple[native.Native, int]:
 def packed_products(memory: Memory, codec_name: str, shape: Shape, tokens: int = 1) -> ColdProduct:
     """Products with random codes. The library is called as `waterfill.kernels` calls it, its arguments made before."""
     library, isa = kernels()
-    codec = get_codec(codec_name)
-    assert isinstance(codec, Higgs)
     rows, width = shape
-    codes_bytes = library.codes_bytes(p=codec.p, n=codec.n, rows=rows, width=width)
+    step, table = get_codec(codec_name).memory.new_table(library, isa)
+    codes_bytes = library.codes_bytes(table=table, rows=rows, width=width)
     scales = torch.full((library.scales_count(rows=rows, width=width),), 0.01, dtype=torch.float16)
     places = memory.cut(codes_bytes + scales.nbytes)
     for place in places:  # scales beside the codes: every call reads its own
         ctypes.memmove(place + codes_bytes, scales.data_ptr(), scales.nbytes)
-    grid = integer_grid(codec)
-    units, points = np.ascontiguousarray(grid.units), codec.array
-    table = library.table_new(isa, precision=grid.precision, units=units, points=points)
     x, y = torch.randn(tokens, width), torch.empty(tokens, rows)
     results = native.addresses_of([y.data_ptr()])
     sizes = codes_bytes, scales.numel()
-    views = [
-        native.MatrixView(rows, width, grid.step, 1.0, table, place, place + codes_bytes, *sizes) for place in places
-    ]
-    kept = x, y, results, units, points
+    views = [native.MatrixView(rows, width, step, 1.0, table, place, place + codes_bytes, *sizes) for place in places]
+    kept = x, y, results
     calls = [partial(_multiply, library, isa, native.matrices_of([view]), kept) for view in views]
     return ColdProduct(codec_name, rows * width * len(calls), (codes_bytes + scales.nbytes) * len(calls), calls)
 

@@ -188,9 +188,9 @@ struct Avx512 {
     using Floats = __m512;
     static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
     static void store_floats(float* p, Floats f) { _mm512_storeu_ps(p, f); }
-    template <class Octets>
-    static Octets shuffle(Octets table, Octets index) {
-        return Octets(_mm256_shuffle_epi8(__m256i(table), __m256i(index)));
+    template <class Words>
+    static Words fraction_product(Words a, Words b) {
+        return Words(_mm256_mulhrs_epi16(__m256i(a), __m256i(b)));
     }
     template <class, class Octets>
     static Bytes join(Octets first, Octets second) {

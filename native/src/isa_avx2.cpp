@@ -168,9 +168,9 @@ struct Avx2 : Plain {
         return order.halves ? Floats{high, low} : Floats{low, high};
     }
 
-    template <class Octets>
-    static Octets shuffle(Octets table, Octets index) {
-        return Octets(_mm256_shuffle_epi8(__m256i(table), __m256i(index)));
+    template <class Words>
+    static Words fraction_product(Words a, Words b) {
+        return Words(_mm256_mulhrs_epi16(__m256i(a), __m256i(b)));
     }
     template <class, class Octets>
     static Bytes join(Octets first, Octets second) {

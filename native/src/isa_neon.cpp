@@ -121,13 +121,13 @@ struct Neon : Plain {
     static Floats add(Floats a, Floats b) {
         return each(a, b, [](float32x4_t u, float32x4_t v) { return vaddq_f32(u, v); });
     }
-    template <class Octets>
-    static Octets shuffle(Octets table, Octets index) {
-        uint8x16_t of, at[2];
-        std::memcpy(&of, &table, sizeof of), std::memcpy(at, &index, sizeof at);
-        for (uint8x16_t& half : at) half = vqtbl1q_u8(of, half);
-        std::memcpy(&index, at, sizeof at);
-        return index;
+    template <class Words>
+    static Words fraction_product(Words a, Words b) {
+        int16x8_t x[2], y[2];
+        std::memcpy(x, &a, sizeof x), std::memcpy(y, &b, sizeof y);
+        for (int i = 0; i < 2; ++i) x[i] = vqrdmulhq_s16(x[i], y[i]);
+        std::memcpy(&a, x, sizeof x);
+        return a;
     }
 
     struct Shorts {

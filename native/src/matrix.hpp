@@ -11,8 +11,6 @@
 
 namespace waterfill {
 
-constexpr int kWindowTables = 3, kWindowEntries = 16;
-
 // A grid of n points in p dimensions, in units of a step. Unsigned tables have `bias` added to their bytes.
 struct Table {
     int p, n, bits, precision, bias;
@@ -24,7 +22,7 @@ struct Table {
     bool direct;              // the codes are the numbers of `precision` bits themselves, and there are no tables
     int halves;               // twice the bits of a bitshift trellis (registers.hpp), whose levels are computed; or 0
     uint16_t multiplier;
-    uint8_t lookup[kWindowTables][kWindowEntries];  // `bias` is added to the first
+    int16_t coefficients[3];
 };
 
 struct Matrix {

@@ -44,11 +44,11 @@ struct Plain {
     using Order = int;
     static Order order(int distance) { return distance; }
 
-    // Bytes of a table of 16, which each half has; windows.hpp.
-    template <class Octets>
-    static Octets shuffle(Octets table, Octets index) {
-        Octets found;
-        for (int i = 0; i < 32; ++i) found[i] = table[index[i]];
+    // Of 16 fractions of 32768, none of them -1, rounded; windows.hpp.
+    template <class Words>
+    static Words fraction_product(Words a, Words b) {
+        Words found;
+        for (int i = 0; i < 16; ++i) found[i] = uint16_t((int16_t(a[i]) * int16_t(b[i]) + 16384) >> 15);
         return found;
     }
 

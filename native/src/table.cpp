@@ -1,6 +1,7 @@
 #include "table.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -80,17 +81,14 @@ wf_table* new_table(const Functions& f, int p, int n, int precision, const int16
     return made.release();
 }
 
-wf_table* new_window_table(const Functions& f, int halves, int multiplier, int tables, const int8_t* entries) {
-    const Registers registers = registers_of(halves);
-    if (!registers.count || multiplier < 0 || multiplier > 0xffff || tables < 1 || tables > kWindowTables)
-        return nullptr;
+wf_table* new_window_table(const Functions& f, int halves, int multiplier, const int16_t* coefficients) {
+    const int16_t a = coefficients[0], b = coefficients[1], c = coefficients[2];
+    const int most = std::abs(a) + std::abs(b) + std::abs(c);
+    if (!registers_of(halves).count || multiplier < 0 || multiplier > 0xffff || most > INT16_MAX) return nullptr;
     std::unique_ptr<wf_table> made(new (std::nothrow) wf_table);
     if (!made) return nullptr;
-    Table& v = made->view;
-    v = {1, 1 << 8, 8, 8, f.bias, 1, nullptr, {}, nullptr, nullptr, false, halves, uint16_t(multiplier), {}};
-    for (int table = 0; table < tables; ++table)
-        for (int i = 0; i < kWindowEntries; ++i)
-            v.lookup[table][i] = uint8_t(entries[kWindowEntries * table + i] + (table ? 0 : f.bias));
+    made->view = {1,        1 << 8, 8, 8, f.bias, 1, nullptr, {}, nullptr, nullptr, false, halves, uint16_t(multiplier),
+                  {a, b, c}};
     return made.release();
 }
 

@@ -1,8 +1,7 @@
 // From the codes of a bitshift trellis to levels, 128 columns of a row at a time (registers.hpp), in vectors that any
-// instruction set has: only the look-up of 16 bytes is `Isa`'s own.
+// instruction set has: only the rounded product of fractions is `Isa`'s own.
 //
-//     words of each lane ──shift──► window s ──· multiplier──► h ──► three nibbles ──► tables[0] + tables[1] +
-//     tables[2]
+//     words of each lane ──shift──► window s ──· multiplier──► u ──► u (a + b u^4 + c u^16) ──► its upper byte
 //
 // Levels come out two steps at a time, lane after lane, as the activations then lie (`in_steps`).
 #pragma once
@@ -42,7 +41,7 @@ inline Words words_of_nibbles(const uint8_t* p) {
 template <class Isa, int HALVES>
 struct Windows {
     static constexpr Registers registers = registers_of(HALVES);
-    static constexpr int bytes = window_chunk_bytes(HALVES), tables = HALVES < 7 ? 2 : kWindowTables;
+    static constexpr int bytes = window_chunk_bytes(HALVES);
 
     // Symbols of a register that a word has; and bits.
     static constexpr int symbols(Register r) { return r.bits == 4 ? 4 : kChunkSteps / r.every; }
@@ -55,13 +54,11 @@ struct Windows {
         Words of[3];
     };
 
-    Octets table[tables];
     uint16_t multiplier;
+    Words coefficients[3];
 
     explicit Windows(const Table& t) : multiplier(t.multiplier) {
-        for (int i = 0; i < tables; ++i)
-            for (int half = 0; half < 2; ++half)
-                std::memcpy(reinterpret_cast<uint8_t*>(&table[i]) + 16 * half, t.lookup[i], 16);
+        for (int i = 0; i < 3; ++i) coefficients[i] = Words{} + uint16_t(t.coefficients[i]);
     }
 
     static Chunk load(const uint8_t* code) {
@@ -113,14 +110,18 @@ struct Windows {
     // Levels of steps STEP and STEP + 1, those of a lane side by side.
     template <int STEP>
     Octets levels(const History& h, const Chunk& c) const {
-        const Words first = window<STEP>(h, c) * multiplier, second = window<STEP + 1>(h, c) * multiplier;
-        const Octets upper = Octets(first >> 8 | (second & uint16_t(0xff00)));
-        Octets level = Isa::shuffle(table[0], high(upper)) + Isa::shuffle(table[1], upper & uint8_t(15));
-        if constexpr (tables == 3)
-            level += Isa::shuffle(table[2], high(Octets((first & uint16_t(0x00ff)) | second << 8)));
-        return level;
+        const Words first = level(window<STEP>(h, c)), second = level(window<STEP + 1>(h, c));
+        const Octets both = Octets(first >> 8 | (second & uint16_t(0xff00)));
+        return Isa::bias ? both ^ uint8_t(Isa::bias) : both;
     }
-    static Octets high(Octets o) { return Octets(Words(o) >> 4) & uint8_t(15); }
+
+    // 256 times the level of a window.
+    Words level(Words window) const {
+        const Words u = window * multiplier | uint16_t(1), u2 = product(u, u), u4 = product(u2, u2);
+        const Words u8 = product(u4, u4), u16 = product(u8, u8);
+        return product(u, coefficients[0] + product(u4, coefficients[1]) + product(u16, coefficients[2]));
+    }
+    static Words product(Words a, Words b) { return Isa::fraction_product(a, b); }
 
     // A chunk's levels, and what the next one's history is.
     void decode(const uint8_t* code, History& h, typename Isa::Bytes (&value)[2]) const {

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Addresses = ctypes.Array[ctypes.c_void_p]  # of `addresses_of`
 
 _U8, _I8, _I16, _U16, _U32, _U64, _I64, _F32 = map(np.dtype, ("u1", "i1", "i2", "u2", "u4", "u8", "i8", "f4"))
-_WINDOWS, _SIDE_BY_SIDE, _TABLE_ENTRIES = 4096, 16, 16  # of the bitshift trellis: kWindows, kSearchLanes
+_WINDOWS, _SIDE_BY_SIDE, _COEFFICIENTS = 4096, 16, 3  # of the bitshift trellis: kWindows, kSearchLanes, …
 _DAMAGED = -3  # less the number of a stream
 
 Bytes = npt.NDArray[np.uint8]
@@ -132,14 +132,13 @@ class Functions:
             raise MemoryError(f"no memory for the table of a grid of {n} points in {p} dimensions")
         return int(table)
 
-    def window_table_new(self, isa: int, *, halves: int, multiplier: int, tables: npt.NDArray[np.int8]) -> int:
-        """Address of the table of a bitshift trellis of `halves` / 2 bits, of int8 `[tables, 16]`, which are copied.
+    def window_table_new(self, isa: int, *, halves: int, multiplier: int, coefficients: npt.NDArray[np.int16]) -> int:
+        """Address of what stands for the table of a bitshift trellis of `halves` / 2 bits, with int16 `[3]`.
 
         Raises:
             MemoryError: there is no memory for it, or can be no such table.
         """
-        entries = _at(tables, _I8, _TABLE_ENTRIES * len(tables))
-        table = self.raw.wf_window_table_new(isa, halves, multiplier, len(tables), entries)
+        table = self.raw.wf_window_table_new(isa, halves, multiplier, _at(coefficients, _I16, _COEFFICIENTS))
         if not table:
             raise MemoryError(f"no memory for the table of a bitshift trellis of {halves / 2:g} bits")
         return int(table)

@@ -63,7 +63,7 @@ _plan_options = combined(
         "codecs",
         metavar="NAME",
         multiple=True,
-        help="Choose from these codecs only: a name, a pattern, 'fast' or 'trellis'. Repeatable.",
+        help="Choose from these codecs only: a name, a pattern, 'fast', 'bitshift' or 'trellis'. Repeatable.",
     ),
     click.option(
         "--probe",

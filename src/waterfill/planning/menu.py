@@ -150,8 +150,8 @@ def _noise(points: Sequence[MenuPoint]) -> Floats:
 def codec_names(
     tensors: Inventory, codecs: Sequence[str] | None = None, purpose: Purpose = "storage"
 ) -> tuple[str, ...]:
-    """What a matrix may be given: `codecs` (names, patterns, "fast", "trellis"), or what serves the purpose and `raw`,
-    the matrix as it is.
+    """What a matrix may be given: `codecs` (names, patterns, "fast", "bitshift", "trellis"), or what serves the purpose
+    and `raw`, the matrix as it is.
 
     `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed.
 

@@ -2,11 +2,13 @@
 
 Every step shifts a weight's symbols into registers, whose 12 bits, the first register's lowest, are a window s:
 
-    h = s * multiplier mod 2^16         level = A[h >> 12] + B[h >> 8 & 15] (+ C[h >> 4 & 15])
+    u = s * multiplier mod 2^16, from -1 to 1           level = u * (a + b u^4 + c u^16)
 
 Neighbours share all but a few bits of their windows, so that the best path through a row, which the Viterbi algorithm
-finds, comes near to what vectors of many weights would reach; and a level takes no more than a product of 16 bits and a
-look-up per table of 16 bytes.
+finds, comes near to what vectors of many weights would reach. Numbers of 16 bits do: there is nothing to be looked up.
+
+Windows that may follow one another differ by small multiples of the multiplier, so that their u are spread evenly if it
+is chosen well; and the polynomial makes of even u what a Gaussian's quantiles are, tails included.
 
 A rate is the sum of its registers': `bits` each step, or every second one.
 """
@@ -26,11 +28,11 @@ import numpy.typing as npt
 from waterfill.base import native
 from waterfill.base.errors import WaterfillError
 
-FILE = Path(__file__).with_name("tables.json")
+FILE = Path(__file__).with_name("codes.json")
 WINDOW = 12  # bits
 STATES = 1 << WINDOW
 LANES = 16  # sequences that are searched side by side
-FIELDS = (12, 8, 4)  # of h: where each table's index begins
+POWERS = (1, 5, 17)  # of u, in a level
 FINE = 24.0  # of cost, that a weight's error is about: whole numbers are exact enough, and a path's fit 16 bits
 MOST_UNIT = 4000.0  # of cost, that an error of a standard deviation is
 MOST_METRIC, MOST_COST = 0xFFFF, 16384  # of a path, where it ends to count; of a step
@@ -83,7 +85,7 @@ class Code:
 
     rate: float
     multiplier: int
-    tables: npt.NDArray[np.int8]  # [tables, 16]
+    coefficients: tuple[int, int, int]  # in fractions of 32768, and levels of 256
     step: float
     t2: float
 
@@ -105,9 +107,11 @@ class Code:
     @cached_property
     def levels(self) -> npt.NDArray[np.int8]:
         """The level of every window, `[STATES]`."""
-        hashed = np.arange(STATES, dtype=np.uint32) * np.uint32(self.multiplier)
-        parts = [table[hashed >> field & 15] for table, field in zip(self.tables, FIELDS, strict=False)]
-        return np.sum(parts, axis=0, dtype=np.int8)
+        u = place(np.arange(STATES), self.multiplier)
+        u4 = _product(_product(u, u), _product(u, u))
+        u16 = _product(_product(u4, u4), _product(u4, u4))
+        a, b, c = self.coefficients
+        return (_product(u, a + _product(u4, b) + _product(u16, c)) >> 8).astype(np.int8)
 
     @cached_property
     def trellises(self) -> tuple[Trellis, ...]:
@@ -132,6 +136,17 @@ class Code:
             parts.append(rest & ((1 << register.width) - 1))
             rest = rest >> register.width
         return parts
+
+
+def place(windows: npt.NDArray[np.integer], multiplier: int) -> npt.NDArray[np.int64]:
+    """u of windows, in fractions of 32768: odd, so that it is never -1."""
+    u: npt.NDArray[np.int64] = (windows.astype(np.int64) * multiplier + 32768) % 65536 - 32768 | 1
+    return u
+
+
+def _product(u: npt.NDArray[np.int64], v: npt.NDArray[np.int64] | int) -> npt.NDArray[np.int64]:
+    """Of fractions of 32768, rounded."""
+    return u * v + 16384 >> 15
 
 
 def search(x: Floats, code: Code, start: Windows, *, first: int = 0) -> Windows:
@@ -221,8 +236,10 @@ def code_of(rate: float) -> Code:
 
 def made(rate: float, stored: Mapping[str, object]) -> Code:
     """From what a file has."""
-    tables = np.array(stored["tables"], np.int8)
-    return Code(rate, int(str(stored["multiplier"]), 16), tables, float(str(stored["step"])), float(str(stored["t2"])))
+    a, b, c = json.loads(str(stored["coefficients"]))
+    return Code(
+        rate, int(str(stored["multiplier"]), 16), (a, b, c), float(str(stored["step"])), float(str(stored["t2"]))
+    )
 
 
 def rates(these: Sequence[float] = tuple(REGISTERS)) -> str:

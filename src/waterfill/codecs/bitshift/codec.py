@@ -8,6 +8,7 @@ Rows are independent, and each has its own path. Level times scale is the weight
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
@@ -51,7 +52,7 @@ class Bitshift(ScaledCodec, MemoryForm):
     def distortion(self, shape: Shape) -> float:
         """Of a long path, and what it costs that every row's begins at the same window."""
         known = WINDOW - self.rate  # bits that others would have chosen
-        return min(self.code.t2 * 4.0 ** (known / rows.padded(shape[1], self.code)), 1.0)
+        return min(self.code.t2 * math.exp2(2 * known / rows.padded(shape[1], self.code)), 1.0)
 
     def feedback(self, width: int) -> Blocks:
         return interleaved(width, rows.LANES)  # one lane after the other
@@ -123,8 +124,9 @@ class Bitshift(ScaledCodec, MemoryForm):
         return self._levels(rows.unpack(codes, width, self.code), width), 1.0
 
     def new_table(self, library: Native, isa: int) -> tuple[float, int]:
-        tables, halves = np.ascontiguousarray(self.code.tables), round(2 * self.rate)
-        return 1.0, library.window_table_new(isa, halves=halves, multiplier=self.code.multiplier, tables=tables)
+        code, halves = self.code, round(2 * self.rate)
+        numbers = np.array(code.coefficients, np.int16)
+        return 1.0, library.window_table_new(isa, halves=halves, multiplier=code.multiplier, coefficients=numbers)
 
     def native_fields(self, width: int) -> Mapping[str, int]:
         return {"word_indices": 0, "word_bytes": 0, "row_bytes": self.row_bytes(width)}
@@ -135,7 +137,9 @@ def bitshift(name: str) -> Bitshift:
     """Codec from its name, `bitshift-2.5`."""
     match = re.fullmatch(r"bitshift-([1-9](?:\.5)?)", name)
     if match is None or float(match[1]) not in REGISTERS:
-        raise WaterfillError(f"codec {name!r} is not a bitshift trellis; expected a name like bitshift-2.5, {rates()} bits")
+        raise WaterfillError(
+            f"codec {name!r} is not a bitshift trellis; expected a name like bitshift-2.5, of {rates()} bits"
+        )
     return Bitshift(float(match[1]))
 
 

@@ -1,0 +1,130 @@
+"""The bitshift trellis beside the grids that `--for memory` had alone before, and the entropy-coded trellis.
+
+    gaussian   how many bits more than the Shannon bound its codes take, and how many weights are encoded per second
+    products   cold weights times one vector and eight, as a share of the bandwidth of DRAM
+    equal      KL of --models at equal bytes: planned for memory with grids alone, with all, and for storage
+
+Nothing has error feedback here, which either codec takes. Minutes for each model of 100 million weights. With --quick,
+one rate of everything, and the example model.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import waterfill
+from benchmarks.rate_distortion.gaussian import SEED, code
+from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
+from benchmarks.shared.rounds import Effort
+from benchmarks.shared.timing import COLD_BYTES, GBPS, NS, SHARE, Memory, interleave, packed_products
+from waterfill.codecs import get_codec
+from waterfill.codecs.bitshift.code import REGISTERS
+
+PARTS = ("gaussian", "products", "equal")
+MATRIX, QUICK_MATRIX = (1024, 4096), (128, 4096)
+GAP_GOALS = {2.0: 0.09, 3.0: 0.11, 4.0: 0.17}  # bits
+ENCODING_GOAL = 1.5  # million weights per second and core
+SHAPE = (4096, 4096)
+GRIDS = {2.0: "higgs-p2-n16", 3.0: "higgs-p2-n64", 4.0: "higgs-p2-n256"}
+TOKENS = (1, 8)
+EQUAL_BITS, QUICK_EQUAL_BITS = (2.25, 3.0, 3.5, 4.25), (3.0,)
+BEFORE_GOAL, STORAGE_GOAL = 0.70, 1.35
+CONTEXT, WINDOWS = 512, 12
+ROUNDS, QUICK_ROUNDS, PATIENCE_S = 15, 3, 60.0
+
+
+def main() -> None:
+    arguments = parse_arguments(
+        __doc__,
+        part={"choices": PARTS, "nargs": "+", "default": list(PARTS), "help": f"of {', '.join(PARTS)}"},
+        models={"type": Path, "nargs": "+", "default": [EXAMPLE_MODEL], "help": "checkpoints to measure"},
+    )
+    report = BenchmarkReport("a fixed rate near the bound")
+    if "gaussian" in arguments.part:
+        measure_gaussian(report, arguments.quick)
+    if "products" in arguments.part:
+        measure_products(report, arguments.quick)
+    if "equal" in arguments.part:
+        text = held_out_text(report)
+        measure_equal(report, arguments.models, text, QUICK_EQUAL_BITS if arguments.quick else EQUAL_BITS)
+    report.save(arguments.json)
+
+
+def measure_gaussian(report: BenchmarkReport, quick: bool) -> None:
+    """Every rate, on as many weights as there are."""
+    shape, rows, worst = (QUICK_MATRIX if quick else MATRIX), [], math.inf
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+    for rate in (3.0,) if quick else REGISTERS:
+        codec = get_codec(f"bitshift-{rate:g}")
+        start_s = time.perf_counter()
+        bits, t2, _ = code(codec, weight)
+        speed = weight.numel() / (time.perf_counter() - start_s) / torch.get_num_threads() / 1e6
+        worst = min(worst, speed)
+        above = rate + 0.5 * math.log2(t2)
+        rows.append([rate, round(bits, 4), t2, above, bits + 0.5 * math.log2(t2), round(speed, 2)])
+        if goal := GAP_GOALS.get(rate):
+            report.criterion(f"gaussian_bits_over_bound_{rate:g}", round(above, 4), f"<= {goal}", above <= goal)
+    columns = ["bits", "stored bits", "t²", "bits over the bound", "with all that is stored", "M weights/s and core"]
+    report.table(f"Gaussian weights {shape[0]}x{shape[1]}, encoded and decoded", columns, rows, key="gaussian")
+    report.criterion("encoding_m_weights_per_s_and_core", worst, f">= {ENCODING_GOAL}", worst >= ENCODING_GOAL)
+
+
+def measure_products(report: BenchmarkReport, quick: bool) -> None:
+    """Beside grids of the same bits, and levels of 8."""
+    memory = Memory(report, COLD_BYTES // 4 if quick else COLD_BYTES, PATIENCE_S)
+    names = [name for rate, grid in GRIDS.items() for name in (f"bitshift-{rate:g}", grid)] + ["levels-8"]
+    rows = []
+    for tokens in TOKENS:
+        products = [packed_products(memory, name, SHAPE, tokens) for name in names]
+        effort = Effort(QUICK_ROUNDS if quick else ROUNDS, PATIENCE_S)
+        samples = interleave(report, f"{tokens} vectors", memory, products, effort)
+        for product in products:
+            median = {what: sorted(values)[len(values) // 2] for what, values in samples[product.name].items()}
+            rows.append([product.name, tokens, median[NS] / tokens, median[GBPS], median[SHARE]])
+        for rate, grid in GRIDS.items():
+            ours, theirs = (sorted(samples[name][NS]) for name in (f"bitshift-{rate:g}", grid))
+            times = theirs[len(theirs) // 2] / ours[len(ours) // 2]
+            report.criterion(f"products_{tokens}_times_the_grid_s_speed_{rate:g}", round(times, 2), ">= 1", times >= 1)
+    columns = ["codec", "vectors", "ns per weight and vector", "GB/s", "share of DRAM"]
+    report.table(f"cold weights {SHAPE[0]}x{SHAPE[1]}", columns, rows, key="products")
+
+
+def measure_equal(report: BenchmarkReport, models: list[Path], text: Path, rates: tuple[float, ...]) -> None:
+    """Three plans of each model at each rate, packed and measured."""
+    rows = []
+    for model in models:
+        for bits in rates:
+            size_bytes = waterfill.plan(model, bits=bits, purpose="memory", feedback="none").size_bytes
+            options = {"size": size_bytes, "feedback": "none"}
+            kl = {
+                "grids": _kl(model, text, purpose="memory", codecs=["higgs-*", "raw"], **options),
+                "memory": _kl(model, text, purpose="memory", **options),
+                "storage": _kl(model, text, **options),
+            }
+            before, storage = kl["memory"] / kl["grids"], kl["memory"] / kl["storage"]
+            figures = [*(round(each, 5) for each in kl.values()), round(before, 3), round(storage, 3)]
+            rows.append([model.name, bits, *figures])
+            name = f"{model.name}_{bits:g}"
+            report.criterion(f"{name}_of_grids", round(before, 3), f"<= {BEFORE_GOAL}", before <= BEFORE_GOAL)
+            report.criterion(f"{name}_of_storage", round(storage, 3), f"<= {STORAGE_GOAL}", storage <= STORAGE_GOAL)
+    columns = ["checkpoint", "bits", "KL, grids alone", "KL, for memory", "KL, for storage", "of grids", "of storage"]
+    report.table(f"equal bytes, {WINDOWS} windows of {CONTEXT} tokens", columns, rows, key="equal")
+
+
+def _kl(model: Path, text: Path, **options: Any) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        packed = Path(folder) / "packed"
+        waterfill.pack(model, packed, **options)
+        loss = waterfill.evaluate(packed, model, text, context=CONTEXT, max_windows=WINDOWS)
+    assert loss.kl is not None
+    return loss.kl
+
+
+if __name__ == "__main__":
+    main()
