@@ -158,6 +158,16 @@ CHAPTERS = {
         "this machine's instruction sets; the peers decode indices alone, without a trellis and without scales. What "
         "quantised weights can be compressed to: [compressibility.md](../compressibility.md).",
     ),
+    "memory_codec": Chapter(
+        "A fixed rate near the bound",
+        "The bitshift trellis is {gaussian_bits_over_bound_2:.3f}, {gaussian_bits_over_bound_3:.3f} and "
+        "{gaussian_bits_over_bound_4:.3f} bits above the Gaussian bound at 2, 3 and 4 bits, and plans for memory have "
+        "{least *_of_grids:.2f} to {most *_of_grids:.2f} of the KL that they have with grids alone.",
+        "Bits over the bound count symbols and what a known start costs, not scales; all that is stored is beside "
+        "them. Products are of random codes that lie in no cache, with the instruction set that the machine has; "
+        "`times_the_grid_s_speed` compares a trellis with the grid of pairs of as many bits. KL at equal bytes is "
+        "without error feedback.",
+    ),
     "fuzz_streams": Chapter(
         "Damaged streams",
         "In {seconds_of_fuzzing:.0f} s, {cases_on_which_decoders_differ} damaged streams on which decoders differ, and "

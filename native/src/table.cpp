@@ -84,7 +84,8 @@ wf_table* new_table(const Functions& f, int p, int n, int precision, const int16
 wf_table* new_window_table(const Functions& f, int halves, int multiplier, const int16_t* coefficients) {
     const int16_t a = coefficients[0], b = coefficients[1], c = coefficients[2];
     const int most = std::abs(a) + std::abs(b) + std::abs(c);
-    if (!registers_of(halves).count || multiplier < 0 || multiplier > 0xffff || most > INT16_MAX) return nullptr;
+    if (!registers_of(halves).count || multiplier < 0 || multiplier > 0xffff || multiplier % 2 == 0 || most > INT16_MAX)
+        return nullptr;
     std::unique_ptr<wf_table> made(new (std::nothrow) wf_table);
     if (!made) return nullptr;
     made->view = {1,        1 << 8, 8, 8, f.bias, 1, nullptr, {}, nullptr, nullptr, false, halves, uint16_t(multiplier),

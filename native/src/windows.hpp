@@ -1,7 +1,7 @@
 // From the codes of a bitshift trellis to levels, 128 columns of a row at a time (registers.hpp), in vectors that any
 // instruction set has: only the rounded product of fractions is `Isa`'s own.
 //
-//     words of each lane ──shift──► window s ──· multiplier──► u ──► u (a + b u^4 + c u^16) ──► its upper byte
+//     words of each lane ──shift──► window s ──· multiplier──► u ──► u (a + b u^8 + c u^16) ──► its upper byte
 //
 // Levels come out two steps at a time, lane after lane, as the activations then lie (`in_steps`).
 #pragma once
@@ -117,9 +117,8 @@ struct Windows {
 
     // 256 times the level of a window.
     Words level(Words window) const {
-        const Words u = window * multiplier | uint16_t(1), u2 = product(u, u), u4 = product(u2, u2);
-        const Words u8 = product(u4, u4), u16 = product(u8, u8);
-        return product(u, coefficients[0] + product(u4, coefficients[1]) + product(u16, coefficients[2]));
+        const Words u = window * multiplier, u2 = product(u, u), u4 = product(u2, u2), u8 = product(u4, u4);
+        return product(u, coefficients[0] + product(u8, coefficients[1] + product(u8, coefficients[2])));
     }
     static Words product(Words a, Words b) { return Isa::fraction_product(a, b); }
 

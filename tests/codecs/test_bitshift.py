@@ -42,9 +42,9 @@ def slow_level(u: int, coefficients: tuple[int, int, int]) -> int:
 
     a, b, c = coefficients
     power = {1: u}
-    for exponent in (2, 4, 8, 16):
+    for exponent in (2, 4, 8):
         power[exponent] = times(power[exponent // 2], power[exponent // 2])
-    return times(u, a + times(power[4], b) + times(power[16], c)) // 256
+    return times(u, a + times(power[8], b + times(power[8], c))) // 256
 
 
 def slow_levels(codes: bytes, width: int, rate: float) -> list[int]:
@@ -68,7 +68,7 @@ def slow_levels(codes: bytes, width: int, rate: float) -> list[int]:
                 state[i] = (state[i] << bits | fields[i][step // every * 16 + lane]) % (1 << bits * symbols)
             window |= state[i] << shift
             shift += bits * symbols
-        u = (window * code.multiplier | 1) % 65536
+        u = window * code.multiplier % 65536
         levels[16 * step + lane] = slow_level(u - 65536 if u >= 32768 else u, code.coefficients)
     return [levels[column] for column in range(width)]
 

@@ -31,7 +31,10 @@ from waterfill.running.streaming.view import View
 
 pytestmark = pytest.mark.usefixtures("no_reader_left")
 
-CODECS = ("trellis-s8-r3.0000", "trellis-s4-r6.0000", "higgs-p1-n4", "higgs-p1-n6", "higgs-p2-n16", "higgs-p4-n1024")
+CODECS = (
+    *("trellis-s8-r3.0000", "trellis-s4-r6.0000", "higgs-p1-n4", "higgs-p1-n6", "higgs-p2-n16", "higgs-p4-n1024"),
+    "bitshift-2.5",
+)
 KEEPS = (streams.nothing, streams.coded, streams.decoded, streams.mixed)
 Packed = Callable[[str], Path]
 

@@ -2,7 +2,7 @@
 
 Every step shifts a weight's symbols into registers, whose 12 bits, the first register's lowest, are a window s:
 
-    u = s * multiplier mod 2^16, from -1 to 1           level = u * (a + b u^4 + c u^16)
+    u = s * multiplier mod 2^16, from -1 to 1           level = u * (a + b u^8 + c u^16)
 
 Neighbours share all but a few bits of their windows, so that the best path through a row, which the Viterbi algorithm
 finds, comes near to what vectors of many weights would reach. Numbers of 16 bits do: there is nothing to be looked up.
@@ -32,7 +32,7 @@ FILE = Path(__file__).with_name("codes.json")
 WINDOW = 12  # bits
 STATES = 1 << WINDOW
 LANES = 16  # sequences that are searched side by side
-POWERS = (1, 5, 17)  # of u, in a level
+POWERS = (1, 9, 17)  # of u, in a level
 FINE = 24.0  # of cost, that a weight's error is about: whole numbers are exact enough, and a path's fit 16 bits
 MOST_UNIT = 4000.0  # of cost, that an error of a standard deviation is
 MOST_METRIC, MOST_COST = 0xFFFF, 16384  # of a path, where it ends to count; of a step
@@ -109,9 +109,9 @@ class Code:
         """The level of every window, `[STATES]`."""
         u = place(np.arange(STATES), self.multiplier)
         u4 = _product(_product(u, u), _product(u, u))
-        u16 = _product(_product(u4, u4), _product(u4, u4))
+        u8 = _product(u4, u4)
         a, b, c = self.coefficients
-        return (_product(u, a + _product(u4, b) + _product(u16, c)) >> 8).astype(np.int8)
+        return (_product(u, a + _product(u8, b + _product(u8, c))) >> 8).astype(np.int8)
 
     @cached_property
     def trellises(self) -> tuple[Trellis, ...]:
@@ -139,8 +139,8 @@ class Code:
 
 
 def place(windows: npt.NDArray[np.integer], multiplier: int) -> npt.NDArray[np.int64]:
-    """u of windows, in fractions of 32768: odd, so that it is never -1."""
-    u: npt.NDArray[np.int64] = (windows.astype(np.int64) * multiplier + 32768) % 65536 - 32768 | 1
+    """u of windows, in fractions of 32768; never -1, as the multiplier is odd."""
+    u: npt.NDArray[np.int64] = (windows.astype(np.int64) * multiplier + 32768) % 65536 - 32768
     return u
 
 

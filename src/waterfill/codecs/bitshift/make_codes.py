@@ -16,11 +16,11 @@ from waterfill.base.writing import write_file
 from waterfill.codecs.bitshift.code import FILE, LANES, POWERS, REGISTERS, Code, place, search
 
 SEED = 20261201
-CANDIDATES, REFINED = 320, 6  # multipliers
+CANDIDATES, REFINED = 160, 6  # multipliers
 SAMPLES, REFINED_SAMPLES, TEST_SAMPLES = 1 << 14, 1 << 16, 1 << 19
 ROUNDS, REFINED_ROUNDS = 4, 12
 STEPS = 2048  # of each sequence, of which a few at the beginning know less
-BEGIN = (1.36, 0.5, 1.2)  # coefficients, in standard deviations
+BEGIN = (1.45, 0.9, 0.5)  # coefficients, in standard deviations
 LARGEST = 32500  # sum of a code's coefficients, which levels of 8 bits are had with
 
 
