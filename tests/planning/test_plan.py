@@ -103,7 +103,8 @@ def test_a_budget_of_no_loss() -> None:
 
 def test_menu_has_every_rate_and_raw(dense: Architecture) -> None:
     menus = make_menus(dense, sensitivity_of(dense).tensors, "auto", purpose="memory")
-    assert [point.codec for point in menus.points[0]] == [*CODECS, RAW]
+    trellises = [f"bitshift-{halves / 2:g}" for halves in range(2, 11)]
+    assert [point.codec for point in menus.points[0]] == [*CODECS, *trellises, RAW]
     assert len(CODECS) == len(set(CODECS)) == 37
     assert menus.weights == sum(matrix.shape[0] * matrix.shape[1] for matrix in dense.matrices)
     for i, (matrix, points, c) in enumerate(zip(dense.matrices, menus.points, menus.coefficients, strict=True)):
@@ -314,8 +315,10 @@ def test_uniform_gives_one_codec(budget: Mapping[str, Any], dense: Architecture)
 
 
 def test_uniform_takes_the_best_codec_that_fits(dense: Architecture) -> None:
-    """At 2.3 bits, scales of these narrow rows included: 2 bits in four dimensions."""
-    assert set(codecs_of(planned(dense, bits=2.3, uniform=True, purpose="memory")).values()) == {"higgs-p4-n256"}
+    """At 2.3 bits, scales of these narrow rows included: 2 bits in a trellis; among grids, in four dimensions."""
+    options = {"bits": 2.3, "uniform": True, "purpose": "memory"}
+    assert set(codecs_of(planned(dense, **options)).values()) == {"bitshift-2"}
+    assert set(codecs_of(planned(dense, **options, codecs=CODECS)).values()) == {"higgs-p4-n256"}
 
 
 def test_tied_matrices_share_a_codec(dense: Architecture) -> None:
