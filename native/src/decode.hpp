@@ -130,23 +130,11 @@ struct Decoding {
             }
     }
 
-    static void decode_windows(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
-        switch (m.table->halves) {
-            case 2: return decode_windows<2>(m, tile, out, stride);
-            case 3: return decode_windows<3>(m, tile, out, stride);
-            case 4: return decode_windows<4>(m, tile, out, stride);
-            case 5: return decode_windows<5>(m, tile, out, stride);
-            case 6: return decode_windows<6>(m, tile, out, stride);
-            case 7: return decode_windows<7>(m, tile, out, stride);
-            case 8: return decode_windows<8>(m, tile, out, stride);
-            case 9: return decode_windows<9>(m, tile, out, stride);
-            default: return decode_windows<10>(m, tile, out, stride);
-        }
-    }
-
     // Four rows as integers in the order of the prepared activations; `stride` in bytes.
     static void decode_tile(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
-        if (m.table->halves) return decode_windows(m, tile, out, stride);
+        if (m.table->halves)
+            return by_rate(m.table->halves,
+                           [&](auto halves) { decode_windows<decltype(halves)::value>(m, tile, out, stride); });
         if (from_codes(*m.table)) {
             if (m.table->p == 1) switch (m.table->bits) {
                     case 1: return decode_bytes<1, 1>(m, tile, out, stride);
@@ -207,23 +195,9 @@ struct Decoding {
         }
     }
 
-    static void window_row(const Matrix& m, int64_t row, float* out) {
-        switch (m.table->halves) {
-            case 2: return window_row<2>(m, row, out);
-            case 3: return window_row<3>(m, row, out);
-            case 4: return window_row<4>(m, row, out);
-            case 5: return window_row<5>(m, row, out);
-            case 6: return window_row<6>(m, row, out);
-            case 7: return window_row<7>(m, row, out);
-            case 8: return window_row<8>(m, row, out);
-            case 9: return window_row<9>(m, row, out);
-            default: return window_row<10>(m, row, out);
-        }
-    }
-
     static void decode_row(const Matrix& m, int64_t row, float* out) {
         const Table& t = *m.table;
-        if (t.halves) return window_row(m, row, out);
+        if (t.halves) return by_rate(t.halves, [&](auto halves) { window_row<decltype(halves)::value>(m, row, out); });
         const Planes planes = planes_of(t.bits);
         const int64_t chunks = chunks_per_row(m.width, t.p), tile = row / kTile, groups = groups_of(m.width);
         const uint16_t* scale = m.scales + tile * groups * kTile + row % kTile;

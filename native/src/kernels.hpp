@@ -231,18 +231,9 @@ struct Kernels : Decoding<Isa> {
 
     template <int TOKENS>
     static Tile tile_for(const Table& t) {
-        switch (t.halves) {
-            case 0: break;
-            case 2: return tile_from_windows<2, TOKENS>;
-            case 3: return tile_from_windows<3, TOKENS>;
-            case 4: return tile_from_windows<4, TOKENS>;
-            case 5: return tile_from_windows<5, TOKENS>;
-            case 6: return tile_from_windows<6, TOKENS>;
-            case 7: return tile_from_windows<7, TOKENS>;
-            case 8: return tile_from_windows<8, TOKENS>;
-            case 9: return tile_from_windows<9, TOKENS>;
-            default: return tile_from_windows<10, TOKENS>;
-        }
+        if (t.halves)
+            return by_rate(t.halves,
+                           [](auto halves) -> Tile { return tile_from_windows<decltype(halves)::value, TOKENS>; });
         if constexpr (Isa::quadruples)
             if (t.p == 4) return tile_for<4, TOKENS>(t.bits);
         return t.p == 1 ? tile_for<1, TOKENS>(t.bits) : tile_for<2, TOKENS>(t.bits);

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "matrix.hpp"
 #include "registers.hpp"
@@ -138,6 +139,22 @@ struct Windows {
         return code;
     }
 };
+
+// f(constant) for a rate's constant, twice its bits.
+template <class F>
+auto by_rate(int halves, const F& f) {
+    switch (halves) {
+        case 2: return f(std::integral_constant<int, 2>());
+        case 3: return f(std::integral_constant<int, 3>());
+        case 4: return f(std::integral_constant<int, 4>());
+        case 5: return f(std::integral_constant<int, 5>());
+        case 6: return f(std::integral_constant<int, 6>());
+        case 7: return f(std::integral_constant<int, 7>());
+        case 8: return f(std::integral_constant<int, 8>());
+        case 9: return f(std::integral_constant<int, 9>());
+        default: return f(std::integral_constant<int, 10>());
+    }
+}
 
 // The column of a chunk whose level is number i of those that come out.
 constexpr int column_of_level(int i) { return 16 * (i / 32 * 2 + i % 2) + i % 32 / 2; }

@@ -14,6 +14,7 @@ import pytest
 from tests.support.kernel_samples import LIBRARY, needs_native
 from waterfill.base import native_signatures as mirror
 from waterfill.base.native_calls import Functions
+from waterfill.base.native_coding import Coding
 
 NATIVE = Path(__file__).parents[2] / "native"
 HEADER = NATIVE / "include" / "waterfill_native.h"
@@ -101,7 +102,8 @@ def test_constants_are_those_of_the_sources() -> None:
 
 def test_every_function_is_wrapped_once_with_types() -> None:
     for name in mirror.SIGNATURES:
-        method = vars(Functions)[name.removeprefix("wf_")]
+        own = name.removeprefix("wf_")
+        (method,) = (vars(kind)[own] for kind in (Functions, Coding) if own in vars(kind))
         signature = inspect.signature(method)
         assert method.__doc__
         assert signature.return_annotation is not signature.empty, name

@@ -1,6 +1,6 @@
 """native/include/waterfill_native.h in ctypes: its structures, callbacks, constants, and the types of its functions.
 
-    waterfill_native.h ──by hand──► this file ──► native_calls.py (each function with names and checks)
+    waterfill_native.h ──by hand──► this file ──► native_calls.py, native_coding.py (with names and checks)
 
 `HEADER` says which header this mirror is of. A library that was built from another one is refused when it is loaded,
 and so is one whose structures have other sizes; a test compares every line with the header.
