@@ -165,7 +165,7 @@ CHAPTERS = {
         "{least *_of_grids:.2f} to {most *_of_grids:.2f} of the KL that they have with grids alone.",
         "Bits over the bound count symbols and what a known start costs, not scales; all that is stored is beside "
         "them. Products are of random codes that lie in no cache, with the instruction set that the machine has; "
-        "`times_the_grid_s_speed` compares a trellis with the grid of pairs of as many bits. KL at equal bytes is "
+        "`speed_over_grid` compares a trellis with the grid of pairs of as many bits. KL at equal bytes is "
         "without error feedback.",
     ),
     "fuzz_streams": Chapter(

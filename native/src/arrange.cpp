@@ -246,12 +246,12 @@ uint8_t* put_words(Register r, int64_t first, const At& at, uint8_t* out) {
 void arrange_windows(const Table& t, const uint8_t* row, int64_t width, uint8_t* out, int64_t stride) {
     const Registers registers = registers_of(t.halves);
     const int64_t columns = window_columns(width, t.halves), chunks = chunks_per_row(width, 1);
-    const int64_t whole = ceil_div(columns, kChunk), history = history_chunks(t.halves);
+    const int64_t history = history_chunks(t.halves);
     int offset = 0;
     for (int i = 0; i < registers.count; ++i) {
         const Register r = registers.of[i];
         const int64_t count = columns / r.every, steps = count / kRowLanes;
-        const std::vector<uint8_t> symbols = symbols_of(row, r, count, whole);
+        const std::vector<uint8_t> symbols = symbols_of(row, r, count, chunks);
         auto now = [&](int64_t step, uint8_t* symbol) {
             std::memcpy(symbol, symbols.data() + step * kRowLanes, kRowLanes);
         };

@@ -185,9 +185,6 @@ struct Avx512 {
                          _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
     }
 
-    using Floats = __m512;
-    static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
-    static void store_floats(float* p, Floats f) { _mm512_storeu_ps(p, f); }
     template <class Words>
     static Words fraction_product(Words a, Words b) {
         return Words(_mm256_mulhrs_epi16(__m256i(a), __m256i(b)));
@@ -205,6 +202,9 @@ struct Avx512 {
     static Shorts subtract_shorts(Shorts a, Shorts b) { return _mm256_subs_epu16(a, b); }
     static uint32_t same_shorts(Shorts a, Shorts b) { return _mm256_cmpeq_epi16_mask(a, b); }
 
+    using Floats = __m512;
+    static Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+    static void store_floats(float* p, Floats f) { _mm512_storeu_ps(p, f); }
     static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
     static Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }

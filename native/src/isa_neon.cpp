@@ -106,21 +106,6 @@ struct Neon : Plain {
         vst1q_s32(sum, vpaddq_s32(vpaddq_s32(acc[0], acc[1]), vpaddq_s32(acc[2], acc[3])));
     }
 
-    using Floats = float32x4x4_t;
-    template <class Operation>
-    static Floats each(Floats a, Floats b, Operation operation) {
-        for (int i = 0; i < 4; ++i) a.val[i] = operation(a.val[i], b.val[i]);
-        return a;
-    }
-    static Floats load_floats(const float* p) {
-        return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
-    }
-    static void store_floats(float* p, Floats f) {
-        for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, f.val[i]);
-    }
-    static Floats add(Floats a, Floats b) {
-        return each(a, b, [](float32x4_t u, float32x4_t v) { return vaddq_f32(u, v); });
-    }
     template <class Words>
     static Words fraction_product(Words a, Words b) {
         int16x8_t x[2], y[2];
@@ -146,6 +131,22 @@ struct Neon : Plain {
         const uint16x8_t each = vld1q_u16(bits);
         const uint32_t low = vaddvq_u16(vandq_u16(vceqq_u16(a.low, b.low), each));
         return low | uint32_t(vaddvq_u16(vandq_u16(vceqq_u16(a.high, b.high), each))) << 8;
+    }
+
+    using Floats = float32x4x4_t;
+    template <class Operation>
+    static Floats each(Floats a, Floats b, Operation operation) {
+        for (int i = 0; i < 4; ++i) a.val[i] = operation(a.val[i], b.val[i]);
+        return a;
+    }
+    static Floats load_floats(const float* p) {
+        return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
+    }
+    static void store_floats(float* p, Floats f) {
+        for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, f.val[i]);
+    }
+    static Floats add(Floats a, Floats b) {
+        return each(a, b, [](float32x4_t u, float32x4_t v) { return vaddq_f32(u, v); });
     }
     static Floats subtract(Floats a, Floats b) {
         return each(a, b, [](float32x4_t u, float32x4_t v) { return vsubq_f32(u, v); });

@@ -144,9 +144,12 @@ def test_damaged_files_are_refused_or_measured_by(tmp_path: Path, data: st.DataO
     damaged.write_bytes(content)
     try:
         file = ReferenceFile(damaged)
-        scored(file, tiny_llama(2), file.ids, file.how)
-    except WaterfillError:
-        pass
+        loss = scored(file, tiny_llama(2), file.ids, file.how).divergence
+        said = f"{damaged} {loss.kl} {loss.ppl_reference}"
+    except WaterfillError as error:
+        said = str(error)
+    assert str(damaged) in said
+    assert not re.search("nan|inf", said.replace(str(damaged), ""))
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

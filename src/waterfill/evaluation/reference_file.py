@@ -9,6 +9,7 @@ window. Its metadata says how the text is cut, and whose predictions they are.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -31,6 +32,8 @@ VERSION = 1
 META = "waterfill-reference"
 KEPT = 64  # likeliest tokens of a position: half of the bytes that the other entries take
 TOKENS = "tokens"
+MOST_NATS = 1e6  # that a token may be improbable by
+ROUNDING = 0.5  # nats that a logarithm may be off, in any of the dtypes
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 NUMBERS = frozenset({torch.int32})
 # What `expected.TopK` knows of a position: how often, and of which dtypes.
@@ -88,6 +91,15 @@ class ReferenceRecorder:
         write_file(path, save({TOKENS: ids.int(), **tensors}, {META: json.dumps(asdict(meta))}))
 
 
+def _possible(known: TopK, vocabulary: int) -> bool:
+    """Whether these can be the probabilities of a model, but for rounding. NaN is within no bounds."""
+    log_sum = known.log_sum.double()[:, None]
+    logits = (known.logits, known.sampled_logits, known.target_logits[:, None])
+    bounds = [(each.double() - log_sum, -MOST_NATS, ROUNDING) for each in logits]
+    bounds += [(known.rest, 0, 1 + ROUNDING), (known.rest_entropy, 0, math.log(vocabulary) + 1)]
+    return all(bool(((each >= low) & (each <= high)).all()) for each, low, high in bounds)
+
+
 class ReferenceFile:
     """Such a file, opened; predictions are read window by window.
 
@@ -122,13 +134,15 @@ class ReferenceFile:
         """The reference's predictions for a window.
 
         Raises:
-            WaterfillError: they name tokens that there are not.
+            WaterfillError: they name tokens that there are not, or are no probabilities.
         """
         here = self._places[window.number]
         known = TopK(**{name: self._file.get_slice(f"top-k.{name}")[here] for name in FIELDS})
         for numbers in (known.tokens, known.sampled, known.top):
             if int(numbers.min()) < 0 or int(numbers.max()) >= self.vocabulary:
                 raise self._damaged(f"window {window.number} has tokens beyond its vocabulary of {self.vocabulary}")
+        if not _possible(known, self.vocabulary):
+            raise self._damaged(f"window {window.number} has numbers that are no probabilities")
         return known
 
     def _described(self) -> _Meta:

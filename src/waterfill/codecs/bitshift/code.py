@@ -16,11 +16,11 @@ A rate is the sum of its registers': `bits` each step, or every second one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from waterfill.base.errors import WaterfillError
 FILE = Path(__file__).with_name("codes.json")
 WINDOW = 12  # bits
 STATES = 1 << WINDOW
-LANES = 16  # sequences that are searched side by side
+SIDE_BY_SIDE = 16  # sequences that are searched together
 POWERS = (1, 9, 17)  # of u, in a level
 FINE = 24.0  # of cost, that a weight's error is about: whole numbers are exact enough, and a path's fit 16 bits
 MOST_UNIT = 4000.0  # of cost, that an error of a standard deviation is
@@ -66,6 +66,9 @@ REGISTERS: Mapping[float, tuple[Register, ...]] = {
     4.5: (Register(4, 2), Register(1, 4, 2)),
     5.0: (Register(4, 2), Register(1, 4)),
 }
+
+
+RATES = ", ".join(f"{rate:g}" for rate in REGISTERS)  # as a sentence has them
 
 
 class Trellis(NamedTuple):
@@ -157,18 +160,18 @@ def search(x: Floats, code: Code, start: Windows, *, first: int = 0) -> Windows:
         first: number of the first step, which says of what kind it is.
     """
     sequences, steps = x.shape
-    blocks = -(-sequences // LANES)
-    side_by_side = np.zeros((blocks * LANES, steps), np.float32)
+    blocks = -(-sequences // SIDE_BY_SIDE)
+    side_by_side = np.zeros((blocks * SIDE_BY_SIDE, steps), np.float32)
     side_by_side[:sequences] = x
-    begin = np.zeros(blocks * LANES, np.uint16)
+    begin = np.zeros(blocks * SIDE_BY_SIDE, np.uint16)
     begin[:sequences] = start
-    targets = np.ascontiguousarray(side_by_side.reshape(blocks, LANES, steps).swapaxes(1, 2))
+    targets = np.ascontiguousarray(side_by_side.reshape(blocks, SIDE_BY_SIDE, steps).swapaxes(1, 2))
     isa, library = native.isa(), native.library()
     if isa is None or library is None:
         found = np.stack(
             [
                 search_reference(block, code, some, first=first)
-                for block, some in zip(targets, begin.reshape(blocks, LANES), strict=True)
+                for block, some in zip(targets, begin.reshape(blocks, SIDE_BY_SIDE), strict=True)
             ]
         )
     else:
@@ -184,7 +187,7 @@ def search(x: Floats, code: Code, start: Windows, *, first: int = 0) -> Windows:
             start=begin,
             windows=found,
         )
-    return found.swapaxes(1, 2).reshape(blocks * LANES, steps)[:sequences]
+    return found.swapaxes(1, 2).reshape(blocks * SIDE_BY_SIDE, steps)[:sequences]
 
 
 def search_reference(x: Floats, code: Code, start: Windows, *, first: int = 0) -> Windows:
@@ -216,9 +219,18 @@ def search_reference(x: Floats, code: Code, start: Windows, *, first: int = 0) -
     return out
 
 
+class _Stored(TypedDict):
+    """What the file has of a code."""
+
+    multiplier: str  # hexadecimal
+    coefficients: tuple[int, int, int]
+    step: float
+    t2: float
+
+
 @lru_cache(maxsize=1)
-def _stored() -> Mapping[str, Mapping[str, object]]:
-    stored: Mapping[str, Mapping[str, object]] = json.loads(FILE.read_text("utf-8"))
+def _stored() -> Mapping[str, _Stored]:
+    stored: Mapping[str, _Stored] = json.loads(FILE.read_text("utf-8"))
     return stored
 
 
@@ -230,18 +242,7 @@ def code_of(rate: float) -> Code:
         WaterfillError: there is none.
     """
     if rate not in REGISTERS:
-        raise WaterfillError(f"there is no bitshift trellis of {rate:g} bits; there are {rates()}")
-    return made(rate, _stored()[f"{rate:g}"])
-
-
-def made(rate: float, stored: Mapping[str, object]) -> Code:
-    """From what a file has."""
-    a, b, c = json.loads(str(stored["coefficients"]))
-    return Code(
-        rate, int(str(stored["multiplier"]), 16), (a, b, c), float(str(stored["step"])), float(str(stored["t2"]))
-    )
-
-
-def rates(these: Sequence[float] = tuple(REGISTERS)) -> str:
-    """As a sentence has them."""
-    return ", ".join(f"{rate:g}" for rate in these)
+        raise WaterfillError(f"there is no bitshift trellis of {rate:g} bits; there are {RATES}")
+    stored = _stored()[f"{rate:g}"]
+    a, b, c = stored["coefficients"]
+    return Code(rate, int(stored["multiplier"], 16), (a, b, c), stored["step"], stored["t2"])

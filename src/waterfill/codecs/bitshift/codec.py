@@ -19,7 +19,7 @@ from waterfill.base.errors import WaterfillError
 from waterfill.base.lazy import torch
 from waterfill.base.native import Native
 from waterfill.codecs.bitshift import rows
-from waterfill.codecs.bitshift.code import REGISTERS, WINDOW, Code, code_of, rates, search
+from waterfill.codecs.bitshift.code import RATES, REGISTERS, WINDOW, Code, code_of, search
 from waterfill.codecs.contract import Encoded, MemoryForm, Rates, Shape
 from waterfill.codecs.feedback import Blocks, Feedback, interleaved
 from waterfill.codecs.groups import TINY, per_weight
@@ -138,7 +138,7 @@ def bitshift(name: str) -> Bitshift:
     match = re.fullmatch(r"bitshift-([1-9](?:\.5)?)", name)
     if match is None or float(match[1]) not in REGISTERS:
         raise WaterfillError(
-            f"codec {name!r} is not a bitshift trellis; expected a name like bitshift-2.5, of {rates()} bits"
+            f"codec {name!r} is not a bitshift trellis; expected a name like bitshift-2.5, of {RATES} bits"
         )
     return Bitshift(float(match[1]))
 

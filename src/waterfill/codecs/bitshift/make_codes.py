@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from waterfill.base.writing import write_file
-from waterfill.codecs.bitshift.code import FILE, LANES, POWERS, REGISTERS, Code, place, search
+from waterfill.codecs.bitshift.code import FILE, POWERS, REGISTERS, SIDE_BY_SIDE, Code, place, search
 
 SEED = 20261201
 CANDIDATES, REFINED = 160, 6  # multipliers
@@ -90,7 +90,7 @@ def measured(code: Code, samples: int, seed: int) -> Code:
 
 def sample(count: int, seed: int) -> npt.NDArray[np.float32]:
     """Of a Gaussian, `[sequences, STEPS]`, of a power of 1."""
-    rows = max(LANES, count // STEPS)
+    rows = max(SIDE_BY_SIDE, count // STEPS)
     x = np.random.default_rng(seed).standard_normal((rows, max(1, count // rows)))
     scaled: npt.NDArray[np.float32] = (x / np.sqrt(np.mean(np.square(x)))).astype(np.float32)
     return scaled
