@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from waterfill.running.streaming.chunks import Chunk, ChunkData
 from waterfill.running.streaming.residency import Speeds
-from waterfill.running.streaming.storage import READ_BYTES, Slot, Storage, make_slots
+from waterfill.running.streaming.storage import READ_BYTES, Region, Slot, Storage, make_slots
 from waterfill.running.streaming.view import Activations, View
 
 READING_S = 0.2  # for each way
@@ -35,23 +36,38 @@ def calibrate(
     chunk = max(chunks, key=lambda chunk: chunk.region.size_bytes)
     decode, multiply = _working_speeds(ChunkData(chunk, storage.read_into(chunk.region, slots[0])), working_s)
     enough = ENOUGH * largest * decode / chunk.weights  # faster would only take time from decoding
-    following = itertools.cycle(chunks)
+    following = itertools.cycle([chunk.region for chunk in chunks])
+    read_bytes_per_s, threads = fastest_reading(storage, following, slots, reading_s, enough)
+    return Speeds(read_bytes_per_s, decode, multiply), threads
+
+
+def fastest_reading(
+    storage: Storage, following: Iterator[Region], slots: Sequence[Slot], seconds: float, enough: float = math.inf
+) -> tuple[float, int]:
+    """Bytes per second in the fastest of WAYS, or the first that is `enough`, and how many threads read so; sets how
+    much `storage` reads with one call.
+
+    Args:
+        following: what is read, without end.
+        slots: of which each thread has one.
+        seconds: in each way; once at least.
+    """
     best, read_bytes_per_s = WAYS[0], 0.0
     for threads, storage.read_bytes in WAYS:
-        speed = _reading_speed(storage, following, slots[:threads], reading_s)
+        speed = _reading_speed(storage, following, slots[:threads], seconds)
         if speed > WORTH * read_bytes_per_s:
             best, read_bytes_per_s = (threads, storage.read_bytes), speed
         if read_bytes_per_s > enough:
             break
     threads, storage.read_bytes = best
-    return Speeds(read_bytes_per_s, decode, multiply), threads
+    return read_bytes_per_s, threads
 
 
-def _reading_speed(storage: Storage, following: itertools.cycle[Chunk], slots: Sequence[Slot], seconds: float) -> float:
+def _reading_speed(storage: Storage, following: Iterator[Region], slots: Sequence[Slot], seconds: float) -> float:
     start, size = time.perf_counter(), 0
     with ThreadPoolExecutor(len(slots)) as pool:
         while (elapsed := time.perf_counter() - start) < seconds or not size:
-            regions = [next(following).region for _ in slots]
+            regions = [next(following) for _ in slots]
             list(pool.map(storage.read_into, regions, slots))
             size += sum(region.size_bytes for region in regions)
     return size / elapsed
