@@ -7,7 +7,9 @@ proven by a search around the Lagrangian solution. That module's docstring has t
 
 Bytes that the least loss leaves over are spent where they cost nothing, on larger choices of equal loss, such as those
 of a tensor with zero sensitivity. To that end a byte is worth a sliver: all the bytes that could be spent, together,
-are worth SLIVER of all the loss that could be saved. "Least loss" therefore means least to 1e-12 of that spread.
+are worth SLIVER of all the loss that could be saved. "Least loss" therefore means least to 1e-12 of that spread. Where
+choices take time, time that is saved has that worth instead; time may also be the budget, in place of bytes
+(`Task.by_time`) or beside them (`allocate_timed`).
 
 Losses may have any sign: an estimated sensitivity can be negative, and its tensor then takes its smallest choice.
 """
@@ -45,6 +47,7 @@ class ChoiceTable:
 
     size_bytes: Floats  # [tensors, choices], whole numbers
     loss: Floats  # [tensors, choices], as of a `Choice`
+    time: Floats | None = None  # [tensors, choices], whole numbers of any unit; None: it does not matter
 
 
 ChoiceMenus: TypeAlias = Sequence[Sequence[Choice]] | ChoiceTable
@@ -129,12 +132,14 @@ class Task:
     class_of: Ints  # [tensors]
     first: Ints  # [classes], where its choices begin in the arrays that follow
     owner: Ints  # [choices], class
-    size: Floats  # [choices], bytes: whole numbers
+    size: Floats  # [choices], bytes: whole numbers; time, of a task `by_time`
     loss: Floats  # [choices], nats per token
+    time: Floats | None = None  # [choices], whole numbers
 
     @staticmethod
     def of(menus: ChoiceMenus, ties: Sequence[Sequence[int]]) -> Task:
         lengths, size, loss = _flat(menus)
+        time = menus.time if isinstance(menus, ChoiceTable) else None
         total = len(size)
         _check_menus(lengths, size, loss)
         class_of = _classes(lengths, ties)
@@ -144,8 +149,15 @@ class Task:
         tensor_first = np.cumsum(lengths) - lengths
         place = np.arange(total) + np.repeat(first[class_of] - tensor_first, lengths)
         owner = np.repeat(np.arange(len(first)), class_lengths)
-        fused = (np.bincount(place, weights=column).astype(np.float64) for column in (size, loss))
+        columns = (size, loss) if time is None else (size, loss, time.ravel())
+        fused = (np.bincount(place, weights=column).astype(np.float64) for column in columns)
         return Task(tensor_first, loss, class_of, first, owner, *fused)
+
+    @cached_property
+    def by_time(self) -> Task:
+        """The same with time as what a budget is of: limits and `size_bytes` of its allocations are times."""
+        assert self.time is not None
+        return replace(self, size=self.time)
 
     @cached_property
     def smallest_bytes(self) -> int:
@@ -157,10 +169,18 @@ class Task:
 
     @cached_property
     def sliver(self) -> float:
-        """Nats per token that a byte is worth where it saves no loss."""
-        most, least = _per_class(np.maximum, self.loss, self.first), _per_class(np.minimum, self.loss, self.first)
-        spread = float((most - least).sum())
-        return SLIVER * (spread or 1.0) / max(1, self.largest_bytes - self.smallest_bytes)
+        """Nats per token that a unit of what is preferred is worth where it saves no loss."""
+        return SLIVER * (self._spread(self.loss) or 1.0) / max(1.0, self._spread(self.preferred))
+
+    @property
+    def preferred(self) -> Floats:
+        """[choices], bytes, or time that is not taken."""
+        return self.size if self.time is None else -self.time
+
+    def _spread(self, values: Floats) -> float:
+        """Between the most and the least that an allocation can have."""
+        most, least = _per_class(np.maximum, values, self.first), _per_class(np.minimum, values, self.first)
+        return float((most - least).sum())
 
     @cached_property
     def unit(self) -> int:
@@ -172,7 +192,7 @@ class Task:
     @cached_property
     def least_loss(self) -> Problem:
         """The knapsack of least loss, the same for every budget."""
-        return Problem(len(self.first), self.owner, self.size, self.loss - self.sliver * self.size)
+        return Problem(len(self.first), self.owner, self.size, self.loss - self.sliver * self.preferred)
 
     def within_bytes(self, budget_bytes: int) -> tuple[Problem, float, float]:
         """The knapsack of least loss in a budget, its limit and its grain; BudgetError if the budget is too small."""
@@ -185,7 +205,8 @@ class Task:
                 largest_bytes,
             )
         limit = smallest_bytes + (budget_bytes - smallest_bytes) // self.unit * self.unit
-        return self.least_loss, float(limit), self.sliver * UNSPENT * budget_bytes
+        whole = budget_bytes if self.time is None else self._spread(self.preferred)
+        return self.least_loss, float(limit), self.sliver * UNSPENT * whole
 
     def check_loss(self, max_loss: float) -> None:
         """BudgetError if no allocation is predicted to lose at most max_loss."""
@@ -220,11 +241,18 @@ class Task:
                 break
         return replace(best, exact=best.exact and solution.exact)
 
+    def picks(self, allocation: Allocation) -> Ints:
+        """Classes' choices in the flat arrays."""
+        picks = np.empty(len(self.first), np.intp)
+        picks[self.class_of] = np.asarray(allocation.choices, np.intp)
+        return picks + self.first
+
     def allocation(self, picks: Ints, gap: float, exact: bool) -> Allocation:
         """Classes' picks as the tensors' choices; `gap` counts the slivers of the bytes, which the bound must not."""
         choices = (picks - self.first)[self.class_of]
         size_bytes, loss = int(self.size[picks].sum()), math.fsum(self.tensor_loss[self.tensor_first + choices])
-        bound = loss - gap - self.sliver * (size_bytes - self.smallest_bytes)
+        least = _per_class(np.minimum, self.preferred, self.first)
+        bound = loss - gap - self.sliver * float((self.preferred[picks] - least).sum())
         return Allocation(tuple(choices.tolist()), size_bytes, loss, bound, exact)
 
 
