@@ -40,6 +40,7 @@ from waterfill.planning.plan import Plan, Unused, read_plan
 from waterfill.planning.planner import EVERYTHING, Request, make_lossless_plan, make_plan
 from waterfill.planning.sensitivity import SENSITIVITY_FILE, Sensitivity
 from waterfill.running.loading import load
+from waterfill.running.timing import check_speed, timing_of
 from waterfill.studies.own_text import OwnText
 
 _log = logging.getLogger(__name__)
@@ -176,7 +177,8 @@ def _plan(
             lossless = make_lossless_plan(name, architecture, checkpoint.fingerprint, sizes)
         return replace(lossless, unused=_unused(checkpoint, architecture)), None, architecture, None
     size = options.get("size")
-    budget = Budget(None if size is None else parse_size(size), options.get("bits"), options.get("max_kl"))
+    limits = (None if size is None else parse_size(size), options.get("bits"), options.get("max_kl"))
+    budget = Budget(*limits, options.get("speed"))
     request = Request(
         gain=options.get("gain", "auto"),
         keep=tuple(options.get("keep", ())),
@@ -187,8 +189,11 @@ def _plan(
     )
     if options.get("alpha", "measured") == "uniform" and options.get("sensitivity") is not None:
         raise WaterfillError("--alpha uniform and --sensitivity do not go together; give one of them")
+    check_speed(options)
     architecture = _describe(checkpoint, request.keep, progress)
-    names = codec_names(architecture, request.codecs, request.purpose)  # refuses what is none, before minutes of work
+    timed = request.timed(budget)
+    names = codec_names(architecture, request.codecs, request.purpose, timed=timed)  # before minutes of work
+    timing = timing_of(checkpoint, architecture, names, progress, options)
     sizes = _coded_bytes(checkpoint, architecture, progress)
     if (given := _given(checkpoint, architecture, options)) is not None:
         check_units(given, budget)
@@ -201,7 +206,7 @@ def _plan(
         def planned(measured: Sensitivity) -> Plan:
             record = None if calibrated is None else calibrated.record
             with stage(progress, PLANNING):
-                return make_plan(name, architecture, measured, budget, request, sizes, record, left)
+                return make_plan(name, architecture, measured, budget, request, sizes, record, left, timing)
 
         measured = given or _measure(checkpoint, architecture, progress, cast(ProbeOptions, options), text, planned)
     made = planned(measured)

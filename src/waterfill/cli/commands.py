@@ -17,8 +17,8 @@ _SECTIONS = {
     "Efficiency": ("efficiency", "prompt_tokens", "new_tokens"),
     "Our plans": ("sizes", "rates"),
     "Methods": ("methods", "no_match"),
-    "Budget (exactly one)": ("size", "bits", "max_kl", "lossless"),
-    "Choices": ("gain", "keep", "tie", "uniform", "purpose", "codecs"),
+    "Budget (exactly one; --speed also beside bytes)": ("size", "bits", "max_kl", "lossless", "speed"),
+    "Choices": ("gain", "keep", "tie", "uniform", "purpose", "disk", "codecs"),
     "Sensitivities": (
         *("probe", "text", "calibration", "precision", "quick", "sequences", "length", "seed", "method"),
         "sensitivity",
@@ -89,12 +89,18 @@ def combined(*options: Decorator) -> Decorator:
     return decorate
 
 
+_STORAGE_OR_MEMORY = (
+    "storage (default): entropy-coded, least loss for its bytes, decoded to a byte per weight when loaded; "
+    "memory: fixed rate, runs from its codes"
+)
 purpose_option = click.option(
+    "--for", "purpose", type=click.Choice(["storage", "memory"]), help=f"{_STORAGE_OR_MEMORY}."
+)
+plan_purpose_option = click.option(
     "--for",
     "purpose",
-    type=click.Choice(["storage", "memory"]),
-    help="storage (default): entropy-coded, least loss for its bytes, decoded to a byte per weight when loaded; "
-    "memory: fixed rate, runs from its codes.",
+    type=click.Choice(["storage", "memory", "stream"]),
+    help=f"{_STORAGE_OR_MEMORY}; stream: either, for weights that are read from storage for every token (--disk).",
 )
 
 

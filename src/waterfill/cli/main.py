@@ -23,7 +23,7 @@ from waterfill.base import interrupts
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.version import __version__
 from waterfill.cli import console, events, run, study
-from waterfill.cli.commands import FILE, PATH, OrderedGroup, combined, purpose_option
+from waterfill.cli.commands import FILE, PATH, OrderedGroup, combined, plan_purpose_option
 from waterfill.cli.progress import shown
 from waterfill.cli.show import doctor as show_doctor
 from waterfill.cli.show import evaluation as show_evaluation
@@ -41,7 +41,17 @@ _plan_options = combined(
     click.option("--size", help="Bytes of all weight files, e.g. 2.5GB or 800MiB."),
     click.option("--bits", type=float, metavar="X", help="Stored bits per weight of the matrices, scales included."),
     click.option(
-        "--max-kl", type=float, metavar="X", help="The smallest artifact within this predicted loss, in nats per token."
+        "--max-kl",
+        type=float,
+        metavar="X",
+        help="The smallest artifact within this predicted loss, in nats per token; with --for stream the fastest.",
+    ),
+    click.option(
+        "--speed",
+        type=float,
+        metavar="N",
+        help="With --for memory or stream: least loss with so many tokens per second at least, on this machine, as far "
+        "as the weights' products go.",
     ),
     click.option("--lossless", is_flag=True, help="Keep every bit: weights are coded, not quantised."),
     click.option(
@@ -56,14 +66,20 @@ _plan_options = combined(
         multiple=True,
         help="One codec for the matching matrices of a module, e.g. '*.q_proj,*.k_proj,*.v_proj'. Repeatable.",
     ),
-    purpose_option,
+    plan_purpose_option,
+    click.option(
+        "--disk",
+        metavar="SPEED",
+        help="With --for stream: bytes per second of storage, e.g. 0.5GB/s; measured (default): of the model's files.",
+    ),
     click.option("--uniform", is_flag=True, help="One codec for all matrices, for comparison."),
     click.option(
         "--codec",
         "codecs",
         metavar="NAME",
         multiple=True,
-        help="Choose from these codecs only: a name, a pattern, 'fast', 'bitshift' or 'trellis'. Repeatable.",
+        help="Choose from these codecs only: a name, a pattern, 'bitshift', 'trellis', or 'fast': grids of one weight, "
+        "or of two and up to 256 points, whose tables fit vector registers (AVX2, AVX-512, NEON). Repeatable.",
     ),
     click.option(
         "--probe",

@@ -44,7 +44,11 @@ GRIDS = (
     *(f"higgs-p3-n{2**k}" for k in range(3, 13)),
     *(f"higgs-p4-n{2**k}" for k in range(3, 13)),
 )
-MENUS: Mapping[str, tuple[str, ...]] = {"storage": ("trellis",), "memory": (*GRIDS, "bitshift")}
+MENUS: Mapping[str, tuple[str, ...]] = {
+    "storage": ("trellis",),
+    "memory": (*GRIDS, "bitshift"),
+    "stream": ("trellis", *GRIDS, "bitshift"),
+}
 """What a matrix may be given where nobody says more than what it is for: names of codecs, or of every rate of one."""
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Budgets as people write them: bytes of the artifact, bits per weight of the matrices, or a predicted loss."""
+"""Budgets as people write them: bytes of the artifact, bits per weight of the matrices, a predicted loss, a speed."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of three limits."""
+    """Exactly one of three limits, or a speed, which goes with a limit of bytes as well."""
 
     size_bytes: int | None = None  # all weight files of the artifact
     bits: float | None = None  # stored bits per weight of the matrices: indices, scales, padding
     max_kl: float | None = None  # predicted KL, nats per token
+    speed: float | None = None  # tokens per second at least, of products alone
 
     def __post_init__(self) -> None:
         limits = {"--size": self.size_bytes, "--bits": self.bits, "--max-kl": self.max_kl}
         named = [name for name, value in limits.items() if value is not None]
-        if len(named) != 1:
+        if len(named) > 1 or not (named or self.speed is not None):
             raise BudgetError(
                 f"a plan needs exactly one of --size, --bits, --max-kl and --lossless, got {', '.join(named) or 'none'}"
             )
-        value = limits[named[0]]
-        assert value is not None
-        if not math.isfinite(value) or value < 0 or (value == 0 and named[0] != "--max-kl"):
-            raise BudgetError(f"{named[0]} {value} is not a budget; give a positive number")
+        if self.speed is not None and named == ["--max-kl"]:
+            raise BudgetError("--max-kl and --speed do not go together; limit one of them, or bytes and --speed")
+        for name, value in {**limits, "--speed": self.speed}.items():
+            if value is not None and (not math.isfinite(value) or value < 0 or (value == 0 and name != "--max-kl")):
+                raise BudgetError(f"{name} {value} is not a budget; give a positive number")
 
 
 def parse_size(text: str | float) -> int:
@@ -48,6 +50,22 @@ def parse_size(text: str | float) -> int:
             f"{text!r} is not a size; write bytes, or a number with kB, MB, GB, KiB, MiB or GiB, as in 2.5GB"
         )
     return round(size_bytes)
+
+
+def parse_rate(text: str) -> float:
+    """'0.5GB/s', '300MB/s' -> bytes per second.
+
+    Raises:
+        BudgetError: it is anything else.
+    """
+    size, slash, second = text.partition("/")
+    try:
+        rate = parse_size(size) if (slash, second.strip()) == ("/", "s") else 0
+    except BudgetError:
+        rate = 0
+    if rate <= 0:
+        raise BudgetError(f"{text!r} is no speed of storage; write it as in 0.5GB/s, or measured")
+    return float(rate)
 
 
 def format_size(size_bytes: float) -> str:

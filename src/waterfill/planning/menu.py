@@ -25,14 +25,15 @@ from waterfill.planning.allocate import ChoiceTable
 from waterfill.planning.inventory import Inventory, KeptTensor, PlannedMatrix
 from waterfill.planning.loss import Coefficients, Floats, Gain, gain_rho, predicted_kl, predicted_kls, relative_error
 from waterfill.planning.plan import KeptPlan, TensorPlan, kept_spec
+from waterfill.planning.speed import Timing
 
 CODECS = GRIDS  # what names with wildcards are looked up in
-FAST = "fast"  # stands for the grids that the native kernels look up in vector registers
+FAST = "fast"  # stands for the grids whose tables fit the vector registers of every instruction set
 FINE, COARSE = 32, 8  # rates per bit of a menu, up to FINE_RATE and beyond it
 FINE_RATE = 6.0
 MANY_MATRICES = 4000  # menus are coarse throughout; rates are refined anyhow
 Menu: TypeAlias = tuple[MenuPoint, ...]
-Purpose = Literal["storage", "memory"]
+Purpose = Literal["storage", "memory", "stream"]
 PURPOSES: Mapping[Purpose, tuple[str, ...]] = {purpose: MENUS[purpose] for purpose in get_args(Purpose)}
 
 
@@ -45,6 +46,8 @@ class Menus:
     rho: tuple[float, ...]  # gains
     points: tuple[Menu, ...]
     any_rate: frozenset[Rates]  # of codes that may take rates between those of the menu
+    timing: Timing | None = None  # None: time does not matter
+    uses: Floats | None = None  # [matrices], products per token, as of the timing
 
     @property
     def weights(self) -> int:
@@ -61,11 +64,14 @@ class Menus:
 
     @cached_property
     def choices(self) -> ChoiceTable:
-        """Bytes and losses of every menu."""
-        size, loss = np.empty((2, len(self.matrices), len(self.points[0])))
+        """Bytes and losses of every menu, and times where they matter."""
+        size, loss, time = np.empty((3, len(self.matrices), len(self.points[0])))
         for points, some in _alike(self.points).values():
             size[some], loss[some] = [point.size_bytes for point in points], self.losses(some, points)
-        return ChoiceTable(size, loss)
+            if self.timing is not None and self.uses is not None:
+                units = self.timing.units([point.codec for point in points], self.matrices[some[0]].shape)
+                time[some] = np.rint(self.uses[some, None] * units)
+        return ChoiceTable(size, loss, None if self.timing is None else time)
 
     def losses(self, some: Sequence[int], points: Sequence[MenuPoint]) -> Floats:
         """Predicted losses of matrices, given by their indices, at all of these points: float64 `[matrices, points]`,
@@ -111,10 +117,11 @@ def make_menus(
     gain: Gain,
     codecs: Sequence[str] | None = None,
     purpose: Purpose = "storage",
+    timing: Timing | None = None,
 ) -> Menus:
-    """Menus of all matrices, of the codecs that `codec_names` finds."""
+    """Menus of all matrices, of the codecs that `codec_names` finds; with times where there is a `timing`."""
     matrices = tuple(tensors.matrices)
-    names = codec_names(tensors, codecs, purpose)
+    names = codec_names(tensors, codecs, purpose, timed=timing is not None)
     if not matrices:
         raise WaterfillError("no matrix of the model is left to be packed; keep fewer tensors")
     missing = [matrix.name for matrix in matrices if matrix.name not in coefficients]
@@ -131,6 +138,8 @@ def make_menus(
         rho=tuple(gain_rho(gain, c) for c in of_matrices),
         points=tuple(menu_of(matrix.shape, matrix.dtype) for matrix in matrices),
         any_rate=frozenset(filter(None, map(rates_of, codecs or PURPOSES[purpose]))),
+        timing=timing,
+        uses=None if timing is None else timing.uses(matrices, coefficients),
     )
 
 
@@ -148,22 +157,25 @@ def _noise(points: Sequence[MenuPoint]) -> Floats:
 
 
 def codec_names(
-    tensors: Inventory, codecs: Sequence[str] | None = None, purpose: Purpose = "storage"
+    tensors: Inventory, codecs: Sequence[str] | None = None, purpose: Purpose = "storage", *, timed: bool = False
 ) -> tuple[str, ...]:
     """What a matrix may be given: `codecs` (names, patterns, "fast", "bitshift", "trellis"), or what serves the purpose
     and `raw`, the matrix as it is.
 
-    `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed.
+    `raw` is not offered to mixtures of experts, whose fused parameters cannot be half packed, nor where choices are
+    `timed`: what is not packed cannot be streamed, and its products are not timed.
 
     Raises:
         WaterfillError: a codec is unknown or cannot be.
     """
     fused = any(matrix.role == "expert" for matrix in tensors.matrices)
-    raw = () if fused else (RAW,)
+    raw = () if fused or timed else (RAW,)
     wanted = tuple(codecs or (*PURPOSES[purpose], *raw))
     names = _selected(wanted, (*CODECS, *raw), len(tensors.matrices))
     if fused and RAW in names:
         raise WaterfillError("a fused parameter cannot be packed in part, so experts cannot be raw; keep them instead")
+    if timed and RAW in names:
+        raise WaterfillError("a matrix that is kept raw has no speed to plan by; leave raw out, or --keep the matrix")
     for name in set(names) - {RAW}:
         get_codec(name)
     return names

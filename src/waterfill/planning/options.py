@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from waterfill.base.arguments import FLAG, PATH, Check, choice, optional, whole
+from waterfill.base.arguments import FLAG, PATH, Check, choice, is_real, optional, whole
 from waterfill.base.errors import WaterfillError
 from waterfill.planning.loss import Gain
 from waterfill.planning.menu import PURPOSES, Purpose
@@ -35,10 +35,11 @@ QUICK = ProbeOptions(sequences=4, length=96)
 
 
 class PlanOptions(ProbeOptions, total=False):
-    """What a plan is asked for: exactly one of size, bits, max_kl and lossless; the rest has defaults."""
+    """What a plan is asked for: exactly one of size, bits, max_kl, lossless and speed; the rest has defaults."""
 
     size: str | float | None  # bytes of all weight files, or "2.5GB"
     bits: float | None  # stored bits per weight of the matrices
+    speed: float | None  # tokens per second at least, of products alone; alone, or with size or bits
     max_kl: float | None  # predicted loss, nats per token
     lossless: bool  # every bit is kept, and nothing but the revision is left to choose
     gain: Gain
@@ -46,7 +47,8 @@ class PlanOptions(ProbeOptions, total=False):
     tie: Sequence[str]
     uniform: bool
     codecs: Sequence[str]
-    purpose: Purpose  # storage: entropy-coded, the fewest bytes; memory: runs from its codes
+    purpose: Purpose  # storage: entropy-coded, the fewest bytes; memory: runs from its codes; stream: either, by speed
+    disk: str  # what is streamed from: "0.5GB/s", or "measured", the model's own files
     alpha: Literal["measured", "uniform"]  # uniform: every weight counts the same
     sensitivity: str | Path | Sensitivity | None  # of this model, or of one like it, or a table
     feedback: Literal["auto", "none"]  # auto: errors are fed back wherever the model is measured on its own text
@@ -65,6 +67,8 @@ CHECKS = {
     "gain": choice(*get_args(Gain)),
     "purpose": choice(*PURPOSES),
     "probe": choice(*KINDS),
+    "speed": optional(Check("a finite number", is_real)),
+    "disk": Check("a text such as '0.5GB/s', or 'measured'", lambda value: isinstance(value, str)),
     "precision": optional(Check("a share such as 0.05 or '5%'", _is_precision)),
     "quick": FLAG,
     "method": choice(*PASSES),

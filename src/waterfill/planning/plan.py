@@ -25,6 +25,7 @@ from waterfill.files.artifact import RAW, Buffer, TensorSpec
 from waterfill.files.artifact.format import is_packed, quote
 from waterfill.planning.budget import Budget
 from waterfill.planning.loss import Cost, Gain
+from waterfill.planning.speed import Speed
 
 VERSION = 1
 Perplexity = Annotated[float, Range(1e-300, 1e308)]
@@ -170,6 +171,7 @@ class Plan:
     optimal: str  # how good the allocation is, in one sentence
     unused: tuple[Unused, ...] = ()
     calibration: Calibration | None = None  # None: errors are not fed back
+    speed: Speed | None = None  # of products where it was made; None: it was not planned to be run as it is stored
 
     @property
     def matrices(self) -> tuple[TensorPlan, ...]:
@@ -213,8 +215,8 @@ class Plan:
 
     @property
     def identity(self) -> str:
-        """Digest of all that decides the artifact's bytes; how the user named the model does not."""
-        return blake2b(replace(self, model="").to_json().encode(), digest_size=16).hexdigest()
+        """Digest of all that decides the artifact's bytes; how the user named the model does not, nor the machine."""
+        return blake2b(replace(self, model="", speed=None).to_json().encode(), digest_size=16).hexdigest()
 
     @staticmethod
     def load(path: Path) -> Plan:

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from waterfill.base.errors import BudgetError, WaterfillError
+from waterfill.base.errors import WaterfillError
 from waterfill.codecs.feedback import Left
 from waterfill.files.artifact import SHARD_BYTES, lay_out
-from waterfill.planning.allocate import Allocation, Task, certificate
+from waterfill.planning.allocate import Allocation, certificate
 from waterfill.planning.budget import Budget
 from waterfill.planning.evidence import weigh
 from waterfill.planning.inventory import Inventory
-from waterfill.planning.loss import Gain
+from waterfill.planning.loss import Coefficients, Gain
 from waterfill.planning.menu import (
     CodedBytes,
     Menus,
@@ -31,10 +31,11 @@ from waterfill.planning.menu import (
     make_menus,
     planned_kl,
 )
-from waterfill.planning.plan import UNPROMISED, Calibration, KeptPlan, Plan, Prediction, TensorPlan
+from waterfill.planning.plan import UNPROMISED, Calibration, Plan, Prediction, TensorPlan
 from waterfill.planning.precision import sampling_error
-from waterfill.planning.refine import refine
 from waterfill.planning.sensitivity import Sensitivity
+from waterfill.planning.solver import Solver
+from waterfill.planning.speed import Speed, Timing
 from waterfill.planning.trials import error_of_trials, factor, tried, uncorrected
 
 # Past this predicted loss the second-order model under-states the measured one (docs/results/prediction.md).
@@ -43,7 +44,6 @@ REGIME_KL = 0.1
 MARGINS = {"self": (0.8, 1.2), "text": (0.9, 1.1), "random": (0.3, 1.2)}
 EVERYTHING = ("*",)  # patterns of what a lossless plan keeps
 MOST_NLL = 700.0  # whose perplexity is still a number
-ROUNDS = 8  # of settling headers against choices; two or three are enough in practice
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Request:
     purpose: Purpose = "storage"
     shard_bytes: int = SHARD_BYTES
 
+    def timed(self, budget: Budget) -> bool:
+        """Whether choices are made by the time that they take."""
+        return self.purpose == "stream" or budget.speed is not None
+
 
 USUAL = Request()
 
@@ -71,10 +75,12 @@ def make_plan(
     coded_bytes: CodedBytes | None = None,
     calibration: Calibration | None = None,
     left: Mapping[str, Left] = MappingProxyType({}),
+    timing: Timing | None = None,
 ) -> Plan:
     """The plan of least predicted loss within the budget. With `coded_bytes`, what stays as it is is coded losslessly
     where that saves bytes; matrices that a generous budget leaves as they are, after the budget has been divided. With
-    a `calibration`, errors of the matrices that are named in `left` are fed back; the plan has it if any are.
+    a `calibration`, errors of the matrices that are named in `left` are fed back; the plan has it if any are. With a
+    `timing` the plan says how fast it is, and where a speed is asked for, or weights are streamed, is made by it.
 
     Raises:
         BudgetError: nothing fits; the message names the smallest and the largest feasible budget.
@@ -84,12 +90,13 @@ def make_plan(
     sensitivity = sensitivity.after_feedback({name: share.loss for name, share in left.items()})
     evidence = weigh(tensors.matrices, sensitivity.tensors, sensitivity.tokens)
     coefficients = {name: entry.coefficients for name, entry in evidence.items()}
-    menus = make_menus(tensors, coefficients, request.gain, request.codecs, request.purpose)
+    assert timing is not None or budget.speed is None
+    by_speed = timing if request.timed(budget) else None  # else a plan is the same on every machine
+    menus = make_menus(tensors, coefficients, request.gain, request.codecs, request.purpose, by_speed)
     ties = _ties(menus, request)
-    task = Task.of(menus.choices, ties)
     if budget.max_kl is not None:
         budget = replace(budget, max_kl=uncorrected(sensitivity.trials, budget.max_kl))
-    solver = _Solver(menus, task, kept_plans(tensors, coded_bytes), ties, budget, request.shard_bytes)
+    solver = Solver(menus, kept_plans(tensors, coded_bytes), ties, budget, request.shard_bytes, by_speed)
     allocation = solver.solve()
     planned = solver.refined(allocation)
     if coded_bytes is not None:
@@ -114,7 +121,13 @@ def make_plan(
         kept=solver.kept,
         optimal=optimal,
         calibration=calibration if any(tensor.feedback is not None for tensor in planned) else None,
+        speed=None if timing is None else _speed(planned, timing, coefficients),
     )
+
+
+def _speed(tensors: Sequence[TensorPlan], timing: Timing, coefficients: Mapping[str, Coefficients]) -> Speed | None:
+    codecs, shapes = [tensor.codec for tensor in tensors], [tensor.shape for tensor in tensors]
+    return timing.claim(codecs, shapes, timing.uses(tensors, coefficients))
 
 
 def _with_look_ups(left: Mapping[str, Left], sensitivity: Sensitivity) -> dict[str, Left]:
@@ -195,89 +208,6 @@ def _how_good(
         return certificate(replace(allocation, loss=corrected * allocation.loss, bound=corrected * allocation.bound))
     loss = corrected * math.fsum(tensor.kl for tensor in tensors)
     return f"one more byte would save the same in every entropy-coded matrix: {loss:.6g} nats per token"
-
-
-@dataclass(frozen=True)
-class _Solver:
-    menus: Menus
-    task: Task
-    kept: tuple[KeptPlan, ...]
-    ties: tuple[tuple[int, ...], ...]
-    budget: Budget
-    shard_bytes: int
-    _sizes: dict[tuple[int, ...], int] = field(default_factory=dict)  # of artifacts, by choices
-
-    def solve(self) -> Allocation:
-        budget = self.budget
-        if budget.max_kl is not None:
-            return self.task.smallest(budget.max_kl)
-        if budget.bits is not None:
-            return self._within_payload(int(budget.bits * self.menus.weights / 8), f"--bits {budget.bits:g}")
-        assert budget.size_bytes is not None
-        return self._within_size(budget.size_bytes)
-
-    def refined(self, allocation: Allocation) -> tuple[TensorPlan, ...]:
-        """The allocation with the rates that a menu cannot name."""
-        budget, chosen = self.budget, allocation.choices
-        if budget.max_kl is not None:
-            return self.menus.plans(refine(self.menus, chosen, self.ties, max_kl=budget.max_kl))
-        if budget.bits is not None:
-            spare_bytes = int(budget.bits * self.menus.weights / 8) - allocation.size_bytes
-        else:
-            assert budget.size_bytes is not None
-            spare_bytes = budget.size_bytes - self.artifact_bytes(chosen)
-        return self.menus.plans(refine(self.menus, chosen, self.ties, spare_bytes=spare_bytes))
-
-    def artifact_bytes(self, choices: tuple[int, ...]) -> int:
-        """All weight files, exactly."""
-        if choices not in self._sizes:
-            self._sizes[choices] = self.bytes_of(self.menus.tensors(choices))
-        return self._sizes[choices]
-
-    def bytes_of(self, tensors: Sequence[TensorPlan]) -> int:
-        """The same, of plans."""
-        specs = [*(kept.spec() for kept in self.kept), *(tensor.spec() for tensor in tensors)]
-        return lay_out(specs, shard_bytes=self.shard_bytes).size_bytes
-
-    def _within_payload(self, limit: int, asked: str) -> Allocation:
-        least, most = self.task.smallest_bytes, self.task.largest_bytes
-        if limit < least:
-            rates = [8 * size / self.menus.weights for size in (least, most)]
-            raise BudgetError(
-                f"{asked} is less than this model needs: the smallest feasible is {rates[0]:.4f} and the largest "
-                f"{rates[1]:.4f} bits per weight, scales included; ask for more",
-                least,
-                most,
-            )
-        return self.task.allocate(limit)
-
-    def _within_size(self, limit: int) -> Allocation:
-        """Allocate what headers and kept tensors leave; they depend on the choices, so repeat until that settles."""
-        least = self.task.allocate(self.task.smallest_bytes)
-        smallest_bytes = self.artifact_bytes(least.choices)
-        if limit < smallest_bytes or limit >= self.task.largest_bytes:
-            most = self.task.allocate(self.task.largest_bytes)
-            largest_bytes = self.artifact_bytes(most.choices)
-            if limit < smallest_bytes:
-                raise BudgetError(
-                    f"--size {limit:,} bytes is less than this model needs: the smallest feasible artifact has "
-                    f"{smallest_bytes:,} bytes and the largest {largest_bytes:,}; ask for more, or keep fewer tensors",
-                    smallest_bytes,
-                    largest_bytes,
-                )
-            if limit >= largest_bytes:
-                return most
-        best = least
-        around = smallest_bytes - least.size_bytes
-        for _ in range(ROUNDS):
-            trial = self.task.allocate(max(limit - around, least.size_bytes))
-            settled = self.artifact_bytes(trial.choices) - trial.size_bytes
-            if trial.size_bytes + settled <= limit:
-                best = min(best, trial, key=lambda allocation: allocation.loss)
-                if settled >= around:
-                    break
-            around = settled
-        return best
 
 
 def _ties(menus: Menus, request: Request) -> tuple[tuple[int, ...], ...]:

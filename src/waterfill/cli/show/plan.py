@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # they import torch, which the command line does without unti
     from waterfill.api import Inspection
     from waterfill.packing.seal import Sealed
     from waterfill.planning.plan import KeptPlan, Plan, Prediction, TensorPlan
+    from waterfill.planning.speed import Speed
 
 MAX_ROWS = 60  # beyond this many matrices a table shows one line per kind of matrix unless asked otherwise
 MOST_KL = 700.0  # whose perplexity is still a number
@@ -76,6 +77,7 @@ def _summary(plan: Plan) -> Table:
             **_sampling(plan),
             **_feedback(plan),
             **_evidence(plan),
+            **_speed(plan.speed),
             "allocation": plan.optimal,
         }
     lines |= _unused(plan)
@@ -135,6 +137,22 @@ def _feedback(plan: Plan) -> dict[str, str]:
     share = "" if left is None else f", leaves {left:.0%} of their loss"
     by = f"{calibration.token_count:,} tokens of {calibration.text or _PROBES['self']}"
     return {"feedback": f"of errors in {len(plan.fed_back)} matrices{share}; by {by}"}
+
+
+def _speed(speed: Speed | None) -> dict[str, str]:
+    """How fast products are, and where that holds; nothing for a plan that says nothing of it."""
+    if speed is None:
+        return {}
+    work_ms, rate = 1000 * speed.working_s, f"{speed.tokens_per_second:.4g} tokens per second"
+    if speed.storage_bytes_per_s is None:
+        how = f"by the weights' products alone, {work_ms:.3g} ms, all weights in memory"
+    else:
+        how = (
+            f"by the weights alone, streamed at {format_size(speed.storage_bytes_per_s)}/s and none kept in memory: "
+            f"{1000 * speed.reading_s:.3g} ms of reading, {work_ms:.3g} ms of decoding and products"
+        )
+    threads = f"{speed.threads} thread{'s' * (speed.threads > 1)}"
+    return {"speed": f"{rate}, {how}; on {speed.machine}, {speed.isa}, {threads}"}
 
 
 def _unused(plan: Plan) -> dict[str, Text]:
