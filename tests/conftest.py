@@ -21,6 +21,7 @@ from hypothesis import settings
 import waterfill
 from tests.support.commands import SCALAR, Command, Result
 from tests.support.models import tiny_llama
+from tests.support.speeds import stated
 from waterfill.cli import main as cli
 from waterfill.cli import stages
 from waterfill.files.architecture import Architecture, describe
@@ -104,6 +105,12 @@ def no_reader_left() -> Iterator[None]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What evaluations keep stays out of the user's folder, and out of other tests."""
     monkeypatch.setenv("WATERFILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def _stated_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans by speed are those of a machine that is stated: nothing is timed."""
+    monkeypatch.setattr("waterfill.running.codec_speeds.measure", stated)
 
 
 @pytest.fixture(autouse=True)

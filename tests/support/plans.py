@@ -37,9 +37,11 @@ def sensitivity_of(architecture: Architecture, *, seed: int = 0, **changed: Any)
 
 
 def planned(architecture: Architecture, sensitivity: Sensitivity | None = None, **options: Any) -> Plan:
-    """A plan; `size_bytes`, `bits` and `max_kl` make its budget."""
-    budget = Budget(**{key: options.pop(key) for key in ("size_bytes", "bits", "max_kl") if key in options})
-    return make_plan("m", architecture, sensitivity or sensitivity_of(architecture), budget, Request(**options))
+    """A plan; `size_bytes`, `bits`, `max_kl` and `speed` make its budget."""
+    timing = options.pop("timing", None)
+    budget = Budget(**{key: options.pop(key) for key in ("size_bytes", "bits", "max_kl", "speed") if key in options})
+    measured = sensitivity or sensitivity_of(architecture)
+    return make_plan("m", architecture, measured, budget, Request(**options), timing=timing)
 
 
 def plan_for(checkpoint: Path, codecs: Sequence[str] = SCALAR, *, budget: Budget, **request: Any) -> Plan:

@@ -37,6 +37,7 @@ NODES = (
     7.0,
 )  # rates that are timed where a code has any, besides its least and most
 FINE_STEP = 1 / 16  # of rates: those of a code with larger ones are timed one by one
+LOOKED_UP_WEIGHTS = 1 << 18  # of a part, which a row is read with where weights are streamed
 UNITS_PER_S = 10**12  # times are whole numbers when they are allotted, as bytes are
 
 
@@ -119,13 +120,20 @@ class Timing:
     tied_head: bool = False  # whether the largest embedding is multiplied as well
 
     def uses(self, matrices: Sequence[PlannedMatrix], coefficients: Mapping[str, Coefficients]) -> Floats:
-        """How often a token is multiplied with each matrix, float64 `[matrices]`: not with what is looked up; with
-        experts and towers as often as the probe's tokens were, once where they were not counted."""
+        """How many products with each matrix a token takes as much time as, float64 `[matrices]`: of what is looked up
+        the part that is read and decoded, or the row in memory; of experts and towers as many as the probe's tokens
+        took, one where they were not counted."""
         tokens = [coefficients[matrix.name].tokens for matrix in matrices]
         all_tokens = max((t or 0 for m, t in zip(matrices, tokens, strict=True) if m.role == "linear"), default=0)
         tables = [matrix for matrix in matrices if matrix.role == "embedding"]
         head = max(tables, key=lambda table: table.shape[0]).name if tables and self.tied_head else None
-        return np.array([_uses(m, t, all_tokens, head) for m, t in zip(matrices, tokens, strict=True)], np.float64)
+        looked_up = 0 if self.storage_bytes_per_s is None else LOOKED_UP_WEIGHTS
+        uses = [_products(m, t, all_tokens) for m, t in zip(matrices, tokens, strict=True)]
+        for i, table in enumerate(matrices):
+            if table.role == "embedding":
+                part = min(1.0, max(looked_up, table.shape[1]) / math.prod(table.shape))
+                uses[i] = part + (table.name == head)
+        return np.array(uses, np.float64)
 
     def seconds(self, codec: str, shape: Shape) -> tuple[float, float]:
         """Of one product: reading, and work.
@@ -155,9 +163,7 @@ class Timing:
         return Speed(1 / whole_s, reading_s, working_s, *where)
 
 
-def _uses(matrix: PlannedMatrix, tokens: int | None, all_tokens: int, head: str | None) -> float:
-    if matrix.role == "embedding":
-        return float(matrix.name == head)
+def _products(matrix: PlannedMatrix, tokens: int | None, all_tokens: int) -> float:
     if matrix.role == "head" or tokens is None or not all_tokens:
         return 1.0
     return min(1.0, tokens / all_tokens)
