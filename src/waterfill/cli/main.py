@@ -78,8 +78,9 @@ _plan_options = combined(
         "codecs",
         metavar="NAME",
         multiple=True,
-        help="Choose from these codecs only: a name, a pattern, 'bitshift', 'trellis', or 'fast': grids of one weight, "
-        "or of two and up to 256 points, whose tables fit vector registers (AVX2, AVX-512, NEON). Repeatable.",
+        help="Choose from these codecs only: a name, a pattern, 'bitshift', 'trellis', or 'fast': grids of single "
+        "weights, and of pairs with up to 256 points, which AVX2, AVX-512 and NEON look up in vector registers (above "
+        "4 bits AVX2 is several times slower). Repeatable.",
     ),
     click.option(
         "--probe",
