@@ -5,8 +5,8 @@
 
 A streamed matrix is read while others are decoded and multiplied. Where the two even out over the few chunks that are
 read ahead, a token takes the longer of all reading and all work; never more than the sum of what takes longer in each
-matrix. That sum adds up over matrices, which an allocation needs, and is what is promised: the engine is no slower.
-Weights that are kept in memory save time; attention, norms and what else is no product come on top.
+matrix. That sum adds up over matrices, which an allocation needs, and is what is promised. Weights that are kept in
+memory save time; attention, norms and what else is no product come on top, and so does what narrow rows cost.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from waterfill.running.streaming import Activations, Storage, StreamedMatrix, Vi
 from waterfill.running.streaming.chunks import PART_WEIGHTS, ChunkData
 
 VERSION = 1  # of what is kept: another way to measure is another one
-WIDTH = 4096
+WIDTH = 4096  # of rows, as in large models: narrow ones take longer per weight
 PARTS = 8  # of a matrix, or as many as keep all threads busy: 2^18 weights each
 PARTS_PER_THREAD = 2
 ROUNDS, ENOUGH_S = 8, 2.5  # at most; at least one round
