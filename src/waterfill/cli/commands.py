@@ -25,7 +25,7 @@ _SECTIONS = {
     ),
     "Error feedback": ("feedback", "calibrate", "calibration_tokens"),
     "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
-    "Running": ("memory", "draft", "lookup", "engine"),
+    "Running": ("memory", "memory_form", "draft", "lookup", "engine"),
 }
 
 Decorator = Callable[[Any], Any]
@@ -95,6 +95,12 @@ purpose_option = click.option(
     type=click.Choice(["storage", "memory"]),
     help="storage (default): entropy-coded, least loss for its bytes, decoded to a byte per weight when loaded; "
     "memory: fixed rate, runs from its codes.",
+)
+memory_form = click.option(
+    "--memory-form",
+    type=click.Choice(["auto", "codes", "levels"]),
+    help="levels: decoded once, the quickest; codes: about as small as the file, decoded for every token; "
+    "auto (default): levels where they fit, else codes, else streamed from storage.",
 )
 
 
