@@ -256,7 +256,7 @@ class Streamer:
         return (
             f"codes in memory: {self.kept.nbytes / 1e6:.0f} MB for weights that take "
             f"{sum(chunk.decoded_bytes for chunk in chunks) / 1e6:.0f} MB as levels; decode "
-            f"{s.decode_weights_per_s / 1e9:.2f} G weights/s: a token's products take {times:.1f} times as long, "
+            f"{s.decode_weights_per_s / 1e9:.2f} G weights/s: a token's products take up to {times:.1f} times as long, "
             f"{1 / max(expected_s, 1e-9):.1f} tok/s expected"
         )
 
@@ -273,9 +273,8 @@ class Streamer:
 
     def summary(self) -> Summary:
         """What was read and computed since the last `reset`."""
-        all_kept = all(chunk in self.kept for matrix in self._matrices for chunk in matrix.chunks)
         return self._meter.summary(
-            form="codes" if self._in_memory and all_kept else "storage",
+            form="codes" if self._in_memory and self.kept.whole else "storage",
             amid_pass=self._order.amid_pass,
             ahead_bytes=0 if self._ahead is None else self._ahead.bytes_read,
             kept_bytes=self.kept.nbytes,
