@@ -100,7 +100,7 @@ def _asked(artifact: Artifact, streamed: bool | None, form: Form) -> bool:
     """Whether somebody who asks for a form has the codes decoded whenever they are multiplied."""
     if streamed is not None:
         raise WaterfillError(
-            f"streamed is {streamed} and memory_form is {form!r}, which say the same; give one of them"
+            f"streamed is {streamed} and memory_form is {form!r}, which both say where weights are; give one of them"
         )
     if form == "levels":
         return False
