@@ -1,8 +1,12 @@
-"""Peak memory of a process beside the limit that it was given, for everything that takes `--memory`.
+"""Peak memory of a process, beside the limit that it was given and beside the file that it loads.
 
-Random weights, with keys and values that a long text makes as large as the weights. Each row is a command in a process
-of its own, which says its VmHWM at the end; where a limit is refused, the sentence says what would do, and the next row
-tries that. A quick run has a model of a quarter the size, and fewer rows.
+    limits   everything that takes `--memory`: random weights, with keys and values that a long text makes as large as
+             the weights. Each row is a command in a process of its own, which says its VmHWM at the end; where a limit
+             is refused, the sentence says what would do, and the next row tries that
+    forms    weights of Llama-3.2-1B's shapes at 3 bits, entropy-coded, as levels, as codes, and read from storage for
+             every token: what the engine takes while it loads them, and tokens a second
+
+A quick run has smaller models, and fewer rows. The model of the second part is kept in --folder: 3 GB, minutes.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from typing import Any
 import waterfill
 from benchmarks.shared.limits import Limits, run_limited
 from benchmarks.shared.make_checkpoint import TINY, make_checkpoint
-from benchmarks.shared.report import BenchmarkReport, held_out_text, parse_arguments
-from benchmarks.streaming.models import even_sensitivity
+from benchmarks.shared.report import BenchmarkReport, held_out_text, median_spread, parse_arguments
+from benchmarks.streaming.models import CODED, Store, even_sensitivity
+from benchmarks.streaming.runs import StreamingBench
 
+PARTS = ("limits", "forms")
 SHAPES = TINY | {
     "hidden_size": 1024,
     "num_hidden_layers": 16,
@@ -57,6 +63,11 @@ peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.s
 print(json.dumps({"status": status, "said": said, "peak_bytes": 1024 * peak}), file=out)
 """
 SLACK_MEGABYTES = 8  # one process needs a little more than another
+# How the weights are held, and what a worker is asked for that.
+LEVELS, CODES, STORAGE = "levels", "codes", "storage"
+FORMS: dict[str, dict[str, Any]] = {LEVELS: {"form": LEVELS}, CODES: {"form": CODES}, STORAGE: {"keep": False}}
+FORM_GOAL = 1.15  # times the file
+FORM_TOKENS, FORM_ROUNDS = 8, 3
 REFUSED = re.compile(r"takes (\d+) MB at least")
 
 
@@ -71,15 +82,27 @@ class Way:
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__)
+    kept = Path(os.environ.get("WATERFILL_CACHE") or tempfile.gettempdir()) / "waterfill-streaming"
+    arguments = parse_arguments(
+        __doc__,
+        part={"choices": PARTS, "nargs": "+", "default": list(PARTS), "help": f"of {', '.join(PARTS)}"},
+        folder={
+            "type": Path,
+            "default": kept,
+            "help": "where the model of `forms` is kept, as benchmarks.streaming does",
+        },
+    )
     report = BenchmarkReport("peak memory beside its limit")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["WATERFILL_CACHE"] = str(Path(folder) / "cache")
-        measure(report, Path(folder), arguments)
+        if "limits" in arguments.part:
+            measure_limits(report, Path(folder), arguments)
+    if "forms" in arguments.part:
+        measure_forms(report, arguments)
     report.save(arguments.json)
 
 
-def measure(report: BenchmarkReport, folder: Path, arguments: Namespace) -> None:
+def measure_limits(report: BenchmarkReport, folder: Path, arguments: Namespace) -> None:
     checkpoint = make_checkpoint(folder / "model", QUICK_SHAPES if arguments.quick else SHAPES)
     options: dict[str, Any] = {"uniform": True, "sensitivity": even_sensitivity(checkpoint)}
     waterfill.pack(checkpoint, folder / "packed", bits=BITS, **options)
@@ -95,6 +118,39 @@ def measure(report: BenchmarkReport, folder: Path, arguments: Namespace) -> None
     exceeded = sum(row[3] > row[2] for row in rows)
     report.table("peak and limit", ["command", "engine", "limit MB", "peak MB", "answer"], rows, key="peaks")
     report.criterion("limits_exceeded", exceeded, "0", exceeded == 0)
+
+
+def measure_forms(report: BenchmarkReport, arguments: Namespace) -> None:
+    """Rounds of one process per form; every process writes the same tokens."""
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    name = "tiny" if arguments.quick else "1b"
+    bench = StreamingBench(report, Store(arguments.folder, report), arguments.quick, sys.executable, ["device"], "none")
+    artifact = bench.store.artifact(name, CODED)
+    rounds = [
+        {form: bench.ours(artifact, None, FORM_TOKENS, None, **asked) for form, asked in FORMS.items()}
+        for _ in range(1 if arguments.quick else FORM_ROUNDS)
+    ]
+    rows = []
+    for form in FORMS:
+        runs = [some[form] for some in rounds]
+        peak = max(run.answer["load_bytes"] for run in runs)
+        start = max(run.answer["start_bytes"] for run in runs)
+        speed, spread = median_spread([1 / run.token_s for run in runs])
+        beside = [
+            median_spread([some[other].token_s / some[form].token_s for some in rounds])[0]
+            for other in (LEVELS, STORAGE)
+        ]
+        sizes = [artifact.size_bytes / 1e6, start / 1e6, peak / 1e6, peak / artifact.size_bytes]
+        rows.append([form, *sizes, speed, spread, *beside])
+        if form == CODES and not arguments.quick:  # of a small file, the interpreter is a large part
+            ratio = peak / artifact.size_bytes
+            report.criterion("peak_over_file_of_codes", ratio, f"<= {FORM_GOAL}", ratio <= FORM_GOAL)
+    texts = [run.answer["generations"][0]["ids"] for some in rounds for run in some.values()]
+    same = all(text == texts[0] for text in texts)
+    report.criterion("forms_write_the_same", same, "True", same)
+    columns = ["form", "file MB", "before MB", "peak MB, loading", "of the file", "tokens/s", "±"]
+    columns += ["times levels' speed", "times storage's speed"]
+    report.table(f"{name}, weights in memory", columns, rows, key="forms")
 
 
 def paths(folder: Path, text: Path) -> Iterator[Way]:

@@ -98,6 +98,7 @@ def stream(request: Request) -> Request:
     """Generate from every prompt. With `memory` null all of the artifact is loaded; a `draft` always is.
 
     `keep` false streams everything, however much memory is left: what a small model needs to stand for a large one.
+    `form` is of weights in memory; "auto" without it.
     """
     importlib.import_module("waterfill.running.text.generation")  # before memory is looked at
     from waterfill.running.engine.opening import open_model
@@ -117,16 +118,22 @@ def stream(request: Request) -> Request:
         if keep
         else replace(USUAL, choose_residency=lambda chunks, _, speeds: choose_residency(chunks, 0, speeds))
     )
-    start = time.perf_counter()
+    start, start_bytes = time.perf_counter(), peak_bytes()
     model = open_model(
-        request["artifact"], verify=False, memory=request["memory"], streamed=None if keep else True, tuning=tuning
+        request["artifact"],
+        verify=False,
+        memory=request["memory"],
+        memory_form=request.get("form", "auto"),
+        streamed=None if keep else True,
+        tuning=tuning,
     )
-    load_s = time.perf_counter() - start
+    load_s, load_bytes = time.perf_counter() - start, peak_bytes()
     starts = note_passes(model)
     generations = [
         vars(engine_passes(model, starts, prompt, request["tokens"], drafter)) for prompt in request["prompts"]
     ]
     answer: Request = {"load_s": load_s, "generations": generations, "summary": None, "stages": None}
+    answer |= {"start_bytes": start_bytes, "load_bytes": load_bytes}
     if model.streaming is not None:
         answer["summary"] = model.streaming.summary().to_dict()
         answer["peak_bytes"] = peak_bytes()  # measuring the stages takes memory of its own

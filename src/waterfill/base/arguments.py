@@ -96,6 +96,7 @@ CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("sequences", "batch", "max_windows", "stride", "limit", "max_new_tokens", "logits"), whole(1)),
     **dict.fromkeys(("length", "context", "new_tokens"), whole(2)),
     "streamed": optional(FLAG),
+    "memory_form": choice("auto", "levels", "codes"),
     "prompt_tokens": whole(1),
     "shots": whole(0),
     "seed": SEED,

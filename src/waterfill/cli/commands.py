@@ -25,7 +25,7 @@ _SECTIONS = {
     ),
     "Error feedback": ("feedback", "calibrate", "calibration_tokens"),
     "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
-    "Running": ("memory", "draft", "lookup", "engine"),
+    "Running": ("memory", "memory_form", "draft", "lookup", "engine"),
 }
 
 Decorator = Callable[[Any], Any]
@@ -101,6 +101,12 @@ plan_purpose_option = click.option(
     "purpose",
     type=click.Choice(["storage", "memory", "stream"]),
     help=f"{_STORAGE_OR_MEMORY}; stream: either, for weights that are read from storage for every token (--disk).",
+)
+memory_form = click.option(
+    "--memory-form",
+    type=click.Choice(["auto", "codes", "levels"]),
+    help="levels: decoded once, the quickest; codes: about as small as the file, decoded for every token; "
+    "auto (default): levels where they fit, else codes, else streamed from storage.",
 )
 
 

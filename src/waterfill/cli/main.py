@@ -23,7 +23,7 @@ from waterfill.base import interrupts
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.version import __version__
 from waterfill.cli import console, events, run, study
-from waterfill.cli.commands import FILE, PATH, OrderedGroup, combined, plan_purpose_option
+from waterfill.cli.commands import FILE, PATH, OrderedGroup, combined, memory_form, plan_purpose_option
 from waterfill.cli.progress import shown
 from waterfill.cli.show import doctor as show_doctor
 from waterfill.cli.show import evaluation as show_evaluation
@@ -238,6 +238,7 @@ def seal(artifact: Path, as_json: bool) -> None:
 )
 @click.option("--batch", type=int, metavar="N", help="Windows, or questions, per forward pass (1).")
 @click.option("--memory", metavar="SIZE", help="Stay below this, e.g. 1GB: stream an artifact that does not fit.")
+@memory_form
 @click.option(
     "--tasks",
     metavar="NAMES",

@@ -13,7 +13,7 @@ import click
 
 from waterfill.base.errors import WaterfillError
 from waterfill.cli import console
-from waterfill.cli.commands import PATH, SectionedCommand, combined
+from waterfill.cli.commands import PATH, SectionedCommand, combined, memory_form
 from waterfill.cli.progress import shown
 from waterfill.cli.show.generation import generation_line, generation_record
 
@@ -42,6 +42,7 @@ _sampling_options = combined(
 )
 _running_options = combined(
     click.option("--memory", metavar="SIZE", help="Stay below this, e.g. 1GB: stream a model that does not fit."),
+    memory_form,
     click.option("--draft", type=PATH, help="Let this smaller artifact draft tokens."),
     click.option(
         "--lookup", type=click.IntRange(min=1), metavar="N", help="Draft up to N tokens from what the text said before."
@@ -105,7 +106,8 @@ class _Running:
         from waterfill.running.text.sampling import Sampling
 
         chosen = console.given(options)
-        running = {name: chosen.pop(name) for name in ("memory", "draft", "lookup", "engine") if name in chosen}
+        names = ("memory", "memory_form", "draft", "lookup", "engine")
+        running = {name: chosen.pop(name) for name in names if name in chosen}
         self._sampling = Sampling(**chosen)
         with shown("loading the model"):
             self._runner = open_runner(artifact, **running)

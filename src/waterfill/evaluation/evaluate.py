@@ -47,6 +47,7 @@ from waterfill.evaluation.store import EvaluationCache
 from waterfill.evaluation.subjects import CHECKPOINT, PACKED, Subject, open_subject
 from waterfill.evaluation.tasks import EFFICIENCY, TaskResults, names_of, run_tasks, task_specs
 from waterfill.planning.plan import PLAN_FILE, read_plan
+from waterfill.running.streaming.fit import Form
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def evaluate(
     max_windows: int | None = None,
     batch: int = 1,
     memory: str | float | None = None,
+    memory_form: Form = "auto",
     cache: bool = True,
     tasks: str | Sequence[str] = (),
     shots: int | None = None,
@@ -120,6 +122,7 @@ def evaluate(
         batch: windows, or questions, at a time.
         memory: what the process may take in all, as for `load`. A reference that is no artifact cannot be streamed: it
             has to fit for as long as its predictions are computed, which is before the model is loaded.
+        memory_form: of the artifacts that are measured, as for `load`.
         cache: keep the reference's predictions on disk for the next time, and continue an interrupted run.
         tasks: names of lm-eval, presets ("knowledge", "alignment", "efficiency"), files of JSON lines.
         shots: examples before each question; the task's own number when None.
@@ -149,8 +152,8 @@ def evaluate(
             f"{beside} is measured beside {model} against an original; give that as well (--against, or --reference)"
         )
     with stage(progress, OPENING):
-        subject = open_subject(model, revision=revision, memory=memory)
-        other = None if beside is None else open_subject(beside, memory=memory)
+        subject = open_subject(model, revision=revision, memory=memory, form=memory_form)
+        other = None if beside is None else open_subject(beside, memory=memory, form=memory_form)
     run = EvaluationRun(EvaluationCache.default() if cache else None, batch, progress)
     original = None
     if against is not None and known is None:
@@ -177,7 +180,12 @@ def evaluate(
     if efficiency:
         step = run.step("running")
         figures = measure_efficiency(
-            model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, revision=revision, progress=step
+            model,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            memory_form=memory_form,
+            revision=revision,
+            progress=step,
         )
         measured = replace(measured, efficiency=figures)
     return measured

@@ -27,6 +27,7 @@ from waterfill.files.checkpoint import CONFIG, QUANT_METHOD, open_checkpoint
 from waterfill.files.context import context_length
 from waterfill.files.original import load_tokenizer, measuring_dtype, model_of
 from waterfill.running.loading import load, load_checkpoint_in
+from waterfill.running.streaming.fit import Form
 
 PACKED, CHECKPOINT, GGUF = "packed", "checkpoint", "gguf"
 _SAMPLE_BYTES = 1 << 20
@@ -77,8 +78,9 @@ class PackedSubject(Subject):
 
     kind = PACKED
 
-    def __init__(self, path: Path, memory: str | float | None = None) -> None:
+    def __init__(self, path: Path, memory: str | float | None = None, form: Form = "auto") -> None:
         super().__init__(memory)
+        self._form = form
         stored = open_artifact(path, verify=True)
         self.path, self.size_bytes = path, stored.size_bytes
         self.weights = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
@@ -87,7 +89,8 @@ class PackedSubject(Subject):
         self.positions = _positions(path)
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
-        return load(self.path, dtype=dtype, verify=False, memory=self._memory, logits=self.logits)
+        options: dict[str, Any] = {"memory": self._memory, "memory_form": self._form, "logits": self.logits}
+        return load(self.path, dtype=dtype, verify=False, **options)
 
     def tokenizer(self) -> Any:
         return load_tokenizer(self.path)
@@ -152,21 +155,28 @@ class GgufSubject(Subject):
         return GgufTokenizer(self._model)
 
 
-def open_subject(source: str | Path, *, revision: str | None = None, memory: str | float | None = None) -> Subject:
+def open_subject(
+    source: str | Path, *, revision: str | None = None, memory: str | float | None = None, form: Form = "auto"
+) -> Subject:
     """An artifact, a checkpoint (local directory or hub id) or a GGUF file.
 
     `memory` is what the process may take in all when it runs the model. An artifact is streamed where that is little,
-    of a checkpoint what does not fit is refused.
+    of a checkpoint what does not fit is refused. `form` is the one in memory, which an artifact alone has.
 
     Raises:
         WaterfillError: it is anything else.
     """
     path = Path(source)
+    packed = path.suffix != SUFFIX and _is_packed(path)
+    if form != "auto" and not packed:
+        raise WaterfillError(
+            f"{source} is no artifact, whose weights alone are {form} in memory; leave out memory_form"
+        )
     if path.suffix == SUFFIX:
         if memory is not None:
             raise WaterfillError(f"{source} is run by llama.cpp, which no limit holds; leave out memory")
         return GgufSubject(path)
-    return PackedSubject(path, memory) if _is_packed(path) else CheckpointSubject(source, revision, memory)
+    return PackedSubject(path, memory, form) if packed else CheckpointSubject(source, revision, memory)
 
 
 def _is_packed(path: Path) -> bool:

@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint, warn_of_adapter
 from waterfill.files.original import check_generation, fits, from_pretrained, load_original
 from waterfill.running.hf.plugin import Caller, called_by
-from waterfill.running.streaming.fit import Fit, fit, kept_size, memory_bytes, packed_names
+from waterfill.running.streaming.fit import Fit, Form, fit, kept_size, memory_bytes, packed_names
 from waterfill.running.streaming.tuning import GIVEN, USUAL, Tuning
 
 _log = logging.getLogger(__name__)
@@ -41,31 +42,35 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     memory: str | float | None = None,
+    memory_form: Form = "auto",
     streamed: bool | None = None,
     logits: int = 1,
     tuning: Tuning = USUAL,
 ) -> Any:
     """The packed model as a transformers model, ready for `generate` and pipelines; its weights stay packed.
 
-    A model that does not fit in memory is streamed: `model.streaming` is the `Streamer` then, else None. Where `memory`
-    is given, `model.memory_limit` is the `Limit` that texts are held to, else None.
+    Entropy-coded weights are decoded as they are multiplied where their levels do not fit in memory: `model.streaming`
+    is the `Streamer` then, else None. Where `memory` is given, `model.memory_limit` is the `Limit` that texts are held
+    to, else None.
 
     Args:
         dtype: of the activations; the checkpoint's own when None.
         verify: compare every byte with its digest first.
         memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None.
-        streamed: whether to stream; None streams what does not fit.
+        memory_form: "levels" decodes once, which is the quickest; "codes" keeps in memory what is stored, and decodes
+            for every token; "auto" takes the first that fits, and else streams from storage.
+        streamed: whether to stream from storage; None streams what does not fit.
         logits: positions that logits are wanted of at a time, to reckon with where memory is short.
         tuning: sizes and times of streaming; other ones are for tests and benchmarks.
 
     Raises:
         ArtifactError: torn, altered or of an unknown version.
         MemoryLimitError: `memory` is too small for the model even when it is streamed, as far as it can be.
-        WaterfillError: `memory` is not a size.
+        WaterfillError: `memory` is not a size, or the artifact has no such form.
     """
     path = Path(artifact)
     opened = open_artifact(path, verify=False)
-    chosen = fit(opened, memory, streamed, loading_bytes=opened.size_bytes)  # files are mapped meanwhile
+    chosen = fit(opened, memory, streamed, memory_form, loading_bytes=opened.size_bytes)  # files are mapped meanwhile
     if chosen.binding:
         process.return_large_blocks()
         _check_memory(path, kept_size(opened), chosen.limit_bytes)
@@ -76,10 +81,10 @@ def load(
     try:
         return _load(opened, dtype, chosen, verify=verify, logits=logits, tuning=tuning)
     except MemoryLimitError:
-        if chosen.streamed or streamed is not None or not packed_names(opened):
+        if chosen.streamed or streamed is not None or memory_form != "auto" or not packed_names(opened):
             raise
     gc.collect()  # what did not fit, before it is loaded again
-    chosen = fit(opened, memory, streamed=True)
+    chosen = replace(fit(opened, memory, streamed=True), codes=None)
     return _load(opened, dtype, chosen, verify=False, logits=logits, tuning=tuning)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 from waterfill.base.arguments import PATH, Check, checked, optional
 from waterfill.base.errors import MemoryLimitError, UnsupportedError, WaterfillError
 from waterfill.files.settings.messages import Message
+from waterfill.running.streaming.fit import Form
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.text.batch import TOGETHER, Generations
 from waterfill.running.text.generation import Clock
@@ -43,12 +44,14 @@ class Pieces(Iterator[str], Protocol):
 
 
 @checked(
-    draft=optional(PATH), engine=Check("one of auto, native, transformers", lambda value: value in get_args(Choice))
+    draft=optional(PATH),
+    engine=Check("one of auto, native, transformers", lambda value: value in get_args(Choice)),
 )
 def open_runner(
     artifact: str | Path,
     *,
     memory: str | float | None = None,
+    memory_form: Form = "auto",
     draft: str | Path | None = None,
     lookup: int | None = None,
     engine: Choice = "auto",
@@ -62,6 +65,7 @@ def open_runner(
     Args:
         memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None. A model that does
             not fit is streamed.
+        memory_form: "levels", "codes" or "auto", as of `waterfill.load`; a draft has levels.
         draft: a smaller artifact of the same tokenizer, which drafts tokens. It is loaded first, and whole.
         lookup: draft up to so many tokens from what the text said before.
         engine: who runs the model; "auto" is "native" where that can be.
@@ -70,7 +74,7 @@ def open_runner(
         WaterfillError: as `waterfill.load` does, and with "native" for a model that the engine does not run.
     """
     check_speculation(draft, lookup)
-    arguments = (Path(artifact), memory, None if draft is None else Path(draft), lookup)
+    arguments = (Path(artifact), memory, memory_form, None if draft is None else Path(draft), lookup)
     if engine != "transformers":
         try:
             return _Native(*arguments)
@@ -86,18 +90,20 @@ def open_runner(
 class Runner(ABC):
     """A packed model ready to generate, with its draft; `open_runner` makes one. Several threads may ask it.
 
-    One in memory that leaves too little of that for a text is streamed from then on.
+    Levels that leave too little memory for a text are streamed from then on, unless they were asked for.
     """
 
-    def __init__(self, artifact: Path, memory: str | float | None, draft: Path | None, lookup: int | None) -> None:
-        self._artifact, self._memory, self._lookup = artifact, memory, lookup
+    def __init__(
+        self, artifact: Path, memory: str | float | None, form: Form, draft: Path | None, lookup: int | None
+    ) -> None:
+        self._artifact, self._memory, self._form, self._lookup = artifact, memory, form, lookup
         self._opening = threading.RLock()  # texts begin one after the other, and then run beside each other
         self._draft = None if draft is None else self._open(draft, streamed=False)
-        self._model = self._open(artifact, streamed=None)
+        self._model = self._open(artifact, form=form)
 
     @property
     def streaming(self) -> Streamer | None:
-        """Who reads the weights; None where they are in memory."""
+        """Who decodes the weights as they are multiplied; None where they are in memory as levels."""
         streamer: Streamer | None = self._model.streaming
         return streamer
 
@@ -135,7 +141,7 @@ class Runner(ABC):
             try:
                 return ask()
             except MemoryLimitError:
-                if self.streaming is not None:
+                if self.streaming is not None or self._form != "auto":
                     raise
             _log.info("the weights leave too little memory for the text: they are streamed from now on")
             self._model = None  # before it is opened again
@@ -144,7 +150,7 @@ class Runner(ABC):
             return ask()
 
     @abstractmethod
-    def _open(self, artifact: Path, *, streamed: bool | None) -> Any:
+    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto") -> Any:
         """A model within the limit of memory, with `streaming`."""
 
     @abstractmethod
@@ -157,10 +163,10 @@ class Runner(ABC):
 
 
 class _Native(Runner):
-    def _open(self, artifact: Path, *, streamed: bool | None) -> Any:
+    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto") -> Any:
         from waterfill.running.engine.engine import Engine
 
-        return Engine(artifact, memory=self._memory, streamed=streamed)
+        return Engine(artifact, memory=self._memory, memory_form=form, streamed=streamed)
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         return self._model.generate(prompt, sampling, draft=self._draft, lookup=self._lookup)
@@ -177,10 +183,10 @@ class _Transformers(Runner):
         super().__init__(artifact, *arguments)
         self._tokenizer = load_tokenizer(artifact)
 
-    def _open(self, artifact: Path, *, streamed: bool | None) -> Any:
+    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto") -> Any:
         from waterfill.running.loading import load
 
-        return load(artifact, memory=self._memory, streamed=streamed)
+        return load(artifact, memory=self._memory, memory_form=form, streamed=streamed)
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         from waterfill.running.hf.generate import generate

@@ -72,11 +72,11 @@ def test_a_summary_says_what_was_counted() -> None:
     meter.passes += 3
     meter.nanoseconds += 1
     meter.multiplied()
-    found = meter.summary(amid_pass=True, ahead_bytes=32, kept_bytes=5, cached_bytes=6)
+    found = meter.summary(form="storage", amid_pass=True, ahead_bytes=32, kept_bytes=5, cached_bytes=6)
     assert (found.passes, found.bytes_read, found.kept_bytes, found.cached_bytes) == (4, 42, 5, 6)
     assert found.waiting_s == pytest.approx(2.0, abs=0.5)
     assert 0 < found.decode_s == found.multiply_s <= 1e-9
     assert found.elapsed_s > 0
     meter.reset()
-    nothing = meter.summary(amid_pass=False, ahead_bytes=0, kept_bytes=5, cached_bytes=6)
+    nothing = meter.summary(form="storage", amid_pass=False, ahead_bytes=0, kept_bytes=5, cached_bytes=6)
     assert (nothing.passes, nothing.bytes_read, nothing.waiting_s, nothing.elapsed_s) == (0, 0, 0.0, 0.0)

@@ -238,7 +238,8 @@ def test_without_a_limit_what_is_free_decides(
         model = waterfill.load(packed(CODECS[0]), tuning=streams.quick())
     assert model.streaming is not None
     said = " ".join(record.message for record in caplog.records)
-    assert "0.1 GB are free: streaming its weights from storage" in said
+    assert "0.1 GB are free: its weights are decoded for every token" in said
+    assert model.streaming.summary().form == "codes"
     assert "G weights/s" in said
     assert "tok/s expected" in said
 
@@ -349,7 +350,7 @@ def test_on_the_command_line(work: Path, command: Command, monkeypatch: pytest.M
     plain = command(*arguments, "--memory", memory)
     assert plain.code == 0
     assert "passes/s" in plain.err
-    assert "storage" in plain.err
+    assert "tok/s expected" in plain.err
     record = command(*arguments, "--memory", memory, "--lookup", "3", "--json").record
     assert plain.out == "def f(" + record["text"] + "\n"
     assert record["streaming"]["passes"] > 0

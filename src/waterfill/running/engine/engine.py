@@ -12,6 +12,7 @@ from waterfill.files.settings.messages import Message
 from waterfill.running.engine.cache import Sequence as EngineSequence
 from waterfill.running.engine.families.llama_spec import read_spec
 from waterfill.running.engine.opening import open_model
+from waterfill.running.streaming.fit import Form
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.tuning import GIVEN, USUAL, Tuning
 from waterfill.running.text.batch import TOGETHER, Generations, generate_many
@@ -31,6 +32,7 @@ class Engine:
 
     Args:
         memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None.
+        memory_form: "levels", "codes" or "auto", as of `waterfill.load`.
         streamed: whether weights come from storage for every token; None streams what does not fit.
         verify: compare every byte with its digest first.
         tuning: sizes and times of streaming; other ones are for tests and benchmarks.
@@ -47,6 +49,7 @@ class Engine:
         artifact: str | Path,
         *,
         memory: str | float | None = None,
+        memory_form: Form = "auto",
         streamed: bool | None = None,
         verify: bool = True,
         tuning: Tuning = USUAL,
@@ -57,12 +60,14 @@ class Engine:
         read_spec(opened)  # what takes transformers is found before any weights are read
         self.defaults = read_defaults(opened.path)
         self.tokenizer = load_tokenizer(opened.path)
-        self.model = open_model(opened, memory=memory, streamed=streamed, verify=verify, tuning=tuning)
+        self.model = open_model(
+            opened, memory=memory, memory_form=memory_form, streamed=streamed, verify=verify, tuning=tuning
+        )
         self._sequences = Sequences(self.model)
 
     @property
     def streaming(self) -> Streamer | None:
-        """Who reads the weights; None where they are in memory."""
+        """Who decodes the weights as they are multiplied; None where they are in memory as levels."""
         return self.model.streaming
 
     def generate(

@@ -17,11 +17,11 @@ from waterfill.files.artifact import RAW, Artifact, open_artifact, read_bytes
 from waterfill.running.engine.families.llama import LlamaModel, working
 from waterfill.running.engine.families.llama_spec import EMBEDDING, PROJECTIONS, Spec, read_spec
 from waterfill.running.engine.weights import Floats, Resident, Streamed
-from waterfill.running.streaming.fit import Fit, fit, packed_names
-from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Limit, held_bytes, spare_bytes
+from waterfill.running.streaming.fit import Fit, Form, fit, packed_names
+from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Limit
 from waterfill.running.streaming.storage import Storage
-from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.tuning import USUAL, Tuning
+from waterfill.running.streaming.within import open_streamer
 
 OVERHEAD_BYTES = 12 << 20  # what the interpreter and the C library take beyond what is counted
 
@@ -30,6 +30,7 @@ def open_model(
     artifact: str | Path | Artifact,
     *,
     memory: str | float | None = None,
+    memory_form: Form = "auto",
     streamed: bool | None = None,
     verify: bool = True,
     logits: int = 1,
@@ -54,7 +55,7 @@ def open_model(
     context = min(LEAST_CONTEXT, spec.positions)
     least = OVERHEAD_BYTES + texts.text_bytes(context) + texts.pass_bytes(LEAST_PASS, context, logits)
     largest = max(tensor.size_bytes for tensor in artifact.tensors.values())
-    chosen = fit(artifact, memory, streamed, working_bytes=least, loading_bytes=largest)
+    chosen = fit(artifact, memory, streamed, memory_form, working_bytes=least, loading_bytes=largest)
     packed = packed_names(artifact)
     vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
     if spec.norm_offset:  # of a family without biases
@@ -106,24 +107,18 @@ def _streamed(
         matrices = {
             name: tuning.matrix(artifact.tensors[name], storage, verify=verify) for name in packed_names(artifact)
         }
-        spare = spare_bytes(
-            artifact.path,
-            matrices.values(),
-            chosen.limit_bytes,
-            texts,
-            held=held_bytes() + OVERHEAD_BYTES,
-            context=spec.positions,
-            logits=logits,
-            slots=tuning.slots,
-        )
         order = [f"model.layers.{layer}.{name}" for layer in range(spec.layers) for name in PROJECTIONS.values()]
         order.append(spec.head)
-        streamer = Streamer(
+        streamer = open_streamer(
+            artifact.path,
             storage,
             [matrices[name] for name in order],
             [matrices[EMBEDDING]] if spec.head != EMBEDDING else [],
-            spare_bytes=spare,
-            limit_bytes=chosen.limit_bytes - OVERHEAD_BYTES // 2,
+            chosen,
+            texts,
+            overhead_bytes=OVERHEAD_BYTES,
+            context=spec.positions,
+            logits=logits,
             verify=verify,
             tuning=tuning,
         )

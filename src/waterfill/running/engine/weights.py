@@ -6,6 +6,7 @@ Streamed   a callback for every product; chunks come from a `Streamer`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,10 +18,12 @@ from waterfill.base import native
 from waterfill.files.artifact import Artifact
 from waterfill.running.engine.families.llama_spec import EMBEDDING, PROJECTIONS, Spec
 from waterfill.running.streaming.chunks import ChunkData, StreamedMatrix
-from waterfill.running.streaming.fit import packed_names
+from waterfill.running.streaming.fit import decoded_names, levels_line, packed_names
 from waterfill.running.streaming.storage import Storage
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.view import View
+
+_log = logging.getLogger("waterfill.engine")
 
 Floats = npt.NDArray[np.float32]
 
@@ -59,7 +62,7 @@ class Resident:
         Raises:
             ArtifactError: a stream is damaged or, with `verify`, a buffer is not what was packed.
         """
-        held: dict[str, ChunkData] = {}
+        held, coded = dict[str, ChunkData](), decoded_names(artifact)
         storage = Storage(direct=False)
         try:
             for name in tqdm(
@@ -69,6 +72,9 @@ class Resident:
                 held[name] = matrix.whole(verify=verify).arrange()
         finally:
             storage.close()
+        if coded:
+            stored = sum(artifact.tensors[name].size_bytes for name in coded)
+            _log.info("%s", levels_line(stored, sum(held[name].nbytes for name in coded)))
         return cls({name: data.matrix_view for name, data in held.items()}, spec, held)
 
     def view(self, name: str) -> native.MatrixView:

@@ -19,10 +19,11 @@ from waterfill.running.hf.source import StreamedSource
 from waterfill.running.hf.trial import Blank, Trial, try_passes
 from waterfill.running.streaming.chunks import StreamedMatrix
 from waterfill.running.streaming.fit import Fit
-from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, OVERHEAD_BYTES, Limit, held_bytes, spare_bytes
+from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, OVERHEAD_BYTES, Limit
 from waterfill.running.streaming.storage import Storage
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.tuning import USUAL, Tuning
+from waterfill.running.streaming.within import open_streamer
 
 LONGEST = 1 << 17  # tokens of a prompt, unless `runtime.generate` is told how many there are
 
@@ -33,7 +34,7 @@ def attach(
     """Stream every packed matrix of a model that was installed with `streamed`, within a limit.
 
     Args:
-        chosen: what the process may take.
+        chosen: what the process may take, and whether codes are to be in memory.
         verify: compare the matrices with their digests first.
         logits: positions whose logits are computed at a time; more than one where text is scored.
         tuning: sizes and times of streaming.
@@ -50,24 +51,18 @@ def attach(
     storage = Storage()
     try:
         matrices = {path: tuning.matrix(tensor, storage, verify=verify) for path, tensor in _tensors(modules, artifact)}
-        spare = spare_bytes(
-            artifact.path,
-            matrices.values(),
-            chosen.limit_bytes,
-            trial.working,
-            held=held_bytes() + OVERHEAD_BYTES,
-            context=context_length(model.config),
-            logits=logits,
-            slots=tuning.slots,
-        )
         sequence, others = _order(model, modules, matrices)
         with tqdm(unit="B", unit_scale=True, desc="reading weights", delay=1, leave=False, disable=None) as bar:
-            streamer = Streamer(
+            streamer = open_streamer(
+                artifact.path,
                 storage,
                 sequence,
                 others,
-                spare_bytes=spare,
-                limit_bytes=chosen.limit_bytes - OVERHEAD_BYTES // 2,
+                chosen,
+                trial.working,
+                overhead_bytes=OVERHEAD_BYTES,
+                context=context_length(model.config),
+                logits=logits,
                 verify=verify,
                 progress=partial(_show, bar),
                 tuning=tuning,

@@ -22,6 +22,7 @@ from waterfill.files.experts import fused_experts
 from waterfill.running.hf.coded import decode_coded, hold
 from waterfill.running.hf.fused import fuse
 from waterfill.running.hf.packed import PackedExperts, PackedMatrix, pack_embedding, pack_linear, tie
+from waterfill.running.streaming.fit import levels_line
 
 _log = logging.getLogger(__name__)
 
@@ -79,13 +80,7 @@ def arrange(model: Any) -> None:
     for module in every:
         module.end_loading()
     if coded:
-        _log.info(
-            "%d coded matrices: %.1f MB of buffers decoded into %.1f MB of memory "
-            "(--for memory packs models that run from their codes)",
-            len(coded),
-            stored / 1e6,
-            _buffer_bytes(coded) / 1e6,
-        )
+        _log.info("%s", levels_line(stored, _buffer_bytes(coded)))
     if packed and kernels.implementation() != kernels.STORED:
         kernels.log_slow(module.codec for module in packed)
         fuse(model)

@@ -1,4 +1,4 @@
-"""Models that do not fit in memory: weights come from storage for every token, decoded and multiplied as they come.
+"""Models whose levels do not fit in memory: codes from storage, or in memory, are decoded whenever they are multiplied.
 
     artifact ──StreamedMatrix──► Streamer ──► what is read, kept, multiplied: View ──product──► View
 

@@ -23,18 +23,20 @@ WORTH = 1.1  # a way that comes later has to be so much faster
 
 
 def calibrate(
-    storage: Storage, chunks: Sequence[Chunk], *, reading_s: float = READING_S, working_s: float = WORKING_S
+    storage: Storage, chunks: Sequence[Chunk], *, reading_s: float | None = READING_S, working_s: float = WORKING_S
 ) -> tuple[Speeds, int]:
     """Speeds, and how many threads had best read; sets how much `storage` reads with one call.
 
     Args:
-        reading_s: seconds of reading in each way; once at least.
+        reading_s: seconds of reading in each way; once at least. None where nothing is to be read.
         working_s: seconds of decoding and multiplying; once at least.
     """
     largest = max(chunk.region.size_bytes for chunk in chunks)
-    slots = make_slots(max(threads for threads, _ in WAYS), largest)
+    slots = make_slots(1 if reading_s is None else max(threads for threads, _ in WAYS), largest)
     chunk = max(chunks, key=lambda chunk: chunk.region.size_bytes)
     decode, multiply = _working_speeds(ChunkData(chunk, storage.read_into(chunk.region, slots[0])), working_s)
+    if reading_s is None:
+        return Speeds(math.inf, decode, multiply), WAYS[0][0]
     enough = ENOUGH * largest * decode / chunk.weights  # faster would only take time from decoding
     following = itertools.cycle([chunk.region for chunk in chunks])
     read_bytes_per_s, threads = fastest_reading(storage, following, slots, reading_s, enough)

@@ -1,19 +1,27 @@
-"""Whether a packed model fits in memory, or has to be streamed from storage: decided from its headers alone."""
+"""The form that a packed model's weights have in memory, or that they are streamed: decided from its headers alone.
+
+levels    decoded once, as they are multiplied: the quickest, one or two bytes per weight
+codes     as they were stored, and decoded whenever they are multiplied
+storage   not in memory, but for what there is room for: read and decoded whenever they are multiplied
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from waterfill.base import process
 from waterfill.base.dtypes import ITEM_BYTES
-from waterfill.base.errors import MemoryLimitError
+from waterfill.base.errors import MemoryLimitError, WaterfillError
 from waterfill.codecs import get_codec
 from waterfill.files.artifact import Artifact, StoredTensor
 from waterfill.planning.budget import parse_size
 
 _log = logging.getLogger(__name__)
+
+Form = Literal["auto", "levels", "codes"]  # auto: the first of levels, codes, storage that fits
 
 LOADING = 1.05  # of the weights: what loading takes beyond them
 WORKING_BYTES = 150_000_000  # keys, values and activations of a short text, with torch
@@ -23,19 +31,24 @@ FREE_SHARE = 0.8  # of the free memory that a streamed model takes
 
 @dataclass(frozen=True)
 class Fit:
-    """`limit_bytes` is what the process may take in all, `spare_bytes` what a model in memory leaves of that; `binding`
-    if somebody said so."""
+    """`limit_bytes` is what the process may take in all, `spare_bytes` what levels leave of that; `binding` if somebody
+    said so.
+
+    `streamed`: a `Streamer` multiplies, of codes in memory if these are to be there (`codes`; None: if they fit).
+    """
 
     streamed: bool
     limit_bytes: int
     spare_bytes: int
     binding: bool
+    codes: bool | None = False
 
 
 def fit(
     artifact: Artifact,
     memory: str | float | None,
     streamed: bool | None = None,
+    form: Form = "auto",
     *,
     working_bytes: int = WORKING_BYTES,
     loading_bytes: int = 0,
@@ -44,14 +57,18 @@ def fit(
 
     Args:
         streamed: decides by itself where it is given and something can be streamed: what is kept as it was, or coded
-            losslessly, is always in memory.
+            losslessly, is always in memory. True is from storage.
+        form: of the weights in memory. Codes that are multiplied as they are have no other.
         working_bytes: what a model takes beside its weights.
         loading_bytes: what loading all of it takes for a while.
 
     Raises:
         MemoryLimitError: neither all of the model fits in memory nor what cannot be streamed.
-        WaterfillError: `memory` is not a size.
+        WaterfillError: `memory` is not a size, or the form is none that this artifact can have.
     """
+    codes: bool | None = None if streamed is None else False
+    if form != "auto":
+        streamed = codes = _asked(artifact, streamed, form)
     limit = memory_bytes(memory)
     free = process.free_bytes() if limit is None else limit - process.resident_bytes()
     needed = resident_size(artifact) + working_bytes
@@ -70,13 +87,32 @@ def fit(
         raise _too_large(artifact, needed + loading_bytes, limit, why)
     if chosen and streamed is None and limit is None:
         _log.warning(
-            "the model takes %.1f GB of memory and %.1f GB are free: streaming its weights from storage",
+            "the model takes %.1f GB of memory and %.1f GB are free: its weights are decoded for every token",
             needed / 1e9,
             free / 1e9,
         )
     if limit is None:
         limit = int(process.resident_bytes() + FREE_SHARE * min(free, MOST_FREE_BYTES))
-    return Fit(chosen, limit, max(0, int(min(free, MOST_FREE_BYTES)) - needed), memory is not None)
+    return Fit(chosen, limit, max(0, int(min(free, MOST_FREE_BYTES)) - needed), memory is not None, codes)
+
+
+def _asked(artifact: Artifact, streamed: bool | None, form: Form) -> bool:
+    """Whether somebody who asks for a form has the codes decoded whenever they are multiplied."""
+    if streamed is not None:
+        raise WaterfillError(
+            f"streamed is {streamed} and memory_form is {form!r}, which both say where weights are; give one of them"
+        )
+    if form == "levels":
+        return False
+    if not packed_names(artifact):
+        raise WaterfillError(
+            f"{artifact.path} has no packed matrices, and what is losslessly coded is decoded when it is loaded; leave "
+            "out memory_form"
+        )
+    if not decoded_names(artifact):
+        _log.info("%s has codes of fixed rates, which are multiplied as they are in every form", artifact.path)
+        return False
+    return True
 
 
 def memory_bytes(memory: str | float | None) -> int | None:
@@ -101,6 +137,21 @@ def kept_size(artifact: Artifact) -> int:
 def packed_names(artifact: Artifact) -> frozenset[str]:
     """Tensors that are multiplied from their codes."""
     return frozenset(tensor.name for tensor in artifact.tensors.values() if tensor.packed)
+
+
+def decoded_names(artifact: Artifact) -> frozenset[str]:
+    """Those of them whose codes are decoded to be multiplied."""
+    codecs = {name: get_codec(artifact.tensors[name].codec) for name in packed_names(artifact)}
+    return frozenset(name for name, codec in codecs.items() if codec.memory is not codec)
+
+
+def levels_line(codes_bytes: int, levels_bytes: int) -> str:
+    """One sentence for people, of weights that were decoded when they were loaded."""
+    return (
+        f"{levels_bytes / 1e6:.1f} MB of memory for the levels of coded weights, whose codes take "
+        f"{codes_bytes / 1e6:.1f} MB (the memory form codes keeps these and is slower; --for memory packs models that "
+        "run from their codes)"
+    )
 
 
 def _memory_bytes(tensor: StoredTensor) -> int:

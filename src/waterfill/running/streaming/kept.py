@@ -34,6 +34,11 @@ class Kept:
         return self._held.get(chunk)
 
     @property
+    def whole(self) -> bool:
+        """Whether nothing has been given up, or all of it is back."""
+        return not self._given_up
+
+    @property
     def nbytes(self) -> int:
         return sum(data.nbytes for data in self._held.values())
 

@@ -187,6 +187,7 @@ def spare_bytes(
     context: int | None,
     logits: int,
     slots: int = SLOTS,
+    codes_bytes: int = 0,
 ) -> int:
     """Bytes of weights that may be kept: all that is there beyond the least, until longer texts or wider passes come.
 
@@ -197,19 +198,21 @@ def spare_bytes(
         context: tokens that the model takes at most; None where it does not say.
         logits: positions whose logits are computed at a time.
         slots: of the ring that chunks are read into.
+        codes_bytes: of weights that are to be in memory in any case, and are not in what is returned.
 
     Raises:
         MemoryLimitError: the limit is below what the model needs at least.
     """
     tokens = LEAST_CONTEXT if context is None else min(LEAST_CONTEXT, context)
     text, piece = working.text_bytes(tokens), working.pass_bytes(max(LEAST_PASS, logits), tokens, logits)
-    least = held + ring_bytes(matrices, slots) + decoding_bytes(matrices) + text + piece
+    least = held + codes_bytes + ring_bytes(matrices, slots) + decoding_bytes(matrices) + text + piece
     if limit_bytes < least:
         smallest = math.ceil(least / 1e6)
+        how = "with its codes in memory" if codes_bytes else "streamed"
         raise MemoryLimitError(
-            f"{limit_bytes / 1e6:.0f} MB are too little for {path}: streamed, it takes {smallest} MB at least "
+            f"{limit_bytes / 1e6:.0f} MB are too little for {path}: {how}, it takes {smallest} MB at least "
             f"({held / 1e6:.0f} MB of them the interpreter and what is kept, {text / 1e6:.0f} MB a context of "
-            f"{tokens} tokens); give more",
+            f"{tokens} tokens); give more{', or let it be streamed' if codes_bytes else ''}",
             smallest_bytes=1_000_000 * smallest,
         )
     return limit_bytes - least

@@ -31,10 +31,11 @@ class Meter:
         """A product has just ended."""
         self.ended_s = time.perf_counter()
 
-    def summary(self, *, amid_pass: bool, ahead_bytes: int, kept_bytes: int, cached_bytes: int) -> Summary:
+    def summary(self, *, form: str, amid_pass: bool, ahead_bytes: int, kept_bytes: int, cached_bytes: int) -> Summary:
         """What was counted, up to the last product; a pass that has begun is one."""
         threads = native.threads()
         return Summary(
+            form=form,
             passes=self.passes + amid_pass,
             elapsed_s=self.ended_s - self.started_s,
             bytes_read=self.direct_bytes + ahead_bytes,

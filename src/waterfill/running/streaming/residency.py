@@ -6,6 +6,7 @@ not kept decoded, and multiplies everything. A byte of memory therefore buys dif
     coded     saves reading the byte
     decoded   saves reading the weights' codes and decoding them, at one or two bytes per weight
 
+Where all codes fit, nothing is read at all, and what is left over holds decoded ones (`keep_coded`).
 Where storage limits, a byte kept coded saves the most; where decoding does, only decoded ones save anything. Between
 the two the best mixture is where both take equally long.
 """
@@ -68,6 +69,22 @@ def choose_residency(chunks: Sequence[Chunk], budget_bytes: int, speeds: Speeds,
             best = Residency(tuple(coded), tuple(decoded), expected)
     assert best is not None
     return best
+
+
+def keep_coded(chunks: Sequence[Chunk], others: Sequence[Chunk], budget_bytes: int, speeds: Speeds) -> Residency:
+    """All codes in memory, those of `others` that no pass multiplies whole as well; what the budget has beyond them
+    goes to decoded chunks.
+
+    Codes that are multiplied as they are take the kernels' layout, which is no larger.
+    """
+    every = [*chunks, *others]
+    as_they_are = [chunk for chunk in every if chunk.matrix.stored is chunk.matrix.codec]
+    rest = [chunk for chunk in chunks if chunk.matrix.stored is not chunk.matrix.codec]
+    left = budget_bytes - sum(chunk.region.size_bytes for chunk in every)
+    decoded = {*as_they_are, *_spread(rest, {c: c.decoded_bytes - c.region.size_bytes for c in rest}, max(0, left))}
+    coded = tuple(chunk for chunk in every if chunk not in decoded)
+    expected_s = speeds.work_s((chunk for chunk in chunks if chunk not in decoded), chunks)
+    return Residency(coded, tuple(chunk for chunk in every if chunk in decoded), expected_s)
 
 
 def _spread(chunks: Sequence[Chunk], sizes: dict[Chunk, int], budget_bytes: int) -> list[Chunk]:

@@ -1,8 +1,10 @@
-"""The weights of a model that does not fit in memory, and the one product that everything goes through.
+"""The weights of a model that does not fit in memory as levels, and the one product that everything goes through.
 
     storage ──ReadAhead, in `Order`──► coded chunks ──┐
     `Kept` chunks, coded or decoded ──────────────────┼─► decoded and multiplied part by part, in the cache ──► y
     storage ──`OnDemand`──► rows, experts ────────────┘
+
+Where all codes are in memory, nothing is read until something else needs that memory.
 
 There is no ring of decoded weights between decoder and product: a part is multiplied by the thread that decoded it,
 while it is in its cache. Decoding ahead would cost memory and traffic, and fill only the little time in which the
@@ -33,6 +35,7 @@ from waterfill.running.streaming.meter import Meter
 from waterfill.running.streaming.on_demand import OnDemand
 from waterfill.running.streaming.order import Order
 from waterfill.running.streaming.products import Held, Product, Products
+from waterfill.running.streaming.residency import keep_coded
 from waterfill.running.streaming.storage import Slot, Storage
 from waterfill.running.streaming.summary import Summary
 from waterfill.running.streaming.tuning import USUAL, Tuning
@@ -53,6 +56,7 @@ class Streamer:
         others: those that are read when they are asked for: rows of embeddings, experts.
         spare_bytes: memory for whatever is kept.
         limit_bytes: resident memory that the process is to stay below.
+        in_memory: whether all codes are kept, which `spare_bytes` has room for.
         verify: compare every matrix with its digest first.
         progress: told how many bytes have been read, of how many, while what is kept or verified is read.
         tuning: sizes and times; those that the matrices were made with.
@@ -69,6 +73,7 @@ class Streamer:
         *,
         spare_bytes: int,
         limit_bytes: int,
+        in_memory: bool = False,
         verify: bool,
         progress: Step | None = None,
         tuning: Tuning = USUAL,
@@ -76,27 +81,30 @@ class Streamer:
         self.storage, self.limit_bytes, self.tuning = storage, limit_bytes, tuning
         self._order, self._meter = Order(sequence), Meter()
         self._lock = threading.RLock()  # passes are one at a time: they share the ring
-        self._warned = False
-        matrices = (*sequence, *others)
+        self._warned, self._in_memory = False, in_memory
+        self._matrices = matrices = (*sequence, *others)
         self._ring_bytes, self._decoding_bytes = ring_bytes(matrices, tuning.slots), decoding_bytes(matrices)
-        chunks = [chunk for matrix in sequence for chunk in matrix.chunks]
+        chunks, beside = ([chunk for matrix in some for chunk in matrix.chunks] for some in (sequence, others))
         self.speeds, self.threads = calibrate(
             storage,
-            chunks or [chunk for matrix in others for chunk in matrix.chunks],
-            reading_s=tuning.reading_s,
+            chunks or beside,
+            reading_s=None if in_memory else tuning.reading_s,
             working_s=tuning.working_s,
         )
         # Experts come first: how often each is used is not known, but all of them cannot be read for every token.
-        cache_bytes = int(tuning.cache_share * spare_bytes) if _has_experts(others) else 0
-        self.kept = Kept(tuning.choose_residency(chunks, spare_bytes - cache_bytes, self.speeds))
+        cache_bytes = int(tuning.cache_share * spare_bytes) if _has_experts(others) and not in_memory else 0
+        if in_memory:
+            residency = keep_coded(chunks, beside, spare_bytes, self.speeds)
+        else:
+            residency = tuning.choose_residency(chunks, spare_bytes - cache_bytes, self.speeds)
+        self.kept = Kept(residency)
         self.on_demand = OnDemand(storage, self.kept, cache_bytes=cache_bytes, meter=self._meter)
         for data in read_first(storage, matrices, self.kept.residency.kept, verify=verify, progress=progress):
             self.kept.put(data, lent=True)
         self._meter.reset()
         self._ahead: ReadAhead | None = None
         self._close = weakref.finalize(self, _close, None, storage)
-        if self.streamed:
-            self._follow()
+        self._follow()
         _log.info("%s", self.line)
 
     def __reduce__(self) -> NoReturn:
@@ -181,6 +189,8 @@ class Streamer:
 
     def _follow(self) -> None:
         """Read ahead what a pass streams, beginning with its first chunk."""
+        if self._ahead is None and not self.streamed:
+            return
         if self._ahead is None:
             slot = max(chunk.region.size_bytes for matrix in self._order.matrices for chunk in matrix.chunks)
             self._ahead = ReadAhead(
@@ -220,6 +230,8 @@ class Streamer:
     def _shed(self, excess_bytes: int) -> None:
         """Give up kept chunks, since something else (a long context, mostly) has grown."""
         excess_bytes -= self.on_demand.shed(excess_bytes)
+        if excess_bytes > 0 and self._in_memory and self._ahead is None:
+            excess_bytes += self._ring_bytes  # which what is given up is read into from now on
         given_up = self.kept.shed(excess_bytes)
         process.release()
         if given_up:
@@ -235,6 +247,21 @@ class Streamer:
     @property
     def line(self) -> str:
         """One sentence: what was measured, what limits, what to expect."""
+        return self._line_in_memory() if self._in_memory else self._line_of_storage()
+
+    def _line_in_memory(self) -> str:
+        s, residency = self.speeds, self.kept.residency
+        every = [chunk for matrix in self._matrices for chunk in matrix.chunks]
+        levels = set(residency.decoded)
+        decode_s = s.work_s((c for m in self._order.matrices for c in m.chunks if c not in levels), ())
+        return (
+            f"codes in memory: {self.kept.nbytes / 1e6:.0f} MB for weights that take "
+            f"{sum(chunk.decoded_bytes for chunk in every) / 1e6:.0f} MB as levels; decode "
+            f"{s.decode_weights_per_s / 1e9:.2f} G weights/s, which adds {1e3 * decode_s:.0f} ms to every token: "
+            f"{1 / max(residency.expected_s, 1e-9):.1f} tok/s expected"
+        )
+
+    def _line_of_storage(self) -> str:
         s, expected_s = self.speeds, self.kept.residency.expected_s
         coded = sum(matrix.coded_bytes for matrix in self._order.matrices)
         limit = "storage" if s.read_s(self.streamed) >= 0.99 * expected_s else "decode"
@@ -248,6 +275,7 @@ class Streamer:
     def summary(self) -> Summary:
         """What was read and computed since the last `reset`."""
         return self._meter.summary(
+            form="codes" if self._in_memory and self.kept.whole else "storage",
             amid_pass=self._order.amid_pass,
             ahead_bytes=0 if self._ahead is None else self._ahead.bytes_read,
             kept_bytes=self.kept.nbytes,

@@ -13,6 +13,7 @@ WAITING = 0.3  # of the time: storage limits
 class Summary(Record):
     """Over `passes` passes through the weights. Times of decoding and multiplying are all threads' by their number."""
 
+    form: str  # codes: all of them are in memory; else storage
     passes: int
     elapsed_s: float
     bytes_read: int
@@ -34,14 +35,17 @@ class Summary(Record):
     def short(self) -> str:
         """A few words, while it runs."""
         elapsed = max(self.elapsed_s, 1e-9)
-        return f"{self.passes / elapsed:.1f} passes/s · {self.bytes_read / elapsed / 1e9:.2f} GB/s · {self.limiting}"
+        source = "codes in memory" if self.form == "codes" else f"{self.bytes_read / elapsed / 1e9:.2f} GB/s"
+        return f"{self.passes / elapsed:.1f} passes/s · {source} · {self.limiting}"
 
     @property
     def line(self) -> str:
         """One line for people."""
         elapsed = max(self.elapsed_s, 1e-9)
+        codes = f"{self.kept_bytes / 1e6:.0f} MB of codes in memory"
+        source = codes if self.form == "codes" else f"{self.bytes_read / elapsed / 1e9:.2f} GB/s read"
         return (
-            f"{self.passes / elapsed:.2f} passes/s, {self.bytes_read / elapsed / 1e9:.2f} GB/s read, limited by "
+            f"{self.passes / elapsed:.2f} passes/s, {source}, limited by "
             f"{self.limiting} ({100 * self.waiting_s / elapsed:.0f} % waiting, {100 * self.decode_s / elapsed:.0f} % "
             f"decoding, {100 * self.multiply_s / elapsed:.0f} % multiplying)"
         )

@@ -36,7 +36,7 @@ class LlamaModel:
     Args:
         vectors: norms and biases by tensor, float32.
         pass_tokens: how many tokens go through the layers at a time, at most.
-        streaming: who reads the weights, where they are not in memory.
+        streaming: who decodes the weights as they are multiplied, where they are not levels in memory.
         limit: on the memory that texts are read in.
     """
 
