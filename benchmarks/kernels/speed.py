@@ -69,9 +69,9 @@ GEMV_GOALS = {
 # Codecs and peers of comparable bits, and how many times faster the best codec should be than the best peer
 OURS = {4: ("higgs-p1-n16", "higgs-p2-n256"), 3: ("higgs-p2-n64", "higgs-p1-n8"), 2: ("higgs-p2-n16", "higgs-p1-n4")}
 PEERS = {
-    4: ("torch int4", "onnxruntime 4 bit", "openvino u4", "ggml Q4_0", "ggml Q4_K"),
-    3: ("ggml Q3_K",),
-    2: ("onnxruntime 2 bit", "ggml Q2_K"),
+    4: ("torch int4", "onnxruntime 4 bit", "openvino u4", "ggml Q4_0", "ggml Q4_K", "ggml IQ4_XS"),
+    3: ("ggml Q3_K", "ggml IQ3_XXS"),
+    2: ("onnxruntime 2 bit", "ggml Q2_K", "ggml IQ2_XXS", "ggml IQ2_XS"),
 }
 SPEED_GOALS = {4: 1.3, 3: 2.0, 2: 1.5}
 

@@ -1,4 +1,5 @@
-"""ggml's products and llama.cpp's models, through the libraries that llama-cpp-python brings along.
+"""ggml's products, through the libraries that llama-cpp-python or xllamacpp brings along; llama.cpp's models, through
+those of the former.
 
 Weights are random: some rows quantised by ggml itself, repeated to the size wanted. A product reads every byte of every
 copy, and its time does not depend on the values.
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from ctypes import POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,8 +22,9 @@ from waterfill.files.ggml import OF_ROWS, Signatures, load_ggml
 from waterfill.files.gguf import TENSOR_TYPES, Entry, write_gguf
 from waterfill.files.llama_names import GGUF_NORMS, GGUF_PROJECTIONS
 
-TYPES = ("Q4_0", "Q2_K", "Q3_K", "Q4_K")
-REPACKED = ("Q4_0", "Q4_K", "Q2_K")  # types that ggml has a layout of its own for
+TYPES = ("Q4_0", "Q2_K", "Q3_K", "Q4_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ4_XS")
+REPACKED = ("Q4_0", "Q4_K")  # types that ggml has a layout of its own for
+REPACKED_FOR_AVX512 = ("Q2_K",)
 QUANTISED_ROWS = 256
 
 
@@ -53,6 +55,7 @@ SIGNATURES: Signatures = {
     "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
     "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
     "ggml_backend_buft_name": (c_char_p, [c_void_p]),
+    "ggml_cpu_has_avx512": (c_int, []),
 }
 
 
@@ -66,7 +69,9 @@ def quantised_rows(kind: str, width: int) -> np.ndarray:
     """uint8 `[256, bytes of a row]` of Gaussian weights."""
     lib, weights = ggml(), gaussian_rows(width)
     codes = np.empty((QUANTISED_ROWS, lib.ggml_row_size(TENSOR_TYPES[kind], width)), np.uint8)
-    lib.ggml_quantize_chunk(TENSOR_TYPES[kind], weights.ctypes.data, codes.ctypes.data, 0, QUANTISED_ROWS, width, None)
+    places = weights.ctypes.data, codes.ctypes.data
+    alike = np.ones(width, np.float32)  # importance of columns, which the smallest types ask for
+    lib.ggml_quantize_chunk(TENSOR_TYPES[kind], *places, 0, QUANTISED_ROWS, width, alike.ctypes.data)
     return codes
 
 
@@ -91,13 +96,14 @@ def relative_error(kind: str, width: int = 4096) -> float:
 class Ggml(PeerProducts):
     """ggml_mul_mat on the CPU backend: as stored, or in the layout that llama.cpp repacks to; the faster is taken."""
 
-    kinds: ClassVar = {
-        f"ggml {kind}": [(kind, False), (kind, True)] if kind in REPACKED else [(kind, False)] for kind in TYPES
-    }
-
     def __init__(self) -> None:
         super().__init__()
-        ggml()
+        repacked = REPACKED + REPACKED_FOR_AVX512 * bool(ggml().ggml_cpu_has_avx512())
+        self.kinds = {f"ggml {kind}": [(kind, False)] + [(kind, True)] * (kind in repacked) for kind in TYPES}
+
+    def relative_error(self, kind: str) -> float:
+        """What a type leaves of the power of Gaussian weights."""
+        return relative_error(kind)
 
     def label(self, variant: tuple[str, bool]) -> str:
         return "repacked" if variant[1] else "as stored"

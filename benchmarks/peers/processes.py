@@ -133,15 +133,21 @@ class PeerProduct:
 
 
 def peer_products(
-    report: BenchmarkReport, processes: Sequence[PeerProcess], shape: Shape, cold_bytes: int = COLD_BYTES
+    report: BenchmarkReport,
+    processes: Sequence[PeerProcess],
+    shape: Shape,
+    cold_bytes: int = COLD_BYTES,
+    wanted: Sequence[str] | None = None,
 ) -> list[PeerProduct]:
-    """Every product that the processes offer, made ready."""
+    """Every product that the processes offer, or those of certain names, made ready."""
     products = []
     sizes = {"rows": shape[0], "width": shape[1], "cold_bytes": cold_bytes, "threads": torch.get_num_threads()}
     variants = []
     for process in processes:
         process.call("drop")
         for name in process.call("names"):
+            if wanted is not None and name not in wanted:
+                continue
             try:
                 made = process.call("prepare", name=name, **sizes)
             except PeerError as error:

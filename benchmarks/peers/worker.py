@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from waterfill.files import ggml as ggml_library
+
 TRIAL_BYTES = 96 << 20  # of weights, with which variants of a product are compared before the best one is kept
 TRIAL_PASSES = 5
 
@@ -34,7 +36,7 @@ def seconds_of(run: Pass) -> float:
 class PeerProducts(ABC):
     """Matrix-vector products by name, each with enough distinct weights that every pass reads DRAM."""
 
-    kinds: ClassVar[dict[str, Sequence[Any]]]  # name -> the variants of which the fastest is taken
+    kinds: dict[str, Sequence[Any]]  # name -> the variants of which the fastest is taken
 
     def __init__(self) -> None:
         self._passes: dict[str, Pass] = {}
@@ -176,12 +178,9 @@ def family(name: str) -> Any:
     return {"ggml": Ggml, "llama.cpp": LlamaCpp}[name]()
 
 
-PACKAGES = {
-    "onnxruntime": "onnxruntime",
-    "openvino": "openvino",
-    "ggml": "llama-cpp-python",
-    "llama.cpp": "llama-cpp-python",
-}
+def package_of(name: str) -> str:
+    """What is installed to have it."""
+    return ggml_library.package() if name in ("ggml", "llama.cpp") else name
 
 
 def main() -> None:
@@ -196,7 +195,8 @@ def main() -> None:
         peer = family(name)
     except Exception as error:
         return answer(error=f"{type(error).__name__}: {error}")
-    answer(result=f"{PACKAGES[name]} {metadata.version(PACKAGES[name])}")
+    package = package_of(name)
+    answer(result=f"{package} {metadata.version(package)}")
     for line in sys.stdin:
         request = json.loads(line)
         try:

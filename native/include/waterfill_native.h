@@ -60,9 +60,9 @@ WF_EXPORT int wf_rotate(int isa, float* x, int64_t rows, int64_t width, int inve
 WF_EXPORT wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* units, const float* points);
 WF_EXPORT void wf_table_free(wf_table* table);
 
-/* A bitshift trellis of `halves` / 2 bits: `multiplier` of a window, and the three coefficients of a level, none of
- * whose sums is beyond 16 bits. NULL where there is no such trellis, or no memory. */
-WF_EXPORT wf_table* wf_window_table_new(int isa, int halves, int multiplier, const int16_t* coefficients);
+/* A bitshift trellis of `halves` / 2 bits: `hash` [3][16] of each four bits of a window, and `levels` [2][16] of a
+ * hash's halves, whose sums are of 7 bits. NULL where there is no such trellis, or no memory. */
+WF_EXPORT wf_table* wf_window_table_new(int isa, int halves, const uint8_t* hash, const int8_t* levels);
 
 /* Sizes in the kernels' layout; -1 for a matrix that cannot be. */
 WF_EXPORT int64_t wf_codes_bytes(const wf_table* table, int64_t rows, int64_t width);

@@ -57,9 +57,9 @@ wf_table* wf_table_new(int isa, int p, int n, int precision, const int16_t* unit
 
 void wf_table_free(wf_table* table) { delete table; }
 
-wf_table* wf_window_table_new(int isa, int halves, int multiplier, const int16_t* coefficients) {
+wf_table* wf_window_table_new(int isa, int halves, const uint8_t* hash, const int8_t* levels) {
     const Functions* f = functions(isa);
-    return f ? new_window_table(*f, halves, multiplier, coefficients) : nullptr;
+    return f ? new_window_table(halves, hash, levels) : nullptr;
 }
 
 int64_t wf_codes_bytes(const wf_table* table, int64_t rows, int64_t width) {

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kWord = 8;  // bytes; a chunk is read in whole words
 
+using Wide = unsigned __int128;
+
 uint64_t load(const void* from) {
     uint64_t word;
     std::memcpy(&word, from, kWord);
@@ -135,7 +137,6 @@ void put_planes(const Code<BITS> (&code)[kChunk], uint8_t* out) {
 // A word over n^digits is a fraction, and times n its whole part is the highest digit. Fractions of 64 bits are rounded
 // up by a few units at most and words have at most 56 bits: the lowest digit still comes out right.
 const uint16_t* radix_row(const Way& way, const uint8_t* row) {
-    using Wide = unsigned __int128;
     const int digits = way.m.word_indices, bytes = way.m.word_bytes;
     const int64_t whole = way.chunks * kChunk * (way.paired ? 2 : 1);
     auto* index = reinterpret_cast<uint16_t*>(scratch(kIndices, (whole + digits) * 2));
@@ -208,80 +209,87 @@ void arrange_levels(const Way& way, const uint8_t* row, uint8_t* out) {
     }
 }
 
-// Symbols of a register, a byte each, of whole chunks: those that a row has not are 0.
-std::vector<uint8_t> symbols_of(const uint8_t* from, Register r, int64_t count, int64_t chunks) {
-    std::vector<uint8_t> symbols(size_t(chunks * kChunk / r.every), uint8_t(0));
-    const int each = 8 / r.bits, mask = (1 << r.bits) - 1;
-    for (int64_t i = 0; i < count; ++i) symbols[size_t(i)] = uint8_t(from[i / each] >> i % each * r.bits & mask);
-    return symbols;
-}
-
-// Of a register, what lanes have at steps first, first + 1, …, as its words: registers.hpp. `at` gives a step's
-// symbols.
-template <class At>
-uint8_t* put_words(Register r, int64_t first, const At& at, uint8_t* out) {
-    const int steps = r.bits == 4 ? 4 : kChunkSteps / r.every;
-    for (int64_t begin = first; begin < first + kChunkSteps / r.every; begin += steps) {
-        uint16_t word[kRowLanes] = {};
-        for (int64_t step = begin; step < begin + steps; ++step) {
-            uint8_t symbol[kRowLanes];
-            at(step, symbol);
-            for (int lane = 0; lane < kRowLanes; ++lane) word[lane] = uint16_t(word[lane] << r.bits | symbol[lane]);
-        }
-        if (r.every > 1) {
-            for (int i = 0; i < 8; ++i) out[i] = uint8_t(word[i] | word[8 + i] << 4);
-            out += 8;
-        } else if (r.bits == 1) {
-            for (int lane = 0; lane < kRowLanes; ++lane) out[lane] = uint8_t(word[lane]);
-            out += kRowLanes;
-        } else {
-            std::memcpy(out, word, sizeof word);
-            out += sizeof word;
+// The symbols of a byte, of 1, 2 or 4 bits, a byte each.
+struct Spread {
+    uint64_t of[256];
+    explicit Spread(int bits) {
+        for (int byte = 0; byte < 256; ++byte) {
+            of[byte] = 0;
+            for (int i = 0; i < 8 / bits; ++i) of[byte] |= uint64_t(byte >> i * bits & ((1 << bits) - 1)) << 8 * i;
         }
     }
-    return out;
+};
+
+const Spread& spread_of(int bits) {
+    static const Spread one(1), two(2), four(4);
+    return bits == 1 ? one : bits == 2 ? two : four;
 }
 
-// A row of a bitshift trellis: chunks of what comes before each lane, and those of the row; `stride` bytes apart.
-void arrange_windows(const Table& t, const uint8_t* row, int64_t width, uint8_t* out, int64_t stride) {
+// What a register's lanes are given at a step, a byte each, from a row's symbols. Steps below 0 are those of the lanes
+// before, as the path goes.
+struct LaneSymbols {
+    const uint8_t* from;
+    int bits;
+    int64_t steps;
+    const Spread& spread;
+
+    Wide at(int64_t step) const {
+        const int64_t back = step < 0 ? ceil_div(-step, steps) : 0;  // lanes
+        step += back * steps;
+        if (step >= steps || back >= kRowLanes) return 0;
+        const uint8_t* bytes = from + step * 2 * bits;
+        uint64_t half[2] = {};
+        for (int i = 0; i < bits; ++i) {
+            half[0] |= spread.of[bytes[i]] << i * (64 / bits);
+            half[1] |= spread.of[bytes[bits + i]] << i * (64 / bits);
+        }
+        return (Wide(half[1]) << 64 | half[0]) << 8 * back;
+    }
+};
+
+// What a register's lanes are given at the steps of a chunk: registers.hpp.
+void put_chunk(const LaneSymbols& symbols, Register r, int64_t first, int64_t row, uint8_t* out) {
+    const int steps = kChunkSteps / r.every, each = std::min(steps, 8 / r.bits);  // in a byte, or half of one
+    for (int64_t begin = first; begin < first + steps; begin += each, out += kTile * kRowLanes) {
+        Wide fields = 0;
+        for (int64_t step = begin; step < begin + each; ++step) fields = fields << r.bits | symbols.at(step);
+        uint8_t field[kRowLanes];
+        for (int i = 0; i < 2; ++i) store(field + 8 * i, uint64_t(fields >> 64 * i));
+        if (each * r.bits == 8)
+            std::memcpy(out + row * kRowLanes, field, sizeof field);
+        else
+            for (int i = 0; i < kRowLanes / 2; ++i)
+                out[row * kRowLanes / 2 + i] = uint8_t(field[2 * i] | field[2 * i + 1] << 4);
+    }
+}
+
+// One row of a tile of a bitshift trellis: chunks of what comes before each lane, and those of the row.
+void arrange_windows(const Table& t, const uint8_t* codes, int64_t width, int64_t row, uint8_t* out) {
     const Registers registers = registers_of(t.halves);
-    const int64_t columns = window_columns(width, t.halves), chunks = chunks_per_row(width, 1);
-    const int64_t history = history_chunks(t.halves);
-    int offset = 0;
+    const int64_t stride = kTile * window_chunk_bytes(t.halves), chunks = chunks_per_row(width, 1);
     for (int i = 0; i < registers.count; ++i) {
         const Register r = registers.of[i];
-        const int64_t count = columns / r.every, steps = count / kRowLanes;
-        const std::vector<uint8_t> symbols = symbols_of(row, r, count, chunks);
-        auto now = [&](int64_t step, uint8_t* symbol) {
-            std::memcpy(symbol, symbols.data() + step * kRowLanes, kRowLanes);
-        };
-        auto before = [&](int64_t step, uint8_t* symbol) {  // steps below 0: of the lanes before, as the path goes
-            for (int64_t lane = 0; lane < kRowLanes; ++lane) {
-                const int64_t at = lane * steps + step;
-                symbol[lane] = at < 0 ? uint8_t(0) : symbols[size_t(at % steps * kRowLanes + at / steps)];
-            }
-        };
-        const int64_t per_chunk = kChunkSteps / r.every;
-        uint8_t* to = out + offset;
-        for (int64_t chunk = -history; chunk < 0; ++chunk, to += stride) put_words(r, chunk * per_chunk, before, to);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk, to += stride) put_words(r, chunk * per_chunk, now, to);
-        offset += int(kRowLanes * kChunkSteps / r.every * r.bits / 8);
-        row += register_bytes(width, t.halves, r);
+        const int64_t steps = window_columns(width, t.halves) / r.every / kRowLanes, each = kChunkSteps / r.every;
+        const LaneSymbols symbols{codes, r.bits, steps, spread_of(r.bits)};
+        uint8_t* to = out;
+        for (int64_t chunk = -history_chunks(t.halves); chunk < chunks; ++chunk, to += stride)
+            put_chunk(symbols, r, chunk * each, row, to);
+        out += kTile * register_chunk_bytes(r);
+        codes += register_bytes(width, t.halves, r);
     }
 }
 
 void arrange_window_tiles(const StoredRows& m, int64_t first_tile, int64_t last_tile, uint8_t* codes,
                           uint16_t* scales) {
     const Table& t = m.table->view;
-    const int64_t groups = groups_of(m.width), bytes = window_chunk_bytes(t.halves);
-    const int64_t tile_bytes = tile_window_bytes(m.width, t.halves);
+    const int64_t groups = groups_of(m.width), tile_bytes = tile_window_bytes(m.width, t.halves);
     for (int64_t tile = first_tile; tile < last_tile; ++tile, codes += tile_bytes, scales += groups * kTile) {
         std::memset(codes, 0, size_t(tile_bytes));
         std::fill(scales, scales + groups * kTile, uint16_t(0));
         for (int64_t row = tile * kTile; row < least((tile + 1) * kTile, m.rows); ++row) {
             const int64_t r = row % kTile;
             for (int64_t g = 0; g < groups; ++g) scales[g * kTile + r] = m.scales[row * groups + g];
-            arrange_windows(t, m.codes + row * m.row_bytes, m.width, codes + r * bytes, kTile * bytes);
+            arrange_windows(t, m.codes + row * m.row_bytes, m.width, r, codes);
         }
     }
 }

@@ -185,13 +185,20 @@ struct Avx512 {
                          _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
     }
 
-    template <class Words>
-    static Words fraction_product(Words a, Words b) {
-        return Words(_mm256_mulhrs_epi16(__m256i(a), __m256i(b)));
+    typedef uint8_t Octets __attribute__((vector_size(64)));
+    typedef int32_t LaneSums __attribute__((vector_size(64)));
+    static Octets repeated(const void* p) {
+        return Octets(_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p))));
     }
-    template <class, class Octets>
-    static Bytes join(Octets first, Octets second) {
-        return _mm512_inserti64x4(_mm512_castsi256_si512(__m256i(first)), __m256i(second), 1);
+    static Octets look_up(Octets table, Octets index) {
+        return Octets(_mm512_shuffle_epi8(__m512i(table), __m512i(index)));
+    }
+    static Octets from_nibbles(const uint8_t* p) {
+        const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return Octets(masked(_mm512_or_si512(both, _mm512_slli_epi16(both, 4)), 15));
+    }
+    static LaneSums dot_lanes(LaneSums sums, Octets w, const int8_t* x) {
+        return LaneSums(accumulate<int8_t>(__m512i(sums), __m512i(w), __m512i(repeated(x))));
     }
 
     using Shorts = __m256i;

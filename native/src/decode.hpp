@@ -28,8 +28,7 @@ struct Decoding {
     }
     static bool from_words(const Table& t) { return t.precision == 16 && t.p == 1 && t.bits >= 5 && t.bits <= 8; }
     static int order(const Table& t) {
-        if (t.halves) return kInSteps;
-        if (t.direct || Isa::interleaved(t.bits, t.p) || !(from_codes(t) || from_words(t))) return 1;
+        if (t.halves || t.direct || Isa::interleaved(t.bits, t.p) || !(from_codes(t) || from_words(t))) return 1;
         return t.p == 4 ? 4 : 2;
     }
 
@@ -120,13 +119,19 @@ struct Decoding {
     static void decode_windows(const Matrix& m, int64_t tile, uint8_t* out, int64_t stride) {
         using Decoder = Windows<Isa, HALVES>;
         const Decoder decoder(*m.table);
-        typename Decoder::History history[kTile];
-        const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), history);
-        for (int64_t chunk = 0; chunk < chunks_per_row(m.width, 1); ++chunk)
-            for (int r = 0; r < kTile; ++r, code += Decoder::bytes) {
-                Bytes value[2];
-                decoder.decode(code, history[r], value);
-                for (int k = 0; k < 2; ++k) Isa::store(out + r * stride + chunk * kChunk + 64 * k, value[k]);
+        typename Decoder::Chunk before[Decoder::vectors];
+        const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), before);
+        for (int64_t chunk = 0; chunk < chunks_per_row(m.width, 1); ++chunk, code += Decoder::bytes, out += kChunk)
+            for (int v = 0; v < Decoder::vectors; ++v) {
+                const typename Decoder::Chunk now = decoder.read(code, v, before[v]);
+                uint8_t* to = out + v * Decoder::rows * stride;
+                WF_UNROLL for (int step = 0; step < kChunkSteps; ++step) {
+                    const typename Decoder::Octets level = decoder.level(before[v], now, step);
+                    const auto* from = reinterpret_cast<const uint8_t*>(&level);
+                    for (int r = 0; r < Decoder::rows; ++r)
+                        std::memcpy(to + r * stride + step * kRowLanes, from + r * kRowLanes, kRowLanes);
+                }
+                decoder.copy(now, before[v]);
             }
     }
 
@@ -177,21 +182,20 @@ struct Decoding {
     static void window_row(const Matrix& m, int64_t row, float* out) {
         using Decoder = Windows<Isa, HALVES>;
         const Decoder decoder(*m.table);
-        typename Decoder::History history[kTile];
+        typename Decoder::Chunk before[Decoder::vectors];
         const int64_t tile = row / kTile, groups = groups_of(m.width);
         const uint16_t* scale = m.scales + tile * groups * kTile + row % kTile;
-        const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), history);
-        code += row % kTile * Decoder::bytes;
-        for (int64_t start = 0; start < m.width; start += kChunk, code += kTile * Decoder::bytes) {
-            Bytes value[2];
-            uint8_t level[kChunk];
-            decoder.decode(code, history[row % kTile], value);
-            for (int k = 0; k < 2; ++k) Isa::store(level + 64 * k, value[k]);
+        const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), before);
+        const int v = int(row % kTile) / Decoder::rows, r = int(row % kTile) % Decoder::rows;
+        typename Decoder::Octets level = {};
+        for (int64_t start = 0; start < m.width; start += kChunk, code += Decoder::bytes) {
+            const typename Decoder::Chunk now = decoder.read(code, v, before[v]);
             const float by = half_to_float(scale[least(start / kGroup, groups - 1) * kTile]) * m.unit;
-            for (int i = 0; i < kChunk; ++i) {
-                const int64_t column = start + column_of_level(i);
-                if (column < m.width) out[column] = float(level_at(*m.table, level, i)) * by;
+            for (int i = 0; i < least(kChunk, m.width - start); ++i) {
+                if (i % kRowLanes == 0) level = decoder.level(before[v], now, i / kRowLanes);
+                out[start + i] = float(level[r * kRowLanes + i % kRowLanes] - m.table->bias) * by;
             }
+            decoder.copy(now, before[v]);
         }
     }
 

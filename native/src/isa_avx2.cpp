@@ -168,13 +168,21 @@ struct Avx2 : Plain {
         return order.halves ? Floats{high, low} : Floats{low, high};
     }
 
-    template <class Words>
-    static Words fraction_product(Words a, Words b) {
-        return Words(_mm256_mulhrs_epi16(__m256i(a), __m256i(b)));
+    typedef uint8_t Octets __attribute__((vector_size(32)));
+    typedef int32_t LaneSums __attribute__((vector_size(32)));
+    static Octets repeated(const void* p) {
+        return Octets(_mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p))));
     }
-    template <class, class Octets>
-    static Bytes join(Octets first, Octets second) {
-        return {__m256i(first), __m256i(second)};
+    static Octets look_up(Octets table, Octets index) {
+        return Octets(_mm256_shuffle_epi8(__m256i(table), __m256i(index)));
+    }
+    static Octets from_nibbles(const uint8_t* p) {
+        const __m256i both = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return Octets(masked(_mm256_or_si256(both, _mm256_slli_epi16(both, 4)), 15));
+    }
+    static LaneSums dot_lanes(LaneSums sums, Octets w, const int8_t* x) {  // of 7 bits, so that no sum of two saturates
+        const __m256i pairs = _mm256_maddubs_epi16(__m256i(w), __m256i(repeated(x)));
+        return LaneSums(_mm256_add_epi32(__m256i(sums), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
     }
 
     using Shorts = __m256i;

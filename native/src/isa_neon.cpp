@@ -106,13 +106,16 @@ struct Neon : Plain {
         vst1q_s32(sum, vpaddq_s32(vpaddq_s32(acc[0], acc[1]), vpaddq_s32(acc[2], acc[3])));
     }
 
-    template <class Words>
-    static Words fraction_product(Words a, Words b) {
-        int16x8_t x[2], y[2];
-        std::memcpy(x, &a, sizeof x), std::memcpy(y, &b, sizeof y);
-        for (int i = 0; i < 2; ++i) x[i] = vqrdmulhq_s16(x[i], y[i]);
-        std::memcpy(&a, x, sizeof x);
-        return a;
+    // Products of signed bytes do for bytes of 7 bits.
+    static Octets look_up(Octets table, Octets index) {
+        return Octets(vqtbl1q_u8(uint8x16_t(table), vandq_u8(uint8x16_t(index), vdupq_n_u8(15))));
+    }
+    static Octets from_nibbles(const uint8_t* p) {
+        const uint8x8_t both = vld1_u8(p), low = vand_u8(both, vdup_n_u8(15)), high = vshr_n_u8(both, 4);
+        return Octets(vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high)));
+    }
+    static LaneSums dot_lanes(LaneSums sums, Octets w, const int8_t* x) {
+        return LaneSums(vdotq_s32(int32x4_t(sums), int8x16_t(w), vld1q_s8(x)));
     }
 
     struct Shorts {

@@ -30,7 +30,6 @@
 namespace waterfill {
 namespace {
 
-constexpr int kAhead = 4096;          // bytes: codes are fetched before they are needed, across pages too
 constexpr int64_t kFromBuffer = 8;    // tokens for which levels that are computed are written down
 constexpr int64_t kExactWords = 512;  // products of 2047 * 2047 that surely fit an int32 sum
 
@@ -87,39 +86,30 @@ struct Kernels : Decoding<Isa> {
         std::memcpy(y, sum, sizeof sum);
     }
 
-    // The same from a bitshift trellis, whose levels come from what is behind in a row, too.
+    // The same from a bitshift trellis, whose levels come from what is behind in a row, too: some rows at a time.
     template <int HALVES, int TOKENS>
     static void tile_from_windows(const Matrix& m, int64_t tile, const Prepared& x, int64_t token, float* y) {
         using Decoder = Windows<Isa, HALVES>;
         const Decoder decoder(*m.table);
         const int64_t chunks = chunks_per_row(m.width, 1), groups = x.groups;
         const uint16_t* scale = m.scales + tile * groups * kTile;
-        typename Decoder::History history[kTile];
-        const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), history);
+        typename Decoder::Chunk reached[Decoder::vectors];
+        const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), reached);
         const int8_t* activations[TOKENS];
         for (int t = 0; t < TOKENS; ++t) activations[t] = row<int8_t>(x, token + t);
         float sum[TOKENS][kTile] = {};
         for (int64_t g = 0, chunk = 0; g < groups; ++g, scale += kTile) {
-            const int64_t end = g + 1 < groups ? (g + 1) * (kGroup / kChunk) : chunks;
-            Acc acc[TOKENS][kTile];
-            for (int t = 0; t < TOKENS; ++t)
-                for (int r = 0; r < kTile; ++r) acc[t][r] = Isa::start(x.corrections[(token + t) * groups + g]);
-            for (; chunk < end; ++chunk) {
-                for (int line = 0; line < kTile * Decoder::bytes; line += 64) Isa::prefetch(code + kAhead + line);
-                for (int r = 0; r < kTile; ++r, code += Decoder::bytes) {
-                    Bytes value[2];
-                    decoder.decode(code, history[r], value);
-                    for (int t = 0; t < TOKENS; ++t)
-                        for (int k = 0; k < 2; ++k)
-                            acc[t][r] = Isa::dot(acc[t][r], value[k], activations[t] + chunk * kChunk + 64 * k);
-                }
-            }
+            const int64_t count = (g + 1 < groups ? (g + 1) * (kGroup / kChunk) : chunks) - chunk;
+            int32_t whole[TOKENS][kTile];
+            for (int v = 0; v < Decoder::vectors; ++v)
+                decoder.template multiply<TOKENS>(code, count, v, reached[v], activations, chunk * kChunk, whole);
             for (int t = 0; t < TOKENS; ++t) {
-                int32_t whole[kTile];
-                Isa::reduce(acc[t], whole);
-                const float by = x.scales[(token + t) * groups + g];
-                for (int r = 0; r < kTile; ++r) sum[t][r] += float(whole[r]) * (half_to_float(scale[r]) * m.step * by);
+                const int64_t at = (token + t) * groups + g;
+                for (int r = 0; r < kTile; ++r)
+                    sum[t][r] +=
+                        float(whole[t][r] + x.corrections[at]) * (half_to_float(scale[r]) * m.step * x.scales[at]);
             }
+            chunk += count, code += count * Decoder::bytes;
         }
         std::memcpy(y, sum, sizeof sum);
     }

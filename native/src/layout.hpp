@@ -30,6 +30,7 @@ namespace {
 constexpr int kChunk = 128;  // codes
 constexpr int kTile = 4;     // rows
 constexpr int64_t kGroup = 1024;
+constexpr int kAhead = 4096;    // bytes: codes are fetched before they are needed, across pages too
 constexpr int64_t kUnit = 512;  // prepared activations are padded to a multiple of it: a chunk of quadruples
 
 struct Planes {  // byte offset of each plane in a chunk, -1 where the width has none
@@ -69,13 +70,10 @@ inline int64_t chunks_per_row(int64_t width, int p) { return ceil_div(codes_per_
 inline int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTile); }
 inline int64_t padded_width(int64_t width) { return ceil_div(width, kUnit) * kUnit; }
 
-constexpr int kInSteps = 8;
-
 // Where column `column` of a row lies among the prepared activations, by the order that a table asks for.
 //   1: in place.
 //   2, 4: in blocks of 128 or 256, runs of 64 with every second or fourth column. A table of pairs or quadruples then
 //         yields whole runs, one per coordinate, with nothing to interleave.
-//   kInSteps: as the levels of a bitshift trellis come out (windows.hpp), for which this is not asked.
 inline int64_t ordered_position(int64_t column, int order) {
     const int64_t block = 64 * order, at = column % block;
     return column - at + at % order * 64 + at / order;

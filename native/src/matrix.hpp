@@ -20,9 +20,9 @@ struct Table {
     const int16_t* words;     // precision 16, p = 1, n <= 256: repeated to 256; or null
     const float* points;      // [n][p], the grid itself
     bool direct;              // the codes are the numbers of `precision` bits themselves, and there are no tables
-    int halves;               // twice the bits of a bitshift trellis (registers.hpp), whose levels are computed; or 0
-    uint16_t multiplier;
-    int16_t coefficients[3];
+    int halves;               // twice the bits of a bitshift trellis (registers.hpp), or 0; its tables:
+    uint8_t hash[3][16];      // of each four bits of a window, lowest first
+    uint8_t levels[2][16];    // of the upper and the lower half of a hash; `bias` is in the first
 };
 
 struct Matrix {

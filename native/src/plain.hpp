@@ -44,19 +44,35 @@ struct Plain {
     using Order = int;
     static Order order(int distance) { return distance; }
 
-    // Of 16 fractions of 32768, none of them -1, rounded; windows.hpp.
-    template <class Words>
-    static Words fraction_product(Words a, Words b) {
-        Words found;
-        for (int i = 0; i < 16; ++i) found[i] = uint16_t((int16_t(a[i]) * int16_t(b[i]) + 16384) >> 15);
-        return found;
+    // windows.hpp: bytes of 16 lanes of some rows, here of one; sums of products with unsigned bytes, four of each row.
+    typedef uint8_t Octets __attribute__((vector_size(16)));
+    typedef int32_t LaneSums __attribute__((vector_size(16)));
+    // 16 bytes, for each row.
+    static Octets repeated(const void* p) {
+        Octets o;
+        std::memcpy(&o, p, sizeof o);
+        return o;
     }
-
-    template <class Isa, class Octets>
-    static auto join(Octets first, Octets second) {
-        uint8_t both[64];
-        std::memcpy(both, &first, 32), std::memcpy(both + 32, &second, 32);
-        return Isa::load(both);
+    // Entries of a table for each row, by the lowest four bits of bytes whose highest is clear.
+    __attribute__((noinline)) static Octets look_up(Octets table, Octets index) {
+        uint8_t from[16], at[16];
+        std::memcpy(from, &table, 16), std::memcpy(at, &index, 16);
+        for (int i = 0; i < 16; ++i) at[i] = from[at[i] & 15];
+        return repeated(at);
+    }
+    // Halves of half as many bytes, the lower one first.
+    static Octets from_nibbles(const uint8_t* p) {
+        uint8_t each[16];
+        for (int i = 0; i < 16; ++i) each[i] = p[i / 2] >> i % 2 * 4 & 15;
+        return repeated(each);
+    }
+    __attribute__((noinline)) static LaneSums dot_lanes(LaneSums sums, Octets w, const int8_t* x) {
+        uint8_t byte[16];
+        int32_t sum[4];
+        std::memcpy(byte, &w, sizeof byte), std::memcpy(sum, &sums, sizeof sum);
+        for (int i = 0; i < 16; ++i) sum[i / 4] += int32_t(byte[i]) * x[i];
+        std::memcpy(&sums, sum, sizeof sum);
+        return sums;
     }
 
     // 16 unsigned numbers of 16 bits; sums stop at the largest, differences at 0.

@@ -18,17 +18,6 @@ inline void in_runs(const Element (&from)[kUnit], Element* to) {
             for (int64_t i = 0; i < 64; ++i) to[block + 64 * k + i] = from[block + ORDER * i + k];
 }
 
-// In each 128, column 16i + l of step i and lane l: two steps at a time, those of a lane side by side.
-template <class Element>
-inline void in_steps(const Element (&from)[kUnit], Element* to) {
-    for (int64_t chunk = 0; chunk < kUnit; chunk += kChunk)
-        for (int64_t two = 0; two < kChunk; two += 32)
-            for (int64_t lane = 0; lane < 16; ++lane) {
-                to[chunk + two + 2 * lane] = from[chunk + two + lane];
-                to[chunk + two + 2 * lane + 1] = from[chunk + two + 16 + lane];
-            }
-}
-
 // One row -> numbers of at most 127 or 2047, padded with zeros; scales and corrections [groups].
 template <class Element>
 inline void quantise_row(const float* row, int64_t width, int order, int bias, Element* out, float* scales,
@@ -60,7 +49,6 @@ inline void quantise_row(const float* row, int64_t width, int order, int bias, E
             switch (order) {
                 case 2: in_runs<2>(whole, out + block); break;
                 case 4: in_runs<4>(whole, out + block); break;
-                case kInSteps: in_steps(whole, out + block); break;
                 default: std::memcpy(out + block, whole, sizeof whole);
             }
         }

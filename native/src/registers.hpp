@@ -1,13 +1,14 @@
 // How the codes of a bitshift trellis (waterfill/codecs/bitshift/code.py) lie in memory while they are multiplied from.
 //
-// A chunk is 128 columns of a row: 8 steps of 16 lanes. It has, for each register in turn,
+// A chunk is 128 columns of a tile's four rows: 8 steps of 16 lanes of each. It has, for each register in turn, bytes
+// of as many symbols as they hold, the first one highest, and after those of one row's 16 lanes the next row's:
 //
-//     1 bit,               16 bytes: of each lane its 8 symbols, the first one highest
-//     2 bits,              32 bytes: 16-bit words, likewise
-//     4 bits,              64 bytes: 16-bit words of each lane's first four symbols, and of its last four
-//     1 bit every second,   8 bytes: byte i has lane i's 4 symbols, and lane 8 + i's in its upper half
+//     1 bit,                64 bytes: all 8 steps
+//     2 bits,          2 of 64 bytes: 4 steps each
+//     4 bits,          4 of 64 bytes: 2 steps each
+//     1 bit every second,   32 bytes: all 4 symbols of two lanes, the first one's in the lower half
 //
-// In front of every row lie the chunks that its lanes' paths come from, the ends of the lanes before them.
+// In front of every tile lie the chunks that its lanes' paths come from, the ends of the lanes before them.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,7 @@ namespace waterfill {
 namespace {
 
 constexpr int kRowLanes = 16, kChunkSteps = kChunk / kRowLanes;
+constexpr int kWindowBias = 64;  // of levels, which have 7 bits
 
 struct Register {
     int bits, symbols, every;
@@ -28,15 +30,16 @@ struct Registers {
     Register of[3];
 };
 
-// Of a rate, given as twice its bits; none where there is no such rate.
+// Of a rate, given as twice its bits; none where there is no such rate. Together they have 12 bits, each a multiple
+// of 4.
 constexpr Registers registers_of(int halves) {
     switch (halves) {
         case 2: return {1, {{1, 12, 1}}};
         case 3: return {2, {{1, 8, 1}, {1, 4, 2}}};
         case 4: return {1, {{2, 6, 1}}};
-        case 5: return {2, {{2, 5, 1}, {1, 2, 2}}};
+        case 5: return {2, {{2, 4, 1}, {1, 4, 2}}};
         case 6: return {2, {{2, 4, 1}, {1, 4, 1}}};
-        case 7: return {3, {{2, 3, 1}, {1, 4, 1}, {1, 2, 2}}};
+        case 7: return {3, {{2, 2, 1}, {1, 4, 1}, {1, 4, 2}}};
         case 8: return {1, {{4, 3, 1}}};
         case 9: return {2, {{4, 2, 1}, {1, 4, 2}}};
         case 10: return {2, {{4, 2, 1}, {1, 4, 1}}};
@@ -44,9 +47,11 @@ constexpr Registers registers_of(int halves) {
     }
 }
 
+// Of one row.
+constexpr int register_chunk_bytes(Register r) { return kRowLanes * kChunkSteps / r.every * r.bits / 8; }
 constexpr int window_chunk_bytes(int halves) { return kRowLanes * kChunkSteps * halves / 16; }
 
-// Chunks in front of a row: as many steps as any register remembers.
+// Chunks in front of a tile: as many steps as any register remembers.
 constexpr int history_chunks(int halves) { return halves == 2 ? 2 : 1; }
 
 inline int64_t tile_window_bytes(int64_t width, int halves) {

@@ -14,7 +14,7 @@ namespace {
 
 void fill(wf_table& t, int p, int n, int precision, const int16_t* units, const float* points, int bias) {
     Table& v = t.view;
-    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {}, nullptr, nullptr, false, 0, 0, {}};
+    v = {p, n, bits_of(n), precision, bias, 1, nullptr, {}, nullptr, nullptr, false, 0, {}, {}};
     while (v.entry < p * precision / 8) v.entry *= 2;
     const int rounded = 1 << v.bits, period = std::max(256, rounded), size = precision / 8;
     t.entries.resize(size_t(period) * size_t(v.entry) + 8);
@@ -45,7 +45,7 @@ bool is_direct(int p, int n, int precision) { return p == 1 && n == 1 << precisi
 
 void fill_direct(wf_table& t, int precision, int bias) {
     t.view = {1,       1 << precision, precision, precision, bias, precision / 8, nullptr, {}, nullptr,
-              nullptr, true,           0,         0,         {}};
+              nullptr, true,           0,         {},        {}};
 }
 
 // A scalar grid as one of pairs: two codes side by side index it, so that each byte that is loaded and shifted serves
@@ -81,15 +81,17 @@ wf_table* new_table(const Functions& f, int p, int n, int precision, const int16
     return made.release();
 }
 
-wf_table* new_window_table(const Functions& f, int halves, int multiplier, const int16_t* coefficients) {
-    const int16_t a = coefficients[0], b = coefficients[1], c = coefficients[2];
-    const int most = std::abs(a) + std::abs(b) + std::abs(c);
-    if (!registers_of(halves).count || multiplier < 0 || multiplier > 0xffff || multiplier % 2 == 0 || most > INT16_MAX)
-        return nullptr;
+wf_table* new_window_table(int halves, const uint8_t* hash, const int8_t* levels) {
+    const int8_t *high = levels, *low = levels + 16;
+    const int least_level = *std::min_element(high, high + 16) + *std::min_element(low, low + 16);
+    const int most_level = *std::max_element(high, high + 16) + *std::max_element(low, low + 16);
+    if (!registers_of(halves).count || least_level < -kWindowBias || most_level >= kWindowBias) return nullptr;
     std::unique_ptr<wf_table> made(new (std::nothrow) wf_table);
     if (!made) return nullptr;
-    made->view = {1,        1 << 8, 8, 8, f.bias, 1, nullptr, {}, nullptr, nullptr, false, halves, uint16_t(multiplier),
-                  {a, b, c}};
+    Table& v = made->view;
+    v = {1, 1 << 8, 8, 8, kWindowBias, 1, nullptr, {}, nullptr, nullptr, false, halves, {}, {}};
+    std::memcpy(v.hash, hash, sizeof v.hash);
+    for (int i = 0; i < 16; ++i) v.levels[0][i] = uint8_t(high[i] + kWindowBias), v.levels[1][i] = uint8_t(low[i]);
     return made.release();
 }
 

@@ -20,6 +20,6 @@ namespace waterfill {
 wf_table* new_table(const Functions& f, int p, int n, int precision, const int16_t* units, const float* points);
 
 // The same of wf_window_table_new.
-wf_table* new_window_table(const Functions& f, int halves, int multiplier, const int16_t* coefficients);
+wf_table* new_window_table(int halves, const uint8_t* hash, const int8_t* levels);
 
 }  // namespace waterfill

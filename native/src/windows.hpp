@@ -1,9 +1,9 @@
-// From the codes of a bitshift trellis to levels, 128 columns of a row at a time (registers.hpp), in vectors that any
-// instruction set has: only the rounded product of fractions is `Isa`'s own.
+// From the codes of a bitshift trellis to levels, 128 columns of some rows at a time (registers.hpp).
 //
-//     words of each lane ──shift──► window s ──· multiplier──► u ──► u (a + b u^8 + c u^16) ──► its upper byte
+//     bytes ──shift──► a register's last four bits, after each step ──look up, xor──► hash ──look up, add──► level + 64
 //
-// Levels come out two steps at a time, lane after lane, as the activations then lie (`in_steps`).
+// All is done in bytes, 16 lanes of each row of a vector, by tables of 16 bytes; only these look-ups and the products
+// with activations are `Isa`'s own.
 #pragma once
 
 #include <cstdint>
@@ -16,127 +16,135 @@
 namespace waterfill {
 namespace {
 
-typedef uint16_t Words __attribute__((vector_size(32)));      // one for each lane
-typedef uint8_t Octets __attribute__((vector_size(32)));      // two
-typedef uint8_t HalfOctets __attribute__((vector_size(16)));  // one
-
-inline Words words_at(const uint8_t* p) {
-    Words w;
-    std::memcpy(&w, p, sizeof w);
-    return w;
-}
-
-inline Words words_of_octets(const void* p) {
-    HalfOctets o;
-    std::memcpy(&o, p, sizeof o);
-    return __builtin_convertvector(o, Words);
-}
-
-inline Words words_of_nibbles(const uint8_t* p) {
-    uint64_t both, each[2];
-    std::memcpy(&both, p, sizeof both);
-    each[0] = both & 0x0f0f0f0f0f0f0f0f, each[1] = both >> 4 & 0x0f0f0f0f0f0f0f0f;
-    return words_of_octets(each);
-}
-
 template <class Isa, int HALVES>
 struct Windows {
+    using Octets = typename Isa::Octets;
     static constexpr Registers registers = registers_of(HALVES);
-    static constexpr int bytes = window_chunk_bytes(HALVES);
+    static constexpr int rows = sizeof(Octets) / kRowLanes;  // of a vector
+    static constexpr int vectors = kTile / rows;             // of a tile
+    static constexpr int bytes = kTile * window_chunk_bytes(HALVES);
 
-    // Symbols of a register that a word has; and bits.
-    static constexpr int symbols(Register r) { return r.bits == 4 ? 4 : kChunkSteps / r.every; }
-    static constexpr int width(Register r) { return symbols(r) * r.bits; }
-
+    // Of each register the last four bits after every step of a chunk, in the lower half of a byte; bits above it, but
+    // not the highest, may be anything.
     struct Chunk {
-        Words of[3][2];
-    };
-    struct History {  // of each register the last 16 bits
-        Words of[3];
+        Octets after[registers.count][kChunkSteps];
     };
 
-    uint16_t multiplier;
-    Words coefficients[3];
-
-    explicit Windows(const Table& t) : multiplier(t.multiplier) {
-        for (int i = 0; i < 3; ++i) coefficients[i] = Words{} + uint16_t(t.coefficients[i]);
-    }
-
-    static Chunk load(const uint8_t* code) {
-        Chunk c;
-        for (int i = 0; i < registers.count; ++i) {
-            const Register r = registers.of[i];
-            if (r.bits == 4) {
-                c.of[i][0] = words_at(code), c.of[i][1] = words_at(code + 32), code += 64;
-            } else if (r.bits == 2) {
-                c.of[i][0] = words_at(code), code += 32;
-            } else if (r.every == 1) {
-                c.of[i][0] = words_of_octets(code), code += 16;
-            } else {
-                c.of[i][0] = words_of_nibbles(code), code += 8;
-            }
-        }
-        return c;
-    }
-
-    static void remember(History& h, const Chunk& c) {
-        for (int i = 0; i < registers.count; ++i) {
-            const Register r = registers.of[i];
-            if (width(r) == 16)
-                h.of[i] = c.of[i][r.bits == 4];
-            else
-                h.of[i] = h.of[i] << width(r) | c.of[i][0];
+    // One by one: what is not looked at later then need not be kept, and the rest stays in registers.
+    static void copy(const Chunk& from, Chunk& to) {
+        WF_UNROLL for (int i = 0; i < registers.count; ++i) {
+            WF_UNROLL for (int step = 0; step < kChunkSteps; ++step) to.after[i][step] = from.after[i][step];
         }
     }
 
-    // Window of each lane after step STEP of a chunk.
-    template <int STEP>
-    static Words window(const History& h, const Chunk& c) {
-        Words s = {};
-        int shift = 0;
+    Octets hash[3], high, low;
+
+    explicit Windows(const Table& t) : high(Isa::repeated(t.levels[0])), low(Isa::repeated(t.levels[1])) {
+        for (int i = 0; i < 3; ++i) hash[i] = Isa::repeated(t.hash[i]);
+    }
+
+    static Octets load(const uint8_t* p) {
+        Octets o;
+        std::memcpy(&o, p, sizeof o);
+        return o;
+    }
+    // Bits of neighbouring bytes come along, which `mask` then clears.
+    template <int BY>
+    static Octets shifted(Octets o, int mask) {
+        typedef uint16_t Pairs __attribute__((vector_size(sizeof(Octets))));
+        return Octets(Pairs(o) >> BY) & uint8_t(mask);
+    }
+    // Of bytes whose upper half is clear, if not of all of them.
+    template <int BY>
+    static Octets raised(Octets o) {
+        typedef uint16_t Pairs __attribute__((vector_size(sizeof(Octets))));
+        return Octets(Pairs(o) << BY);
+    }
+
+    // Vector number `vector` of a tile's chunk, given the chunk before.
+    static Chunk read(const uint8_t* code, int vector, const Chunk& before) {
+        Chunk now;
         WF_UNROLL for (int i = 0; i < registers.count; ++i) {
             const Register r = registers.of[i];
-            const int each = symbols(r), at = STEP / r.every % each, word = STEP / r.every / each;
-            const Words before = word ? c.of[i][word - 1] : h.of[i];
-            const int known = r.bits * (at + 1), wanted = r.bits * r.symbols;
-            Words part = c.of[i][word] >> (width(r) - known);
-            if (known < wanted) part |= before << known;
-            if (known < wanted || width(r) - (width(r) - known) > wanted) part &= uint16_t((1 << wanted) - 1);
-            s |= part << shift;
-            shift += wanted;
+            const uint8_t* from = code + vector * int(sizeof(Octets)) / r.every;
+            read_register(r, from, before.after[i][kChunkSteps - 1], now.after[i]);
+            code += kTile * register_chunk_bytes(r);
         }
-        return s;
+        return now;
     }
 
-    // Levels of steps STEP and STEP + 1, those of a lane side by side.
-    template <int STEP>
-    Octets levels(const History& h, const Chunk& c) const {
-        const Words first = level(window<STEP>(h, c)), second = level(window<STEP + 1>(h, c));
-        const Octets both = Octets(first >> 8 | (second & uint16_t(0xff00)));
-        return Isa::bias ? both ^ uint8_t(Isa::bias) : both;
+    static void read_register(Register r, const uint8_t* from, Octets last, Octets (&after)[kChunkSteps]) {
+        if (r.every == 2) {
+            const Octets four = Isa::from_nibbles(from), eight = raised<4>(last) | four;
+            after[0] = after[1] = shifted<3>(eight, 15), after[2] = after[3] = shifted<2>(eight, 15);
+            after[4] = after[5] = shifted<1>(eight, 15), after[6] = after[7] = four;
+        } else if (r.bits == 1) {
+            const Octets eight = load(from), first = shifted<4>(eight, 15), middle = raised<4>(last) | first;
+            after[0] = shifted<3>(middle, 15), after[1] = shifted<2>(middle, 15), after[2] = shifted<1>(middle, 15);
+            after[3] = first, after[4] = shifted<3>(eight, 15), after[5] = shifted<2>(eight, 15);
+            after[6] = shifted<1>(eight, 15), after[7] = eight & uint8_t(15);
+        } else if (r.bits == 2) {
+            WF_UNROLL for (int step = 0; step < kChunkSteps; step += 4) {
+                const Octets four = load(from + step * kTile * kRowLanes / 4);
+                after[step] = raised<2>(step ? after[step - 1] : last) | shifted<6>(four, 3);
+                after[step + 1] = shifted<4>(four, 15), after[step + 2] = shifted<2>(four, 15);
+                after[step + 3] = four & uint8_t(15);
+            }
+        } else {
+            WF_UNROLL for (int step = 0; step < kChunkSteps; step += 2) {
+                const Octets two = load(from + step * kTile * kRowLanes / 2);
+                after[step] = shifted<4>(two, 15), after[step + 1] = two & uint8_t(15);
+            }
+        }
     }
 
-    // 256 times the level of a window.
-    Words level(Words window) const {
-        const Words u = window * multiplier, u2 = product(u, u), u4 = product(u2, u2), u8 = product(u4, u4);
-        return product(u, coefficients[0] + product(u8, coefficients[1] + product(u8, coefficients[2])));
-    }
-    static Words product(Words a, Words b) { return Isa::fraction_product(a, b); }
-
-    // A chunk's levels, and what the next one's history is.
-    void decode(const uint8_t* code, History& h, typename Isa::Bytes (&value)[2]) const {
-        const Chunk c = load(code);
-        value[0] = Isa::template join<Isa>(levels<0>(h, c), levels<2>(h, c));
-        value[1] = Isa::template join<Isa>(levels<4>(h, c), levels<6>(h, c));
-        remember(h, c);
+    // Levels after a step, with 64 added.
+    Octets level(const Chunk& before, const Chunk& now, int step) const {
+        Octets hashed = {};
+        int table = 0;
+        WF_UNROLL for (int i = 0; i < registers.count; ++i) {
+            const Register r = registers.of[i];
+            WF_UNROLL for (int bits = 0; bits < r.bits * r.symbols; bits += 4) {
+                const int at = step - bits / r.bits;
+                hashed ^= Isa::look_up(hash[table++], at < 0 ? before.after[i][kChunkSteps + at] : now.after[i][at]);
+            }
+        }
+        return Isa::look_up(high, shifted<4>(hashed, 15)) + Isa::look_up(low, hashed & uint8_t(15));
     }
 
     // What comes before a tile's rows; returns where these begin.
-    static const uint8_t* begin(const uint8_t* code, History (&history)[kTile]) {
-        for (History& h : history) h = {};
-        for (int chunk = 0; chunk < history_chunks(HALVES); ++chunk)
-            for (History& h : history) remember(h, load(code)), code += bytes;
+    static const uint8_t* begin(const uint8_t* code, Chunk (&before)[vectors]) {
+        for (Chunk& b : before) b = {};
+        for (int chunk = 0; chunk < history_chunks(HALVES); ++chunk, code += bytes)
+            for (int v = 0; v < vectors; ++v) before[v] = read(code, v, before[v]);
         return code;
+    }
+
+    // Sums of levels + 64 times each of some tokens' activations from `column` on, over `chunks` from `code` on, for
+    // the rows of a vector. `reached` moves on with them.
+    template <int TOKENS>
+    void multiply(const uint8_t* code, int64_t chunks, int vector, Chunk& reached, const int8_t* const (&x)[TOKENS],
+                  int64_t column, int32_t (&whole)[TOKENS][kTile]) const {
+        typename Isa::LaneSums sums[TOKENS] = {};
+        Chunk before;
+        copy(reached, before);
+        for (int64_t end = column + chunks * kChunk; column < end; column += kChunk, code += bytes) {
+            for (int line = 0; line < bytes && vector == 0; line += 64) Isa::prefetch(code + kAhead + line);
+            const Chunk now = read(code, vector, before);
+            WF_UNROLL for (int step = 0; step < kChunkSteps; ++step) {
+                const Octets each = level(before, now, step);
+                for (int t = 0; t < TOKENS; ++t)
+                    sums[t] = Isa::dot_lanes(sums[t], each, x[t] + column + step * kRowLanes);
+            }
+            copy(now, before);
+        }
+        copy(before, reached);
+        for (int t = 0; t < TOKENS; ++t) {
+            int32_t part[rows][kRowLanes / 4];
+            std::memcpy(part, &sums[t], sizeof part);
+            for (int r = 0; r < rows; ++r)
+                whole[t][vector * rows + r] = part[r][0] + part[r][1] + part[r][2] + part[r][3];
+        }
     }
 };
 
@@ -155,9 +163,6 @@ auto by_rate(int halves, const F& f) {
         default: return f(std::integral_constant<int, 10>());
     }
 }
-
-// The column of a chunk whose level is number i of those that come out.
-constexpr int column_of_level(int i) { return 16 * (i / 32 * 2 + i % 2) + i % 32 / 2; }
 
 }  // namespace
 }  // namespace waterfill

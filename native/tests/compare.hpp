@@ -30,7 +30,11 @@ struct Arranged {
     Arranged(int isa, const Grid& g, int64_t rows, int64_t width, const std::vector<int16_t>& units,
              const std::vector<float>& points, const std::vector<uint8_t>& stored, const std::vector<uint16_t>& factors,
              int64_t row_bytes)
-        : table(wf_table_new(isa, g.p, g.n, g.precision, units.data(), points.data())),
+        : Arranged(isa, wf_table_new(isa, g.p, g.n, g.precision, units.data(), points.data()), g, rows, width, stored,
+                   factors, row_bytes) {}
+    Arranged(int isa, wf_table* made, const Grid& g, int64_t rows, int64_t width, const std::vector<uint8_t>& stored,
+             const std::vector<uint16_t>& factors, int64_t row_bytes)
+        : table(made),
           codes(size_t(wf_codes_bytes(table, rows, width))),
           scales(size_t(wf_scales_count(rows, width))),
           matrix{rows,
@@ -67,6 +71,16 @@ std::vector<uint8_t> stream_of(int64_t rows, int64_t width, int lanes, int symbo
 
 // Products, rows and chunks of a random matrix, as stored and as arranged.
 void compare_matrices(int isa, int scalar, const Grid& g, int64_t rows, int64_t width);
+
+// The same of a matrix that two instruction sets have arranged.
+void compare_arranged(int isa, int scalar, const Arranged& a, const Arranged& b, const Grid& g,
+                      const std::vector<uint8_t>& stored, const std::vector<uint16_t>& factors, int64_t row_bytes,
+                      const std::string& name);
+
+// The same of random codes of a bitshift trellis of `halves` / 2 bits; its search; and tables that are refused.
+void compare_windows(int isa, int scalar, int halves, int64_t rows, int64_t width);
+void compare_window_search(int isa, int scalar);
+void expect_window_tables_refused(int isa);
 
 // Decoder layers of numbers of `dtype`, with a cache, in every way that they can be run.
 void compare_layers(int isa, int scalar, int dtype, bool biases);

@@ -21,6 +21,11 @@ int main() {
         for (const Grid& grid : grids)
             for (auto [rows, width] : {std::pair<int64_t, int64_t>{1, 1}, {1, 172}, {7, 896}, {33, 1030}, {37, 2561}})
                 compare_matrices(isa, scalar, grid, rows, width);
+        for (int halves = 2; halves <= 10; ++halves)
+            for (auto [rows, width] : {std::pair<int64_t, int64_t>{1, 1}, {3, 172}, {7, 896}, {10, 1536}, {37, 2561}})
+                compare_windows(isa, scalar, halves, rows, width);
+        compare_window_search(isa, scalar);
+        expect_window_tables_refused(isa);
         for (int64_t width : {1, 3, 64, 172, 1028, 1536, 4100}) {
             std::vector<float> x(size_t(2 * width));
             for (auto& v : x) v = float(int32_t(rng())) * 1e-9f;

@@ -43,6 +43,13 @@ void compare_matrices(int isa, int scalar, const Grid& g, int64_t rows, int64_t 
     const Arranged b(scalar, g, rows, width, units, points, stored, factors, row_bytes);
     const std::string name = std::string(wf_isa(isa)) + " p" + std::to_string(g.p) + " n" + std::to_string(g.n) + " " +
                              std::to_string(rows) + "x" + std::to_string(width);
+    compare_arranged(isa, scalar, a, b, g, stored, factors, row_bytes, name);
+}
+
+void compare_arranged(int isa, int scalar, const Arranged& a, const Arranged& b, const Grid& g,
+                      const std::vector<uint8_t>& stored, const std::vector<uint16_t>& factors, int64_t row_bytes,
+                      const std::string& name) {
+    const int64_t rows = a.matrix.rows, width = a.matrix.width;
     for (int64_t tokens : {1, 2, 3, 8, 17}) {
         std::vector<float> x(size_t(tokens * width)), y(size_t(tokens * rows)), z(y.size());
         for (auto& v : x) v = float(int32_t(rng())) * 1e-9f;

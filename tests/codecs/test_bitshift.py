@@ -17,7 +17,18 @@ from waterfill.base import native
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import get_codec, rates_of
 from waterfill.codecs.bitshift import rows
-from waterfill.codecs.bitshift.code import REGISTERS, STATES, WINDOW, code_of, search, search_reference
+from waterfill.codecs.bitshift.code import (
+    LEAST_LEVEL,
+    MOST_LEVEL,
+    NIBBLES,
+    REGISTERS,
+    STATES,
+    WINDOW,
+    Code,
+    code_of,
+    search,
+    search_reference,
+)
 from waterfill.codecs.bitshift.codec import Bitshift
 from waterfill.codecs.contract import Encoded
 from waterfill.codecs.feedback import Feedback
@@ -36,15 +47,11 @@ def codec_of(rate: float) -> Bitshift:
     return codec
 
 
-def slow_level(u: int, coefficients: tuple[int, int, int]) -> int:
-    def times(x: int, y: int) -> int:
-        return (x * y + 2**14) // 2**15
-
-    a, b, c = coefficients
-    power = {1: u}
-    for exponent in (2, 4, 8):
-        power[exponent] = times(power[exponent // 2], power[exponent // 2])
-    return times(u, a + times(power[8], b + times(power[8], c))) // 256
+def slow_level(window: int, code: Code) -> int:
+    a, b, c = code.hashes.tolist()
+    coarse, fine = code.parts.tolist()
+    hashed = a[window % 16] ^ b[window // 16 % 16] ^ c[window // 256]
+    return int(coarse[hashed // 16] + fine[hashed % 16])
 
 
 def slow_levels(codes: bytes, width: int, rate: float) -> list[int]:
@@ -68,14 +75,14 @@ def slow_levels(codes: bytes, width: int, rate: float) -> list[int]:
                 state[i] = (state[i] << bits | fields[i][step // every * 16 + lane]) % (1 << bits * symbols)
             window |= state[i] << shift
             shift += bits * symbols
-        u = window * code.multiplier % 65536
-        levels[16 * step + lane] = slow_level(u - 65536 if u >= 32768 else u, code.coefficients)
+        levels[16 * step + lane] = slow_level(window, code)
     return [levels[column] for column in range(width)]
 
 
 @pytest.mark.parametrize("rate", RATES)
 def test_a_window_is_twelve_bits_and_a_step_brings_the_rate(rate: float) -> None:
     assert sum(bits * symbols for bits, symbols, _ in REGISTERS[rate]) == WINDOW
+    assert all(bits * symbols % 4 == 0 for bits, symbols, _ in REGISTERS[rate])
     assert sum(bits / every for bits, _, every in REGISTERS[rate]) == rate
     for trellis in code_of(rate).trellises:
         for states in trellis:
@@ -83,10 +90,12 @@ def test_a_window_is_twelve_bits_and_a_step_brings_the_rate(rate: float) -> None
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_levels_fit_a_byte_and_codes_come_near_the_bound(rate: float) -> None:
+def test_levels_fill_seven_bits_and_codes_come_near_the_bound(rate: float) -> None:
     code = code_of(rate)
-    assert 0 < sum(map(abs, code.coefficients)) < 2**15
-    assert -127 <= code.levels.min() < -110 < 110 < code.levels.max() <= 126
+    assert code.hashes.shape == (NIBBLES, 16)
+    low, high = code.parts.astype(int).min(1).sum(), code.parts.astype(int).max(1).sum()
+    assert LEAST_LEVEL <= low <= code.levels.min() < -58
+    assert 58 < code.levels.max() <= high <= MOST_LEVEL
     assert 0 < rate - 0.5 * math.log2(1 / code.t2) < 0.06 + 0.06 * rate
 
 
@@ -155,7 +164,7 @@ def test_what_is_left_of_a_gaussian_is_what_planning_is_told(rate: float) -> Non
     for width in (576, 2048):
         encoded = codec.encode(gaussian(96, width, seed=5))
         measured, told = encoded.noise_power / encoded.power, codec.distortion((96, width))
-        assert math.isclose(measured, told, rel_tol=0.04 if rate <= 4 else 0.1)  # which a few outliers are most of
+        assert math.isclose(measured, told, rel_tol=0.04 if rate < 4 else 0.1)  # which a few outliers are most of
 
 
 def test_more_bits_leave_less() -> None:
@@ -208,4 +217,4 @@ def test_golden_bytes() -> None:
     for rate in RATES:
         encoded = codec_of(rate).encode(gaussian(5, 80, seed=11))
         digest.update(encoded.buffers["codes"].numpy().tobytes())
-    assert digest.hexdigest()[:16] == "54d2d72c82447998"
+    assert digest.hexdigest()[:16] == "76e38797f927f9b4"

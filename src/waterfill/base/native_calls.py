@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from waterfill.base.native_arrays import (
     F32,
+    I8,
     I16,
     I64,
     U8,
@@ -51,8 +52,6 @@ from waterfill.base.native_signatures import (
 if TYPE_CHECKING:
     Matrices = ctypes.Array[ctypes._Pointer[MatrixView]]  # of `matrices_of`
     Addresses = ctypes.Array[ctypes.c_void_p]  # of `addresses_of`
-
-_COEFFICIENTS = 3  # of the bitshift trellis
 
 
 def matrices_of(views: Iterable[MatrixView]) -> Matrices:
@@ -142,13 +141,16 @@ class Functions(Coding):
             raise MemoryError(f"no memory for the table of a grid of {n} points in {p} dimensions")
         return int(table)
 
-    def window_table_new(self, isa: int, *, halves: int, multiplier: int, coefficients: npt.NDArray[np.int16]) -> int:
-        """Address of what stands for the table of a bitshift trellis of `halves` / 2 bits, with int16 `[3]`.
+    def window_table_new(
+        self, isa: int, *, halves: int, hashed: npt.NDArray[np.uint8], levels: npt.NDArray[np.int8]
+    ) -> int:
+        """Address of the tables of a bitshift trellis of `halves` / 2 bits: of its hash, uint8 `[3, 16]`, and of the
+        hash's halves, int8 `[2, 16]`.
 
         Raises:
             MemoryError: there is no memory for it, or can be no such table.
         """
-        table = self.raw.wf_window_table_new(isa, halves, multiplier, at(coefficients, I16, _COEFFICIENTS))
+        table = self.raw.wf_window_table_new(isa, halves, at(hashed, U8, 3 * 16), at(levels, I8, 2 * 16))
         if not table:
             raise MemoryError(f"no memory for the table of a bitshift trellis of {halves / 2:g} bits")
         return int(table)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from waterfill.base.errors import WaterfillError
 
-HEADER = "2b178c9b7567aeb6"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
+HEADER = "7fd8ef9be4fcce6c"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # WF_FLOAT32 and so on
 SILU, GELU_TANH = 0, 1  # WF_SILU, WF_GELU_TANH
 UNANSWERED = -100  # WF_UNANSWERED: an exception came just as a callback was called
@@ -144,7 +144,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "wf_rotate": (c_int, [c_int, c_void_p, c_int64, c_int64, c_int]),
     "wf_table_new": (c_void_p, [c_int, c_int, c_int, c_int, c_void_p, c_void_p]),
     "wf_table_free": (None, [c_void_p]),
-    "wf_window_table_new": (c_void_p, [c_int, c_int, c_int, c_void_p]),
+    "wf_window_table_new": (c_void_p, [c_int, c_int, c_void_p, c_void_p]),
     "wf_codes_bytes": (c_int64, [c_void_p, c_int64, c_int64]),
     "wf_scales_count": (c_int64, [c_int64, c_int64]),
     "wf_arrange": (c_int, [c_int, _MATRIX, c_int, c_int, c_int64, c_void_p, c_void_p]),

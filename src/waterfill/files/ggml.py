@@ -1,8 +1,9 @@
-"""ggml's C libraries, as llama-cpp-python brings them along: found, loaded, and told what their functions take.
+"""ggml's C libraries, as llama-cpp-python or xllamacpp brings them along: found, loaded, and told what their functions
+take.
 
     functions = load_ggml()            functions.ggml_row_size(TENSOR_TYPES["Q4_0"], 4096) ──► bytes of a row
 
-Signatures are those of ggml.h. Needs nothing but Python and that package.
+Signatures are those of ggml.h. Needs nothing but Python and one of these packages.
 """
 
 from __future__ import annotations
@@ -44,13 +45,10 @@ def load_ggml(signatures: Signatures = OF_ROWS, libraries: Sequence[str] = ("ggm
     """Functions by their C names, each from the first of the libraries that has it.
 
     Raises:
-        ModuleNotFoundError: llama-cpp-python is not installed.
+        ModuleNotFoundError: neither llama-cpp-python nor xllamacpp is installed.
         ImportError: it brings no such library.
     """
-    spec = find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("No module named 'llama_cpp'")
-    loaded = [ctypes.CDLL(str(_file(Path(spec.origin).parent / "lib", name))) for name in libraries]
+    loaded = [ctypes.CDLL(str(file)) for file in _files(libraries)]
     functions = SimpleNamespace()
     for name, (result, arguments) in signatures.items():
         function = next(getattr(library, name) for library in loaded if hasattr(library, name))
@@ -68,8 +66,29 @@ def silence(api: Any) -> Any:
     return quiet
 
 
-def _file(folder: Path, library: str) -> Path:
-    files = sorted(folder.glob(f"*{library}.*[!0-9]"))
-    if not files:
-        raise ImportError("this build of llama-cpp-python brings no ggml library that can be called")
-    return files[0]
+def package() -> str:
+    """The package whose libraries are loaded, as it is installed.
+
+    Raises:
+        ModuleNotFoundError: neither llama-cpp-python nor xllamacpp is installed.
+    """
+    for module, name in _PACKAGES.items():
+        if find_spec(module):
+            return name
+    raise ModuleNotFoundError(f"No module named {' or '.join(map(repr, _PACKAGES))}")
+
+
+_PACKAGES = {"llama_cpp": "llama-cpp-python", "xllamacpp": "xllamacpp"}  # by module, the first one preferred
+
+
+def _files(libraries: Sequence[str]) -> list[Path]:
+    """Of these libraries, of which xllamacpp has all in one."""
+    name = package()
+    spec = find_spec({package: module for module, package in _PACKAGES.items()}[name])
+    assert spec is not None
+    folder = Path((spec.submodule_search_locations or [""])[0])
+    patterns = ["xllamacpp.*"] if name == "xllamacpp" else [f"lib/*{library}.*[!0-9]" for library in libraries]
+    found = [sorted(file for file in folder.glob(pattern) if file.suffix != ".py") for pattern in patterns]
+    if not all(found):
+        raise ImportError(f"this build of {name} brings no ggml library that can be called")
+    return [files[0] for files in found]

@@ -25,17 +25,8 @@ from waterfill.files.artifact.format import is_packed
 from waterfill.planning.inventory import PlannedMatrix
 from waterfill.planning.loss import Coefficients, Floats
 
-NODES = (
-    1.0,
-    1.25,
-    2.0,
-    3.0,
-    4.0,
-    4.5,
-    5.0,
-    6.0,
-    7.0,
-)  # rates that are timed where a code has any, besides its least and most
+# Rates that are timed where a code has any, besides its least and most.
+NODES = (1.0, 1.25, 2.0, 3.0, 4.0, 4.5, 5.0, 6.0, 7.0)
 FINE_STEP = 1 / 16  # of rates: those of a code with larger ones are timed one by one
 LOOKED_UP_WEIGHTS = 1 << 18  # of a part, which a row is read with where weights are streamed
 UNITS_PER_S = 10**12  # times are whole numbers when they are allotted, as bytes are

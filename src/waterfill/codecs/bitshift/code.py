@@ -1,14 +1,16 @@
 """The bitshift trellis: what a weight becomes is computed from the last bits of its row (QTIP, arXiv 2406.11235, §3).
 
-Every step shifts a weight's symbols into registers, whose 12 bits, the first register's lowest, are a window s:
+Every step shifts a weight's symbols into registers, whose 12 bits, the first register's lowest, are a window of three
+times four bits s0, s1, s2:
 
-    u = s * multiplier mod 2^16, from -1 to 1           level = u * (a + b u^8 + c u^16)
+    h = A[s0] ^ B[s1] ^ C[s2], a byte                   level = U[h / 16] + V[h mod 16]
 
 Neighbours share all but a few bits of their windows, so that the best path through a row, which the Viterbi algorithm
-finds, comes near to what vectors of many weights would reach. Numbers of 16 bits do: there is nothing to be looked up.
+finds, comes near to what vectors of many weights would reach. Five tables of 16 bytes do, which instructions that
+shuffle bytes look up for many weights at once.
 
-Windows that may follow one another differ by small multiples of the multiplier, so that their u are spread evenly if it
-is chosen well; and the polynomial makes of even u what a Gaussian's quantiles are, tails included.
+The newest symbols move the highest bits of h, so that windows that may follow one another are spread evenly over U, the
+coarse part of levels; everything else about A, B and C is chance, improved here and there (make_codes.py).
 
 A rate is the sum of its registers': `bits` each step, or every second one.
 """
@@ -32,7 +34,8 @@ FILE = Path(__file__).with_name("codes.json")
 WINDOW = 12  # bits
 STATES = 1 << WINDOW
 SIDE_BY_SIDE = 16  # sequences that are searched together
-POWERS = (1, 9, 17)  # of u, in a level
+NIBBLES = 3  # of a window
+LEAST_LEVEL, MOST_LEVEL = -64, 63  # 7 bits
 FINE = 24.0  # of cost, that a weight's error is about: whole numbers are exact enough, and a path's fit 16 bits
 MOST_UNIT = 4000.0  # of cost, that an error of a standard deviation is
 MOST_METRIC, MOST_COST = 0xFFFF, 16384  # of a path, where it ends to count; of a step
@@ -59,9 +62,9 @@ REGISTERS: Mapping[float, tuple[Register, ...]] = {
     1.0: (Register(1, 12),),
     1.5: (Register(1, 8), Register(1, 4, 2)),
     2.0: (Register(2, 6),),
-    2.5: (Register(2, 5), Register(1, 2, 2)),
+    2.5: (Register(2, 4), Register(1, 4, 2)),
     3.0: (Register(2, 4), Register(1, 4)),
-    3.5: (Register(2, 3), Register(1, 4), Register(1, 2, 2)),
+    3.5: (Register(2, 2), Register(1, 4), Register(1, 4, 2)),
     4.0: (Register(4, 3),),
     4.5: (Register(4, 2), Register(1, 4, 2)),
     5.0: (Register(4, 2), Register(1, 4)),
@@ -87,8 +90,8 @@ class Code:
     """
 
     rate: float
-    multiplier: int
-    coefficients: tuple[int, int, int]  # in fractions of 32768, and levels of 256
+    hashes: npt.NDArray[np.uint8]  # A, B, C: [NIBBLES, 16]
+    parts: npt.NDArray[np.int8]  # U, V: [2, 16]
     step: float
     t2: float
 
@@ -110,11 +113,9 @@ class Code:
     @cached_property
     def levels(self) -> npt.NDArray[np.int8]:
         """The level of every window, `[STATES]`."""
-        u = place(np.arange(STATES), self.multiplier)
-        u4 = _product(_product(u, u), _product(u, u))
-        u8 = _product(u4, u4)
-        a, b, c = self.coefficients
-        return (_product(u, a + _product(u8, b + _product(u8, c))) >> 8).astype(np.int8)
+        hashed = hash_of(self.hashes)
+        levels: npt.NDArray[np.int8] = self.parts[0][hashed >> 4] + self.parts[1][hashed & 15]
+        return levels
 
     @cached_property
     def trellises(self) -> tuple[Trellis, ...]:
@@ -123,7 +124,7 @@ class Code:
 
     def _trellis(self, kind: int) -> Trellis:
         kept, known = np.zeros(STATES, np.int64), np.zeros(STATES, np.int64)
-        for register, part in zip(self.registers, self.parts(np.arange(STATES)), strict=True):
+        for register, part in zip(self.registers, self.split(np.arange(STATES)), strict=True):
             shifted = kind % register.every == 0
             left = register.width - (register.bits if shifted else 0)
             kept = kept << left | (part & ((1 << left) - 1))  # of what comes before: all but the oldest symbol
@@ -132,7 +133,7 @@ class Code:
         before, after = (np.argsort(key, kind="stable").astype(np.uint16).reshape(-1, ways) for key in (kept, known))
         return Trellis(before, after)
 
-    def parts(self, windows: npt.NDArray[np.integer]) -> list[npt.NDArray[np.int64]]:
+    def split(self, windows: npt.NDArray[np.integer]) -> list[npt.NDArray[np.int64]]:
         """Each register of windows."""
         parts, rest = [], windows.astype(np.int64)
         for register in self.registers:
@@ -141,15 +142,12 @@ class Code:
         return parts
 
 
-def place(windows: npt.NDArray[np.integer], multiplier: int) -> npt.NDArray[np.int64]:
-    """u of windows, in fractions of 32768; never -1, as the multiplier is odd."""
-    u: npt.NDArray[np.int64] = (windows.astype(np.int64) * multiplier + 32768) % 65536 - 32768
-    return u
-
-
-def _product(u: npt.NDArray[np.int64], v: npt.NDArray[np.int64] | int) -> npt.NDArray[np.int64]:
-    """Of fractions of 32768, rounded."""
-    return u * v + 16384 >> 15
+def hash_of(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """h of every window, `[STATES]`, by tables `[NIBBLES, 16]`."""
+    windows = np.arange(STATES)
+    a, b, c = (table[windows >> 4 * i & 15] for i, table in enumerate(hashes))
+    hashed: npt.NDArray[np.uint8] = a ^ b ^ c
+    return hashed
 
 
 def search(x: Floats, code: Code, start: Windows, *, first: int = 0) -> Windows:
@@ -222,8 +220,8 @@ def search_reference(x: Floats, code: Code, start: Windows, *, first: int = 0) -
 class _Stored(TypedDict):
     """What the file has of a code."""
 
-    multiplier: str  # hexadecimal
-    coefficients: tuple[int, int, int]
+    hash: list[str]  # hexadecimal, the first entry first
+    levels: list[list[int]]
     step: float
     t2: float
 
@@ -244,5 +242,5 @@ def code_of(rate: float) -> Code:
     if rate not in REGISTERS:
         raise WaterfillError(f"there is no bitshift trellis of {rate:g} bits; there are {RATES}")
     stored = _stored()[f"{rate:g}"]
-    a, b, c = stored["coefficients"]
-    return Code(rate, int(stored["multiplier"], 16), (a, b, c), stored["step"], stored["t2"])
+    hashes = np.array([list(bytes.fromhex(table)) for table in stored["hash"]], np.uint8)
+    return Code(rate, hashes, np.array(stored["levels"], np.int8), stored["step"], stored["t2"])

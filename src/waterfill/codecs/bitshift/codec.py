@@ -125,8 +125,7 @@ class Bitshift(ScaledCodec, MemoryForm):
 
     def new_table(self, library: Native, isa: int) -> tuple[float, int]:
         code, halves = self.code, round(2 * self.rate)
-        numbers = np.array(code.coefficients, np.int16)
-        return 1.0, library.window_table_new(isa, halves=halves, multiplier=code.multiplier, coefficients=numbers)
+        return 1.0, library.window_table_new(isa, halves=halves, hashed=code.hashes, levels=code.parts)
 
     def native_fields(self, width: int) -> Mapping[str, int]:
         return {"word_indices": 0, "word_bytes": 0, "row_bytes": self.row_bytes(width)}
