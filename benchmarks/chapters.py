@@ -165,9 +165,9 @@ CHAPTERS = {
         "{least *_of_grids:.2f} to {most *_of_grids:.2f} of the KL that they have with grids alone.",
         "Bits over the bound count symbols and what a known start costs, not scales; all that is stored is beside "
         "them. Products are of random codes that lie in no cache, with the instruction set that the machine has; "
-        "`speed_over_grid` compares a trellis with the grid of pairs of as many bits. ggml's products go through its own "
-        "library, the faster of the layouts that it has; each is beside the rate that is nearest to its bits. KL at "
-        "equal bytes is without error feedback.",
+        "`speed_over_grid` compares a trellis with the grid of pairs of as many bits. ggml's products go through its "
+        "own library, the faster of the layouts that it has; each is beside the rate that is nearest to its bits. KL "
+        "at equal bytes is without error feedback.",
     ),
     "fuzz_streams": Chapter(
         "Damaged streams",

@@ -39,12 +39,13 @@ WRONG: dict[str, list[Any]] = {
     "path": ["", 3, b"x", "a\0b", ["a"]],
     "size": [True, [3], 3 + 0j, float("nan"), float("inf"), 10**400],
     "revision": ["", 3, ["main"]],
+    "disk": [None, True, 3, 5e8, b"1GB/s", ["1GB/s"]],
     "function": [3, "print"],
     "tuning": [None, 3, {"slots": 4}],
 }
 KIND = {
     **dict.fromkeys(("size", "memory"), "size"),
-    **dict.fromkeys(("bits", "max_kl"), "number"),
+    **dict.fromkeys(("bits", "max_kl", "speed"), "number"),
     **dict.fromkeys(("sequences", "length", "context", "stride", "max_windows", "batch", "limit", "shots"), "count"),
     **dict.fromkeys(("prompt_tokens", "new_tokens", "max_new_tokens", "logits", "calibration_tokens"), "count"),
     **dict.fromkeys(
@@ -52,7 +53,7 @@ KIND = {
     ),
     **dict.fromkeys(("verify", "streamed"), "flag"),
     **dict.fromkeys(("keep", "tie", "codecs", "prompts", "methods"), "texts"),
-    **dict.fromkeys(("gain", "purpose", "probe", "method", "alpha", "convention", "feedback"), "choice"),
+    **dict.fromkeys(("gain", "purpose", "probe", "method", "alpha", "convention", "feedback", "memory_form"), "choice"),
     **dict.fromkeys(
         ("text", "save", "output", "against", "original", "calibration", "calibrate", "sensitivity", "plan"), "path"
     ),
@@ -60,6 +61,7 @@ KIND = {
     "seed": "seed",
     "precision": "share",
     "revision": "revision",
+    "disk": "disk",
     "progress": "function",
     "tuning": "tuning",
 }
@@ -69,14 +71,14 @@ FUNCTIONS: list[tuple[Callable[..., Any], dict[str, Any], Any, str]] = [
     (waterfill.pack, {"model": "MODEL", "out": "out"}, PlanOptions, "plan overwrite progress"),
     (waterfill.sensitivity, {"model": "MODEL"}, ProbeOptions, "keep progress"),
     (waterfill.inspect, {"artifact": "MODEL"}, None, "verify"),
-    (waterfill.load, {"artifact": "MODEL"}, None, "verify memory streamed logits tuning"),
-    (waterfill.Engine, {"artifact": "MODEL"}, None, "verify memory streamed tuning"),
+    (waterfill.load, {"artifact": "MODEL"}, None, "verify memory memory_form streamed logits tuning"),
+    (waterfill.Engine, {"artifact": "MODEL"}, None, "verify memory memory_form streamed tuning"),
     (
         waterfill.evaluate,
         {"model": "MODEL"},
         None,
-        "against text context convention stride max_windows batch memory cache limit chat_template efficiency "
-        "prompt_tokens new_tokens revision progress",
+        "against text context convention stride max_windows batch memory memory_form cache limit chat_template "
+        "efficiency prompt_tokens new_tokens revision progress",
     ),
     (
         waterfill.compare,

@@ -67,8 +67,9 @@ def test_plan_writes_nothing_and_says_everything(
     monkeypatch.chdir(tmp_path)
     result = command("plan", ref_llama, "--size", "2.5MB", *SCALAR, *PROBE, "--json")
     assert result.code == 0
-    assert len(result.remarks) == 1
-    assert re.fullmatch(r"planned in [\d.]+ s", result.remarks[0])
+    remarks = [remark for remark in result.remarks if not remark.startswith("measuring ")]  # where that takes long
+    assert len(remarks) == 1
+    assert re.fullmatch(r"planned in [\d.]+ s", remarks[0])
     record = result.record
     assert shape(record) == shape(documented_plan())
     assert record["size_bytes"] <= 2_500_000
