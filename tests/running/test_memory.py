@@ -16,8 +16,9 @@ import transformers
 
 import waterfill
 from tests.support import models, streams
+from tests.support.kernel_samples import needs_engine
 from tests.support.plans import plan_for
-from waterfill.base import native, process
+from waterfill.base import process
 from waterfill.base.errors import MemoryLimitError, WaterfillError
 from waterfill.files.artifact import open_artifact
 from waterfill.planning.budget import Budget
@@ -29,7 +30,6 @@ from waterfill.running.text.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("no_reader_left")
 
-needs_native = pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off")
 
 RUN = """
 import json, sys
@@ -101,8 +101,8 @@ def in_process(script: str, asked: dict[str, Any], **environment: str) -> Any:
 @pytest.mark.parametrize(
     ("engine", "draft"),
     [
-        pytest.param("native", False, marks=needs_native),
-        pytest.param("native", True, marks=needs_native),
+        pytest.param("native", False, marks=needs_engine),
+        pytest.param("native", True, marks=needs_engine),
         ("transformers", False),
     ],
 )
@@ -166,7 +166,7 @@ def test_original_and_artifact_are_not_held_side_by_side(wide: Path, tmp_path: P
         )
 
 
-@needs_native
+@needs_engine
 def test_what_leaves_no_room_for_a_text_is_streamed_from_then_on(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, greedy = open_runner(wide, memory="64GB"), Sampling(max_new_tokens=4, temperature=0)
     assert runner.streaming is None

@@ -14,12 +14,12 @@ from transformers import AutoTokenizer
 
 import waterfill
 from tests.support import streams
-from waterfill.base import native, process
+from tests.support.kernel_samples import needs_engine
+from waterfill.base import process
 from waterfill.running.hf.turns import Turns
 
 pytestmark = pytest.mark.usefixtures("no_reader_left")
 
-needs_native = pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off")
 
 THREADS, TEXTS = 20, 60
 PROMPTS = ("def read(", "import os\n", "class Box:\n    def", "return self.", "for i in range(")
@@ -52,7 +52,7 @@ def alone(ask: Ask) -> list[str]:
     return first * (TEXTS // 10)
 
 
-@needs_native
+@needs_engine
 @pytest.mark.parametrize("where", ["resident", "streamed"])
 def test_with_one_engine(work: Path, where: str) -> None:
     tuning = streams.quick(streams.mixed, chunk_bytes=1 << 16)
@@ -67,7 +67,7 @@ def test_with_one_engine(work: Path, where: str) -> None:
         engine.streaming.close()
 
 
-@needs_native
+@needs_engine
 def test_with_one_engine_and_its_draft(work: Path) -> None:
     engine = waterfill.Engine(work / "packed")
 

@@ -20,6 +20,7 @@ LIBRARY = native.library()
 ISAS = list(LIBRARY.isas) if LIBRARY else []
 NOT_BUILT = "the native library was not built"
 needs_native = pytest.mark.skipif(not ISAS, reason=NOT_BUILT)
+needs_engine = pytest.mark.skipif(native.isa() is None, reason=f"{NOT_BUILT}, or is switched off")
 every_isa = pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytest.mark.skip(reason=NOT_BUILT))])
 EXPONENT = -12
 

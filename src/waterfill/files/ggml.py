@@ -31,6 +31,8 @@ class TypeTraits(ctypes.Structure):
     )
 
 
+_PACKAGES = {"llama_cpp": "llama-cpp-python", "xllamacpp": "xllamacpp"}  # by module, the first one preferred
+
 Signatures: TypeAlias = Mapping[str, tuple[Any, Sequence[Any]]]
 """Result and arguments of functions, by their C names."""
 
@@ -72,23 +74,24 @@ def package() -> str:
     Raises:
         ModuleNotFoundError: neither llama-cpp-python nor xllamacpp is installed.
     """
-    for module, name in _PACKAGES.items():
+    return _PACKAGES[_module()]
+
+
+def _module() -> str:
+    for module in _PACKAGES:
         if find_spec(module):
-            return name
+            return module
     raise ModuleNotFoundError(f"No module named {' or '.join(map(repr, _PACKAGES))}")
-
-
-_PACKAGES = {"llama_cpp": "llama-cpp-python", "xllamacpp": "xllamacpp"}  # by module, the first one preferred
 
 
 def _files(libraries: Sequence[str]) -> list[Path]:
     """Of these libraries, of which xllamacpp has all in one."""
-    name = package()
-    spec = find_spec({package: module for module, package in _PACKAGES.items()}[name])
+    module = _module()
+    spec = find_spec(module)
     assert spec is not None
     folder = Path((spec.submodule_search_locations or [""])[0])
-    patterns = ["xllamacpp.*"] if name == "xllamacpp" else [f"lib/*{library}.*[!0-9]" for library in libraries]
+    patterns = [f"lib/*{library}.*[!0-9]" for library in libraries] if module == "llama_cpp" else [f"{module}.*"]
     found = [sorted(file for file in folder.glob(pattern) if file.suffix != ".py") for pattern in patterns]
     if not all(found):
-        raise ImportError(f"this build of {name} brings no ggml library that can be called")
+        raise ImportError(f"this build of {_PACKAGES[module]} brings no ggml library that can be called")
     return [files[0] for files in found]

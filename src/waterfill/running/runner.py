@@ -44,8 +44,7 @@ class Pieces(Iterator[str], Protocol):
 
 
 @checked(
-    draft=optional(PATH),
-    engine=Check("one of auto, native, transformers", lambda value: value in get_args(Choice)),
+    draft=optional(PATH), engine=Check("one of auto, native, transformers", lambda value: value in get_args(Choice))
 )
 def open_runner(
     artifact: str | Path,

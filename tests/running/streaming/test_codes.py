@@ -19,8 +19,9 @@ import torch
 import waterfill
 from tests.support import models, streams
 from tests.support.commands import Command
+from tests.support.kernel_samples import needs_engine
 from tests.support.plans import plan_for
-from waterfill.base import native, process
+from waterfill.base import process
 from waterfill.base.errors import MemoryLimitError, WaterfillError
 from waterfill.planning.budget import Budget
 from waterfill.running.engine.opening import open_model
@@ -31,7 +32,6 @@ from waterfill.running.streaming.residency import Speeds, keep_coded
 
 pytestmark = pytest.mark.usefixtures("no_reader_left")
 
-needs_native = pytest.mark.skipif(native.isa() is None, reason="the native library was not built, or is switched off")
 
 CODED, FIXED = "trellis-s8-r3.0000", "higgs-p2-n16"
 MB = 1_000_000
@@ -92,7 +92,7 @@ def test_logits_are_those_of_levels_and_nothing_is_read(packed: Pack, family: st
     assert not [thread for thread in threading.enumerate() if thread.name == "waterfill-read"]
 
 
-@needs_native
+@needs_engine
 def test_the_engine_writes_the_same(packed: Pack) -> None:
     texts = {}
     for form in ("levels", "codes", "auto"):
@@ -102,7 +102,7 @@ def test_the_engine_writes_the_same(packed: Pack) -> None:
     assert texts["levels"] == texts["codes"] == texts["auto"]
 
 
-@needs_native
+@needs_engine
 def test_what_is_multiplied_from_its_codes_needs_no_streamer(packed: Pack, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="waterfill"):
         fixed = waterfill.load(packed(FIXED), memory_form="codes")
@@ -111,7 +111,7 @@ def test_what_is_multiplied_from_its_codes_needs_no_streamer(packed: Pack, caplo
     assert torch.equal(logits(fixed), logits(waterfill.load(packed(FIXED))))
 
 
-@needs_native
+@needs_engine
 def test_beside_coded_weights_it_is_arranged_once(packed: Pack) -> None:
     path = packed(CODED, FIXED, "higgs-p1-n16")
     model = waterfill.load(path, memory_form="codes", tuning=streams.quick())
@@ -123,7 +123,7 @@ def test_beside_coded_weights_it_is_arranged_once(packed: Pack) -> None:
     assert torch.equal(logits(model), logits(waterfill.load(path)))
 
 
-@needs_native
+@needs_engine
 def test_the_first_form_that_fits_is_chosen(
     packed: Pack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -151,7 +151,7 @@ def test_the_first_form_that_fits_is_chosen(
         open_model(path, memory=codes - 4 * MB, memory_form="codes")
 
 
-@needs_native
+@needs_engine
 def test_what_is_left_over_holds_levels(packed: Pack) -> None:
     model = open_model(packed(CODED), memory_form="codes", tuning=streams.quick())
     assert model.streaming is not None
@@ -217,7 +217,7 @@ def test_on_the_command_line(packed: Pack, command: Command, tmp_path: Path) -> 
     assert "is no artifact" in refused.err
 
 
-@needs_native
+@needs_engine
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks of a process")
 def test_loading_never_holds_much_more_than_the_file(packed: Pack) -> None:
     path = packed(CODED, **WIDE)

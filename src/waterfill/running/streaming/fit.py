@@ -77,10 +77,8 @@ def fit(
         _log.info("%s has no packed matrices, which alone can be streamed: all of it is held in memory", artifact.path)
     unchecked = streamed is False and limit is None  # the caller knows better than an estimate of what is free
     chosen = streamable and (needed + loading_bytes > free if streamed is None else streamed)
-    kept = kept_size(artifact)
-    if chosen and kept > max(
-        free, working_bytes
-    ):  # what is kept of most models is little: streaming says what it takes
+    kept = kept_size(artifact)  # of most models little: streaming says what it takes
+    if chosen and kept > max(free, working_bytes):
         raise _too_large(artifact, kept + working_bytes, limit, "what is not packed cannot be streamed")
     if not chosen and not unchecked and needed + loading_bytes > free:
         why = "all of it is to be in memory" if streamable else "nothing of it is packed, and only that can be streamed"
