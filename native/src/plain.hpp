@@ -53,8 +53,8 @@ struct Plain {
         std::memcpy(&o, p, sizeof o);
         return o;
     }
-    // Entries of a table for each row, by the lowest four bits of bytes whose highest is clear. No part of who calls it,
-    // who would be an hour in compiling: vectors have no such step without an instruction for it.
+    // Entries of a table for each row, by the lowest four bits of bytes whose highest is clear. No part of who calls
+    // it, who would be an hour in compiling: vectors have no such step without an instruction for it.
     __attribute__((noinline)) static Octets look_up(Octets table, Octets index) {
         uint8_t from[16], at[16];
         std::memcpy(from, &table, 16), std::memcpy(at, &index, 16);
