@@ -100,15 +100,51 @@ struct Avx2 : Plain {
         }
     };
 
+    // Tables of 16 low and 16 high bytes, each but the first of a chain xored with the one before. Shuffles give 0
+    // where bit 7 of a code is set, as it is where a table's first code was taken from a lesser one: so a chain xors
+    // all tables up to the code's own, whose entry is what is left. Bit 7 of a code itself chooses between two chains.
     template <int BITS>
     struct WordTable {
-        const int16_t* words;
-        explicit WordTable(const waterfill::Table& t) : words(t.words) {}
+        static constexpr int slices = 1 << (BITS - 4), chain = slices < 8 ? slices : 8;
+        __m256i low[slices], high[slices];
+        explicit WordTable(const waterfill::Table& t) {
+            __m256i before = _mm256_setzero_si256();
+            for (int s = 0; s < slices; ++s) {
+                const __m256i words = load256(t.words + 16 * s);
+                const __m256i each = s % chain ? _mm256_xor_si256(words, before) : words;
+                low[s] = repeated_bytes(_mm256_and_si256(each, _mm256_set1_epi16(255)));
+                high[s] = repeated_bytes(_mm256_srli_epi16(each, 8));
+                before = words;
+            }
+        }
+        static __m256i repeated_bytes(__m256i words) {
+            return _mm256_broadcastsi128_si256(
+                _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+        }
+        template <int FIRST>
+        void add_chain(__m256i code, __m256i& lows, __m256i& highs) const {
+            WF_UNROLL for (int s = FIRST; s < FIRST + chain; ++s) {
+                lows = _mm256_xor_si256(lows, _mm256_shuffle_epi8(low[s], code));
+                highs = _mm256_xor_si256(highs, _mm256_shuffle_epi8(high[s], code));
+                code = _mm256_sub_epi8(code, _mm256_set1_epi8(16));
+            }
+        }
         void look_up(const Bytes (&index)[2], int16_t* out) const {
-            alignas(32) uint8_t code[kChunk];
-            store(code, index[0]);
-            store(code + 64, index[1]);
-            for (int i = 0; i < kChunk; ++i) out[i] = words[code[i]];
+            const __m256i codes[4] = {index[0].low, index[0].high, index[1].low, index[1].high};
+            WF_UNROLL for (int k = 0; k < 4; ++k) {
+                __m256i lows = _mm256_setzero_si256(), highs = lows;
+                add_chain<0>(codes[k], lows, highs);
+                if constexpr (slices > chain) {
+                    __m256i upper_lows = _mm256_setzero_si256(), upper_highs = upper_lows;
+                    add_chain<slices - chain>(_mm256_xor_si256(codes[k], _mm256_set1_epi8(-128)), upper_lows,
+                                              upper_highs);
+                    lows = _mm256_blendv_epi8(lows, upper_lows, codes[k]);
+                    highs = _mm256_blendv_epi8(highs, upper_highs, codes[k]);
+                }
+                const __m256i even = _mm256_unpacklo_epi8(lows, highs), odd = _mm256_unpackhi_epi8(lows, highs);
+                store(out + 32 * k,
+                      {_mm256_permute2x128_si256(even, odd, 0x20), _mm256_permute2x128_si256(even, odd, 0x31)});
+            }
         }
     };
 

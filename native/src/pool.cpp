@@ -15,6 +15,8 @@ namespace {
 // How long an idle thread watches before it sleeps: a chunk of streamed weights is often waited for that long.
 constexpr auto kAwake = std::chrono::microseconds(400);
 
+// Whoever has done the last of the work does not wait for threads that have not begun: where other programs have some
+// of the cores, a thread may begin milliseconds later, and a piece of work takes a tenth of one.
 class Pool {
    public:
     explicit Pool(int helpers) {
@@ -29,27 +31,41 @@ class Pool {
 
     void run(const std::function<void()>& work) {
         work_ = &work;
-        busy_.store(int(threads_.size()), std::memory_order_relaxed);
+        inside_.store(0, std::memory_order_release);
         rounds_.tell();
         work();
-        while (busy_.load(std::memory_order_acquire)) relax();
+        inside_.fetch_or(kClosed);
+        for (int spins = 0; inside_.load(std::memory_order_acquire) != kClosed; ++spins)
+            spins < kSpins ? relax() : std::this_thread::yield();  // the core may be the one that the other waits for
     }
 
     size_t size() const { return threads_.size(); }
 
    private:
+    static constexpr int kClosed = 1 << 30;
+    static constexpr int kSpins = 1024;
+
     void loop() {
-        for (uint64_t seen = 0;; ++seen) {
+        for (uint64_t seen = 0;;) {
             rounds_.wait(seen);
+            seen = rounds_.count();
             if (stop_) return;
+            if (!enter()) continue;
             (*work_)();
-            busy_.fetch_sub(1, std::memory_order_release);
+            inside_.fetch_sub(1, std::memory_order_release);
         }
+    }
+
+    bool enter() {
+        int inside = inside_.load();
+        while (inside < kClosed)
+            if (inside_.compare_exchange_weak(inside, inside + 1)) return true;
+        return false;
     }
 
     std::vector<std::thread> threads_;
     News rounds_;
-    std::atomic<int> busy_{0};
+    std::atomic<int> inside_{kClosed};  // threads at work, besides the caller's, and whether more may begin
     const std::function<void()>* work_ = nullptr;
     bool stop_ = false;
 };

@@ -38,7 +38,7 @@ class News {
     std::atomic<int> asleep_{0};
 };
 
-// Calls work() in every thread, the caller's among them.
+// Calls work() in the caller's thread and in those that can begin before it is done there.
 void in_all_threads(const std::function<void()>& work);
 
 // Calls work(i) for i in 0 … tasks - 1 from several threads, the caller's among them.
