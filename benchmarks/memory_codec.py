@@ -3,6 +3,7 @@
     gaussian   how many bits more than the Shannon bound its codes take, and how many weights are encoded per second
     products   cold weights times one vector and eight, as a share of the bandwidth of DRAM
     peers      the same times one vector beside ggml's types, with what each loses of Gaussian weights
+    tokens     tokens per second of whole models from their codes, beside llama.cpp
     equal      KL of --models at equal bytes: planned for memory with grids alone, with all, and for storage
 
 Nothing has error feedback here, which either codec takes. Minutes for each model of 100 million weights. With --quick,
@@ -25,11 +26,12 @@ from benchmarks.rate_distortion.gaussian import SEED, code
 from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, median_spread, parse_arguments
 from benchmarks.shared.rounds import Effort, ratios
 from benchmarks.shared.timing import COLD_BYTES, GBPS, NS, SHARE, Memory, interleave, packed_products
+from benchmarks.whole_models import measure_whole_models
 from waterfill.base import native
 from waterfill.codecs import get_codec
 from waterfill.codecs.bitshift.code import REGISTERS, code_of
 
-PARTS = ("gaussian", "products", "peers", "equal")
+PARTS = ("gaussian", "products", "peers", "tokens", "equal")
 MATRIX, QUICK_MATRIX = (1024, 4096), (128, 4096)
 GAP_GOALS = {2.0: 0.11, 3.0: 0.15, 4.0: 0.23}  # bits
 ENCODING_GOAL = 1.5  # million weights per second and core
@@ -67,6 +69,8 @@ def main() -> None:
         measure_products(report, arguments.quick)
     if "peers" in arguments.part:
         compare_with_ggml(report, peers_python(arguments.peers_python), arguments.quick)
+    if "tokens" in arguments.part:
+        measure_whole_models(report, peers_python(arguments.peers_python), arguments.quick)
     if "equal" in arguments.part:
         text = held_out_text(report)
         measure_equal(report, arguments.models, text, QUICK_EQUAL_BITS if arguments.quick else EQUAL_BITS)

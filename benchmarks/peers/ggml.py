@@ -238,8 +238,9 @@ class LlamaCpp:
             raise RuntimeError("llama_decode failed")
 
 
-def write_model(file: BinaryIO, kind: str, shapes: dict[str, Any]) -> int:
-    """A GGUF file of random weights without a vocabulary; `shapes` as in LlamaConfig. Returns its matrices' bytes."""
+def write_model(file: BinaryIO, kind: str, shapes: dict[str, Any], *, words: bool = False) -> int:
+    """A GGUF file of random weights, with a vocabulary of `words` or without any; `shapes` as in LlamaConfig. Returns
+    its matrices' bytes."""
     tensors: list[tuple[Entry, int, Iterable[bytes]]] = []
     for name, width, rows in llama_tensors(shapes):
         size_bytes = tensor_bytes(kind, width, rows)
@@ -248,7 +249,8 @@ def write_model(file: BinaryIO, kind: str, shapes: dict[str, Any]) -> int:
             tensors.append((norm, size_bytes, (np.ones(width, np.float32).tobytes(),)))
         else:
             tensors.append((Entry(name, (rows, width), TENSOR_TYPES[kind]), size_bytes, repeated(kind, width, rows)))
-    write_gguf(file, metadata_of(shapes), tensors)
+    vocabulary = words_of(shapes["vocab_size"]) if words else {"tokenizer.ggml.model": "no_vocab"}
+    write_gguf(file, metadata_of(shapes) | vocabulary, tensors)
     return sum(size_bytes for entry, size_bytes, _ in tensors if len(entry.shape) == 2)
 
 
@@ -279,7 +281,6 @@ def llama_tensors(shapes: dict[str, Any]) -> Iterator[tuple[str, int, int | None
 def metadata_of(shapes: dict[str, Any]) -> dict[str, Any]:
     return {
         "general.architecture": "llama",
-        "tokenizer.ggml.model": "no_vocab",
         "llama.vocab_size": shapes["vocab_size"],
         "llama.block_count": shapes["num_hidden_layers"],
         "llama.context_length": 4096,
@@ -292,6 +293,17 @@ def metadata_of(shapes: dict[str, Any]) -> dict[str, Any]:
         "llama.rope.dimension_count": shapes["head_dim"],
         "llama.rope.freq_base": float(shapes["rope_theta"]),
         "llama.attention.layer_norm_rms_epsilon": 1e-6,
+    }
+
+
+def words_of(count: int) -> dict[str, Any]:
+    """A vocabulary that nothing is read with."""
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [f"<{i}>" for i in range(count)],
+        "tokenizer.ggml.token_type": [1] * count,
+        "tokenizer.ggml.merges": ["a b"],
     }
 
 

@@ -174,8 +174,10 @@ def family(name: str) -> Any:
     if name == "openvino":
         return OpenVino()
     from benchmarks.peers.ggml import Ggml, LlamaCpp
+    from benchmarks.peers.llama_server import LlamaServer
 
-    return {"ggml": Ggml, "llama.cpp": LlamaCpp}[name]()
+    llama = LlamaCpp if ggml_library.package() == "llama-cpp-python" else LlamaServer
+    return {"ggml": Ggml, "llama.cpp": llama}[name]()
 
 
 def package_of(name: str) -> str:

@@ -20,8 +20,10 @@
 
 #if defined(__GNUC__)
 #define WF_UNROLL _Pragma("GCC unroll 32")  // or an array of vectors would not be one of registers
+#define WF_INLINE __attribute__((always_inline)) inline
 #else
 #define WF_UNROLL
+#define WF_INLINE inline
 #endif
 
 namespace waterfill {

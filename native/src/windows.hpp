@@ -62,7 +62,7 @@ struct Windows {
     }
 
     // Vector number `vector` of a tile's chunk, given the chunk before.
-    static Chunk read(const uint8_t* code, int vector, const Chunk& before) {
+    WF_INLINE static Chunk read(const uint8_t* code, int vector, const Chunk& before) {
         Chunk now;
         WF_UNROLL for (int i = 0; i < registers.count; ++i) {
             const Register r = registers.of[i];
@@ -73,7 +73,7 @@ struct Windows {
         return now;
     }
 
-    static void read_register(Register r, const uint8_t* from, Octets last, Octets (&after)[kChunkSteps]) {
+    WF_INLINE static void read_register(Register r, const uint8_t* from, Octets last, Octets (&after)[kChunkSteps]) {
         if (r.every == 2) {
             const Octets four = Isa::from_nibbles(from), eight = raised<4>(last) | four;
             after[0] = after[1] = shifted<3>(eight, 15), after[2] = after[3] = shifted<2>(eight, 15);
@@ -113,11 +113,15 @@ struct Windows {
     }
 
     // What comes before a tile's rows; returns where these begin.
-    static const uint8_t* begin(const uint8_t* code, Chunk (&before)[vectors]) {
-        for (Chunk& b : before) b = {};
-        for (int chunk = 0; chunk < history_chunks(HALVES); ++chunk, code += bytes)
-            for (int v = 0; v < vectors; ++v) before[v] = read(code, v, before[v]);
-        return code;
+    static const uint8_t* begin(const uint8_t* code, Chunk (&reached)[vectors]) {
+        constexpr int chunks = history_chunks(HALVES);
+        for (int v = 0; v < vectors; ++v) {
+            Chunk before;
+            WF_UNROLL for (int i = 0; i < registers.count; ++i) before.after[i][kChunkSteps - 1] = Octets{};
+            WF_UNROLL for (int chunk = 0; chunk < chunks; ++chunk) copy(read(code + chunk * bytes, v, before), before);
+            copy(before, reached[v]);
+        }
+        return code + chunks * bytes;
     }
 
     // Sums of levels + 64 times each of some tokens' activations from `column` on, over `chunks` from `code` on, for

@@ -13,7 +13,8 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import c_void_p
 from functools import lru_cache
 from importlib.util import find_spec
@@ -87,9 +88,20 @@ class Native(Functions):
         if self.shares_threads:
             return
         self.shares_threads = "torch" in sys.modules
-        team = openmp_team() if self.shares_threads else None
+        self._use(openmp_team() if self.shares_threads else None)
+
+    def _use(self, team: int | None) -> None:
         self.set_team(team)
         self.set_threads(0 if team else threads_wanted(shared=self.shares_threads))
+
+    @contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """Threads of its own, as where there is no torch: they do not wait for those that other programs keep busy."""
+        self._use(None)
+        try:
+            yield
+        finally:
+            self._use(openmp_team() if self.shares_threads else None)
 
 
 @lru_cache(maxsize=1)

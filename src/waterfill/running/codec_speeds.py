@@ -6,7 +6,7 @@
 It goes the way that a streamed model's chunks go, so whatever the library does with a codec is what is measured.
 Products take turns: each matrix comes round again after all the others, which few caches hold, and what other programs
 take for a while is taken from all of them. They only slow products down, so the best of its rounds counts; where they
-have much of the processors, nothing is kept.
+have much of the processors, nothing is kept. Threads are the library's own, as the engine's are.
 
     cache folder / speeds / KEY.json     of a machine, an instruction set, so many threads and a build of the library
 """
@@ -18,6 +18,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -57,7 +58,7 @@ def codec_speeds(names: Sequence[str], *, kept: bool = True, progress: Progress 
     Args:
         kept: whether what is measured is kept on disk, and used again.
     """
-    native.share_threads()
+    native.share_threads()  # as many as torch has been told to use
     cpu, isa, threads = machine.cpu_name(), native.isa() or kernels.STORED, native.threads()
     file = speeds_file(cpu, isa, threads) if kept else None
     known = {} if file is None else _load(file)
@@ -89,8 +90,10 @@ def measure(names: Sequence[str], progress: Progress | None = None) -> tuple[dic
     """Seconds per weight of each of these, and the share of the processors' time that measuring them got."""
     parts = 1 if native.isa() is None else max(PARTS, PARTS_PER_THREAD * native.threads())
     nothing = np.zeros(2, np.int64)
+    library = native.library()
     with (
         stage(progress, MEASURING, len(names) + ROUNDS) as advance,
+        nullcontext() if library is None else library.own_threads(),
         tempfile.TemporaryDirectory() as folder,
         Activations(View.of_array(np.ones((1, WIDTH), np.float32))) as x,
     ):
