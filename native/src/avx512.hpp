@@ -173,6 +173,10 @@ struct Avx512 {
 
     static Acc start(int32_t correction) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(correction)); }
     static Acc dot(Acc acc, Bytes w, const int8_t* x) { return accumulate<int8_t>(acc, w, load(x)); }
+    template <class>
+    static Acc dot_unsigned(Acc acc, Bytes w, const int8_t* x) {
+        return dot(acc, w, x);
+    }
     static Acc dot_words(Acc acc, Bytes w, const int16_t* x) { return accumulate<int16_t>(acc, w, load(x)); }
     static void reduce(const Acc (&acc)[kTile], int32_t (&sum)[kTile]) {
         const __m512i ab =

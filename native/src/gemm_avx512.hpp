@@ -98,7 +98,8 @@ template <class K, class Element>
 void gemm_avx512(const Matrix& m, const Prepared& x, int64_t first_tile, int64_t last_tile, float* y,
                  uint8_t* scratch) {
     constexpr int64_t size = sizeof(Element);
-    const int64_t stride = K::buffer_stride(m, x), groups = x.groups;
+    const auto buffer = K::buffer_in(nullptr, m, x);
+    const int64_t stride = buffer.stride, groups = x.groups;
     uint8_t* rows = scratch;
     uint8_t* transposed = rows + stride * kRows;
     float* total = reinterpret_cast<float*>(transposed + ceil_div(2 * (kGroup + kGroup / 2 + kUnit) * kRows, 64) * 64);
@@ -107,7 +108,8 @@ void gemm_avx512(const Matrix& m, const Prepared& x, int64_t first_tile, int64_t
         for (int64_t i = 0; i < tiles; ++i) K::decode_tile(m, tile + i, rows + i * kTile * stride, stride);
         std::memset(total, 0, size_t(x.tokens * kRows) * sizeof(float));
         for (int64_t g = 0; g < groups; ++g) {
-            const int64_t from = g * kGroup * size, to = g + 1 < groups ? from + kGroup * size : x.padded * size;
+            const int64_t from = g * kGroup * size,
+                          to = g + 1 < groups ? from + kGroup * size : buffer.positions * size;
             for (int64_t at = from; at < to; at += 64)
                 for (int half = 0; half < 2; ++half)
                     transpose16(rows + half * 16 * stride + at, stride, transposed + (at - from) * kRows + half * 64,

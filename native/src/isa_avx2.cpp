@@ -156,6 +156,12 @@ struct Avx2 : Plain {
     static Acc dot(Acc acc, Bytes w, const int8_t* x) {
         return _mm256_add_epi32(acc, _mm256_add_epi32(products(w.low, load256(x)), products(w.high, load256(x + 32))));
     }
+    template <class Isa>
+    static Acc dot_unsigned(Acc acc, Bytes w, const int8_t* x) {  // no sum of two saturates
+        const __m256i one = _mm256_set1_epi16(1);
+        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w.low, load256(x)), one));
+        return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w.high, load256(x + 32)), one));
+    }
     static Acc dot_words(Acc acc, Bytes w, const int16_t* x) {
         return _mm256_add_epi32(
             acc, _mm256_add_epi32(_mm256_madd_epi16(w.low, load256(x)), _mm256_madd_epi16(w.high, load256(x + 16))));

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "bitshift_search.hpp"
+#include "buffered.hpp"
 #include "checksum.hpp"
 #include "decode.hpp"
 #include "hadamard.hpp"
@@ -30,21 +31,16 @@
 namespace waterfill {
 namespace {
 
-constexpr int64_t kFromBuffer = 8;    // tokens for which levels that are computed are written down
-constexpr int64_t kExactWords = 512;  // products of 2047 * 2047 that surely fit an int32 sum
+constexpr int64_t kFromBuffer = 8;  // tokens for which levels that are computed are written down
 
 template <class Isa>
-struct Kernels : Decoding<Isa> {
-    using Base = Decoding<Isa>;
-    using Base::decode_tile;
+struct Kernels : Buffered<Isa> {
+    using Base = Buffered<Isa>;
     using Base::from_codes;
+    using Base::scatter;
+    using Base::through_buffer;
     using Bytes = typename Isa::Bytes;
     using Acc = typename Isa::Acc;
-
-    template <class Element>
-    static const Element* row(const Prepared& x, int64_t t) {
-        return reinterpret_cast<const Element*>(x.data) + t * x.padded;
-    }
 
     // --- few tokens, byte tables -------------------------------------------------------------------------------
 
@@ -56,7 +52,7 @@ struct Kernels : Decoding<Isa> {
         const uint8_t* code = m.codes + tile * chunks * kTile * bytes;
         const uint16_t* scale = m.scales + tile * groups * kTile;
         const int8_t* activations[TOKENS];
-        for (int t = 0; t < TOKENS; ++t) activations[t] = row<int8_t>(x, token + t);
+        for (int t = 0; t < TOKENS; ++t) activations[t] = Base::template row<int8_t>(x, token + t);
         float sum[TOKENS][kTile] = {};
         for (int64_t g = 0, chunk = 0; g < groups; ++g, scale += kTile) {
             const int64_t end = g + 1 < groups ? (g + 1) * (kGroup / P / kChunk) : chunks;
@@ -96,7 +92,7 @@ struct Kernels : Decoding<Isa> {
         typename Decoder::Chunk reached[Decoder::vectors];
         const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), reached);
         const int8_t* activations[TOKENS];
-        for (int t = 0; t < TOKENS; ++t) activations[t] = row<int8_t>(x, token + t);
+        for (int t = 0; t < TOKENS; ++t) activations[t] = Base::template row<int8_t>(x, token + t);
         float sum[TOKENS][kTile] = {};
         for (int64_t g = 0, chunk = 0; g < groups; ++g, scale += kTile) {
             const int64_t count = (g + 1 < groups ? (g + 1) * (kGroup / kChunk) : chunks) - chunk;
@@ -123,7 +119,7 @@ struct Kernels : Decoding<Isa> {
         const int64_t chunks = chunks_per_row(m.width, P), groups = x.groups;
         const uint8_t* codes = m.codes + tile * chunks * kTile * bytes;
         const uint16_t* scale = m.scales + tile * groups * kTile;
-        const int8_t* activations = row<int8_t>(x, token);
+        const int8_t* activations = Base::template row<int8_t>(x, token);
         float sum[tokens][kTile] = {};
         for (int64_t g = 0; g < groups; ++g, scale += kTile) {
             const int64_t start = g * (kGroup / P / kChunk),
@@ -183,7 +179,8 @@ struct Kernels : Decoding<Isa> {
                         for (int k = 0; k < kChunk; k += 32) {
                             const Bytes w = Isa::load(code + r * 2 * kChunk + 2 * k);
                             for (int t = 0; t < TOKENS; ++t)
-                                acc[t][r] = Isa::dot_words(acc[t][r], w, row<int16_t>(x, token + t) + at + k);
+                                acc[t][r] =
+                                    Isa::dot_words(acc[t][r], w, Base::template row<int16_t>(x, token + t) + at + k);
                         }
                 }
                 for (int t = 0; t < TOKENS; ++t) {
@@ -268,77 +265,6 @@ struct Kernels : Decoding<Isa> {
             }
     }
 
-    static void scatter(const Matrix& m, const float* out, int64_t tile, int64_t token, int64_t tokens, float* y) {
-        const int64_t row = tile * kTile, rows = least(kTile, m.rows - row);
-        for (int64_t t = 0; t < tokens; ++t)
-            std::memcpy(y + (token + t) * m.rows + row, out + t * kTile, size_t(rows) * sizeof(float));
-    }
-
-    // --- products from the buffer --------------------------------------------------------------------------------
-
-    // Sums of one group, `positions` long, for four rows and one token, as exact as float sums of exact parts can be.
-    template <class Element>
-    static void group_sums(const uint8_t* rows, int64_t stride, const Element* x, int64_t positions, int32_t start,
-                           float (&sum)[kTile]) {
-        constexpr int64_t step = 64 / int64_t(sizeof(Element)), part = sizeof(Element) == 1 ? 4 * kGroup : kExactWords;
-        for (float& s : sum) s = 0;
-        for (int64_t from = 0; from < positions; from += part) {
-            Acc acc[kTile];
-            for (int r = 0; r < kTile; ++r) acc[r] = Isa::start(start);
-            for (int64_t at = from; at < least(positions, from + part); at += step)
-                for (int r = 0; r < kTile; ++r) {
-                    const uint8_t* w = rows + r * stride + at * int64_t(sizeof(Element));
-                    if constexpr (sizeof(Element) == 1)
-                        acc[r] = Isa::dot(acc[r], Isa::load(w), x + at);
-                    else
-                        acc[r] = Isa::dot_words(acc[r], Isa::load(w), x + at);
-                }
-            int32_t whole[kTile];
-            Isa::reduce(acc, whole);
-            for (int r = 0; r < kTile; ++r) sum[r] += float(whole[r]);
-        }
-    }
-
-    template <class Element>
-    static void dots_from_buffer(const Matrix& m, int64_t tile, const uint8_t* rows, int64_t stride, const Prepared& x,
-                                 float* y) {
-        for (int64_t t = 0; t < x.tokens; ++t) {
-            float out[kTile] = {};
-            for (int64_t g = 0; g < x.groups; ++g) {
-                const int64_t from = g * kGroup, to = g + 1 < x.groups ? from + kGroup : x.padded;
-                float sum[kTile];
-                group_sums<Element>(rows + from * int64_t(sizeof(Element)), stride, row<Element>(x, t) + from,
-                                    to - from, sizeof(Element) == 1 ? x.corrections[t * x.groups + g] : 0, sum);
-                const uint16_t* scale = m.scales + (tile * x.groups + g) * kTile;
-                for (int r = 0; r < kTile; ++r)
-                    out[r] += sum[r] * (half_to_float(scale[r]) * m.step * x.scales[t * x.groups + g]);
-            }
-            scatter(m, out, tile, t, 1, y);
-        }
-    }
-
-    static void through_buffer(const Matrix& m, const Prepared& x, int64_t first_tile, int64_t last_tile, float* y,
-                               uint8_t* scratch) {
-        const int64_t stride = buffer_stride(m, x);
-        for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-            decode_tile(m, tile, scratch, stride);
-            if (m.table->precision == 8)
-                dots_from_buffer<int8_t>(m, tile, scratch, stride, x, y);
-            else
-                dots_from_buffer<int16_t>(m, tile, scratch, stride, x, y);
-        }
-    }
-
-    // Bytes per decoded row: the padded activations, or the codes that pad the last chunk beyond them.
-    static int64_t buffer_stride(const Matrix& m, const Prepared& x) {
-        const int64_t positions = most(x.padded, chunks_per_row(m.width, m.table->p) * kChunk * m.table->p);
-        return ceil_div(positions * m.table->precision / 8 + 64, 64) * 64;
-    }
-
-    static int64_t scratch_bytes(const Matrix& m, const Prepared& x) {
-        return buffer_stride(m, x) * kTile + Isa::gemm_scratch_bytes(buffer_stride(m, x), x.tokens);
-    }
-
     // Tiles first … last of y = x W^T.
     static void multiply(const Matrix& m, const Prepared& x, int64_t first_tile, int64_t last_tile, float* y,
                          uint8_t* scratch) {
@@ -360,7 +286,7 @@ struct Kernels : Decoding<Isa> {
             f.order = Base::order;
             f.rotate = rotate_row<Isa::lanes>;
             f.quantise = quantise;
-            f.scratch_bytes = scratch_bytes;
+            f.scratch_bytes = Base::scratch_bytes;
             f.multiply = multiply;
             f.decode_row = Base::decode_row;
             f.dot = dot16;

@@ -40,6 +40,12 @@ struct Plain {
     template <class K>
     static void gemm(const Matrix&, const Prepared&, int64_t, int64_t, float*, uint8_t*) {}
 
+    // As `dot`, of bytes without signs, of 7 bits.
+    template <class Isa, class Acc, class Bytes>
+    static Acc dot_unsigned(Acc acc, Bytes w, const int8_t* x) {
+        return Isa::dot(acc, w, x);
+    }
+
     // Distances between floats as they are.
     using Order = int;
     static Order order(int distance) { return distance; }
