@@ -204,6 +204,13 @@ struct Avx512 {
     static LaneSums dot_lanes(LaneSums sums, Octets w, const int8_t* x) {
         return LaneSums(accumulate<int8_t>(__m512i(sums), __m512i(w), __m512i(repeated(x))));
     }
+    static void reduce_lanes(const LaneSums (&sums)[1], int32_t (&whole)[kTile]) {  // of four rows
+        const __m512i four = __m512i(sums[0]), two = _mm512_add_epi32(four, _mm512_shuffle_epi32(four, _MM_PERM_BADC));
+        const __m512i each = _mm512_add_epi32(two, _mm512_shuffle_epi32(two, _MM_PERM_CDAB));
+        const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(whole),
+                         _mm512_castsi512_si128(_mm512_permutexvar_epi32(firsts, each)));
+    }
 
     using Shorts = __m256i;
     static Shorts load_shorts(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

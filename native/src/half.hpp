@@ -1,9 +1,13 @@
-// Conversions between float and the 16-bit formats, in portable code that compilers turn into one instruction where
-// there is one.
+// Conversions between float and the 16-bit formats, in portable code but where an instruction does what is most often
+// needed.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#if defined(__F16C__)
+#include "intrinsics.hpp"
+#endif
 
 namespace waterfill {
 namespace {
@@ -21,11 +25,15 @@ inline uint32_t float_to_bits(float value) {
 }
 
 inline float half_to_float(uint16_t half) {
+#if defined(__F16C__)
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
+#else
     const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
     if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
     if (magnitude >= 0x0400) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
     const float subnormal = float(magnitude) * 0x1p-24f;
     return sign ? -subnormal : subnormal;
+#endif
 }
 
 inline float bfloat_to_float(uint16_t value) { return bits_to_float(uint32_t(value) << 16); }

@@ -226,6 +226,12 @@ struct Avx2 : Plain {
         const __m256i pairs = _mm256_maddubs_epi16(__m256i(w), __m256i(repeated(x)));
         return LaneSums(_mm256_add_epi32(__m256i(sums), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
     }
+    static void reduce_lanes(const LaneSums (&sums)[2], int32_t (&whole)[kTile]) {  // of two rows each
+        const __m256i pairs = _mm256_hadd_epi32(__m256i(sums[0]), __m256i(sums[1]));
+        const __m256i each = _mm256_hadd_epi32(pairs, pairs);  // rows 0 and 2 below, 1 and 3 above
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(whole),
+                         _mm_unpacklo_epi32(_mm256_castsi256_si128(each), _mm256_extracti128_si256(each, 1)));
+    }
 
     using Shorts = __m256i;
     static Shorts load_shorts(const uint16_t* p) { return load256(p); }

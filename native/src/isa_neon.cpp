@@ -117,6 +117,10 @@ struct Neon : Plain {
     static LaneSums dot_lanes(LaneSums sums, Octets w, const int8_t* x) {
         return LaneSums(vdotq_s32(int32x4_t(sums), int8x16_t(w), vld1q_s8(x)));
     }
+    static void reduce_lanes(const LaneSums (&sums)[kTile], int32_t (&whole)[kTile]) {
+        const Acc rows[kTile] = {Acc(sums[0]), Acc(sums[1]), Acc(sums[2]), Acc(sums[3])};
+        reduce(rows, whole);
+    }
 
     struct Shorts {
         uint16x8_t low, high;

@@ -93,17 +93,30 @@ struct Kernels : Buffered<Isa> {
         const uint8_t* code = decoder.begin(m.codes + tile * tile_window_bytes(m.width, HALVES), reached);
         const int8_t* activations[TOKENS];
         for (int t = 0; t < TOKENS; ++t) activations[t] = Base::template row<int8_t>(x, token + t);
+        // A row that ends in the first half of a chunk has nothing in the other one.
+        const bool half = (m.width - 1) % kChunk < kChunk / 2;
         float sum[TOKENS][kTile] = {};
         for (int64_t g = 0, chunk = 0; g < groups; ++g, scale += kTile) {
-            const int64_t count = (g + 1 < groups ? (g + 1) * (kGroup / kChunk) : chunks) - chunk;
-            int32_t whole[TOKENS][kTile];
-            for (int v = 0; v < Decoder::vectors; ++v)
-                decoder.template multiply<TOKENS>(code, count, v, reached[v], activations, chunk * kChunk, whole);
+            const bool last = g + 1 == groups;
+            const int64_t count = (last ? chunks - half : (g + 1) * (kGroup / kChunk)) - chunk;
+            typename Decoder::Sums sums[Decoder::vectors][TOKENS] = {};
+            for (int v = 0; v < Decoder::vectors; ++v) {
+                if (last && half)
+                    decoder.template multiply<TOKENS, kChunkSteps / 2>(code, count, v, reached[v], activations,
+                                                                       chunk * kChunk, sums[v]);
+                else
+                    decoder.template multiply<TOKENS, 0>(code, count, v, reached[v], activations, chunk * kChunk,
+                                                         sums[v]);
+            }
             for (int t = 0; t < TOKENS; ++t) {
                 const int64_t at = (token + t) * groups + g;
+                typename Decoder::Sums of_token[Decoder::vectors];
+                for (int v = 0; v < Decoder::vectors; ++v) of_token[v] = sums[v][t];
+                int32_t whole[kTile];
+                Isa::reduce_lanes(of_token, whole);
                 for (int r = 0; r < kTile; ++r)
                     sum[t][r] +=
-                        float(whole[t][r] + x.corrections[at]) * (half_to_float(scale[r]) * m.step * x.scales[at]);
+                        float(whole[r] + x.corrections[at]) * (half_to_float(scale[r]) * m.step * x.scales[at]);
             }
             chunk += count, code += count * Decoder::bytes;
         }

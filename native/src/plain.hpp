@@ -82,6 +82,11 @@ struct Plain {
         return sums;
     }
 
+    // The sums of four rows, each of its own vector.
+    static void reduce_lanes(const LaneSums (&sums)[kTile], int32_t (&whole)[kTile]) {
+        for (int r = 0; r < kTile; ++r) whole[r] = sums[r][0] + sums[r][1] + sums[r][2] + sums[r][3];
+    }
+
     // 16 unsigned numbers of 16 bits; sums stop at the largest, differences at 0.
     struct Shorts {
         uint16_t number[16];

@@ -99,7 +99,7 @@ struct Windows {
     }
 
     // Levels after a step, with 64 added.
-    Octets level(const Chunk& before, const Chunk& now, int step) const {
+    WF_INLINE Octets level(const Chunk& before, const Chunk& now, int step) const {
         Octets hashed = {};
         int table = 0;
         WF_UNROLL for (int i = 0; i < registers.count; ++i) {
@@ -124,30 +124,31 @@ struct Windows {
         return code + chunks * bytes;
     }
 
-    // Sums of levels + 64 times each of some tokens' activations from `column` on, over `chunks` from `code` on, for
-    // the rows of a vector. `reached` moves on with them.
-    template <int TOKENS>
+    using Sums = typename Isa::LaneSums;
+
+    // Adds levels + 64 times each of some tokens' activations from `column` on, over some chunks from `code` on and
+    // STEPS steps of one more, for the rows of a vector. `reached` moves on with the chunks.
+    template <int TOKENS, int STEPS>
     void multiply(const uint8_t* code, int64_t chunks, int vector, Chunk& reached, const int8_t* const (&x)[TOKENS],
-                  int64_t column, int32_t (&whole)[TOKENS][kTile]) const {
-        typename Isa::LaneSums sums[TOKENS] = {};
+                  int64_t column, Sums (&sums)[TOKENS]) const {
         Chunk before;
         copy(reached, before);
         for (int64_t end = column + chunks * kChunk; column < end; column += kChunk, code += bytes) {
             for (int line = 0; line < bytes && vector == 0; line += 64) Isa::prefetch(code + kAhead + line);
             const Chunk now = read(code, vector, before);
-            WF_UNROLL for (int step = 0; step < kChunkSteps; ++step) {
-                const Octets each = level(before, now, step);
-                for (int t = 0; t < TOKENS; ++t)
-                    sums[t] = Isa::dot_lanes(sums[t], each, x[t] + column + step * kRowLanes);
-            }
+            add<kChunkSteps>(before, now, x, column, sums);
             copy(now, before);
         }
+        if constexpr (STEPS > 0) add<STEPS>(before, read(code, vector, before), x, column, sums);
         copy(before, reached);
-        for (int t = 0; t < TOKENS; ++t) {
-            int32_t part[rows][kRowLanes / 4];
-            std::memcpy(part, &sums[t], sizeof part);
-            for (int r = 0; r < rows; ++r)
-                whole[t][vector * rows + r] = part[r][0] + part[r][1] + part[r][2] + part[r][3];
+    }
+
+    template <int STEPS, int TOKENS>
+    WF_INLINE void add(const Chunk& before, const Chunk& now, const int8_t* const (&x)[TOKENS], int64_t column,
+                       Sums (&sums)[TOKENS]) const {
+        WF_UNROLL for (int step = 0; step < STEPS; ++step) {
+            const Octets each = level(before, now, step);
+            for (int t = 0; t < TOKENS; ++t) sums[t] = Isa::dot_lanes(sums[t], each, x[t] + column + step * kRowLanes);
         }
     }
 };
