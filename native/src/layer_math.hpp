@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "half.hpp"
 #include "layout.hpp"
@@ -11,21 +12,42 @@
 namespace waterfill {
 namespace {
 
-inline float sum16(const float (&partial)[16]) {
-    float s[16];
-    for (int k = 0; k < 16; ++k) s[k] = partial[k];
-    for (int half = 8; half; half /= 2)
-        for (int k = 0; k < half; ++k) s[k] += s[k + half];
-    return s[0];
+typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
+
+inline Eight load8(const float* p) {
+    Eight x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
 }
+inline void store8(float* p, Eight x) { std::memcpy(p, &x, sizeof x); }
+
+// Of 16: those that are 8 apart first, then those that are 4, 2 and 1 apart.
+inline float sum16(Eight low, Eight high) {
+    Four half[2];
+    const Eight eight = low + high;
+    std::memcpy(half, &eight, sizeof half);
+    const Four four = half[0] + half[1];
+    const Four two = four + Four{four[2], four[3], four[0], four[1]};
+    return two[0] + two[1];
+}
+inline float sum16(const float (&partial)[16]) { return sum16(load8(partial), load8(partial + 8)); }
 
 inline float dot16(const float* a, const float* b, int64_t n) {
-    float sum[16] = {};
+    Eight low = {}, high = {};
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int k = 0; k < 16; ++k) sum[k] += a[i + k] * b[i + k];
-    for (; i < n; ++i) sum[i % 16] += a[i] * b[i];
-    return sum16(sum);
+    for (; i + 16 <= n; i += 16) {
+        low += load8(a + i) * load8(b + i);
+        high += load8(a + i + 8) * load8(b + i + 8);
+    }
+    if (i < n) {
+        float rest[2][16] = {};
+        std::memcpy(rest[0], a + i, size_t(n - i) * sizeof(float));
+        std::memcpy(rest[1], b + i, size_t(n - i) * sizeof(float));
+        low += load8(rest[0]) * load8(rest[1]);
+        high += load8(rest[0] + 8) * load8(rest[1] + 8);
+    }
+    return sum16(low, high);
 }
 
 // e^x to 2 units in the last place, 0 below -87. Cephes' polynomial on [-ln 2 / 2, ln 2 / 2], scaled by a power of two.
@@ -85,37 +107,59 @@ inline void softmax(float* s, int64_t positions) {
     for (j = 0; j < positions; ++j) s[j] *= by;
 }
 
-// Each row of keys and values is converted once for all tokens. `scores` [tokens][queries][positions + tokens - 1].
+// out += weights[j] * rows[j], one j after the other, of 8 * VECTORS numbers.
+template <int VECTORS>
+inline void add_weighted(const float* weights, const float* rows, int64_t stride, int64_t count, float* out) {
+    Eight sum[VECTORS];
+    WF_UNROLL for (int k = 0; k < VECTORS; ++k) sum[k] = load8(out + 8 * k);
+    for (int64_t j = 0; j < count; ++j, rows += stride) {
+        const float w = weights[j];
+        WF_UNROLL for (int k = 0; k < VECTORS; ++k) sum[k] += w * load8(rows + 8 * k);
+    }
+    WF_UNROLL for (int k = 0; k < VECTORS; ++k) store8(out + 8 * k, sum[k]);
+}
+inline void add_weighted(const float* weights, const float* rows, int64_t d, int64_t count, float* out) {
+    int64_t i = 0;
+    for (; i + 64 <= d; i += 64) add_weighted<8>(weights, rows + i, d, count, out + i);
+    for (; i + 8 <= d; i += 8) add_weighted<1>(weights, rows + i, d, count, out + i);
+    for (; i < d; ++i)
+        for (int64_t j = 0; j < count; ++j) out[i] += weights[j] * rows[j * d + i];
+}
+
+// Some rows of keys or values at a time are converted for all queries. `scores` [tokens][queries][positions + tokens -
+// 1].
 template <class Number>
 inline void attend_typed(const Attention& a, float* scores) {
-    const Number *keys = static_cast<const Number*>(a.keys), *values = static_cast<const Number*>(a.values);
-    const int64_t d = a.head_dim, all = a.positions + a.tokens - 1;
-    // Position j is seen by the tokens from first_token(j) to end_token(j); token t sees those from first_seen(t) on.
-    auto first_token = [&](int64_t j) { return j < a.positions ? 0 : j - a.positions + 1; };
-    auto end_token = [&](int64_t j) { return least(a.tokens, j - a.positions + a.window + 1); };
-    auto first_seen = [&](int64_t t) { return most(0, a.positions + t - a.window); };
-    float row[kMostHeadDim];
-    for (int64_t j = 0; j < all; ++j) {
-        for (int64_t i = 0; i < d; ++i) row[i] = number(keys[j * d + i]);
-        for (int64_t t = first_token(j), end = end_token(j); t < end; ++t)
-            for (int64_t q = 0; q < a.queries; ++q)
-                scores[(t * a.queries + q) * all + j] = dot16(a.q + t * a.stride + q * d, row, d) * a.scaling;
-    }
+    constexpr int64_t most_numbers = 4096;  // of rows that a cache holds beside the rest
+    static_assert(most_numbers >= kMostHeadDim, "a row fits");
+    const int64_t d = a.head_dim, all = a.positions + a.tokens - 1, together = most_numbers / d;
+    float rows[most_numbers];
+    // use(query, its scores, its result, rows, how many) for the rows that each query's token sees, in order.
+    auto each_query = [&](const void* numbers, const auto& use) {
+        for (int64_t first = 0; first < all; first += together) {
+            const int64_t end = least(all, first + together);
+            const Number* from = static_cast<const Number*>(numbers) + first * d;
+            for (int64_t i = 0; i < (end - first) * d; ++i) rows[i] = number(from[i]);
+            for (int64_t t = 0; t < a.tokens; ++t) {
+                const int64_t low = most(first, a.positions + t - a.window), high = least(end, a.positions + t);
+                for (int64_t q = 0; q < a.queries && low < high; ++q)
+                    use(t * a.stride + q * d, scores + (t * a.queries + q) * all + low, rows + (low - first) * d,
+                        high - low);
+            }
+        }
+    };
+    each_query(a.keys, [&](int64_t at, float* to, const float* row, int64_t count) {
+        for (int64_t j = 0; j < count; ++j) to[j] = dot16(a.q + at, row + j * d, d) * a.scaling;
+    });
     for (int64_t t = 0; t < a.tokens; ++t) {
-        const int64_t from = first_seen(t);
+        const int64_t from = most(0, a.positions + t - a.window);
         for (int64_t q = 0; q < a.queries; ++q)
             softmax(scores + (t * a.queries + q) * all + from, a.positions + t - from);
         for (int64_t i = 0; i < a.queries * d; ++i) a.out[t * a.stride + i] = 0;
     }
-    for (int64_t j = 0; j < all; ++j) {
-        for (int64_t i = 0; i < d; ++i) row[i] = number(values[j * d + i]);
-        for (int64_t t = first_token(j), end = end_token(j); t < end; ++t)
-            for (int64_t q = 0; q < a.queries; ++q) {
-                const float weight = scores[(t * a.queries + q) * all + j];
-                float* out = a.out + t * a.stride + q * d;
-                for (int64_t i = 0; i < d; ++i) out[i] += weight * row[i];
-            }
-    }
+    each_query(a.values, [&](int64_t at, const float* weights, const float* row, int64_t count) {
+        add_weighted(weights, row, d, count, a.out + at);
+    });
 }
 
 inline void attend(const Attention& a, float* scores) {
