@@ -1,5 +1,5 @@
-// The arithmetic of a decoder layer between its matrices. Plain loops that compilers turn into vectors;
-// sums have sixteen partial sums whatever the vectors' width, so that every instruction set gives the same bits.
+// The arithmetic of a decoder layer between its matrices, in vectors of eight floats: compilers make what the machine
+// has of them. Sums have sixteen partial sums whatever that is, so that every instruction set gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -14,6 +14,7 @@ namespace {
 
 typedef float Four __attribute__((vector_size(16)));
 typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t Eight32 __attribute__((vector_size(32)));
 
 inline Eight load8(const float* p) {
     Eight x;
@@ -50,21 +51,26 @@ inline float dot16(const float* a, const float* b, int64_t n) {
     return sum16(low, high);
 }
 
+inline Eight chosen(Eight32 mask, Eight set, Eight clear) {
+    return Eight((mask & Eight32(set)) | (~mask & Eight32(clear)));
+}
+
 // e^x to 2 units in the last place, 0 below -87. Cephes' polynomial on [-ln 2 / 2, ln 2 / 2], scaled by a power of two.
-inline float exponential(float x) {
+inline Eight exponential(Eight x) {
     constexpr float round = 12582912.0f;  // 1.5 * 2^23
-    const float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float n = (clamped * 1.44269504f + round) - round;
-    const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-    float y = 1.9875691500e-4f;
+    const Eight zero = {}, least_x = zero - 87.0f, most_x = zero + 88.0f;
+    const Eight clamped = chosen(x < least_x, least_x, chosen(x > most_x, most_x, x));
+    const Eight n = (clamped * 1.44269504f + round) - round;
+    const Eight r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+    Eight y = zero + 1.9875691500e-4f;
     y = y * r + 1.3981999507e-3f;
     y = y * r + 8.3334519073e-3f;
     y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    y *= bits_to_float(uint32_t(int32_t(n) + 127) << 23);
-    return x < -87.0f ? 0.0f : x == x ? y : x;
+    y *= Eight((__builtin_convertvector(n, Eight32) + 127) << 23);
+    return chosen(x < least_x, zero, chosen(x == x, y, x));
 }
 
 inline void rms_norm(const float* x, const float* weight, float epsilon, int64_t n, float* out) {
@@ -72,18 +78,28 @@ inline void rms_norm(const float* x, const float* weight, float epsilon, int64_t
     for (int64_t i = 0; i < n; ++i) out[i] = weight[i] * (x[i] * by);
 }
 
+// out = f(x), eight at a time; the last ones in the company of zeros.
+template <class F>
+inline void in_eights(const float* x, int64_t n, float* out, const F& f) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) store8(out + i, f(load8(x + i)));
+    float rest[8] = {};
+    std::memcpy(rest, x + i, size_t(n - i) * sizeof(float));
+    store8(rest, f(load8(rest)));
+    std::memcpy(out + i, rest, size_t(n - i) * sizeof(float));
+}
+
 // silu(gate) * up
 inline void swiglu(const float* gate, const float* up, int64_t n, float* out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+    in_eights(gate, n, out, [](Eight x) { return x / (1.0f + exponential(-x)); });
+    for (int64_t i = 0; i < n; ++i) out[i] *= up[i];
 }
 
 // gelu(gate) * up, where gelu is the one with tanh (arXiv 1606.08415): x (1 + tanh u) / 2 = x / (1 + e^(-2u)).
 inline void geglu(const float* gate, const float* up, int64_t n, float* out) {
     constexpr float cubic = 0.044715f, twice = 1.59576912f;  // 2 sqrt(2 / pi)
-    for (int64_t i = 0; i < n; ++i) {
-        const float x = gate[i], u = twice * (x + cubic * (x * x * x));
-        out[i] = x / (1.0f + exponential(-u)) * up[i];
-    }
+    in_eights(gate, n, out, [](Eight x) { return x / (1.0f + exponential(-(twice * (x + cubic * (x * x * x))))); });
+    for (int64_t i = 0; i < n; ++i) out[i] *= up[i];
 }
 
 template <class Number>
@@ -98,7 +114,7 @@ inline float number(Number value) {
 inline void softmax(float* s, int64_t positions) {
     float largest = s[0], partial[16] = {};
     for (int64_t j = 1; j < positions; ++j) largest = s[j] > largest ? s[j] : largest;
-    for (int64_t j = 0; j < positions; ++j) s[j] = exponential(s[j] - largest);
+    in_eights(s, positions, s, [largest](Eight x) { return exponential(x - largest); });
     int64_t j = 0;
     for (; j + 16 <= positions; j += 16)
         for (int k = 0; k < 16; ++k) partial[k] += s[j + k];
