@@ -162,12 +162,16 @@ CHAPTERS = {
         "A fixed rate near the bound",
         "The bitshift trellis is {gaussian_bits_over_bound_2:.3f}, {gaussian_bits_over_bound_3:.3f} and "
         "{gaussian_bits_over_bound_4:.3f} bits above the Gaussian bound at 2, 3 and 4 bits, and plans for memory have "
-        "{least *_of_grids:.2f} to {most *_of_grids:.2f} of the KL that they have with grids alone.",
+        "{least *_of_grids:.2f} to {most *_of_grids:.2f} of the KL that they have with grids alone. Whole models "
+        "write {least *_writing_*_over_llama_cpp:.2f} to {most *_writing_*_over_llama_cpp:.2f} times as fast as "
+        "llama.cpp's, and read {least *_reading_*_over_llama_cpp:.2f} to {most *_reading_*_over_llama_cpp:.2f} times.",
         "Bits over the bound count symbols and what a known start costs, not scales; all that is stored is beside "
         "them. Products are of random codes that lie in no cache, with the instruction set that the machine has; "
         "`speed_over_grid` compares a trellis with the grid of pairs of as many bits. ggml's products go through its "
-        "own library, the faster of the layouts that it has; each is beside the rate that is nearest to its bits. KL "
-        "at equal bytes is without error feedback.",
+        "own library, the faster of the layouts that it has; each is beside the rate that is nearest to its bits. "
+        "Whole models have one codec throughout, head and embedding too, and are beside the fastest of llama.cpp's "
+        "types of comparable bits that their widths allow: rows that 256 does not divide leave Q4_0, of 4.5 bits, "
+        "also beside 3. KL at equal bytes is without error feedback.",
     ),
     "fuzz_streams": Chapter(
         "Damaged streams",
