@@ -74,10 +74,16 @@ inline float number(Number value) {
 
 // Softmax of what one query scored at each position, in place.
 inline void softmax(float* s, int64_t positions) {
-    float largest = s[0], partial[16] = {};
-    for (int64_t j = 1; j < positions; ++j) largest = s[j] > largest ? s[j] : largest;
-    for (int64_t j = 0; j < positions; ++j) s[j] = exponential(s[j] - largest);
+    float largest[16], partial[16] = {};
+    for (float& each : largest) each = s[0];
     int64_t j = 0;
+    for (; j + 16 <= positions; j += 16)
+        for (int k = 0; k < 16; ++k) largest[k] = s[j + k] > largest[k] ? s[j + k] : largest[k];
+    for (; j < positions; ++j) largest[0] = s[j] > largest[0] ? s[j] : largest[0];
+    for (int k = 1; k < 16; ++k) largest[0] = largest[k] > largest[0] ? largest[k] : largest[0];
+    const float most_of_all = largest[0];
+    for (j = 0; j < positions; ++j) s[j] = exponential(s[j] - most_of_all);
+    j = 0;
     for (; j + 16 <= positions; j += 16)
         for (int k = 0; k < 16; ++k) partial[k] += s[j + k];
     for (; j < positions; ++j) partial[j % 16] += s[j];
