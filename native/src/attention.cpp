@@ -136,8 +136,10 @@ void attend_coded(const Functions& f, const Keep& keep, int64_t h, int64_t first
     a.q = q + at, a.out = mixed + at;
     const int64_t seen = least(a.position + tokens, a.window + tokens - 1);
     float* floats = scratch_floats(kScores, queries * (seen + d + 1));
-    auto* words = reinterpret_cast<int16_t*>(scratch(kQueryWords, queries * coded_words(d) * 2));
-    f.attend_coded(a, {floats, floats + queries * seen, floats + queries * (seen + d), words});
+    uint8_t* whole = scratch(kQueryWords, queries * (kCodedTokens * 4 + coded_words(d) * 2));
+    f.attend_coded(a,
+                   {floats, floats + queries * seen, floats + queries * (seen + d),
+                    reinterpret_cast<int16_t*>(whole + queries * kCodedTokens * 4), reinterpret_cast<int32_t*>(whole)});
 }
 
 // work(i) for i below `count`, in several threads where `numbers` are worth waking one.

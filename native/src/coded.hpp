@@ -42,10 +42,11 @@ struct CodedAttention {
 
 // Memory of one head's attention, each for all queries.
 struct CodedScratch {
-    float* scores;   // [tokens][queries][seen]: tokens from the first to the last that are seen at all
-    float* sums;     // [tokens][queries][head_dim]
-    float* units;    // [tokens][queries]
-    int16_t* words;  // [tokens][queries][coded_words(head_dim)]
+    float* scores;      // [tokens][queries][seen]: tokens from the first to the last that are seen at all
+    float* sums;        // [tokens][queries][head_dim]
+    float* units;       // [tokens][queries]
+    int16_t* words;     // [tokens][queries][coded_words(head_dim)]
+    int32_t* products;  // [tokens][queries][kCodedTokens]
 };
 
 namespace {

@@ -15,7 +15,7 @@
 
 #include "bitshift_search.hpp"
 #include "checksum.hpp"
-#include "coded_math.hpp"
+#include "coded_attention.hpp"
 #include "decode.hpp"
 #include "hadamard.hpp"
 #include "half.hpp"

@@ -78,7 +78,7 @@ struct Functions {
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*geglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*attend)(const Attention& a, float* scores);
-    // coded_math.hpp; `along_tokens`: as values lie.
+    // coded_rows.hpp and coded_attention.hpp; `along_tokens`: as values lie.
     void (*round_row)(float* x, int64_t d);
     void (*code_rows)(const CodedAttention& a, const CodedSide& side, bool along_tokens, int64_t from, int64_t to);
     void (*attend_coded)(const CodedAttention& a, const CodedScratch& memory);
