@@ -21,6 +21,7 @@ R = TypeVar("R")
 
 CacheBits = int | str | Sequence[int] | None  # of keys and values: `cache_bits`
 CACHE_BITS = (16, 8, 5, 4, 3)
+PLAIN_BITS = (16, 16)  # numbers as they are
 MOST = 2**31 - 1  # of anything that is counted
 MOST_SEED = 2**63 - 1
 

@@ -52,8 +52,7 @@ class CodedShape(Shape):
         """
         if shape.head_dim % HEAD_DIM:
             raise UnsupportedError(
-                f"its heads have {shape.head_dim} dimensions, and coded keys and values need a multiple of {HEAD_DIM}; "
-                f"leave them at {PLAIN} bits"
+                f"its heads have {shape.head_dim} dimensions, and coded keys and values need a multiple of {HEAD_DIM}"
             )
         return cls(shape.layers, shape.kv_heads, shape.head_dim, shape.half, shape.positions, *bits)
 

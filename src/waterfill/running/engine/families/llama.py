@@ -17,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from waterfill.base import native
+from waterfill.base.arguments import PLAIN_BITS
 from waterfill.base.errors import WaterfillError
 from waterfill.running.engine.cache import Sequence, Shape
-from waterfill.running.engine.coded_cache import PLAIN, CodedShape
+from waterfill.running.engine.coded_cache import CodedShape
 from waterfill.running.engine.families.llama_spec import FINAL_NORM, OPTIONAL, PROJECTIONS, Spec
 from waterfill.running.engine.weights import Weights, kernels
 from waterfill.running.streaming.limit import Limit, Working
 from waterfill.running.streaming.streamer import Streamer
 
-PLAIN_BITS = (PLAIN, PLAIN)
 NARROW = 16  # tokens of a pass whose working memory is kept for the next one
 
 Floats = npt.NDArray[np.float32]
@@ -117,7 +117,8 @@ class LlamaModel:
             WaterfillError: tokens do not fit the model's positions.
             IndexError: an id is none of its tokens.
             ValueError: a sequence comes twice.
-            ArtifactError: weights are damaged. The sequences are as they were, whatever is raised.
+            ArtifactError: weights are damaged. The sequences are as they were, whatever is raised, or shorter where
+                their caches cannot go back just there.
         """
         wanted = [logits] * len(sequences) if isinstance(logits, int) else list(logits)
         parts = [
