@@ -36,6 +36,7 @@ struct CodedTiles {
         }
         Octets next() {
             typedef uint16_t Pairs __attribute__((vector_size(sizeof(Octets))));
+            Isa::prefetch(plane + at + kAhead);
             const Octets all = load(plane + at);  // bits of a neighbour come along
             const Octets found = Octets(Pairs(all) >> uint16_t(shift)) & uint8_t((1 << PLANE) - 1);
             at += kOctets;
