@@ -125,6 +125,28 @@ typedef void (*wf_product)(void* context, int layer, int first, int count, const
                            float* const* y, int* status);
 enum { WF_UNANSWERED = -100 }; /* *status before */
 
+/* Keys or values of a text by codes of 3, 4, 5 or 8 bits: in each layer [kv_heads][capacity / 128] blocks, which are
+ * `bytes` bytes, of 128 fp16 scales and 128 * head_dim codes (native/src/coded.hpp). whole[i] has rows of layer i as
+ * they are, [kv_heads][first + ring][head_dim] of its cache_dtype, `whole_bytes` bytes: the text's first tokens, and of
+ * all others the newest `ring`, token t at first + t % ring. With 16 bits there are neither codes nor these, but
+ * numbers as in a text without a wf_coding, in `bytes` bytes. */
+typedef struct {
+    int bits;
+    float unit;           /* levels of a standard deviation; with 8 bits, of the largest coordinate */
+    const int8_t* levels; /* [2^bits], ascending; with 8 bits codes are the levels */
+    void* const* whole;
+    int64_t bytes, whole_bytes;
+} wf_coded;
+
+/* Of a text whose tokens are coded: a token attends to the text's `first` ones as they are, and to the newest `recent`,
+ * itself included, as far as the ring has them: those from number `kept_from` on. It attends to all others by codes,
+ * which those behind the first get in the pass in which they become older than the newest; `coded` tokens, from
+ * the text's beginning on, have been so old before. */
+typedef struct {
+    wf_coded keys, values;
+    int64_t first, recent, ring, kept_from, coded;
+} wf_coding;
+
 /* A text that a pass reads on in: `tokens` more of it, behind `position` others. keys[i] and values[i], for `layers`
  * layers, are what is known of those in layer i, [kv_heads][capacity][head_dim], in memory of `bytes` bytes each. */
 typedef struct {
@@ -132,6 +154,7 @@ typedef struct {
     void* const* keys;
     void* const* values;
     int64_t layers, bytes;
+    const wf_coding* coding; /* NULL: numbers of the layers' cache_dtype; else as it says, and `bytes` means nothing */
 } wf_sequence;
 
 /* Consecutive tokens of several texts through all layers, `tokens` in all, text after text: hidden states

@@ -21,9 +21,10 @@ int64_t wf_sizeof(const char* structure) {
     const struct {
         const char* name;
         size_t bytes;
-    } all[] = {{"wf_matrix", sizeof(wf_matrix)},     {"wf_vector", sizeof(wf_vector)}, {"wf_layer", sizeof(wf_layer)},
-               {"wf_sequence", sizeof(wf_sequence)}, {"wf_chunk", sizeof(wf_chunk)},   {"wf_task", sizeof(wf_task)},
-               {"wf_flaw", sizeof(wf_flaw)}};
+    } all[] = {
+        {"wf_matrix", sizeof(wf_matrix)},     {"wf_vector", sizeof(wf_vector)}, {"wf_layer", sizeof(wf_layer)},
+        {"wf_sequence", sizeof(wf_sequence)}, {"wf_chunk", sizeof(wf_chunk)},   {"wf_task", sizeof(wf_task)},
+        {"wf_flaw", sizeof(wf_flaw)},         {"wf_coded", sizeof(wf_coded)},   {"wf_coding", sizeof(wf_coding)}};
     for (const auto& [name, bytes] : all)
         if (!std::strcmp(name, structure)) return int64_t(bytes);
     return -1;
@@ -145,7 +146,7 @@ int wf_decode_layer(int isa, const wf_layer* layer, const void* in, const void* 
     to_float(in, l.dtype, 0, l.hidden, x);
     to_float(cosine, l.dtype, 0, l.head_dim, c);
     to_float(sine, l.dtype, 0, l.head_dim, s);
-    const wf_sequence text{1, position, capacity, &keys, &values, 1, 0};
+    const wf_sequence text{1, position, capacity, &keys, &values, 1, 0, nullptr};
     run_layer(*f, l, 0, {&text, 1, 1, c, s, nullptr, nullptr}, x);
     from_float(x, l.dtype, 0, l.hidden, out);
     return 0;

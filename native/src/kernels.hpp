@@ -16,6 +16,7 @@
 #include "bitshift_search.hpp"
 #include "buffered.hpp"
 #include "checksum.hpp"
+#include "coded_attention.hpp"
 #include "decode.hpp"
 #include "hadamard.hpp"
 #include "half.hpp"
@@ -307,6 +308,9 @@ struct Kernels : Buffered<Isa> {
             f.swiglu = swiglu;
             f.geglu = geglu;
             f.attend = attend;
+            f.round_row = round_row;
+            f.code_rows = code_rows<Isa::lanes>;
+            f.attend_coded = CodedHead<Isa>::attend;
             f.decode_symbols = Isa::decode_symbols;
             f.decode_rows = Isa::decode_rows;
             f.walk = walk_narrow;

@@ -1,16 +1,13 @@
 #include "layer.hpp"
 
 #include <algorithm>
-#include <vector>
 
+#include "attention.hpp"
 #include "layout.hpp"
 #include "pool.hpp"
 
 namespace waterfill {
 namespace {
-
-constexpr int64_t kAttentionTokens = 8;            // of one task: they share the conversion of keys and values
-constexpr int64_t kEverything = int64_t(1) << 48;  // more positions than there are
 
 void add(const float* x, int64_t count, float* to) {
     for (int64_t i = 0; i < count; ++i) to[i] += x[i];
@@ -39,80 +36,6 @@ void place(const Functions& f, const wf_layer& layer, const wf_vector& norm, con
             }
         }
     }
-}
-
-struct Keep {  // of keys and values of one layer and text: where those of a head lie
-    const wf_layer& layer;
-    const wf_sequence& text;
-    int number;
-    int64_t offset(int64_t h, int64_t position) const {
-        return (h * text.capacity + position) * layer.head_dim * (layer.cache_dtype == WF_FLOAT32 ? 4 : 2);
-    }
-    void* keys(int64_t h, int64_t from = 0) const { return static_cast<uint8_t*>(text.keys[number]) + offset(h, from); }
-    void* values(int64_t h, int64_t from = 0) const {
-        return static_cast<uint8_t*>(text.values[number]) + offset(h, from);
-    }
-};
-
-// New tokens' k and v [tokens][kv_heads][head_dim] behind those of a text that are there.
-void append(const Keep& keep, const float* k, const float* v) {
-    const int64_t d = keep.layer.head_dim, size = keep.layer.kv_heads * d;
-    for (int64_t h = 0; h < keep.layer.kv_heads; ++h)
-        for (int64_t t = 0; t < keep.text.tokens; ++t) {
-            const int64_t from = t * size + h * d, to = (keep.text.position + t) * d;
-            from_float(k + from, keep.layer.cache_dtype, to, d, keep.keys(h));
-            from_float(v + from, keep.layer.cache_dtype, to, d, keep.values(h));
-        }
-}
-
-// A head of a text's keys and values with some of its tokens, whose queries begin at token `start` of the pass.
-void attend(const Functions& f, const Keep& keep, int64_t h, int64_t first, int64_t start, const float* q,
-            float* mixed) {
-    const wf_layer& layer = keep.layer;
-    const int64_t d = layer.head_dim, shared = layer.heads / layer.kv_heads, q_size = layer.heads * d;
-    const int64_t tokens = least(kAttentionTokens, keep.text.tokens - first),
-                  at = (start + first) * q_size + h * shared * d;
-    const int64_t window = layer.window ? least(layer.window, kEverything) : kEverything;
-    const int64_t seen = keep.text.position + first + 1, from = most(0, seen - window);  // by the first token
-    const Attention one{d,
-                        shared,
-                        tokens,
-                        seen - from,
-                        window,
-                        q_size,
-                        layer.scaling,
-                        layer.cache_dtype != WF_FLOAT32,
-                        keep.keys(h, from),
-                        keep.values(h, from),
-                        q + at,
-                        mixed + at};
-    f.attend(one, scratch_floats(kScores, tokens * shared * (one.positions + tokens - 1)));
-}
-
-// Every text by itself; the tasks of all are shared among the threads together.
-void attention(const Functions& f, const wf_layer& layer, int number, const Pass& pass, const float* q, const float* k,
-               const float* v, float* mixed) {
-    const int64_t q_size = layer.heads * layer.head_dim, kv_size = layer.kv_heads * layer.head_dim;
-    struct Task {
-        int64_t text, start, head, first;
-    };
-    std::vector<Task> tasks;
-    int64_t start = 0, work = 0;
-    for (int64_t i = 0; i < pass.texts; start += pass.sequences[i++].tokens) {
-        const wf_sequence& text = pass.sequences[i];
-        append({layer, text, number}, k + start * kv_size, v + start * kv_size);
-        for (int64_t first = 0; first < text.tokens; first += kAttentionTokens)
-            for (int64_t h = 0; h < layer.kv_heads; ++h) tasks.push_back({i, start, h, first});
-        work += (text.position + text.tokens) * text.tokens * q_size;
-    }
-    auto task = [&](int64_t i) {
-        const Task& t = tasks[size_t(i)];
-        attend(f, {layer, pass.sequences[t.text], number}, t.head, t.first, t.start, q, mixed);
-    };
-    if (work < (1 << 16))  // not worth waking a thread
-        for (int64_t i = 0; i < int64_t(tasks.size()); ++i) task(i);
-    else
-        parallel(int64_t(tasks.size()), task);
 }
 
 // The layer's matrices in order; those of one product are consecutive.

@@ -32,7 +32,15 @@ inline float sum16(Eight low, Eight high) {
     const Four two = four + Four{four[2], four[3], four[0], four[1]};
     return two[0] + two[1];
 }
-inline float sum16(const float (&partial)[16]) { return sum16(load8(partial), load8(partial + 8)); }
+
+inline float total16(const float* x, int64_t n) {
+    Eight low = {}, high = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) low += load8(x + i), high += load8(x + i + 8);
+    float rest[16] = {};
+    std::memcpy(rest, x + i, size_t(n - i) * sizeof(float));
+    return sum16(low + load8(rest), high + load8(rest + 8));
+}
 
 inline float dot16(const float* a, const float* b, int64_t n) {
     Eight low = {}, high = {};
@@ -112,14 +120,13 @@ inline float number(Number value) {
 
 // Softmax of what one query scored at each position, in place.
 inline void softmax(float* s, int64_t positions) {
-    float largest = s[0], partial[16] = {};
-    for (int64_t j = 1; j < positions; ++j) largest = s[j] > largest ? s[j] : largest;
-    in_eights(s, positions, s, [largest](Eight x) { return exponential(x - largest); });
+    Eight largest = Eight{} + s[0];
     int64_t j = 0;
-    for (; j + 16 <= positions; j += 16)
-        for (int k = 0; k < 16; ++k) partial[k] += s[j + k];
-    for (; j < positions; ++j) partial[j % 16] += s[j];
-    const float by = 1.0f / sum16(partial);
+    for (; j + 8 <= positions; j += 8) largest = chosen(load8(s + j) > largest, load8(s + j), largest);
+    for (; j < positions; ++j) largest[0] = s[j] > largest[0] ? s[j] : largest[0];
+    for (int k = 1; k < 8; ++k) largest[0] = largest[k] > largest[0] ? largest[k] : largest[0];
+    in_eights(s, positions, s, [&](Eight x) { return exponential(x - largest[0]); });
+    const float by = 1.0f / total16(s, positions);
     for (j = 0; j < positions; ++j) s[j] *= by;
 }
 

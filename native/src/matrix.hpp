@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "coded.hpp"
 #include "coding.hpp"
 
 namespace waterfill {
@@ -77,6 +78,10 @@ struct Functions {
     void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*geglu)(const float* gate, const float* up, int64_t n, float* out);
     void (*attend)(const Attention& a, float* scores);
+    // coded_rows.hpp and coded_attention.hpp; `along_tokens`: as values lie.
+    void (*round_row)(float* x, int64_t d);
+    void (*code_rows)(const CodedAttention& a, const CodedSide& side, bool along_tokens, int64_t from, int64_t to);
+    void (*attend_coded)(const CodedAttention& a, const CodedScratch& memory);
     // rans.hpp, trellis_search.hpp, trellis_states.hpp.
     bool (*decode_symbols)(const RansTable& t, int lanes, uint32_t* x, const uint8_t*& at, const uint8_t* end,
                            int64_t count, uint8_t* out);

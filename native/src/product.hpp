@@ -51,6 +51,7 @@ enum Scratch {
     kLayer,
     kConstants,
     kScores,
+    kQueryWords,
     kSymbols,
     kLevels,
     kPartCodes,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "coded.hpp"
 #include "layout.hpp"
 #include "registers.hpp"
 
@@ -60,6 +61,38 @@ bool sound(const wf_matrix& m) {
 
 bool holds(const wf_vector& v, int64_t count) { return v.numbers && v.count == count; }
 
+namespace {
+
+// Memory of one side of a coded text in all layers, which is put to the others'.
+bool holds_coded(const wf_sequence& text, const wf_coded& side, void* const* codes, const wf_layer* layers,
+                 std::vector<const void*>& memory) {
+    const wf_coding& coding = *text.coding;
+    const bool plain = side.bits == 16;
+    if (!plain && (!coded_bits(side.bits) || !(side.unit > 0) || !side.whole || text.capacity % kCodedTokens ||
+                   (side.bits != 8 && !side.levels)))
+        return false;
+    for (int j = 0; j < text.layers; ++j) {
+        const wf_layer& l = layers[j];
+        const int64_t row = l.kv_heads * l.head_dim * (l.cache_dtype == WF_FLOAT32 ? 4 : 2);
+        const int64_t block = plain ? row : l.kv_heads * coded_block_bytes(side.bits, l.head_dim);
+        if (!codes[j] || text.capacity / (plain ? 1 : kCodedTokens) > side.bytes / block) return false;
+        memory.push_back(codes[j]);
+        if (plain) continue;
+        if (l.head_dim % kCodedHeadDim || !side.whole[j] || coding.first + coding.ring > side.whole_bytes / row)
+            return false;
+        memory.push_back(side.whole[j]);
+    }
+    return true;
+}
+
+// Tokens in the order that wf_coding has them in: what is no longer in the ring has codes.
+bool in_order(const wf_coding& c, int64_t position) {
+    return c.first >= 0 && c.first <= kMostWeights && c.recent >= 1 && c.recent <= c.ring && c.ring <= kMostWeights &&
+           c.kept_from >= 0 && c.kept_from <= position && c.coded >= 0 && c.coded <= position;
+}
+
+}  // namespace
+
 bool holds_texts(const wf_sequence* texts, int64_t count, int64_t tokens, const wf_layer* layers, int layer_count) {
     std::vector<const void*> memory;
     for (int64_t i = 0; i < count; ++i) {
@@ -68,6 +101,12 @@ bool holds_texts(const wf_sequence* texts, int64_t count, int64_t tokens, const 
         if (text.position > text.capacity - text.tokens || text.layers != layer_count || !text.keys || !text.values)
             return false;
         tokens -= text.tokens;
+        if (const wf_coding* coding = text.coding) {
+            if (!in_order(*coding, text.position) || !holds_coded(text, coding->keys, text.keys, layers, memory) ||
+                !holds_coded(text, coding->values, text.values, layers, memory))
+                return false;
+            continue;
+        }
         for (int j = 0; j < layer_count; ++j) {
             const wf_layer& l = layers[j];
             const int64_t row = l.kv_heads * l.head_dim * (l.cache_dtype == WF_FLOAT32 ? 4 : 2);

@@ -85,6 +85,9 @@ void expect_window_tables_refused(int isa);
 // Decoder layers of numbers of `dtype`, with a cache, in every way that they can be run.
 void compare_layers(int isa, int scalar, int dtype, bool biases);
 
+// Attention to coded keys and values.
+void compare_coded(int isa, int scalar);
+
 // Streams that are whole, cut short or damaged: the same result, or refused by both, without a read beyond the bytes.
 void compare_streams(int isa, int scalar);
 

@@ -36,6 +36,7 @@ int main() {
         }
         for (int dtype : {WF_FLOAT32, WF_BFLOAT16})
             for (bool biases : {false, true}) compare_layers(isa, scalar, dtype, biases);
+        compare_coded(isa, scalar);
         compare_streams(isa, scalar);
         for (int symbols : {14, 30, 60}) compare_many_streams(isa, scalar, 2144, symbols);
         compare_many_streams(isa, scalar, 2100, 30);

@@ -42,6 +42,7 @@ WRONG: dict[str, list[Any]] = {
     "disk": [None, True, 3, 5e8, b"1GB/s", ["1GB/s"]],
     "function": [3, "print"],
     "tuning": [None, 3, {"slots": 4}],
+    "cache bits": [True, 4.0, 0, 6, 32, "", "x", "4,", "4,4,4", "4.0", [], [4, 4, 4], [4, 6], (True, 4), {"k": 4}],
 }
 KIND = {
     **dict.fromkeys(("size", "memory"), "size"),
@@ -64,6 +65,7 @@ KIND = {
     "disk": "disk",
     "progress": "function",
     "tuning": "tuning",
+    "kv": "cache bits",
 }
 # Function, usual arguments in order, their names, the TypedDict of its options, and its other options.
 FUNCTIONS: list[tuple[Callable[..., Any], dict[str, Any], Any, str]] = [
@@ -72,7 +74,7 @@ FUNCTIONS: list[tuple[Callable[..., Any], dict[str, Any], Any, str]] = [
     (waterfill.sensitivity, {"model": "MODEL"}, ProbeOptions, "keep progress"),
     (waterfill.inspect, {"artifact": "MODEL"}, None, "verify"),
     (waterfill.load, {"artifact": "MODEL"}, None, "verify memory memory_form streamed logits tuning"),
-    (waterfill.Engine, {"artifact": "MODEL"}, None, "verify memory memory_form streamed tuning"),
+    (waterfill.Engine, {"artifact": "MODEL"}, None, "verify memory memory_form streamed tuning kv"),
     (
         waterfill.evaluate,
         {"model": "MODEL"},

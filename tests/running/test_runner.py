@@ -79,6 +79,21 @@ def test_a_model_of_another_kind_falls_back_and_says_why(gpt2: Path, command: Co
         waterfill.Engine(gpt2)
 
 
+def test_coded_keys_and_values_take_the_native_engine(work: Path, gpt2: Path, command: Command, tmp_path: Path) -> None:
+    refused = command("generate", gpt2, "-p", "def", "--kv", "4")
+    assert refused.code == 2
+    assert "kv is '4', which takes the native engine, and that does not run" in refused.err
+    assert "so: its kind is 'gpt2'" in refused.err
+    refused = command("chat", work / "packed", "--engine", "transformers", "--kv", "4")
+    assert refused.code == 2
+    assert "kv is '4' and engine is 'transformers', which keeps keys and values as they are" in refused.err
+    path = models.tiny_llama(tmp_path / "model", layers=1, tokenizer=True, head_dim=40)
+    plan = plan_for(path, codecs=["higgs-p1-n16"], budget=Budget(bits=16.0), uniform=True)
+    waterfill.pack(path, tmp_path / "packed", plan=plan)
+    with pytest.raises(WaterfillError, match="its heads have 40 dimensions, and coded keys and values need a multiple"):
+        waterfill.open_runner(tmp_path / "packed", kv=(5, 4))
+
+
 def test_drafts_and_look_ups_say_the_same(work: Path, command: Command) -> None:
     plain = command("generate", work / "packed", "-p", "x = 1\nx = 1\nx =", *GREEDY, "--json").record
     for way in ("--lookup", "4"), ("--draft", work / "packed"):

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -19,6 +19,9 @@ from waterfill.base.errors import WaterfillError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+CacheBits = int | str | Sequence[int] | None  # of keys and values: `cache_bits`
+CACHE_BITS = (16, 8, 5, 4, 3)
+PLAIN_BITS = (16, 16)  # numbers as they are
 MOST = 2**31 - 1  # of anything that is counted
 MOST_SEED = 2**63 - 1
 
@@ -71,6 +74,27 @@ def _is_whole(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral)
 
 
+def cache_bits(kv: CacheBits) -> tuple[int, int]:
+    """Bits of keys and of values: 4 and "4" are both, "5,4" and (5, 4) each; None is 16 of both, numbers as they are.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    parts: Sequence[Any] = kv.split(",") if isinstance(kv, str) else kv if isinstance(kv, list | tuple) else (kv,)
+    bits = [16 if part is None else int(part) if isinstance(part, str) else part for part in parts]
+    if not 1 <= len(bits) <= 2 or not all(_is_whole(each) and each in CACHE_BITS for each in bits):
+        raise ValueError(f"{kv!r} is not of {CACHE_BITS}")
+    return int(bits[0]), int(bits[-1])
+
+
+def _is_cache_bits(value: Any) -> bool:
+    try:
+        cache_bits(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _is_path(value: object) -> bool:
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     return isinstance(text, str) and text != "" and "\0" not in text
@@ -96,6 +120,7 @@ CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("sequences", "batch", "max_windows", "stride", "limit", "max_new_tokens", "logits"), whole(1)),
     **dict.fromkeys(("length", "context", "new_tokens"), whole(2)),
     "streamed": optional(FLAG),
+    "kv": Check("16, 8, 5, 4 or 3 bits, or two of these as in '5,4': of keys, of values", _is_cache_bits),
     "memory_form": choice("auto", "levels", "codes"),
     "prompt_tokens": whole(1),
     "shots": whole(0),

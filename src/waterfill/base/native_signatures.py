@@ -14,7 +14,7 @@ from pathlib import Path
 
 from waterfill.base.errors import WaterfillError
 
-HEADER = "7fd8ef9be4fcce6c"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
+HEADER = "8719233e2a487a31"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # WF_FLOAT32 and so on
 SILU, GELU_TANH = 0, 1  # WF_SILU, WF_GELU_TANH
 UNANSWERED = -100  # WF_UNANSWERED: an exception came just as a callback was called
@@ -64,6 +64,29 @@ class LayerView(ctypes.Structure):
     )
 
 
+class CodedView(ctypes.Structure):
+    """wf_coded: keys or values by codes, and some of them as they are."""
+
+    _fields_ = (
+        ("bits", c_int),
+        ("unit", c_float),
+        ("levels", c_void_p),
+        ("whole", POINTER(c_void_p)),
+        ("bytes", c_int64),
+        ("whole_bytes", c_int64),
+    )
+
+
+class CodingView(ctypes.Structure):
+    """wf_coding: which tokens of a text are seen by codes."""
+
+    _fields_ = (
+        ("keys", CodedView),
+        ("values", CodedView),
+        *((name, c_int64) for name in ("first", "recent", "ring", "kept_from", "coded")),
+    )
+
+
 class SequenceView(ctypes.Structure):
     """wf_sequence: a text that a pass reads on in."""
 
@@ -73,6 +96,7 @@ class SequenceView(ctypes.Structure):
         ("values", POINTER(c_void_p)),
         ("layers", c_int64),
         ("bytes", c_int64),
+        ("coding", POINTER(CodingView)),
     )
 
 
@@ -120,6 +144,8 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "wf_matrix": MatrixView,
     "wf_vector": Vector,
     "wf_layer": LayerView,
+    "wf_coded": CodedView,
+    "wf_coding": CodingView,
     "wf_sequence": SequenceView,
     "wf_chunk": ChunkView,
     "wf_task": Task,

@@ -52,6 +52,12 @@ _running_options = combined(
         type=click.Choice(("auto", "native", "transformers")),
         help="Who runs the model; auto is native where that can be.",
     ),
+    click.option(
+        "--kv",
+        metavar="BITS",
+        help="Keys and values of the text by codes of 8, 5, 4 or 3 bits, or of each, as 5,4; 16 (default) is as they "
+        "are. By the native engine.",
+    ),
 )
 
 LIVE_S = 0.5  # between two lines about the stream
@@ -106,7 +112,7 @@ class _Running:
         from waterfill.running.text.sampling import Sampling
 
         chosen = console.given(options)
-        names = ("memory", "memory_form", "draft", "lookup", "engine")
+        names = ("memory", "memory_form", "draft", "lookup", "engine", "kv")
         running = {name: chosen.pop(name) for name in names if name in chosen}
         self._sampling = Sampling(**chosen)
         with shown("loading the model"):

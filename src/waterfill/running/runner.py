@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
-from waterfill.base.arguments import PATH, Check, checked, optional
+from waterfill.base.arguments import PATH, PLAIN_BITS, CacheBits, Check, cache_bits, checked, optional
 from waterfill.base.errors import MemoryLimitError, UnsupportedError, WaterfillError
 from waterfill.files.settings.messages import Message
 from waterfill.running.streaming.fit import Form
@@ -54,6 +54,7 @@ def open_runner(
     draft: str | Path | None = None,
     lookup: int | None = None,
     engine: Choice = "auto",
+    kv: CacheBits = None,
 ) -> Runner:
     """Open a packed model to generate with, by the native engine if it can be.
 
@@ -68,16 +69,27 @@ def open_runner(
         draft: a smaller artifact of the same tokenizer, which drafts tokens. It is loaded first, and whole.
         lookup: draft up to so many tokens from what the text said before.
         engine: who runs the model; "auto" is "native" where that can be.
+        kv: bits of keys and values, as of `Engine`, which has to run the model then; a draft's are as they are.
 
     Raises:
-        WaterfillError: as `waterfill.load` does, and with "native" for a model that the engine does not run.
+        WaterfillError: as `waterfill.load` does, and with "native" or `kv` for a model that the engine does not run.
     """
     check_speculation(draft, lookup)
-    arguments = (Path(artifact), memory, memory_form, None if draft is None else Path(draft), lookup)
+    coded = cache_bits(kv) != PLAIN_BITS
+    if coded and engine == "transformers":
+        raise WaterfillError(
+            f"kv is {kv!r} and engine is 'transformers', which keeps keys and values as they are; leave one of them out"
+        )
+    arguments = (Path(artifact), memory, memory_form, None if draft is None else Path(draft), lookup, kv)
     if engine != "transformers":
         try:
             return _Native(*arguments)
         except UnsupportedError as reason:
+            if coded:
+                raise WaterfillError(
+                    f"kv is {kv!r}, which takes the native engine, and that does not run {artifact} so: {reason}; "
+                    "leave kv out"
+                ) from reason
             if engine == "native":
                 raise WaterfillError(
                     f"the native engine does not run {artifact}: {reason}; leave it to transformers"
@@ -93,12 +105,18 @@ class Runner(ABC):
     """
 
     def __init__(
-        self, artifact: Path, memory: str | float | None, form: Form, draft: Path | None, lookup: int | None
+        self,
+        artifact: Path,
+        memory: str | float | None,
+        form: Form,
+        draft: Path | None,
+        lookup: int | None,
+        kv: CacheBits,
     ) -> None:
-        self._artifact, self._memory, self._form, self._lookup = artifact, memory, form, lookup
+        self._artifact, self._memory, self._form, self._lookup, self._kv = artifact, memory, form, lookup, kv
         self._opening = threading.RLock()  # texts begin one after the other, and then run beside each other
         self._draft = None if draft is None else self._open(draft, streamed=False)
-        self._model = self._open(artifact, form=form)
+        self._model = self._open(artifact, form=form, kv=kv)
 
     @property
     def streaming(self) -> Streamer | None:
@@ -145,11 +163,11 @@ class Runner(ABC):
             _log.info("the weights leave too little memory for the text: they are streamed from now on")
             self._model = None  # before it is opened again
             gc.collect()
-            self._model = self._open(self._artifact, streamed=True)
+            self._model = self._open(self._artifact, streamed=True, kv=self._kv)
             return ask()
 
     @abstractmethod
-    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto") -> Any:
+    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto", kv: CacheBits = None) -> Any:
         """A model within the limit of memory, with `streaming`."""
 
     @abstractmethod
@@ -162,10 +180,10 @@ class Runner(ABC):
 
 
 class _Native(Runner):
-    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto") -> Any:
+    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto", kv: CacheBits = None) -> Any:
         from waterfill.running.engine.engine import Engine
 
-        return Engine(artifact, memory=self._memory, memory_form=form, streamed=streamed)
+        return Engine(artifact, memory=self._memory, memory_form=form, streamed=streamed, kv=kv)
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         return self._model.generate(prompt, sampling, draft=self._draft, lookup=self._lookup)
@@ -182,7 +200,7 @@ class _Transformers(Runner):
         super().__init__(artifact, *arguments)
         self._tokenizer = load_tokenizer(artifact)
 
-    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto") -> Any:
+    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto", kv: CacheBits = None) -> Any:
         from waterfill.running.loading import load
 
         return load(artifact, memory=self._memory, memory_form=form, streamed=streamed)

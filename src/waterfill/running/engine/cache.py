@@ -1,7 +1,7 @@
 """What a model remembers of a text: a sequence owns the ids of its tokens, and a cache of what was made of them.
 
     model.sequence() ──► Sequence ──┬── ids
-                                    └── Cache: KeysValues, plain numbers of every layer
+                                    └── Cache: KeysValues, plain numbers of every layer, or codes (coded_cache.py)
 
 Many sequences share the weights of one model, and a pass reads on in several of them. One that is let go of gives its
 memory back. A family makes the kind of cache that its layers need: the model asks no more of it than `Cache` says.
@@ -115,9 +115,33 @@ class Shape:
         return self.layers * 2 * self.kv_heads * self.head_dim * (2 if self.half else 4)
 
     @property
+    def text_bytes(self) -> int:
+        """Of a text beside its tokens, in all layers."""
+        return 0
+
+    @property
     def dtype(self) -> int:
         """The C code of the numbers."""
         return native.BFLOAT16 if self.half else native.FLOAT32
+
+    @property
+    def number(self) -> type[np.generic]:
+        """The numbers as numpy has them; bfloat16 are their bits."""
+        return np.uint16 if self.half else np.float32
+
+    def capacity(self, tokens: int) -> int:
+        """Positions of memory for so many."""
+        return tokens
+
+    def room(self, values: bool, capacity: int) -> npt.NDArray[np.generic]:
+        """Memory for a layer's keys, or its `values`, of so many positions: `[kv_heads, ...]`, of which the first part
+        of the second axis is that of the first tokens."""
+        del values
+        return np.empty((self.kv_heads, capacity, self.head_dim), self.number)
+
+    def cache(self) -> Cache:
+        """An empty one."""
+        return KeysValues(self)
 
 
 class KeysValues:
@@ -157,15 +181,14 @@ class KeysValues:
         self._written = self._resident(self.length, self.capacity) if self.length else 0
         for arrays in (self._keys, self._values):
             for layer in range(shape.layers):
-                array = np.empty(
-                    (shape.kv_heads, self.capacity, shape.head_dim), np.uint16 if shape.half else np.float32
-                )
+                array = shape.room(arrays is self._values, self.capacity)
                 if layer < len(arrays):
-                    array[:, : self.length] = arrays[layer][:, : self.length]
+                    filled = -(-self.length * array.shape[1] // self.capacity)
+                    array[:, :filled] = arrays[layer][:, :filled]
                     arrays[layer] = array
                 else:
                     arrays.append(array)
-        self._addresses = tuple(_pointers(arrays) for arrays in (self._keys, self._values))
+        self._addresses = tuple(pointers(arrays) for arrays in (self._keys, self._values))
 
     def append(self, tokens: int) -> None:
         """See `Cache`."""
@@ -187,8 +210,8 @@ class KeysValues:
         if tokens <= self.capacity:
             return self.capacity
         if tokens <= self.expected:
-            return self.expected
-        return min(max(2 * self.capacity, tokens), max(tokens, self._shape.positions))
+            return self._shape.capacity(self.expected)
+        return self._shape.capacity(min(max(2 * self.capacity, tokens), max(tokens, self._shape.positions)))
 
     def _resident(self, tokens: int, capacity: int) -> int:
         """Positions that are in memory once so many of a capacity are written."""
@@ -196,7 +219,7 @@ class KeysValues:
         return capacity if array_bytes >= HUGE_ARRAY_BYTES else tokens
 
 
-def _pointers(arrays: abc.Sequence[npt.NDArray[np.generic]]) -> Any:
+def pointers(arrays: abc.Sequence[npt.NDArray[np.generic]]) -> Any:
     """The arrays' addresses, as wf_sequence has them."""
     addresses = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
     return ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p))

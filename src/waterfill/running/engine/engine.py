@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from waterfill.base.arguments import checked
+from waterfill.base.arguments import CacheBits, checked
 from waterfill.files.artifact import open_artifact
 from waterfill.files.settings.messages import Message
 from waterfill.running.engine.cache import Sequence as EngineSequence
@@ -36,6 +36,8 @@ class Engine:
         streamed: whether weights come from storage for every token; None streams what does not fit.
         verify: compare every byte with its digest first.
         tuning: sizes and times of streaming; other ones are for tests and benchmarks.
+        kv: bits of keys and values in the cache, 8, 5, 4 or 3, or of each, as "5,4"; 16, also when None, are numbers as
+            they are.
 
     Raises:
         UnsupportedError: a model that takes transformers (`waterfill.load`), or no native library; says why.
@@ -53,6 +55,7 @@ class Engine:
         streamed: bool | None = None,
         verify: bool = True,
         tuning: Tuning = USUAL,
+        kv: CacheBits = None,
     ) -> None:
         opened = open_artifact(Path(artifact), verify=False)
         if verify:
@@ -61,7 +64,7 @@ class Engine:
         self.defaults = read_defaults(opened.path)
         self.tokenizer = load_tokenizer(opened.path)
         self.model = open_model(
-            opened, memory=memory, memory_form=memory_form, streamed=streamed, verify=verify, tuning=tuning
+            opened, memory=memory, memory_form=memory_form, streamed=streamed, verify=verify, tuning=tuning, kv=kv
         )
         self._sequences = Sequences(self.model)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from waterfill.base import native
+from waterfill.base.arguments import CacheBits, cache_bits
 from waterfill.base.errors import UnsupportedError
 from waterfill.codecs import lossless
 from waterfill.files.artifact import RAW, Artifact, open_artifact, read_bytes
@@ -35,8 +36,10 @@ def open_model(
     verify: bool = True,
     logits: int = 1,
     tuning: Tuning = USUAL,
+    kv: CacheBits = None,
 ) -> LlamaModel:
-    """The packed model, without torch and transformers; the arguments are those of `waterfill.load`.
+    """The packed model, without torch and transformers; the arguments are those of `waterfill.load`, and `kv` is that
+    of `Engine`.
 
     Of an artifact that is open already, all files but the shards are the caller's to verify.
 
@@ -51,7 +54,8 @@ def open_model(
             artifact.verify_files()
     check_library()
     spec = read_spec(artifact)
-    texts = working(spec)
+    bits = cache_bits(kv)
+    texts = working(spec, bits)
     context = min(LEAST_CONTEXT, spec.positions)
     least = OVERHEAD_BYTES + texts.text_bytes(context) + texts.pass_bytes(LEAST_PASS, context, logits)
     largest = max(tensor.size_bytes for tensor in artifact.tensors.values())
@@ -61,7 +65,7 @@ def open_model(
     if spec.norm_offset:  # of a family without biases
         vectors = {name: vector + np.float32(spec.norm_offset) for name, vector in vectors.items()}
     if chosen.streamed:
-        return _streamed(artifact, spec, vectors, chosen, verify=verify, logits=logits, tuning=tuning)
+        return _streamed(artifact, spec, vectors, chosen, verify=verify, logits=logits, tuning=tuning, bits=bits)
     limit = Limit(
         artifact.path,
         chosen.limit_bytes,
@@ -72,7 +76,7 @@ def open_model(
     )
     width = texts.widest(min(tuning.pass_bytes, chosen.spare_bytes // 4), context)
     weights = Resident.load(artifact, spec, verify=verify)
-    return LlamaModel(spec, weights, vectors, pass_tokens=width, limit=limit)
+    return LlamaModel(spec, weights, vectors, pass_tokens=width, limit=limit, bits=bits)
 
 
 def check_library() -> None:
@@ -101,8 +105,9 @@ def _streamed(
     verify: bool,
     logits: int,
     tuning: Tuning,
+    bits: tuple[int, int],
 ) -> LlamaModel:
-    texts, storage = working(spec), Storage()
+    texts, storage = working(spec, bits), Storage()
     try:
         matrices = {
             name: tuning.matrix(artifact.tensors[name], storage, verify=verify) for name in packed_names(artifact)
@@ -141,4 +146,5 @@ def _streamed(
         pass_tokens=texts.widest(tuning.pass_bytes, LEAST_CONTEXT),
         streaming=streamer,
         limit=limit,
+        bits=bits,
     )

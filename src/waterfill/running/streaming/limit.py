@@ -35,9 +35,10 @@ class Working:
     logits: int  # of a position whose logits are computed
     scores: float = 0.0  # of a token of a pass, for each token of the text that it may look at
     fixed: float = 0.0  # of every pass and text, however short
+    text: int = 0  # of every text, however short, beside `fixed`
 
     def text_bytes(self, tokens: int) -> int:
-        return math.ceil(tokens * self.token)
+        return math.ceil(tokens * self.token) + (self.text if tokens else 0)
 
     def pass_bytes(self, tokens: int, context: int, logits: int) -> int:
         """Of a pass whose last token is the text's token `context`."""

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from waterfill.base import native
+from waterfill.base.arguments import PLAIN_BITS
 from waterfill.base.errors import WaterfillError
-from waterfill.running.engine.cache import KeysValues, Sequence, Shape
+from waterfill.running.engine.cache import Sequence, Shape
+from waterfill.running.engine.coded_cache import CodedShape
 from waterfill.running.engine.families.llama_spec import FINAL_NORM, OPTIONAL, PROJECTIONS, Spec
 from waterfill.running.engine.weights import Weights, kernels
 from waterfill.running.streaming.limit import Limit, Working
@@ -38,6 +40,7 @@ class LlamaModel:
         pass_tokens: how many tokens go through the layers at a time, at most.
         streaming: who decodes the weights as they are multiplied, where they are not levels in memory.
         limit: on the memory that texts are read in.
+        bits: of keys and values, 3, 4, 5 or 8, or 16 for numbers as they are.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class LlamaModel:
         pass_tokens: int,
         streaming: Streamer | None = None,
         limit: Limit | None = None,
+        bits: tuple[int, int] = PLAIN_BITS,
     ) -> None:
         self._library, self._isa = kernels()
         self.spec, self.weights, self._vectors = spec, weights, vectors
@@ -56,13 +60,13 @@ class LlamaModel:
         self._pass_tokens, self.streaming, self._limit = pass_tokens, streaming, limit
         self._lock = threading.Lock()  # of a pass: its memory, the order in which weights are read, what is reckoned
         self._sequences: WeakSet[Sequence] = WeakSet()  # all that there are
-        self._shape = shape_of(spec)
+        self._shape = shape_of(spec, bits)
         self._views: list[native.MatrixView] = []
         self._layers = (native.LayerView * spec.layers)(*map(self._layer, range(spec.layers)))
 
     def sequence(self) -> Sequence:
         """A new sequence; it takes its memory as it grows, and gives it back when nobody holds it any more."""
-        made = Sequence(self, KeysValues(self._shape))
+        made = Sequence(self, self._shape.cache())
         with self._lock:
             self._sequences.add(made)
         return made
@@ -113,7 +117,8 @@ class LlamaModel:
             WaterfillError: tokens do not fit the model's positions.
             IndexError: an id is none of its tokens.
             ValueError: a sequence comes twice.
-            ArtifactError: weights are damaged. The sequences are as they were, whatever is raised.
+            ArtifactError: weights are damaged. The sequences are as they were, whatever is raised, or shorter where
+                their caches cannot go back just there.
         """
         wanted = [logits] * len(sequences) if isinstance(logits, int) else list(logits)
         parts = [
@@ -259,18 +264,25 @@ class _Part:
         self.read += len(ids)
 
 
-def shape_of(spec: Spec) -> Shape:
-    """Of a sequence's keys and values: bfloat16 where the checkpoint is that."""
-    return Shape(spec.layers, spec.kv_heads, spec.head_dim, spec.dtype == "BF16", spec.positions)
+def shape_of(spec: Spec, bits: tuple[int, int] = PLAIN_BITS) -> Shape:
+    """Of a sequence's keys and values: bfloat16 where the checkpoint is that, or codes of so many bits.
+
+    Raises:
+        UnsupportedError: heads that cannot be coded.
+    """
+    shape = Shape(spec.layers, spec.kv_heads, spec.head_dim, spec.dtype == "BF16", spec.positions)
+    return shape if bits == PLAIN_BITS else CodedShape.of(shape, bits)
 
 
-def working(spec: Spec) -> Working:
-    """What texts take beside the weights."""
+def working(spec: Spec, bits: tuple[int, int] = PLAIN_BITS) -> Working:
+    """What texts take beside the weights, with keys and values of so many bits."""
+    shape = shape_of(spec, bits)
     widest = max(spec.inner, spec.heads * spec.head_dim, spec.hidden)
     layer = 4 * spec.hidden + 2 * (spec.heads + spec.kv_heads) * spec.head_dim + 2 * spec.inner
     layer += 2 * spec.head_dim * (len(spec.frequencies) - 1)  # rotary tables beyond the first
     return Working(
-        token=shape_of(spec).token_bytes,
+        token=shape.token_bytes,
+        text=shape.text_bytes,
         activations=4 * (layer + 3 * widest),  # of a layer and of one product
         logits=12 * spec.vocabulary,  # and a float64 copy that is chosen from
     )
