@@ -44,11 +44,11 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 }
 QUICK_SHAPES = ("smollm2-135m",)
 CODECS = {3.0: "bitshift-3", 4.5: "bitshift-4.5"}
-KINDS = {3.0: ("Q3_K", "IQ3_XXS", "Q4_0"), 4.5: ("Q4_0", "Q4_K", "IQ4_XS")}  # Q4_0: any rows that 32 divides
+KINDS = {3.0: ("Q3_K", "Q4_0"), 4.5: ("Q4_0", "Q4_K")}  # Q4_0: any rows that 32 divides
 BLOCK = 256  # weights of a row that types but Q4_0 put together
 READING = 512
 GOALS = {"avx2": 1.0, "avx512": 1.2, "avx512vbmi": 1.2}  # of llama.cpp's fastest
-ROUNDS, QUICK_ROUNDS, PATIENCE_S = 7, 2, 60.0
+ROUNDS, QUICK_ROUNDS, PATIENCE_S = 3, 2, 60.0
 WRITTEN, READ = "tokens/s", f"tokens/s of {READING} read"
 
 
