@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -154,6 +155,42 @@ def test_bits_do_not_depend_on_threads(isa: str, tokens: int, threads: Callable[
         results[-1] += [part for matrix in matrices for part in (matrix.codes.view(torch.int16), matrix.scales)]
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_native
+def test_threads_that_come_late_change_nothing() -> None:
+    """Of more threads than there are processors, some find the work done, and some come in its midst."""
+    assert LIBRARY is not None
+    matrix, x = native_kernels.arrange(stored("higgs-p2-n16", 1000, 1024), ISAS[0]), activations(1, 1024)
+    expected = reference.matmul_integer(x, stored("higgs-p2-n16", 1000, 1024))
+    LIBRARY.set_team(None)
+    LIBRARY.set_threads(4 * (os.cpu_count() or 1))
+    try:
+        assert all(same_bits(kernels.matmul(x, matrix), expected) for _ in range(300))
+    finally:
+        LIBRARY.set_team(native.openmp_team())
+        LIBRARY.set_threads(0)
+
+
+@needs_native
+def test_own_threads_are_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LIBRARY is not None
+    teams: list[int | None] = []
+    counts: list[int] = []
+    monkeypatch.setattr(LIBRARY, "shares_threads", True, raising=False)
+    monkeypatch.setattr(LIBRARY, "set_team", teams.append, raising=False)
+    monkeypatch.setattr(LIBRARY, "set_threads", counts.append, raising=False)
+
+    def interrupted() -> None:
+        assert LIBRARY is not None
+        with LIBRARY.own_threads():
+            assert (teams, counts) == ([None], [torch.get_num_threads()])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    team = native.openmp_team()
+    assert (teams, counts) == ([None, team], [torch.get_num_threads(), 0 if team else torch.get_num_threads()])
 
 
 @every_isa
