@@ -44,11 +44,9 @@ GRIDS = (
     *(f"higgs-p3-n{2**k}" for k in range(3, 13)),
     *(f"higgs-p4-n{2**k}" for k in range(3, 13)),
 )
-# Beyond the rates of the bitshift trellis, and the least there is: within them grids lose more, and many are slower.
-_BEYOND = ("higgs-p4-n8", "higgs-p1-n64", "higgs-p1-n128", "higgs-p1-n256")
 MENUS: Mapping[str, tuple[str, ...]] = {
     "storage": ("trellis",),
-    "memory": ("bitshift", *_BEYOND),
+    "memory": (*GRIDS, "bitshift"),
     "stream": ("trellis", *GRIDS, "bitshift"),
 }
 """What a matrix may be given where nobody says more than what it is for: names of codecs, or of every rate of one."""
