@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from typing import Any
@@ -67,12 +66,12 @@ def measure_whole_models(report: BenchmarkReport, python: str, quick: bool) -> N
 
 
 def _samples(report: BenchmarkReport, shape: str, peers: Sequence[PeerProcess], rounds: int) -> Series:
-    shapes, library = dict(SHAPES[shape]), native.library()
+    shapes = dict(SHAPES[shape])
     wanted = dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds)
     widths = shapes["hidden_size"], shapes["intermediate_size"]
     fitting = [kind for kind in wanted if kind == "Q4_0" or not any(width % BLOCK for width in widths)]
     ours = [RandomModel(codec, shapes) for codec in CODECS.values()]
-    with tempfile.TemporaryDirectory() as folder, library.own_threads() if library else nullcontext():
+    with tempfile.TemporaryDirectory() as folder, native.own_threads():
         kinds = [kind for peer in peers for kind in fitting if load_peer(report, peer, kind, shapes, folder)]
         return undisturbed(report, shape, Effort(rounds, PATIENCE_S), partial(_round, ours, peers, kinds))
 

@@ -44,10 +44,6 @@ class LlamaServer:
         """Seconds that a prompt takes."""
         return float(self._timings(kind, tokens, 1)["prompt_ms"]) / 1e3
 
-    def drop(self) -> None:
-        """Let go of all models."""
-        self._models.clear()
-
     def _timings(self, kind: str, prompt: int, tokens: int) -> dict[str, Any]:
         wanted = {
             "prompt": list(range(FIRST_ID, FIRST_ID + prompt)),

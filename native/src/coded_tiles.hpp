@@ -19,12 +19,6 @@ struct CodedTiles {
     using Octets = typename Isa::Octets;
     static constexpr int64_t kOctets = sizeof(Octets);
 
-    static Octets load(const uint8_t* p) {
-        Octets o;
-        std::memcpy(&o, p, sizeof o);
-        return o;
-    }
-
     // Fields of a plane of a block's n codes, from number `from` on, a vector at a time.
     template <int PLANE>
     struct Fields {
@@ -37,7 +31,7 @@ struct CodedTiles {
         Octets next() {
             typedef uint16_t Pairs __attribute__((vector_size(sizeof(Octets))));
             Isa::prefetch(plane + at + kAhead);
-            const Octets all = load(plane + at);  // bits of a neighbour come along
+            const Octets all = loaded<Octets>(plane + at);  // bits of a neighbour come along
             const Octets found = Octets(Pairs(all) >> uint16_t(shift)) & uint8_t((1 << PLANE) - 1);
             at += kOctets;
             if (at == bytes) at = 0, shift += PLANE;

@@ -8,7 +8,7 @@
 // Hence every instruction set, batch size and path below gives the same bits.
 //
 //     few tokens, byte tables   tile_from_codes: codes -> registers -> dot product, nothing written
-//     anything else             decode_tile: four rows to a buffer, then dots_from_buffer or the instruction set's gemm
+//     anything else             decode_tile: four rows to a buffer (buffered.hpp), or the instruction set's gemm
 #pragma once
 
 #include <cstring>

@@ -16,11 +16,7 @@ typedef float Four __attribute__((vector_size(16)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef int32_t Eight32 __attribute__((vector_size(32)));
 
-inline Eight load8(const float* p) {
-    Eight x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
+inline Eight load8(const float* p) { return loaded<Eight>(p); }
 inline void store8(float* p, Eight x) { std::memcpy(p, &x, sizeof x); }
 
 // Of 16: those that are 8 apart first, then those that are 4, 2 and 1 apart.

@@ -17,6 +17,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__GNUC__)
 #define WF_UNROLL _Pragma("GCC unroll 32")  // or an array of vectors would not be one of registers
@@ -28,6 +29,14 @@
 
 namespace waterfill {
 namespace {
+
+// Vectors of any kind, from anywhere.
+template <class Vector>
+inline Vector loaded(const void* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
 
 constexpr int kChunk = 128;  // codes
 constexpr int kTile = 4;     // rows

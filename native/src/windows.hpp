@@ -43,11 +43,6 @@ struct Windows {
         for (int i = 0; i < 3; ++i) hash[i] = Isa::repeated(t.hash[i]);
     }
 
-    static Octets load(const uint8_t* p) {
-        Octets o;
-        std::memcpy(&o, p, sizeof o);
-        return o;
-    }
     // Bits of neighbouring bytes come along, which `mask` then clears.
     template <int BY>
     static Octets shifted(Octets o, int mask) {
@@ -79,20 +74,20 @@ struct Windows {
             after[0] = after[1] = shifted<3>(eight, 15), after[2] = after[3] = shifted<2>(eight, 15);
             after[4] = after[5] = shifted<1>(eight, 15), after[6] = after[7] = four;
         } else if (r.bits == 1) {
-            const Octets eight = load(from), first = shifted<4>(eight, 15), middle = raised<4>(last) | first;
+            const Octets eight = loaded<Octets>(from), first = shifted<4>(eight, 15), middle = raised<4>(last) | first;
             after[0] = shifted<3>(middle, 15), after[1] = shifted<2>(middle, 15), after[2] = shifted<1>(middle, 15);
             after[3] = first, after[4] = shifted<3>(eight, 15), after[5] = shifted<2>(eight, 15);
             after[6] = shifted<1>(eight, 15), after[7] = eight & uint8_t(15);
         } else if (r.bits == 2) {
             WF_UNROLL for (int step = 0; step < kChunkSteps; step += 4) {
-                const Octets four = load(from + step * kTile * kRowLanes / 4);
+                const Octets four = loaded<Octets>(from + step * kTile * kRowLanes / 4);
                 after[step] = raised<2>(step ? after[step - 1] : last) | shifted<6>(four, 3);
                 after[step + 1] = shifted<4>(four, 15), after[step + 2] = shifted<2>(four, 15);
                 after[step + 3] = four & uint8_t(15);
             }
         } else {
             WF_UNROLL for (int step = 0; step < kChunkSteps; step += 2) {
-                const Octets two = load(from + step * kTile * kRowLanes / 2);
+                const Octets two = loaded<Octets>(from + step * kTile * kRowLanes / 2);
                 after[step] = shifted<4>(two, 15), after[step + 1] = two & uint8_t(15);
             }
         }

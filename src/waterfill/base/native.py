@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from ctypes import c_void_p
 from functools import lru_cache
 from importlib.util import find_spec
@@ -141,6 +141,12 @@ def share_threads() -> None:
     """
     if (native := library()) is not None:
         native.choose_threads()
+
+
+def own_threads() -> AbstractContextManager[None]:
+    """See `Native.own_threads`; nothing where there is no library."""
+    native = library()
+    return nullcontext() if native is None else native.own_threads()
 
 
 def threads() -> int:

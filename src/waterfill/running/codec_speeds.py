@@ -18,7 +18,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -90,10 +89,9 @@ def measure(names: Sequence[str], progress: Progress | None = None) -> tuple[dic
     """Seconds per weight of each of these, and the share of the processors' time that measuring them got."""
     parts = 1 if native.isa() is None else max(PARTS, PARTS_PER_THREAD * native.threads())
     nothing = np.zeros(2, np.int64)
-    library = native.library()
     with (
         stage(progress, MEASURING, len(names) + ROUNDS) as advance,
-        nullcontext() if library is None else library.own_threads(),
+        native.own_threads(),
         tempfile.TemporaryDirectory() as folder,
         Activations(View.of_array(np.ones((1, WIDTH), np.float32))) as x,
     ):
