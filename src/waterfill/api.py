@@ -33,6 +33,8 @@ from waterfill.planning.budget import Budget, format_size, parse_size
 from waterfill.planning.calibration import TOKENS as CALIBRATION_TOKENS
 from waterfill.planning.calibration import Calibrated, calibrate, calibrated_again, calibrated_on
 from waterfill.planning.disturbance import Disturbance
+from waterfill.planning.ladder import MENU as NESTED_MENU
+from waterfill.planning.ladder import nested_codecs, nested_plan, parse_rates
 from waterfill.planning.measuring import as_text, measure_checkpoint
 from waterfill.planning.menu import CodedBytes, codec_names
 from waterfill.planning.options import CHECKS, QUICK, PlanOptions, ProbeOptions
@@ -176,15 +178,15 @@ def _plan(
         with stage(progress, PLANNING):
             lossless = make_lossless_plan(name, architecture, checkpoint.fingerprint, sizes)
         return replace(lossless, unused=_unused(checkpoint, architecture)), None, architecture, None
-    size = options.get("size")
+    size, rates = options.get("size"), _rates(options)
     limits = (None if size is None else parse_size(size), options.get("bits"), options.get("max_kl"))
-    budget = Budget(*limits, options.get("speed"))
+    budget = Budget(None, rates[-1]) if rates else Budget(*limits, options.get("speed"))
     request = Request(
         gain=options.get("gain", "auto"),
         keep=tuple(options.get("keep", ())),
         ties=tuple(options.get("tie", ())),
         uniform=options.get("uniform", False),
-        codecs=tuple(options.get("codecs", ())),
+        codecs=NESTED_MENU if rates else tuple(options.get("codecs", ())),
         purpose=options.get("purpose", "storage"),
     )
     if options.get("alpha", "measured") == "uniform" and options.get("sensitivity") is not None:
@@ -192,7 +194,8 @@ def _plan(
     check_speed(options)
     architecture = _describe(checkpoint, request.keep, progress)
     timed = request.timed(budget)
-    names = codec_names(architecture, request.codecs, request.purpose, timed=timed)  # before minutes of work
+    menu = nested_codecs(rates) if rates else request.codecs
+    names = codec_names(architecture, menu, request.purpose, timed=timed)  # before minutes of work
     timing = timing_of(checkpoint, architecture, names, progress, options)
     sizes = _coded_bytes(checkpoint, architecture, progress)
     if (given := _given(checkpoint, architecture, options)) is not None:
@@ -205,14 +208,40 @@ def _plan(
 
         def planned(measured: Sensitivity) -> Plan:
             record = None if calibrated is None else calibrated.record
-            with stage(progress, PLANNING):
+
+            def within(budget: Budget) -> Plan:
                 return make_plan(name, architecture, measured, budget, request, sizes, record, left, timing)
+
+            with stage(progress, PLANNING):
+                if rates:
+                    return nested_plan(lambda rate: within(Budget(None, rate)), rates, left)
+                return within(budget)
 
         measured = given or _measure(checkpoint, architecture, progress, cast(ProbeOptions, options), text, planned)
     made = planned(measured)
     if made.calibration is None:
         calibrated = None  # nothing that was chosen gains by it
     return replace(made, unused=_unused(checkpoint, architecture)), measured, architecture, calibrated
+
+
+def _rates(options: PlanOptions) -> tuple[float, ...]:
+    """That the model is to be packed at, if it is to be at several.
+
+    Raises:
+        BudgetError: something else is asked for that does not go with that.
+    """
+    rates = options.get("rates")
+    if rates is None:
+        return ()
+    others = ("size", "bits", "max_kl", "speed", "codecs", "disk")
+    asked = [name for name in others if options.get(name) not in (None, (), [])]
+    if options.get("purpose", "storage") != "storage":
+        asked.append("for")
+    if asked:
+        raise BudgetError(
+            f"rates are what a model that is read at several is planned by; leave out {', '.join(asked)}, or rates"
+        )
+    return parse_rates(rates)
 
 
 def _given(checkpoint: Checkpoint, architecture: Architecture, options: PlanOptions) -> Sensitivity | None:

@@ -15,9 +15,9 @@ _SECTIONS = {
     "On a text": ("text_file", "against", "convention", "context", "stride", "max_windows", "statistics", "no_cache"),
     "Tasks": ("tasks", "shots", "limit", "chat_template"),
     "Efficiency": ("efficiency", "prompt_tokens", "new_tokens"),
-    "Our plans": ("sizes", "rates"),
+    "Our plans": ("sizes", "bits_per_weight"),
     "Methods": ("methods", "no_match"),
-    "Budget (exactly one; --speed also beside bytes)": ("size", "bits", "max_kl", "lossless", "speed"),
+    "Budget (exactly one; --speed also beside bytes)": ("size", "bits", "rates", "max_kl", "lossless", "speed"),
     "Choices": ("gain", "keep", "tie", "uniform", "purpose", "disk", "codecs"),
     "Sensitivities": (
         *("probe", "text", "calibration", "precision", "quick", "sequences", "length", "seed", "method"),
@@ -25,7 +25,7 @@ _SECTIONS = {
     ),
     "Error feedback": ("feedback", "calibrate", "calibration_tokens"),
     "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
-    "Running": ("memory", "memory_form", "draft", "lookup", "engine", "kv"),
+    "Running": ("memory", "memory_form", "rate", "draft", "lookup", "engine", "kv"),
 }
 
 Decorator = Callable[[Any], Any]
@@ -107,6 +107,12 @@ memory_form = click.option(
     type=click.Choice(["auto", "codes", "levels"]),
     help="levels: decoded once, the quickest; codes: about as small as the file, decoded for every token; "
     "auto (default): levels where they fit, else codes, else streamed from storage.",
+)
+rate_option = click.option(
+    "--rate",
+    type=float,
+    metavar="BITS",
+    help="Read no more than so many bits per weight, of an artifact that was packed at several rates (--rates).",
 )
 
 

@@ -23,7 +23,7 @@ from waterfill.base import interrupts
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.version import __version__
 from waterfill.cli import console, events, run, study
-from waterfill.cli.commands import FILE, PATH, OrderedGroup, combined, memory_form, plan_purpose_option
+from waterfill.cli.commands import FILE, PATH, OrderedGroup, combined, memory_form, plan_purpose_option, rate_option
 from waterfill.cli.progress import shown
 from waterfill.cli.show import doctor as show_doctor
 from waterfill.cli.show import evaluation as show_evaluation
@@ -40,6 +40,11 @@ _revision = click.option("--revision", help="Branch, tag or commit of a hub mode
 _plan_options = combined(
     click.option("--size", help="Bytes of all weight files, e.g. 2.5GB or 800MiB."),
     click.option("--bits", type=float, metavar="X", help="Stored bits per weight of the matrices, scales included."),
+    click.option(
+        "--rates",
+        metavar="X,Y,…",
+        help="Stored bits per weight, several: one artifact that can be read at any of them (--rate), e.g. 2.2,3,4.5.",
+    ),
     click.option(
         "--max-kl",
         type=float,
@@ -239,6 +244,7 @@ def seal(artifact: Path, as_json: bool) -> None:
 @click.option("--batch", type=int, metavar="N", help="Windows, or questions, per forward pass (1).")
 @click.option("--memory", metavar="SIZE", help="Stay below this, e.g. 1GB: stream an artifact that does not fit.")
 @memory_form
+@rate_option
 @click.option(
     "--tasks",
     metavar="NAMES",

@@ -13,7 +13,7 @@ import click
 
 from waterfill.base.errors import WaterfillError
 from waterfill.cli import console
-from waterfill.cli.commands import PATH, SectionedCommand, combined, memory_form
+from waterfill.cli.commands import PATH, SectionedCommand, combined, memory_form, rate_option
 from waterfill.cli.progress import shown
 from waterfill.cli.show.generation import generation_line, generation_record
 
@@ -43,6 +43,7 @@ _sampling_options = combined(
 _running_options = combined(
     click.option("--memory", metavar="SIZE", help="Stay below this, e.g. 1GB: stream a model that does not fit."),
     memory_form,
+    rate_option,
     click.option("--draft", type=PATH, help="Let this smaller artifact draft tokens."),
     click.option(
         "--lookup", type=click.IntRange(min=1), metavar="N", help="Draft up to N tokens from what the text said before."
@@ -112,7 +113,7 @@ class _Running:
         from waterfill.running.text.sampling import Sampling
 
         chosen = console.given(options)
-        names = ("memory", "memory_form", "draft", "lookup", "engine", "kv")
+        names = ("memory", "memory_form", "draft", "lookup", "engine", "kv", "rate")
         running = {name: chosen.pop(name) for name in names if name in chosen}
         self._sampling = Sampling(**chosen)
         with shown("loading the model"):

@@ -21,7 +21,7 @@ from waterfill.cli.stages import duration
 @click.option("--text", "text_file", type=FILE, required=True, help="Text to measure on.")
 @click.option("--size", "sizes", metavar="SIZES", multiple=True, help="Sizes of our plans, e.g. 2.5GB,3GB. Repeatable.")
 @click.option(
-    "--bits", "rates", metavar="LIST", multiple=True, help="Bits per weight of our plans (2.5,3,3.5,4,5,6,8)."
+    "--bits", "bits_per_weight", metavar="LIST", multiple=True, help="Bits per weight of our plans (2.5,3,3.5,4,5,6,8)."
 )
 @click.option(
     "--methods",
@@ -52,7 +52,7 @@ def compare(
     model: str,
     text_file: Path,
     sizes: Sequence[str],
-    rates: Sequence[str],
+    bits_per_weight: Sequence[str],
     methods: Sequence[str],
     no_match: bool,
     plot: Path | None,
@@ -71,7 +71,7 @@ def compare(
 
         check(plot)
     lists = {"sizes": _listed("--size", sizes), "methods": _listed("--methods", methods)}
-    lists["bits"] = [_number(rate) for rate in _listed("--bits", rates)]
+    lists["bits"] = [_number(rate) for rate in _listed("--bits", bits_per_weight)]
     chosen = console.given(options) | {name: values for name, values in lists.items() if values}
     with shown() as progress:
         comparison = compare_models(model, text_file, match=not no_match, progress=progress, **chosen)

@@ -16,7 +16,6 @@ from waterfill.codecs.contract import (
     Encoder,
     MemoryForm,
     MenuPoint,
-    Parts,
     Piece,
     Rates,
     Shape,
@@ -28,6 +27,9 @@ from waterfill.codecs.contract import (
 from waterfill.codecs.higgs import Higgs
 from waterfill.codecs.levels import Levels
 from waterfill.codecs.lossless import LOSSLESS
+from waterfill.codecs.nested import codec as nested_codec
+from waterfill.codecs.nested.codec import Nested
+from waterfill.codecs.parts import Parts
 from waterfill.codecs.table import TableCodec, scale_exponent
 from waterfill.codecs.trellis import codec as trellis_codec
 from waterfill.codecs.trellis.codec import Trellis
@@ -35,6 +37,7 @@ from waterfill.codecs.trellis.codec import Trellis
 register_codec("bitshift", bitshift_codec.bitshift, bitshift_codec.any_rate)
 register_codec("higgs", higgs.higgs)
 register_codec("levels", levels.levels)
+register_codec("nested", nested_codec.nested)
 register_codec("trellis", trellis_codec.trellis, trellis_codec.any_rate)
 
 # Every power-of-two grid: rates from 0.75 to 8 bits in steps of a quarter or a third; the larger p, the lower t2.
@@ -64,6 +67,7 @@ __all__ = [
     "Levels",
     "MemoryForm",
     "MenuPoint",
+    "Nested",
     "Parts",
     "Piece",
     "Rates",

@@ -34,6 +34,7 @@ from waterfill.base.native import Native
 from waterfill.codecs import decoded
 from waterfill.codecs.feedback import Blocks, Feedback
 from waterfill.codecs.hadamard import rotate
+from waterfill.codecs.parts import Parts
 
 Shape = tuple[int, int]  # (out_features, in_features)
 
@@ -106,41 +107,10 @@ class Rates:
     least: float
     most: float
     step: float
-    nested: bool = False  # whether what is stored at a rate holds what is stored at every lower one
 
     def codec(self, rate: float) -> Codec:
         """The codec of a rate, or of the nearest that there is."""
         return get_codec(self.pattern.format(min(max(rate, self.least), self.most)))
-
-
-@dataclass(frozen=True)
-class Parts:
-    """How a matrix is cut into blocks of rows that are read and decoded one by one.
-
-    The buffer `key` is cut, and all others, which are small, stay in memory. Where rows have no fixed number of bytes,
-    the buffer begins with the end of every part, counted from the buffer's first byte: 4 bytes each, little-endian.
-    """
-
-    key: str
-    rows: int  # of each part but the last; a multiple of 4
-    row_bytes: int  # in the buffer; 0: no fixed number
-
-    def index_bytes(self, rows: int) -> int:
-        """Bytes that the ends of the parts of so many rows take at the beginning of the buffer."""
-        return 0 if self.row_bytes else 4 * -(-rows // self.rows)
-
-    def bounds(self, rows: int, index: bytes) -> npt.NDArray[np.int64]:
-        """Where in the buffer each part of so many rows begins, and the last one ends, given the first `index_bytes` of
-        it. Of a damaged index anything: fewer bounds, in any order, beyond the buffer."""
-        if self.row_bytes:
-            return np.minimum(np.arange(-(-rows // self.rows) + 1) * self.rows, rows) * self.row_bytes
-        return np.concatenate([[self.index_bytes(rows)], np.frombuffer(index, "<u4").astype(np.int64)])
-
-    def alone(self, ends: npt.NDArray[np.uint32], data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Consecutive parts as the whole buffer of a smaller matrix, given their bytes and where each ends in them."""
-        if self.row_bytes:
-            return data.copy()
-        return np.concatenate([(ends + 4 * len(ends)).astype("<u4").view(np.uint8), data])
 
 
 class Codec(ABC):
@@ -150,6 +120,7 @@ class Codec(ABC):
     for_files = True  # False: a form in memory alone, which nothing is packed with
     rates: Rates | None = None  # that the like of it come in; None: it stands for itself
     rate = 0.0  # of those, its own
+    level_count = 1  # that its buffers can be read at: those of a lower one are the first of all
 
     @abstractmethod
     def layout(self, shape: Shape) -> Mapping[str, BufferLayout]:
@@ -158,6 +129,10 @@ class Codec(ABC):
     @abstractmethod
     def distortion(self, shape: Shape) -> float:
         """Expected t2 of a Gaussian matrix of this shape with MSE scales."""
+
+    def at(self, level: int) -> Codec:
+        """The codec of the buffers of one of its levels, from 1 up; the last is itself."""
+        return self
 
     def along(self, shape: Shape) -> float:
         """Share of the noise that lies along the weights; 0 where the gain is exact in every group."""
@@ -208,7 +183,7 @@ class Codec(ABC):
         step, parts = self._rows_at_a_time(shape), []
         for first in range(0, shape[0], step):
             last = min(first + step, shape[0])
-            some = self._rows(buffers, shape, first, last) if self._in_rows(shape) else buffers
+            some = self._some(buffers, shape, first, last) if self._in_rows(shape) else buffers
             encoded = Encoded((last - first, shape[1]), some, exponent, noise_power=0.0, power=0.0)
             parts.append(decoded.rounded(rotate(self.decode(encoded)) * 2.0**-exponent))
         scales, codes = (torch.cat([part[i] for part in parts]) for i in range(2))
@@ -222,16 +197,25 @@ class Codec(ABC):
         """Whether rows are of a fixed size."""
         return all(part.row_bytes for part in self.layout(shape).values())
 
-    def _rows(
+    def _some(
         self, buffers: Mapping[str, torch.Tensor], shape: Shape, first: int, last: int
     ) -> Mapping[str, torch.Tensor]:
         """Buffers of rows, of those of a matrix whose rows are of a fixed size."""
-        rows = {}
-        for key, part in self.layout(shape).items():
-            flat = buffers[key].contiguous().reshape(-1).view(torch.uint8)
-            some = flat[first * part.row_bytes : last * part.row_bytes].view(buffers[key].dtype)
-            rows[key] = some.reshape(-1, *part.shape[1:])
-        return rows
+        flat = {key: data.contiguous().reshape(-1).view(torch.uint8).numpy() for key, data in buffers.items()}
+        layout = self.layout(shape)
+        return {
+            key: torch.from_numpy(data).view(buffers[key].dtype).reshape(-1, *layout[key].shape[1:])
+            for key, data in self.rows(flat, shape, first, last).items()
+        }
+
+    def rows(
+        self, buffers: Mapping[str, npt.NDArray[np.uint8]], shape: Shape, first: int, last: int
+    ) -> Mapping[str, npt.NDArray[np.uint8]]:
+        """The bytes of rows `[first, last)`, which are those of whole parts, of the bytes of some buffers."""
+        layout = self.layout(shape)
+        return {
+            key: data[first * layout[key].row_bytes : last * layout[key].row_bytes] for key, data in buffers.items()
+        }
 
     def memory_bytes(self, shape: Shape) -> int:
         """What a matrix takes in memory, as it is multiplied."""

@@ -20,21 +20,21 @@ from waterfill.codecs.groups import per_weight
 from waterfill.codecs.hadamard import groups
 
 FORM = "levels-16"
-MOST_LEVEL = 2047  # of 12 bits with a sign: sums of products of two stay within 32 bits
+MOST_LEVELS = {16: 2047, 8: 127}  # of 12 bits with a sign: sums of products of two stay within 32 bits
 
 _log = logging.getLogger("waterfill.kernels")
 
 
-def rounded(rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 rows in the rotated basis, `[rows, width]` -> scales F16 `[rows, groups]`, codes U8 `[rows * 2 * width]`,
-    of `FORM`."""
-    width = rotated.shape[1]
+def rounded(rotated: torch.Tensor, bits: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 rows in the rotated basis, `[rows, width]` -> scales F16 `[rows, groups]`, codes U8 of `levels-16`, or of
+    `levels-8`; a group's largest weight is the largest level."""
+    width, most = rotated.shape[1], MOST_LEVELS[bits]
     largest = torch.stack([rotated[:, g.start : g.stop].abs().amax(1) for g in groups(width)], dim=1)
-    # Never below largest / MOST_LEVEL, however fp16 rounds it: by 2^-11 of itself, or by 2^-25 where it is subnormal.
-    scales = (largest / MOST_LEVEL * (1 + 2.0**-10) + 2.0**-25).to(torch.float16)
+    # Never below largest / most, however fp16 rounds it: by 2^-11 of itself, or by 2^-25 where it is subnormal.
+    scales = (largest / most * (1 + 2.0**-10) + 2.0**-25).to(torch.float16)
     steps = per_weight(scales.to(torch.float32), width)
     levels = torch.where(steps > 0, rotated / steps, 0).round()
-    codes = (levels.numpy() + (1 << 15)).astype("<u2").view(np.uint8)
+    codes = (levels.numpy() + (1 << (bits - 1))).astype("<u2" if bits == 16 else np.uint8).view(np.uint8)
     return scales, torch.from_numpy(codes).reshape(-1)
 
 

@@ -49,6 +49,7 @@ class Left(NamedTuple):
     loss: float  # of products
     noise: float
     alpha: float | None = None  # of products alone, of a matrix whose rows are looked up as well (`planning.head`)
+    early: tuple[float, float] | None = None  # loss and noise of stages that others follow (`codecs.nested`)
 
     def share_of(self, alpha: float) -> float:
         """What is left of all that noise costs a matrix of this alpha; looked up, more noise costs more."""
@@ -74,7 +75,8 @@ class Feedback:
             raise WaterfillError("moments of a matrix's inputs are not finite; calibrate on another text")
         self.moments = _rotated(moments)
         self._damping = damping
-        self._solved: tuple[Blocks, int, list[torch.Tensor]] | None = None
+        self._solved: dict[tuple[str, int], list[torch.Tensor]] = {}
+        self.remembered = 1  # solutions, each as large as the moments
 
     @cached_property
     def mean(self) -> float:
@@ -84,10 +86,12 @@ class Feedback:
     def pushes(self, blocks: Blocks, t2: float = 0.0) -> list[torch.Tensor]:
         """P of each block, float32 `[columns of the blocks before, columns]`, for an encoder of distortion `t2`."""
         octave = self._octave(t2)
-        if self._solved is None or self._solved[:2] != (blocks, octave):
-            self._solved = None  # one at a time: they are as large as the moments
-            self._solved = blocks, octave, self._solve(blocks, self._damping * 2**octave)
-        return self._solved[2]
+        key = repr(blocks), octave  # slices are not hashable
+        if key not in self._solved:
+            while len(self._solved) >= self.remembered:
+                del self._solved[next(iter(self._solved))]
+            self._solved[key] = self._solve(blocks, self._damping * 2**octave)
+        return self._solved[key]
 
     def _octave(self, t2: float) -> int:
         """How often damping is doubled: in such steps, matrices of like rates have the same."""
@@ -120,13 +124,14 @@ class Feedback:
         """tr(E H E') of errors `[rows, in]`, rotated."""
         return float(((errors @ self.moments) * errors).double().sum())
 
-    def left(self, blocks: Blocks, others: Feedback | None = None) -> Left:
-        """Of white noise, as draws of it have it; in the moments that this was made of, or in others."""
+    def left(self, blocks: Blocks, others: Feedback | None = None, t2: float = 0.0) -> Left:
+        """Of white noise, as draws of it have it; in the moments that this was made of, or in others; of feedback that
+        is damped for an encoder of distortion `t2`."""
         width = len(self.moments)
         noise = torch.randn(DRAWS, width, generator=torch.Generator().manual_seed(0))
         errors, end = torch.empty(DRAWS, width), 0
         order = order_of(blocks, width)
-        for push in self.pushes(blocks):
+        for push in self.pushes(blocks, t2):
             here = slice(end, end + push.shape[1])
             errors[:, here] = noise[:, here] - errors[:, :end] @ push
             end = here.stop
@@ -137,7 +142,13 @@ class Feedback:
         return Left(other.cost(in_place) / total if total else 1.0, float(errors.square().sum() / noise.square().sum()))
 
 
-def expected(first: torch.Tensor, second: torch.Tensor, blocks: Blocks, weighed: torch.Tensor | None = None) -> Left:
+def expected(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    blocks: Blocks,
+    weighed: torch.Tensor | None = None,
+    early_t2: float | None = None,
+) -> Left:
     """Of feedback by moments of two halves of a text together, on text that it was not made of.
 
     Moments of n tokens flatter themselves, and do worse on others, by about as much: in proportion to 1 / n. So of the
@@ -146,6 +157,7 @@ def expected(first: torch.Tensor, second: torch.Tensor, blocks: Blocks, weighed:
     Args:
         weighed: moments that the loss is of, where they are others, of some tokens of the second half; their trace
             is the alpha of products.
+        early_t2: what moments are damped for in stages that others follow, if that is asked for.
     """
     all_of_it = Feedback(first + second)
     if weighed is None:
@@ -156,7 +168,12 @@ def expected(first: torch.Tensor, second: torch.Tensor, blocks: Blocks, weighed:
         crossed = Feedback(first).left(blocks, judges).loss
     own = all_of_it.left(blocks, judges)
     alpha = None if weighed is None else float(weighed.trace())
-    return Left(own.loss + max(crossed - own.loss, 0.0) * 2 / 3, own.noise, alpha)
+    beyond = max(crossed - own.loss, 0.0) * 2 / 3
+    left = Left(own.loss + beyond, own.noise, alpha)
+    if early_t2 is None:
+        return left
+    damped = all_of_it.left(blocks, judges, early_t2)
+    return left._replace(early=(damped.loss + beyond, damped.noise))
 
 
 def columns_of(blocks: Blocks, width: int) -> list[range]:

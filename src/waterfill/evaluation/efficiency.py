@@ -71,6 +71,7 @@ def measure_efficiency(
     new_tokens: int | None = None,
     batch: int = BATCH,
     memory_form: Form = "auto",
+    rate: float | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Efficiency:
@@ -80,18 +81,18 @@ def measure_efficiency(
         prompt_tokens: that are read (256, or half of the model's positions if that is less).
         new_tokens: that are generated (128, or as many as there is room for).
         batch: sequences at a time in the second measurement.
-        memory_form: of an artifact, as for `load`.
+        memory_form, rate: of an artifact, as for `load`.
         progress: called with (processes done, processes in all).
 
     Raises:
         WaterfillError: a bad model, more tokens than it has positions, or a process that failed.
     """
-    subject = open_subject(model, revision=revision, form=memory_form)
+    subject = open_subject(model, revision=revision, form=memory_form, rate=rate)
     prompt_tokens, new_tokens = _lengths(subject, prompt_tokens, new_tokens)
     if batch < 1:
         raise WaterfillError(f"a batch of {batch} sequences was asked for; choose at least 1")
     common = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": torch.get_num_threads()}
-    task = {"model": str(model), "revision": revision, "form": memory_form, **common}
+    task = {"model": str(model), "revision": revision, "form": memory_form, "rate": rate, **common}
     size_bytes, weights = subject.size_bytes, subject.weights
     del subject
     figures = []
@@ -177,7 +178,7 @@ def _in_process(task: dict[str, Any]) -> Figures:
 def _measure(task: dict[str, Any]) -> Figures:
     start_bytes = process.peak_bytes()
     torch.set_num_threads(task["threads"])
-    model = open_subject(task["model"], revision=task["revision"], form=task["form"]).load_to_run()
+    model = open_subject(task["model"], revision=task["revision"], form=task["form"], rate=task["rate"]).load_to_run()
     load_bytes = process.peak_bytes()
     _generate(model, 1, *WARM_UP, lambda: None)
     times_s: list[float] = []

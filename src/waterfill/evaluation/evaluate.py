@@ -94,6 +94,7 @@ def evaluate(
     batch: int = 1,
     memory: str | float | None = None,
     memory_form: Form = "auto",
+    rate: float | None = None,
     cache: bool = True,
     tasks: str | Sequence[str] = (),
     shots: int | None = None,
@@ -123,6 +124,7 @@ def evaluate(
         memory: what the process may take in all, as for `load`. A reference that is no artifact cannot be streamed: it
             has to fit for as long as its predictions are computed, which is before the model is loaded.
         memory_form: of the artifacts that are measured, as for `load`.
+        rate: of `model`, as for `load`.
         cache: keep the reference's predictions on disk for the next time, and continue an interrupted run.
         tasks: names of lm-eval, presets ("knowledge", "alignment", "efficiency"), files of JSON lines.
         shots: examples before each question; the task's own number when None.
@@ -152,7 +154,7 @@ def evaluate(
             f"{beside} is measured beside {model} against an original; give that as well (--against, or --reference)"
         )
     with stage(progress, OPENING):
-        subject = open_subject(model, revision=revision, memory=memory, form=memory_form)
+        subject = open_subject(model, revision=revision, memory=memory, form=memory_form, rate=rate)
         other = None if beside is None else open_subject(beside, memory=memory, form=memory_form)
     run = EvaluationRun(EvaluationCache.default() if cache else None, batch, progress)
     original = None
@@ -184,6 +186,7 @@ def evaluate(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             memory_form=memory_form,
+            rate=rate,
             revision=revision,
             progress=step,
         )
@@ -258,7 +261,7 @@ def _compared(
     plan = read_plan(subject.path) if planned else None
     if plan is not None and isinstance(file, ReferenceFile) and file.fingerprint != plan.fingerprint:
         _log.warning("%s was packed from other weights than those whose predictions are in %s", subject.path, file.path)
-    predicted = plan.predicted if plan is not None and plan.promises else None
+    predicted = plan.at(subject.level).predicted if plan is not None and plan.promises else None
     return Evaluation(
         size_bytes=subject.size_bytes,
         ppl=measured.ppl,

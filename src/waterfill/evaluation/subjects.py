@@ -21,7 +21,7 @@ from waterfill.base.dtypes import WEIGHT_DTYPES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.reading import read_small, read_text
 from waterfill.evaluation.llamacpp import SUFFIX, GgufModel, GgufTokenizer
-from waterfill.files.artifact import open_artifact
+from waterfill.files.artifact import at_level, level_at, levels_of, open_artifact, read_bytes_of
 from waterfill.files.artifact.manifest import MANIFEST
 from waterfill.files.checkpoint import CONFIG, QUANT_METHOD, open_checkpoint
 from waterfill.files.context import context_length
@@ -42,6 +42,7 @@ class Subject(ABC):
     weights: int  # numbers in all tensors, those that are packed counted as the model sees them
     fingerprint: str  # of the weights
     positions: int | None  # tokens that the model can read at most
+    level = 1  # of an artifact that was packed at several rates: which is read
     logits = 1  # positions whose logits are wanted at a time, to reckon with where memory is short
 
     def __init__(self, memory: str | float | None = None) -> None:
@@ -78,18 +79,24 @@ class PackedSubject(Subject):
 
     kind = PACKED
 
-    def __init__(self, path: Path, memory: str | float | None = None, form: Form = "auto") -> None:
+    def __init__(
+        self, path: Path, memory: str | float | None = None, form: Form = "auto", rate: float | None = None
+    ) -> None:
         super().__init__(memory)
-        self._form = form
-        stored = open_artifact(path, verify=True)
-        self.path, self.size_bytes = path, stored.size_bytes
+        self._form, self._rate = form, rate
+        whole = open_artifact(path, verify=True)
+        self.level = level_at(whole, rate)
+        stored = at_level(whole, self.level)
+        self.path, self.size_bytes = path, read_bytes_of(whole, stored)
         self.weights = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
         self._dtype = measuring_dtype(stored.tensors.values())
-        self.fingerprint = blake2b(read_small(path / MANIFEST), digest_size=16).hexdigest()
+        told = read_small(path / MANIFEST) + (b"" if self.level == levels_of(whole) else f"{self.level}".encode())
+        self.fingerprint = blake2b(told, digest_size=16).hexdigest()
         self.positions = _positions(path)
 
     def load(self, dtype: torch.dtype | None = None) -> Any:
         options: dict[str, Any] = {"memory": self._memory, "memory_form": self._form, "logits": self.logits}
+        options["rate"] = self._rate
         return load(self.path, dtype=dtype, verify=False, **options)
 
     def tokenizer(self) -> Any:
@@ -156,12 +163,18 @@ class GgufSubject(Subject):
 
 
 def open_subject(
-    source: str | Path, *, revision: str | None = None, memory: str | float | None = None, form: Form = "auto"
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    memory: str | float | None = None,
+    form: Form = "auto",
+    rate: float | None = None,
 ) -> Subject:
     """An artifact, a checkpoint (local directory or hub id) or a GGUF file.
 
     `memory` is what the process may take in all when it runs the model. An artifact is streamed where that is little,
-    of a checkpoint what does not fit is refused. `form` is the one in memory, which an artifact alone has.
+    of a checkpoint what does not fit is refused. `form` is the one in memory, and `rate` as of `load`, which an
+    artifact alone has.
 
     Raises:
         WaterfillError: it is anything else.
@@ -172,11 +185,13 @@ def open_subject(
         raise WaterfillError(
             f"{source} is no artifact, whose weights alone are {form} in memory; leave out memory_form"
         )
+    if rate is not None and not packed:
+        raise WaterfillError(f"{source} is no artifact, which alone may have several rates; leave out rate")
     if path.suffix == SUFFIX:
         if memory is not None:
             raise WaterfillError(f"{source} is run by llama.cpp, which no limit holds; leave out memory")
         return GgufSubject(path)
-    return PackedSubject(path, memory, form) if packed else CheckpointSubject(source, revision, memory)
+    return PackedSubject(path, memory, form, rate) if packed else CheckpointSubject(source, revision, memory)
 
 
 def _is_packed(path: Path) -> bool:

@@ -25,6 +25,7 @@ from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Progress, step_of
 from waterfill.codecs import get_codec
 from waterfill.codecs.feedback import Blocks, Feedback, Left, expected
+from waterfill.codecs.nested.codec import EARLY_NOISE
 from waterfill.files.architecture import Architecture
 from waterfill.files.artifact.format import is_packed
 from waterfill.files.checkpoint import Checkpoint
@@ -118,6 +119,7 @@ class Calibrated:
     def _predicted(self, matrices: Sequence[PlannedMatrix], codecs: Sequence[str]) -> dict[str, Left]:
         left: dict[str, Left] = {}
         by_input: dict[str, Left] = {}
+        early_t2 = EARLY_NOISE if any(get_codec(name).level_count > 1 for name in codecs if is_packed(name)) else None
         step = step_of(self._progress, "predicting what feedback gains")
         for number, matrix in enumerate(matrices):
             if step:
@@ -127,7 +129,7 @@ class Calibrated:
                 continue
             key = self._moments.leader(matrix.name)  # whose width gives the blocks
             if key not in by_input:
-                by_input[key] = expected(*self._moments.of(key), blocks, self._moments.weighed(key))
+                by_input[key] = expected(*self._moments.of(key), blocks, self._moments.weighed(key), early_t2)
                 if matrix.role != "embedding":
                     by_input[key] = by_input[key]._replace(alpha=None)  # products are all that it costs
             if by_input[key].loss < 1:

@@ -35,10 +35,11 @@ QUICK = ProbeOptions(sequences=4, length=96)
 
 
 class PlanOptions(ProbeOptions, total=False):
-    """What a plan is asked for: exactly one of size, bits, max_kl, lossless and speed; the rest has defaults."""
+    """What a plan is asked for: exactly one of size, bits, rates, max_kl, lossless and speed; the rest has defaults."""
 
     size: str | float | None  # bytes of all weight files, or "2.5GB"
     bits: float | None  # stored bits per weight of the matrices
+    rates: str | Sequence[float] | None  # bits per weight that the one artifact can be read at: "2.2,3,4.5"
     speed: float | None  # tokens per second at least, of products alone; alone, or with size or bits
     max_kl: float | None  # predicted loss, nats per token
     lossless: bool  # every bit is kept, and nothing but the revision is left to choose
@@ -63,10 +64,15 @@ def _is_precision(value: object) -> bool:
         return False
 
 
+def _is_rates(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, Sequence) and all(map(is_real, value)))
+
+
 CHECKS = {
     "gain": choice(*get_args(Gain)),
     "purpose": choice(*PURPOSES),
     "probe": choice(*KINDS),
+    "rates": optional(Check("several bits per weight, as in '2.2,3,4.5'", _is_rates)),
     "speed": optional(Check("a finite number", is_real)),
     "disk": Check("a text such as '0.5GB/s', or 'measured'", lambda value: isinstance(value, str)),
     "precision": optional(Check("a share such as 0.05 or '5%'", _is_precision)),

@@ -136,6 +136,15 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Level:
+    """One of the rates that a model can be read at."""
+
+    size_bytes: Positive  # of the weight files, what is read at this rate
+    bits: Magnitude  # per weight of the matrices
+    predicted: Prediction
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The tokens that moments of inputs are taken on, for error feedback."""
 
@@ -172,11 +181,18 @@ class Plan:
     unused: tuple[Unused, ...] = ()
     calibration: Calibration | None = None  # None: errors are not fed back
     speed: Speed | None = None  # of products where it was made; None: it was not planned to be run as it is stored
+    levels: tuple[
+        Level, ...
+    ] = ()  # from the lowest rate to that of all the rest of the plan; none where it has but one
 
     @property
     def matrices(self) -> tuple[TensorPlan, ...]:
         """The planned matrices: a plan is all that another plan needs to know of a model (`inventory`)."""
         return self.tensors
+
+    def at(self, level: int) -> Level:
+        """What the model is at one of its rates, from 1 up; of a plan with one rate, whatever the number."""
+        return self.levels[level - 1] if self.levels else Level(self.size_bytes, self.bits, self.predicted)
 
     @property
     def lossless(self) -> bool:
@@ -238,6 +254,10 @@ def _from_json(data: dict[str, Any]) -> Plan:
     everything: list[TensorPlan | KeptPlan] = [*plan.tensors, *plan.kept]
     name, times = Counter(tensor.name for tensor in everything).most_common(1)[0] if everything else ("", 0)
     _agree(times < 2, f"{quote(name)} is in it {times} times")
+    if plan.levels:
+        _agree(plan.levels[-1] == Level(plan.size_bytes, plan.bits, plan.predicted), "its last level is another")
+        has = {get_codec(tensor.codec).level_count for tensor in plan.tensors if tensor.packed}
+        _agree(has == {len(plan.levels)}, f"it has {len(plan.levels)} levels, and matrices have {sorted(has)}")
     stored = everything if plan.lossless else plan.tensors
     weights = sum(math.prod(tensor.shape) for tensor in stored)
     size_bytes = sum(tensor.size_bytes for tensor in stored)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +52,7 @@ class _Share:
     loss: Share
     noise: Magnitude
     alpha: Magnitude | None
+    early: tuple[Magnitude, Magnitude] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Shelf:
     def left(self) -> dict[str, Left] | None:
         """What error feedback leaves, by matrix; None where that is not there."""
         stored: _Shares | None = self._load(_Shares, 0)
-        return None if stored is None else {name: Left(*astuple(share)) for name, share in stored.left.items()}
+        return None if stored is None else {name: Left(**vars(share)) for name, share in stored.left.items()}
 
     def keep_left(self, left: Mapping[str, Left]) -> None:
         """Write what error feedback leaves."""

@@ -18,7 +18,7 @@ from waterfill.base.arguments import Check, checked
 from waterfill.base.dtypes import ITEM_BYTES, TORCH_DTYPES, WEIGHT_DTYPES
 from waterfill.base.errors import ArtifactError, MemoryLimitError, WaterfillError, first_line
 from waterfill.base.reading import check_settings
-from waterfill.files.artifact import Artifact, open_artifact
+from waterfill.files.artifact import Artifact, at_level, level_at, open_artifact
 from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint, warn_of_adapter
 from waterfill.files.original import check_generation, fits, from_pretrained, load_original
@@ -43,6 +43,7 @@ def load(
     verify: bool = True,
     memory: str | float | None = None,
     memory_form: Form = "auto",
+    rate: float | None = None,
     streamed: bool | None = None,
     logits: int = 1,
     tuning: Tuning = USUAL,
@@ -59,6 +60,7 @@ def load(
         memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None.
         memory_form: "levels" decodes once, which is the quickest; "codes" keeps in memory what is stored, and decodes
             for every token; "auto" takes the first that fits, and else streams from storage.
+        rate: bits per weight to read at most, of an artifact that was packed at several rates; the highest when None.
         streamed: whether to stream from storage; None streams what does not fit.
         logits: positions that logits are wanted of at a time, to reckon with where memory is short.
         tuning: sizes and times of streaming; other ones are for tests and benchmarks.
@@ -69,7 +71,9 @@ def load(
         WaterfillError: `memory` is not a size, or the artifact has no such form.
     """
     path = Path(artifact)
-    opened = open_artifact(path, verify=False)
+    whole = open_artifact(path, verify=False)
+    level = level_at(whole, rate)
+    opened = at_level(whole, level)
     chosen = fit(opened, memory, streamed, memory_form, loading_bytes=opened.size_bytes)  # files are mapped meanwhile
     if chosen.binding:
         process.return_large_blocks()
@@ -79,19 +83,26 @@ def load(
         opened.verify(besides=packed_names(opened) if chosen.streamed else ())
     warn_of_adapter(path)
     try:
-        return _load(opened, dtype, chosen, verify=verify, logits=logits, tuning=tuning)
+        return _load(opened, level, dtype, chosen, verify=verify, logits=logits, tuning=tuning)
     except MemoryLimitError:
         if chosen.streamed or streamed is not None or memory_form != "auto" or not packed_names(opened):
             raise
     gc.collect()  # what did not fit, before it is loaded again
     chosen = replace(fit(opened, memory, streamed=True), codes=None)
-    return _load(opened, dtype, chosen, verify=False, logits=logits, tuning=tuning)
+    return _load(opened, level, dtype, chosen, verify=False, logits=logits, tuning=tuning)
 
 
 def _load(
-    opened: Artifact, dtype: torch.dtype | None, chosen: Fit, *, verify: bool, logits: int, tuning: Tuning
+    opened: Artifact,
+    level: int,
+    dtype: torch.dtype | None,
+    chosen: Fit,
+    *,
+    verify: bool,
+    logits: int,
+    tuning: Tuning,
 ) -> Any:
-    with called_by(Caller(verified=True, streamed=chosen.streamed)):
+    with called_by(Caller(verified=True, streamed=chosen.streamed, level=level)):
         model = _packed_model(opened.path, dtype, tensors=len(opened.tensors))
     model.streaming = model.memory_limit = None
     if chosen.streamed:

@@ -55,6 +55,7 @@ def open_runner(
     lookup: int | None = None,
     engine: Choice = "auto",
     kv: CacheBits = None,
+    rate: float | None = None,
 ) -> Runner:
     """Open a packed model to generate with, by the native engine if it can be.
 
@@ -70,6 +71,7 @@ def open_runner(
         lookup: draft up to so many tokens from what the text said before.
         engine: who runs the model; "auto" is "native" where that can be.
         kv: bits of keys and values, as of `Engine`, which has to run the model then; a draft's are as they are.
+        rate: bits per weight to read at most, of an artifact that was packed at several; a draft's is its highest.
 
     Raises:
         WaterfillError: as `waterfill.load` does, and with "native" or `kv` for a model that the engine does not run.
@@ -80,7 +82,7 @@ def open_runner(
         raise WaterfillError(
             f"kv is {kv!r} and engine is 'transformers', which keeps keys and values as they are; leave one of them out"
         )
-    arguments = (Path(artifact), memory, memory_form, None if draft is None else Path(draft), lookup, kv)
+    arguments = (Path(artifact), memory, memory_form, None if draft is None else Path(draft), lookup, kv, rate)
     if engine != "transformers":
         try:
             return _Native(*arguments)
@@ -112,11 +114,13 @@ class Runner(ABC):
         draft: Path | None,
         lookup: int | None,
         kv: CacheBits,
+        rate: float | None,
     ) -> None:
-        self._artifact, self._memory, self._form, self._lookup, self._kv = artifact, memory, form, lookup, kv
+        self._artifact, self._memory, self._form, self._lookup = artifact, memory, form, lookup
+        self._own: dict[str, Any] = {"kv": kv, "rate": rate}  # of the model, not of its draft
         self._opening = threading.RLock()  # texts begin one after the other, and then run beside each other
         self._draft = None if draft is None else self._open(draft, streamed=False)
-        self._model = self._open(artifact, form=form, kv=kv)
+        self._model = self._open(artifact, form=form, **self._own)
 
     @property
     def streaming(self) -> Streamer | None:
@@ -163,11 +167,19 @@ class Runner(ABC):
             _log.info("the weights leave too little memory for the text: they are streamed from now on")
             self._model = None  # before it is opened again
             gc.collect()
-            self._model = self._open(self._artifact, streamed=True, kv=self._kv)
+            self._model = self._open(self._artifact, streamed=True, **self._own)
             return ask()
 
     @abstractmethod
-    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto", kv: CacheBits = None) -> Any:
+    def _open(
+        self,
+        artifact: Path,
+        *,
+        streamed: bool | None = None,
+        form: Form = "auto",
+        kv: CacheBits = None,
+        rate: float | None = None,
+    ) -> Any:
         """A model within the limit of memory, with `streaming`."""
 
     @abstractmethod
@@ -180,10 +192,10 @@ class Runner(ABC):
 
 
 class _Native(Runner):
-    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto", kv: CacheBits = None) -> Any:
+    def _open(self, artifact: Path, *, form: Form = "auto", **options: Any) -> Any:
         from waterfill.running.engine.engine import Engine
 
-        return Engine(artifact, memory=self._memory, memory_form=form, streamed=streamed, kv=kv)
+        return Engine(artifact, memory=self._memory, memory_form=form, **options)
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         return self._model.generate(prompt, sampling, draft=self._draft, lookup=self._lookup)
@@ -200,10 +212,10 @@ class _Transformers(Runner):
         super().__init__(artifact, *arguments)
         self._tokenizer = load_tokenizer(artifact)
 
-    def _open(self, artifact: Path, *, streamed: bool | None = None, form: Form = "auto", kv: CacheBits = None) -> Any:
+    def _open(self, artifact: Path, *, form: Form = "auto", kv: CacheBits = None, **options: Any) -> Any:
         from waterfill.running.loading import load
 
-        return load(artifact, memory=self._memory, memory_form=form, streamed=streamed)
+        return load(artifact, memory=self._memory, memory_form=form, **options)
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         from waterfill.running.hf.generate import generate

@@ -24,11 +24,12 @@ import numpy.typing as npt
 from waterfill.base import native
 from waterfill.base.errors import ArtifactError, WaterfillError
 from waterfill.base.lazy import torch
-from waterfill.codecs.contract import BufferLayout, Codec, Encoded, Encoder, Parts, Rates, Shape
+from waterfill.codecs.contract import BufferLayout, Codec, Encoded, Encoder, Rates, Shape
 from waterfill.codecs.entropy import MOST_LANES, DamagedError
 from waterfill.codecs.feedback import Blocks, Feedback, interleaved
 from waterfill.codecs.hadamard import groups
 from waterfill.codecs.levels import Levels
+from waterfill.codecs.parts import Parts
 from waterfill.codecs.trellis import bitstream
 from waterfill.codecs.trellis.code import CODES
 from waterfill.codecs.trellis.curves import curve

@@ -53,6 +53,8 @@ class Coding(NamedTuple):
     states: int
     wide: bool
     rate: float  # bits per weight for symbols
+    noise: float | None = None  # relative, that moments are damped for; None: its own
+    attempts: int = FIT_ATTEMPTS  # to come near the bytes that were promised
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,13 @@ class StreamEncoder(Encoder):
     """Encodes a matrix of this shape into `total_bytes`."""
 
     def __init__(
-        self, shape: Shape, total_bytes: int, coding: Coding, exponent: int, rho: float, feedback: Feedback | None
+        self,
+        shape: Shape,
+        total_bytes: int,
+        coding: Coding,
+        exponent: int,
+        rho: float,
+        feedback: Feedback | None,
     ) -> None:
         self._coding, self._exponent, self._rho, self._feedback = coding, exponent, rho, feedback
         self._curve, self._width = curve(coding.states), shape[1]
@@ -97,13 +105,22 @@ class StreamEncoder(Encoder):
         self._ends: list[int] = []
         self._at = 4 * len(streams(shape))
         self._started = False
+        self._restored: list[torch.Tensor] | None = None
         together = BLOCK_STREAMS if feedback is None else FED_BACK_STREAMS
         self.block_rows = together * bitstream.stream_rows(shape[1])
 
     def add(self, rows: torch.Tensor) -> Iterator[Piece]:
-        rotated = rotate(rows.to(torch.float32) * 2.0**-self._exponent)
+        yield from self._add(rotate(rows.to(torch.float32) * 2.0**-self._exponent))
+
+    def restored(self, rotated: torch.Tensor) -> tuple[list[Piece], torch.Tensor]:
+        """The next rows, in the rotated basis and divided by 2^exponent, and what the decoder makes of them there."""
+        self._restored = []
+        pieces = list(self._add(rotated))
+        return pieces, torch.cat(self._restored)
+
+    def _add(self, rotated: torch.Tensor) -> Iterator[Piece]:
         targets = [_target(part) for part in rotated.split(bitstream.stream_rows(self._width))]
-        last = len(rows) == self._rows_left
+        last = len(rotated) == self._rows_left
         closing = targets.pop() if last else None
         if targets:
             yield from self._block(targets)
@@ -135,7 +152,7 @@ class StreamEncoder(Encoder):
         """The stream of the greatest rate within the limit, near enough."""
         nominal, best, step = self._nominal, None, LADDER_STEP
         low, high = 0.0, math.inf
-        for _ in range(FIT_ATTEMPTS):
+        for _ in range(self._coding.attempts):
             tries = self._tries([(target, each) for each in self._ladder(nominal, step)])
             for one in tries:
                 if one.size_bytes <= limit_bytes:
@@ -184,7 +201,8 @@ class StreamEncoder(Encoder):
         bounds = bitstream.bounds(states, wide)
         paths: Sequence[Levels | None] = [None] * len(wanted)
         if self._feedback is not None:
-            noise = self._curve.t2(self._coding.rate)
+            noise = self._coding.noise
+            noise = self._curve.t2(self._coding.rate) if noise is None else noise
             paths = _fed_back(targets, steps, shrinks, self._feedback, noise, states, bounds)
 
         def code(target: _Target, nominal: float, step: float, shrink: float, path: Levels | None) -> _Try:
@@ -200,10 +218,13 @@ class StreamEncoder(Encoder):
     def _write(self, target: _Target, one: _Try) -> Iterator[Piece]:
         rows, width = target.rotated.shape
         values = torch.from_numpy(one.coded.values[: rows * width].astype(np.float32)).view(rows, width)
-        gain = _gain(target.rotated, values * target.deviations, self._rho, self._feedback)
+        gain = gain_of(target.rotated, values * target.deviations, self._rho, self._feedback)
         unit = float(np.float32(target.unit * gain))
         scales = bitstream.scale_values(target.scale_codes, unit).astype(np.float32)
-        error = target.rotated - values * per_weight(torch.from_numpy(scales), width)
+        restored = values * per_weight(torch.from_numpy(scales), width)
+        if self._restored is not None:
+            self._restored.append(restored)
+        error = target.rotated - restored
         unit_power = 4.0**self._exponent
         self.noise_power += float(error.double().square().sum()) * unit_power
         self.power += float(target.rotated.double().square().sum()) * unit_power
@@ -285,7 +306,7 @@ def _side_by_side(rows: Sequence[torch.Tensor], order: torch.Tensor, lanes: int)
     return together
 
 
-def _gain(rotated: torch.Tensor, values: torch.Tensor, rho: float, feedback: Feedback | None) -> float:
+def gain_of(rotated: torch.Tensor, values: torch.Tensor, rho: float, feedback: Feedback | None) -> float:
     """What `values` are multiplied with: u |w|^2 / <w, q>, u = 1 / (1 + rho tau) (`planning.loss`), as one group; with
     feedback in the norm of its moments."""
     if feedback is None:

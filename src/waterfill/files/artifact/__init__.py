@@ -7,6 +7,7 @@
     ledger.py    what an interrupted run has finished
     writer.py    layout + bytes → artifact directory, atomic and resumable
     reader.py    artifact directory → verified tensors
+    levels.py    fewer bytes of each, of an artifact that was packed at several rates
 
 Writing: `lay_out(specs)` → `ArtifactWriter(out, layout, identity)` → `write`, `complete` per tensor → `publish(files)`.
 Reading: `open_artifact(path)` → `Artifact.tensors`, `Artifact.read(buffer)`.
@@ -17,6 +18,7 @@ from __future__ import annotations
 from waterfill.files.artifact.format import FORMAT_VERSION, RAW, Buffer, TensorSpec, digest, is_file_name
 from waterfill.files.artifact.header import ShardMetadata, StoredBuffer, StoredTensor, read_shard_metadata
 from waterfill.files.artifact.layout import SHARD_BYTES, Layout, ShardLayout, lay_out
+from waterfill.files.artifact.levels import at_level, at_rate, bits_of, level_at, levels_of, lowered, read_bytes_of
 from waterfill.files.artifact.reader import Artifact, open_artifact, read_buffer, read_bytes
 from waterfill.files.artifact.writer import ArtifactWriter, check_target
 
@@ -33,12 +35,19 @@ __all__ = [
     "StoredBuffer",
     "StoredTensor",
     "TensorSpec",
+    "at_level",
+    "at_rate",
+    "bits_of",
     "check_target",
     "digest",
     "is_file_name",
     "lay_out",
+    "level_at",
+    "levels_of",
+    "lowered",
     "open_artifact",
     "read_buffer",
     "read_bytes",
+    "read_bytes_of",
     "read_shard_metadata",
 ]

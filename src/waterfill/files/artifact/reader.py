@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Mapping
+from copy import copy
 from pathlib import Path
 from types import MappingProxyType
 
@@ -49,6 +50,12 @@ class Artifact:
     def size_bytes(self) -> int:
         """Bytes of all weight files: what a byte budget counts."""
         return sum(self.files.values())
+
+    def of(self, tensors: Mapping[str, StoredTensor]) -> Artifact:
+        """The same files, of which these tensors are read, as they are described here."""
+        other = copy(self)
+        other.tensors = MappingProxyType(dict(tensors))
+        return other
 
     def read(self, buffer_name: str) -> torch.Tensor:
         """One buffer as a tensor of its dtype and shape, in memory of its own; compared with its digest the first time.

@@ -33,6 +33,7 @@ class Engine:
     Args:
         memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None.
         memory_form: "levels", "codes" or "auto", as of `waterfill.load`.
+        rate: bits per weight to read at most, of an artifact that was packed at several rates.
         streamed: whether weights come from storage for every token; None streams what does not fit.
         verify: compare every byte with its digest first.
         tuning: sizes and times of streaming; other ones are for tests and benchmarks.
@@ -52,6 +53,7 @@ class Engine:
         *,
         memory: str | float | None = None,
         memory_form: Form = "auto",
+        rate: float | None = None,
         streamed: bool | None = None,
         verify: bool = True,
         tuning: Tuning = USUAL,
@@ -64,7 +66,14 @@ class Engine:
         self.defaults = read_defaults(opened.path)
         self.tokenizer = load_tokenizer(opened.path)
         self.model = open_model(
-            opened, memory=memory, memory_form=memory_form, streamed=streamed, verify=verify, tuning=tuning, kv=kv
+            opened,
+            memory=memory,
+            memory_form=memory_form,
+            rate=rate,
+            streamed=streamed,
+            verify=verify,
+            tuning=tuning,
+            kv=kv,
         )
         self._sequences = Sequences(self.model)
 

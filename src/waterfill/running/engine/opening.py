@@ -14,7 +14,7 @@ from waterfill.base import native
 from waterfill.base.arguments import CacheBits, cache_bits
 from waterfill.base.errors import UnsupportedError
 from waterfill.codecs import lossless
-from waterfill.files.artifact import RAW, Artifact, open_artifact, read_bytes
+from waterfill.files.artifact import RAW, Artifact, at_rate, open_artifact, read_bytes
 from waterfill.running.engine.families.llama import LlamaModel, working
 from waterfill.running.engine.families.llama_spec import EMBEDDING, PROJECTIONS, Spec, read_spec
 from waterfill.running.engine.weights import Floats, Resident, Streamed
@@ -32,6 +32,7 @@ def open_model(
     *,
     memory: str | float | None = None,
     memory_form: Form = "auto",
+    rate: float | None = None,
     streamed: bool | None = None,
     verify: bool = True,
     logits: int = 1,
@@ -52,6 +53,7 @@ def open_model(
         artifact = open_artifact(Path(artifact), verify=False)
         if verify:
             artifact.verify_files()
+    artifact = at_rate(artifact, rate)
     check_library()
     spec = read_spec(artifact)
     bits = cache_bits(kv)

@@ -24,7 +24,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from waterfill.base.errors import ArtifactError
-from waterfill.files.artifact import FORMAT_VERSION, read_buffer, read_shard_metadata
+from waterfill.codecs.nested.codec import MOST_LEVELS
+from waterfill.files.artifact import FORMAT_VERSION, lowered, read_buffer, read_shard_metadata
 from waterfill.files.checkpoint import QUANT_METHOD
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Caller:
 
     verified: bool = False  # the files have been checked already
     streamed: bool = False  # the caller will say where packed matrices come from
+    level: int = MOST_LEVELS  # of an artifact that was packed at several rates, where it has so many
 
 
 _ANYBODY = Caller()
@@ -87,9 +89,12 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
                 for shard in shards:
                     for buffer in shard.buffers:
                         read_buffer(buffer)  # compares the bytes with their digest
-            tensors = [tensor for shard in shards for tensor in shard.tensors]
+            stored = [tensor for shard in shards for tensor in shard.tensors]
+            tensors = [lowered(tensor, caller.level) for tensor in stored]
             install(model, tensors, streamed=caller.streamed)
-            pass_by(model, [shard.guard for shard in shards if shard.guard is not None])
+            read = {buffer.name for tensor in tensors for buffer in tensor.buffers}
+            passed = [buffer.name for tensor in stored for buffer in tensor.buffers if buffer.name not in read]
+            pass_by(model, [*passed, *(shard.guard for shard in shards if shard.guard is not None)])
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from waterfill.running.hf.install import arrange

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -87,7 +87,7 @@ class Chunk:
         for field, value in matrix.native.items():
             setattr(view, field, value)
         if "scales" in matrix.held:
-            scales = matrix.held["scales"][self.first_row :]
+            scales = matrix.stored_held(self)["scales"]
             view.scales, view.scales_count = scales.ctypes.data, scales.size // 2
         return view
 
@@ -121,21 +121,19 @@ class StreamedMatrix:
         part_weights: int = PART_WEIGHTS,
     ) -> None:
         self.tensor, self.name = tensor, tensor.name
-        self.shape = rows, width = (tensor.shape[0], tensor.shape[1])
+        self.shape = (tensor.shape[0], tensor.shape[1])
         self.exponent = tensor.exponent
         self.stored = get_codec(tensor.codec)
         self.codec = self.stored.memory  # that is multiplied from
-        self.native = self.stored.native_fields(width)  # None: the library does not decode it
+        self.native = self.stored.native_fields(self.shape[1])  # None: the library does not decode it
         self.parts = self.stored.parts(self.shape, part_weights)
         buffers = dict(zip(tensor.keys, tensor.buffers, strict=True))
         self.buffer = buffers.pop(self.parts.key)
         self.file, self.offset_bytes = self.buffer.file, self.buffer.offset_bytes
         self.part_rows = self.parts.rows
         self.ends = self._bounds(storage)
-        layout = self.stored.layout(self.shape)
         self.held: dict[str, npt.NDArray[np.uint8]] = {
-            key: read_bytes(small, verify=verify)[: rows * layout[key].row_bytes].reshape(rows, -1)
-            for key, small in buffers.items()
+            key: read_bytes(small, verify=verify) for key, small in buffers.items()
         }
         self.sums = np.zeros(len(self.ends) - 1, np.uint64)  # checksums of the parts; 0: not read yet
         self.chunks = tuple(self._chunks(chunk_bytes))
@@ -173,10 +171,13 @@ class StreamedMatrix:
         """The rows of a chunk as buffers of a smaller matrix, given the chunk's bytes."""
         layout = self.stored.layout((chunk.rows, self.shape[1]))
         bytes_of = {self.parts.key: self.parts.alone(chunk.ends, data)}
-        rows = slice(chunk.first_row, chunk.first_row + chunk.rows)
-        bytes_of |= {key: held[rows].reshape(-1) for key, held in self.held.items()}
+        bytes_of |= self.stored_held(chunk)
         tensors = {key: torch.from_numpy(bytes_of[key]).view(TORCH_DTYPES[part.dtype]) for key, part in layout.items()}
         return {key: tensors[key].view(-1, *part.shape[1:]) for key, part in layout.items()}
+
+    def stored_held(self, chunk: Chunk) -> Mapping[str, npt.NDArray[np.uint8]]:
+        """What is held of the rows of a chunk."""
+        return self.stored.rows(self.held, self.shape, chunk.first_row, chunk.first_row + chunk.rows)
 
     @property
     def decoding_bytes(self) -> int:
