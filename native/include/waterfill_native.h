@@ -202,9 +202,18 @@ WF_EXPORT int wf_bitshift_search(int isa, const int8_t* levels, float unit, cons
 WF_EXPORT int64_t wf_trellis_decode(int isa, int states, int wide, const uint8_t* arena, int64_t bytes, int64_t rows,
                                     int64_t width, uint8_t* codes, uint16_t* scales);
 
+/* Streams of a stage of a nested matrix: those of the parts of a chunk. */
+typedef struct {
+    const uint8_t* data;
+    const uint32_t* ends; /* of each part, in bytes from `data` */
+    int64_t data_bytes, parts;
+    int wide;
+} wf_stage;
+
 /* Consecutive rows of a matrix, in one of three forms: streams as an artifact has them (`states` > 0), codes as an
  * artifact has them (`row_bytes` > 0; `word_indices` and `word_bytes` as in wf_arrange), or codes and scales in the
- * kernels' layout. */
+ * kernels' layout. With `gains` streams are those of the last stage of a nested matrix: each part is its gain times the
+ * sum of its stages, rounded to levels of the table's precision. */
 typedef struct {
     int64_t rows, width;
     int64_t part_rows;      /* of each part but the last: those of a stream, or any multiple of 4 */
@@ -218,6 +227,9 @@ typedef struct {
     int word_indices, word_bytes;
     int64_t row_bytes;
     int64_t data_bytes, scales_count, parts; /* that there are; `parts` are those of `ends`, and of `sums` */
+    const uint16_t* gains;                   /* fp16, of each part; or NULL */
+    const wf_stage* stages;                  /* below the last one, from the lowest on */
+    int64_t stage_count;
 } wf_chunk;
 
 /* Activations x [tokens][width], rotated and rounded once for all matrices whose tables take them in the same form, as

@@ -21,10 +21,10 @@ int64_t wf_sizeof(const char* structure) {
     const struct {
         const char* name;
         size_t bytes;
-    } all[] = {
-        {"wf_matrix", sizeof(wf_matrix)},     {"wf_vector", sizeof(wf_vector)}, {"wf_layer", sizeof(wf_layer)},
-        {"wf_sequence", sizeof(wf_sequence)}, {"wf_chunk", sizeof(wf_chunk)},   {"wf_task", sizeof(wf_task)},
-        {"wf_flaw", sizeof(wf_flaw)},         {"wf_coded", sizeof(wf_coded)},   {"wf_coding", sizeof(wf_coding)}};
+    } all[] = {{"wf_matrix", sizeof(wf_matrix)},     {"wf_vector", sizeof(wf_vector)}, {"wf_layer", sizeof(wf_layer)},
+               {"wf_sequence", sizeof(wf_sequence)}, {"wf_chunk", sizeof(wf_chunk)},   {"wf_task", sizeof(wf_task)},
+               {"wf_flaw", sizeof(wf_flaw)},         {"wf_coded", sizeof(wf_coded)},   {"wf_coding", sizeof(wf_coding)},
+               {"wf_stage", sizeof(wf_stage)}};
     for (const auto& [name, bytes] : all)
         if (!std::strcmp(name, structure)) return int64_t(bytes);
     return -1;

@@ -1,6 +1,7 @@
 #include "chunk.hpp"
 
 #include "arrange.hpp"
+#include "half.hpp"
 #include "pool.hpp"
 #include "product.hpp"
 #include "sound.hpp"
@@ -15,6 +16,22 @@ StoredRows stored_rows(const wf_chunk& c) {
 }
 
 bool levels_of(const Table& t, bool wide) { return t.direct && t.bits == (wide ? 16 : 8); }
+
+bool nested(const wf_chunk& c) { return c.states && c.gains; }
+
+// Streams of all stages, and a table of levels that their sums are rounded to.
+bool holds_stages(const wf_chunk& c) {
+    if (c.stage_count < 0 || c.stage_count >= kMostStages || (c.stage_count && !c.stages)) return false;
+    for (int64_t i = 0; i < c.stage_count; ++i) {
+        const wf_stage& s = c.stages[i];
+        if (!s.data || s.parts != c.parts || !holds_parts(s.ends, s.parts, s.data_bytes)) return false;
+    }
+    return levels_of(c.table->view, false) || levels_of(c.table->view, true);
+}
+
+wf_stage stage_of(const wf_chunk& c, int64_t i) {
+    return i < c.stage_count ? c.stages[i] : wf_stage{c.data, c.ends, c.data_bytes, c.parts, c.wide};
+}
 
 // Scales [rows][groups] -> the kernels' layout.
 void arrange_scales(const uint16_t* row_scales, int64_t rows, int64_t groups, uint16_t* scales) {
@@ -33,12 +50,65 @@ bool sound(const Functions* f, const wf_chunk& c) {
         return false;
     if (arranged(c)) return holds_arranged(c.table, c.rows, c.width, c.data, c.data_bytes, c.scales, c.scales_count);
     if (!c.states) return holds_stored(stored_rows(c), c.data_bytes, c.scales_count);
-    return c.data && trellis_code(c.states) && c.part_rows == stream_rows(c.width) && levels_of(c.table->view, c.wide);
+    const bool streams = c.data && trellis_code(c.states) && c.part_rows == stream_rows(c.width);
+    return streams && (nested(c) ? holds_stages(c) : levels_of(c.table->view, c.wide));
 }
 
 int64_t parts_of(const wf_chunk& c) { return ceil_div(c.rows, c.part_rows); }
 
 int64_t rows_of(const wf_chunk& c, int64_t part) { return least(c.part_rows, c.rows - part * c.part_rows); }
+
+namespace {
+
+// The rows of a part that all stages have decoded: added up, and brought into the kernels' layout.
+bool add_stages(const Functions& f, const wf_chunk& c, int64_t part, const StageRow* first_rows, int count,
+                const PartPlace& place) {
+    const int64_t rows = rows_of(c, part), width = c.width, groups = groups_of(width);
+    const int bits = c.table->view.bits, item = bits / 8;
+    const float gain = half_to_float(c.gains[part]);
+    float* sums = scratch_floats(kStageRow, width);
+    uint8_t* codes = scratch(kStageCodes, rows * width * item);
+    auto* scales = reinterpret_cast<uint16_t*>(scratch(kIndices, 2 * rows * groups));
+    for (int64_t row = 0; row < rows; ++row) {
+        StageRow here[kMostStages];
+        for (int i = 0; i < count; ++i) {
+            here[i] = first_rows[i];
+            here[i].codes += row * width * (here[i].wide ? 2 : 1), here[i].scales += row * groups;
+        }
+        if (!f.sum_stages(here, count, gain, width, bits, sums, codes + row * width * item, scales + row * groups))
+            return false;
+    }
+    const StoredRows stored{c.table, rows, width, codes, scales, 0, 0, width * item};
+    arrange_tiles(f, stored, 0, tiles_of(rows), place.codes, place.scales);
+    return true;
+}
+
+void decode_nested(const Functions& f, const wf_chunk& c, int64_t first, int count, const PartPlace* places,
+                   bool* good) {
+    const int64_t each = c.part_rows, weights = each * c.width, groups = groups_of(c.width);
+    const int stages = int(c.stage_count) + 1;
+    uint8_t* codes = scratch(kStages, 2 * stages * kTogether * weights);
+    auto* scales = reinterpret_cast<uint16_t*>(scratch(kStageScales, 2 * stages * kTogether * each * groups));
+    StageRow rows[kTogether][kMostStages];
+    for (int i = 0; i < count; ++i) good[i] = true;
+    for (int s = 0; s < stages; ++s) {
+        const wf_stage stage = stage_of(c, s);
+        const BitstreamShape shape{c.rows, c.width, c.states, stage.wide != 0};
+        BitstreamPart parts[kTogether] = {};
+        bool sound[kTogether];
+        for (int i = 0; i < count; ++i) {
+            const int64_t part = first + i, from = part ? stage.ends[part - 1] : 0, at = s * kTogether + i;
+            rows[i][s] = {codes + 2 * at * weights, scales + at * each * groups, shape.wide};
+            parts[i] = {rows_of(c, part), stage.data + from, stage.ends[part] - from, scales + at * each * groups,
+                        in_rows(shape, codes + 2 * at * weights)};
+        }
+        read_streams(f, shape, parts, count, sound);
+        for (int i = 0; i < count; ++i) good[i] = good[i] && sound[i];
+    }
+    for (int i = 0; i < count; ++i) good[i] = good[i] && add_stages(f, c, first + i, rows[i], stages, places[i]);
+}
+
+}  // namespace
 
 void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int count, const PartPlace* places,
                   bool* good) {
@@ -53,6 +123,7 @@ void decode_parts(const Functions& f, const wf_chunk& c, int64_t first, int coun
         }
         return;
     }
+    if (nested(c)) return decode_nested(f, c, first, count, places, good);
     auto* row_scales = reinterpret_cast<uint16_t*>(scratch(kIndices, 2 * kTogether * each * groups));
     BitstreamPart parts[kTogether] = {};
     for (int i = 0; i < count; ++i) {

@@ -13,6 +13,8 @@ namespace waterfill {
 
 bool sound(const Functions* f, const wf_chunk& c);
 
+constexpr int64_t kMostStages = 8;  // of a nested matrix
+
 int64_t parts_of(const wf_chunk& c);
 int64_t rows_of(const wf_chunk& c, int64_t part);
 

@@ -25,6 +25,7 @@
 #include "matrix.hpp"
 #include "prepare.hpp"
 #include "rans.hpp"
+#include "stages.hpp"
 #include "trellis_search.hpp"
 #include "trellis_states.hpp"
 #include "windows.hpp"
@@ -318,6 +319,7 @@ struct Kernels : Buffered<Isa> {
             f.search = Search<Isa>::run;
             f.search_lane = LaneSearch<Isa>::run;
             f.search_windows = WindowSearch<Isa>::run;
+            f.sum_stages = sum_stages;
             f.checksum = checksum;
             return f;
         }();

@@ -59,6 +59,13 @@ struct Attention {
     float* out;      // [tokens][queries][head_dim]
 };
 
+// A row of one stage of a nested matrix: levels plus 128, or `wide` plus 32768 in two bytes, and fp16 scales [groups].
+struct StageRow {
+    const uint8_t* codes;
+    const uint16_t* scales;
+    bool wide;
+};
+
 struct Functions {
     const char* name;
     int bias;
@@ -101,6 +108,9 @@ struct Functions {
     // bitshift_search.hpp: 16 sequences.
     void (*search_windows)(const WindowCode& code, int64_t steps, const float* x, const uint16_t* start,
                            uint8_t* scratch, uint16_t* out);
+    // stages.hpp; `sums` [width].
+    bool (*sum_stages)(const StageRow* stages, int count, float gain, int64_t width, int bits, float* sums,
+                       uint8_t* codes, uint16_t* scales);
     uint64_t (*checksum)(const uint8_t* data, int64_t bytes);
 };
 

@@ -57,6 +57,10 @@ enum Scratch {
     kPartCodes,
     kPartScales,
     kPartSums,
+    kStages,
+    kStageScales,
+    kStageRow,
+    kStageCodes,
     kScratchSlots
 };
 uint8_t* scratch(Scratch slot, int64_t bytes);

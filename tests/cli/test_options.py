@@ -32,7 +32,7 @@ NEW = {"missing", "noise", "a\nb"}
 # What is a value all the same.
 SENSIBLE: dict[str, set[str]] = {
     **{key: {"0"} for key in ("seed", "temperature", "top_k", "shots")},
-    **{key: {HUGE} for key in ("size", "memory", "bits", "sizes", "rates")},
+    **{key: {HUGE} for key in ("size", "memory", "bits", "sizes", "bits_per_weight")},
     **dict.fromkeys(("save", "save_reference", "output"), NEW),
     **{key: set(TEXTS) for key in ("system", "prompt", "prompts")},
     "max_kl": {"0", HUGE, "1e-320"},
@@ -54,7 +54,7 @@ USUAL: dict[str, list[str]] = {
     "chat": ["WORK/packed", "--max-new-tokens", "2"],
 }
 SAME_AS = {"pack": "plan", "chat": "generate"}  # the decorators of many options are the same
-INSTEAD = {**dict.fromkeys(("size", "bits", "max_kl", "plan_file"), "--bits"), "text": "--sensitivity"}
+INSTEAD = {**dict.fromkeys(("size", "bits", "rates", "max_kl", "plan_file"), "--bits"), "text": "--sensitivity"}
 
 
 @pytest.fixture(scope="module")

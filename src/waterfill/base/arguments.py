@@ -111,7 +111,7 @@ CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("model", "out", "artifact", "output", "against", "original"), PATH),
     **dict.fromkeys(("text", "save", "calibration"), optional(PATH)),
     **dict.fromkeys(("size", "memory"), optional(SIZE)),
-    **dict.fromkeys(("bits", "max_kl", "rate"), optional(Check("a finite number", is_real))),
+    **dict.fromkeys(("bits", "max_kl", "rate", "draft_rate"), optional(Check("a finite number", is_real))),
     **dict.fromkeys(("keep", "tie", "codecs", "methods", "prompts"), NAMES),
     **dict.fromkeys(
         ("lossless", "uniform", "overwrite", "verify", "cache", "match", "chat_template", "efficiency"),

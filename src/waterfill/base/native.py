@@ -43,6 +43,7 @@ from waterfill.base.native_signatures import (
     LayerView,
     MatrixView,
     SequenceView,
+    StageView,
     Task,
     Vector,
 )
@@ -66,6 +67,7 @@ __all__ = [  # and what is defined here
     "LayerView",
     "MatrixView",
     "SequenceView",
+    "StageView",
     "Task",
     "Vector",
     "addresses_of",

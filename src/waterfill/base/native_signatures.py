@@ -14,7 +14,7 @@ from pathlib import Path
 
 from waterfill.base.errors import WaterfillError
 
-HEADER = "8719233e2a487a31"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
+HEADER = "0853bc0e29164fe0"  # of the header's SHA-256, without carriage returns; native/CMakeLists.txt computes it too
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # WF_FLOAT32 and so on
 SILU, GELU_TANH = 0, 1  # WF_SILU, WF_GELU_TANH
 UNANSWERED = -100  # WF_UNANSWERED: an exception came just as a callback was called
@@ -100,6 +100,18 @@ class SequenceView(ctypes.Structure):
     )
 
 
+class StageView(ctypes.Structure):
+    """wf_stage: streams of a stage of a nested matrix."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("ends", c_void_p),
+        ("data_bytes", c_int64),
+        ("parts", c_int64),
+        ("wide", c_int),
+    )
+
+
 class ChunkView(ctypes.Structure):
     """wf_chunk: consecutive rows of a matrix."""
 
@@ -122,6 +134,9 @@ class ChunkView(ctypes.Structure):
         ("data_bytes", c_int64),
         ("scales_count", c_int64),
         ("parts", c_int64),
+        ("gains", c_void_p),
+        ("stages", POINTER(StageView)),
+        ("stage_count", c_int64),
     )
 
 
@@ -147,6 +162,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "wf_coded": CodedView,
     "wf_coding": CodingView,
     "wf_sequence": SequenceView,
+    "wf_stage": StageView,
     "wf_chunk": ChunkView,
     "wf_task": Task,
     "wf_flaw": Flaw,

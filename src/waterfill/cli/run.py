@@ -46,6 +46,9 @@ _running_options = combined(
     rate_option,
     click.option("--draft", type=PATH, help="Let this smaller artifact draft tokens."),
     click.option(
+        "--draft-rate", type=float, metavar="BITS", help="Let ARTIFACT itself draft, read at this rate (--rates)."
+    ),
+    click.option(
         "--lookup", type=click.IntRange(min=1), metavar="N", help="Draft up to N tokens from what the text said before."
     ),
     click.option(
@@ -113,7 +116,7 @@ class _Running:
         from waterfill.running.text.sampling import Sampling
 
         chosen = console.given(options)
-        names = ("memory", "memory_form", "draft", "lookup", "engine", "kv", "rate")
+        names = ("memory", "memory_form", "draft", "lookup", "engine", "kv", "rate", "draft_rate")
         running = {name: chosen.pop(name) for name in names if name in chosen}
         self._sampling = Sampling(**chosen)
         with shown("loading the model"):

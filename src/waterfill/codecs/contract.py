@@ -80,6 +80,13 @@ class Piece(NamedTuple):
     data: torch.Tensor | bytes
 
 
+class Stages(NamedTuple):
+    """Buffers of a matrix whose weights are sums: what of them is not cut into parts."""
+
+    wide: Mapping[str, bool]  # by the key of a stage's streams, from the lowest on: whether its levels take 16 bits
+    gains: str  # key of the numbers, F16, that the sums of each part are multiplied with
+
+
 class Encoder(ABC):
     """Encodes one matrix. `noise_power` and `power` are ||W' - W||^2 and ||W||^2 of the rows so far."""
 
@@ -228,7 +235,11 @@ class Codec(ABC):
 
     def native_fields(self, width: int) -> Mapping[str, int] | None:
         """How the native library decodes parts of rows of `width` into `memory`: fields of its `wf_chunk`, beside the
-        `scales` if there are any. None: it cannot, and `to_memory` does."""
+        `scales` if there are any, or its `stages`. None: it cannot, and `to_memory` does."""
+        return None
+
+    def native_stages(self) -> Stages | None:
+        """Where streams are those of the last of several stages, whose sum is decoded."""
         return None
 
     def parts(self, shape: Shape, weights: int) -> Parts:

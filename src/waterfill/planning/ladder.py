@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from waterfill.base.errors import BudgetError, WaterfillError
+from waterfill.base.errors import WaterfillError
 from waterfill.codecs import Nested, get_codec
 from waterfill.codecs.feedback import Left
 from waterfill.codecs.nested.codec import MOST_LEVELS, STATES, nested_name
@@ -37,8 +37,8 @@ def parse_rates(rates: str | Sequence[float]) -> tuple[float, ...]:
     except (TypeError, ValueError):
         found = ()
     steps = [second - first for first, second in zip((0.0, *found), found, strict=False)]
-    fit = 2 <= len(found) <= MOST_LEVELS and min(steps) >= LEAST_RATE - 1e-9 and found[-1] <= MOST_RATE
-    if not fit:
+    rising = all(step >= LEAST_RATE - 1e-9 for step in steps)
+    if not (2 <= len(found) <= MOST_LEVELS and rising and found[-1] <= MOST_RATE):
         raise WaterfillError(
             f"rates are {rates!r}; give 2 to {MOST_LEVELS} bits per weight such as 2.2,3,4.5, each larger than the one "
             f"before by {LEAST_RATE} at least, up to {MOST_RATE:g}"
@@ -52,11 +52,7 @@ def nested_codecs(rates: Sequence[float]) -> tuple[str, ...]:
 
 
 def nested_plan(plan: Callable[[float], Plan], rates: Sequence[float], left: Mapping[str, Left]) -> Plan:
-    """The plan of all rates, given what plans a model at one.
-
-    Raises:
-        BudgetError: a rate is none that the model can have.
-    """
+    """The plan of all rates, given what plans a model at one, from `MENU`."""
     plans = [plan(rate) for rate in rates]
     top = plans[-1]
     factors = [one.predicted.factor for one in plans]
@@ -91,13 +87,8 @@ def _nested(tensors: Sequence[TensorPlan], factors: Sequence[float], left: Left 
     ladder: list[float] = []
     for tensor in tensors:
         below = ladder[-1] if ladder else 0.0
-        rate = get_codec(tensor.codec).rate if tensor.packed else MOST_RATE  # a matrix as it is has no lower rate
-        step = round(rate - below, RATE_DIGITS)
-        ladder.append(rate if step >= LEAST_RATE else below)
-    if not ladder[0]:
-        raise BudgetError(
-            f"{tensors[0].name} would have fewer than {LEAST_RATE} bits per weight; give a higher first rate"
-        )
+        rate = get_codec(tensor.codec).rate
+        ladder.append(rate if round(rate - below, RATE_DIGITS) >= LEAST_RATE else below)
     codec = get_codec(nested_name(ladder))
     assert isinstance(codec, Nested)
     feedback = left or Left(1.0, 1.0)

@@ -56,6 +56,7 @@ def open_runner(
     engine: Choice = "auto",
     kv: CacheBits = None,
     rate: float | None = None,
+    draft_rate: float | None = None,
 ) -> Runner:
     """Open a packed model to generate with, by the native engine if it can be.
 
@@ -72,17 +73,32 @@ def open_runner(
         engine: who runs the model; "auto" is "native" where that can be.
         kv: bits of keys and values, as of `Engine`, which has to run the model then; a draft's are as they are.
         rate: bits per weight to read at most, of an artifact that was packed at several; a draft's is its highest.
+        draft_rate: in place of a draft, the artifact itself at this rate.
 
     Raises:
         WaterfillError: as `waterfill.load` does, and with "native" or `kv` for a model that the engine does not run.
     """
     check_speculation(draft, lookup)
+    if draft is not None and draft_rate is not None:
+        raise WaterfillError(
+            f"both the draft {draft} and the artifact's own rate {draft_rate:g} are to draft; leave out one of them"
+        )
+    check_speculation(draft_rate, lookup)
     coded = cache_bits(kv) != PLAIN_BITS
     if coded and engine == "transformers":
         raise WaterfillError(
             f"kv is {kv!r} and engine is 'transformers', which keeps keys and values as they are; leave one of them out"
         )
-    arguments = (Path(artifact), memory, memory_form, None if draft is None else Path(draft), lookup, kv, rate)
+    arguments = (
+        Path(artifact),
+        memory,
+        memory_form,
+        None if draft is None else Path(draft),
+        lookup,
+        kv,
+        rate,
+        draft_rate,
+    )
     if engine != "transformers":
         try:
             return _Native(*arguments)
@@ -115,11 +131,15 @@ class Runner(ABC):
         lookup: int | None,
         kv: CacheBits,
         rate: float | None,
+        draft_rate: float | None,
     ) -> None:
         self._artifact, self._memory, self._form, self._lookup = artifact, memory, form, lookup
         self._own: dict[str, Any] = {"kv": kv, "rate": rate}  # of the model, not of its draft
         self._opening = threading.RLock()  # texts begin one after the other, and then run beside each other
-        self._draft = None if draft is None else self._open(draft, streamed=False)
+        if draft_rate is not None:
+            self._draft = self._open(artifact, streamed=False, rate=draft_rate)
+        else:
+            self._draft = None if draft is None else self._open(draft, streamed=False)
         self._model = self._open(artifact, form=form, **self._own)
 
     @property

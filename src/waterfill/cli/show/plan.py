@@ -74,6 +74,7 @@ def _summary(plan: Plan) -> Table:
             "kept": f"{len(plan.kept)} other tensors, {format_size(kept_bytes)}{_largest_kept(plan)}",
             "weight files": f"{files}, {times:.1f} times smaller",
             "predicted": _prediction(plan.predicted, plan.probe),
+            **_levels(plan),
             **_sampling(plan),
             **_feedback(plan),
             **_evidence(plan),
@@ -137,6 +138,15 @@ def _feedback(plan: Plan) -> dict[str, str]:
     share = "" if left is None else f", leaves {left:.0%} of their loss"
     by = f"{calibration.token_count:,} tokens of {calibration.text or _PROBES['self']}"
     return {"feedback": f"of errors in {len(plan.fed_back)} matrices{share}; by {by}"}
+
+
+def _levels(plan: Plan) -> dict[str, str]:
+    """The lower rates that it can be read at."""
+    return {
+        f"at {level.bits:.3g} bits": f"{level.size_bytes:,} bytes are read"
+        + (f", predicted KL {level.predicted.kl:.4g}" if plan.promises else "")
+        for level in plan.levels[:-1]
+    }
 
 
 def _speed(speed: Speed | None) -> dict[str, str]:

@@ -32,6 +32,7 @@ from waterfill.codecs.contract import (
     MemoryForm,
     Piece,
     Shape,
+    Stages,
     buffer_bytes,
     get_codec,
 )
@@ -175,7 +176,16 @@ class Nested(Codec):
 
     def to_memory(self, buffers: Mapping[str, torch.Tensor], shape: Shape, exponent: int) -> Mapping[str, torch.Tensor]:
         scales, codes = rounded(self.restored(buffers, shape), self.memory.precision)
+        if not bool(scales.isfinite().all()):
+            raise ArtifactError("a scale of a nested matrix is infinite; fetch the artifact again, or pack again")
         return {"scales": scales, "codes": codes}
+
+    def native_fields(self, width: int) -> Mapping[str, int]:
+        return {"states": self.states, "wide": int(self.stages[self._last][1].wide)}
+
+    def native_stages(self) -> Stages:
+        below = {streams_key(stage): own.wide for stage, (_, own) in self.stages.items() if stage != self._last}
+        return Stages(below, gains_key(self._last))
 
     def parts(self, shape: Shape, weights: int) -> Parts:
         """The streams of the last stage, as large as they were packed; those below it stay in memory."""

@@ -25,6 +25,7 @@ from waterfill.base.lazy import torch
 from waterfill.codecs import get_codec
 from waterfill.codecs.integers import native_table
 from waterfill.files.artifact import StoredTensor, read_bytes
+from waterfill.running.streaming.stages import StageViews, held_stages
 from waterfill.running.streaming.storage import BLOCK_BYTES, HUGE_BYTES, Region, Storage
 from waterfill.running.streaming.view import Activations, View
 
@@ -89,7 +90,15 @@ class Chunk:
         if "scales" in matrix.held:
             scales = matrix.stored_held(self)["scales"]
             view.scales, view.scales_count = scales.ctypes.data, scales.size // 2
+        if self._stages is not None:
+            self._stages.put(view)
         return view
+
+    @cached_property
+    def _stages(self) -> StageViews | None:
+        """What is held of a nested matrix, as the library sees it; alive as long as the chunk."""
+        stages = self.matrix.stages
+        return None if stages is None else StageViews(stages, self.first_part, self.last_part)
 
     @property
     def weights(self) -> int:
@@ -135,6 +144,7 @@ class StreamedMatrix:
         self.held: dict[str, npt.NDArray[np.uint8]] = {
             key: read_bytes(small, verify=verify) for key, small in buffers.items()
         }
+        self.stages = held_stages(self.stored, self.shape, self.held, f"{self.file}: tensor {self.name!r}")
         self.sums = np.zeros(len(self.ends) - 1, np.uint64)  # checksums of the parts; 0: not read yet
         self.chunks = tuple(self._chunks(chunk_bytes))
 
