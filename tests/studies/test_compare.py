@@ -205,7 +205,7 @@ def test_methods_are_selected_by_pattern() -> None:
     with pytest.raises(WaterfillError, match=r"no method matches 'awq\*'; there are "):
         select(["awq*"])
     for found in select():
-        calibrated = found.name.startswith(("gptq-", "slim-", "billm")) or found.name.endswith("-imatrix")
+        calibrated = found.name.startswith(("gptq-", "slim-", "billm", "anyprec-")) or found.name.endswith("-imatrix")
         assert found.calibrated == calibrated
 
 

@@ -1,6 +1,6 @@
 """All methods that a comparison can name, in the order in which tables have them.
 
-ggml, peers, gptq, slim, billm, mixtures, rounding ──► METHODS ──► select("hqq-*")
+ggml, peers, gptq, slim, billm, anyprec, mixtures, rounding ──► METHODS ──► select("hqq-*")
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from waterfill.base.errors import WaterfillError
-from waterfill.studies.comparison import billm, ggml, gptq, mixtures, peers, rounding, slim
+from waterfill.studies.comparison import anyprec, billm, ggml, gptq, mixtures, peers, rounding, slim
 from waterfill.studies.comparison.base import Method
 
 METHODS: tuple[Method, ...] = (
@@ -18,6 +18,7 @@ METHODS: tuple[Method, ...] = (
     *gptq.METHODS,
     *slim.METHODS,
     *billm.METHODS,
+    *anyprec.METHODS,
     *mixtures.METHODS,
     *rounding.METHODS,
 )
