@@ -9,7 +9,7 @@ back it is white, too, and has as much less power as feedback leaves of the loss
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from torch import Tensor
 from waterfill.codecs import get_codec
 from waterfill.codecs.hadamard import groups
 from waterfill.files.architecture import Matrix, parameters_of
+from waterfill.files.blockwise import Change
 from waterfill.files.model_calls import read
 from waterfill.planning.costs import matrix_view
 from waterfill.planning.estimators import check_probabilities, group_power
@@ -115,12 +116,16 @@ def losses(
     for disturbance in disturbances:
         with disturbed(model, matrices, disturbance, numbers):
             other = read(model, part)[:, lead:-1]
-        lost.append(tuple(_kl(a, b) for a, b in zip(reference, other, strict=True)))
+        lost.append(tuple(divergence(a, b) for a, b in zip(reference, other, strict=True)))
     return tuple(lost)
 
 
-def _kl(reference: Tensor, other: Tensor) -> float:
-    """Of logits `[tokens, vocabulary]`."""
+def divergence(reference: Tensor, other: Tensor) -> float:
+    """KL, the mean of logits `[tokens, vocabulary]`, nats per token.
+
+    Raises:
+        WaterfillError: they are not finite.
+    """
     p, q = (logits.to(torch.float32).log_softmax(-1) for logits in (reference, other))
     difference = (p - q).masked_fill_(p == -math.inf, 0)  # tokens that a model never writes
     check_probabilities(difference)
@@ -163,12 +168,19 @@ def disturbed(model: Any, matrices: Sequence[Matrix], disturbance: Disturbance, 
         drawn = numbers.of(matrix.name, torch.arange(len(weight)) if rows is None else rows, weight.shape[1])
         return _with_noise(weight.to(torch.float32), disturbance.noise[matrix.name], drawn).to(weight.dtype)
 
+    with exchanged(model, by_parameter.keys(), change):
+        yield
+
+
+@contextmanager
+def exchanged(model: Any, names: Set[str], change: Change) -> Iterator[None]:
+    """Have the model, of `load_blockwise`, compute with other weights of these names inside of the block."""
     if model.blockwise is not None:
         with model.blockwise.changed(change):
             yield
         return
     parameters = parameters_of(model)  # by all their names
-    before = {name: parameters[name].data for name in by_parameter}
+    before = {name: parameters[name].data for name in names}
     try:
         for name, weight in before.items():
             parameters[name].data = change(name, weight, None)

@@ -17,7 +17,7 @@ from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.files.blockwise import CHUNK_WEIGHTS
 from waterfill.files.model_calls import read
-from waterfill.planning.costs import Costs, matrix_view
+from waterfill.planning.costs import Costs, Receiver, matrix_view
 from waterfill.planning.products import Products, gradients, watched
 
 PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
@@ -41,27 +41,43 @@ def fisher_pass(
     """Gradients of one sampled labelling of `part`, int64 `[sequences, length]`, behind its first `lead` tokens."""
     positions = part.shape[0] * (part.shape[1] - 1 - lead)
     costs = Costs(matrices, int(torch.randint(1 << 62, (1,), generator=generator)))
-    products = Products(matrices, costs)
-    wanted = {matrix.parameter for matrix in matrices}
-    with gradients(model, wanted, costs, kept_bytes=KEPT_BYTES), watched(model, products):
-        with products:
-            logits = read(model, part)
-        slope, nll = _sampled_score(logits.detach(), part, generator, lead)
-        with products.returning():
-            logits.backward(slope)
-        del logits, slope
+    products, nll = gradient_pass(model, matrices, costs, part, generator, lead=lead)
     # No gradient comes to what no token came by.
     alpha = {name: 0.5 * across / positions for name, across in costs.across.items()}
     beta = {name: 0.5 * along**2 / positions for name, along in costs.along.items()}
     return ProbePass(alpha, beta, products.tokens(beta, positions), nll)
 
 
+def gradient_pass(
+    model: Any,
+    matrices: Sequence[Matrix],
+    receiver: Receiver,
+    part: torch.Tensor,
+    generator: torch.Generator | None,
+    *,
+    lead: int = 0,
+) -> tuple[Products, float]:
+    """Tell somebody of the gradients of a summed log-probability, of labels as `_sampled_score` has them, of `part`,
+    int64 `[sequences, length]`. Returns who counted products, and the mean negative log-probability of the tokens."""
+    products = Products(matrices, receiver)
+    wanted = {matrix.parameter for matrix in matrices}
+    with gradients(model, wanted, receiver, kept_bytes=KEPT_BYTES), watched(model, products):
+        with products:
+            logits = read(model, part)
+        slope, nll = _sampled_score(logits.detach(), part, generator, lead)
+        with products.returning():
+            logits.backward(slope)
+        del logits, slope
+    return products, nll
+
+
 def _sampled_score(
-    logits: torch.Tensor, part: torch.Tensor, generator: torch.Generator, lead: int = 0
+    logits: torch.Tensor, part: torch.Tensor, generator: torch.Generator | None, lead: int = 0
 ) -> tuple[torch.Tensor, float]:
     """Gradient, by the logits `[sequences, tokens, vocabulary]`, of the summed log-probability of labels drawn from
-    their own predictions: one-hot less probability, 0 at the first `lead` tokens, which are context, and at the last
-    one, which predicts nothing here. And the mean negative log-probability of the tokens themselves."""
+    their own predictions, or of the tokens themselves without a generator: one-hot less probability, 0 at the first
+    `lead` tokens, which are context, and at the last one, which predicts nothing here. And the mean negative
+    log-probability of the tokens themselves."""
     predicting, following = logits[:, lead:-1], part[:, lead + 1 :]
     slope = torch.zeros(logits.shape)
     rows = slope[:, lead:-1]
@@ -70,7 +86,8 @@ def _sampled_score(
     check_probabilities(probabilities)
     of_tokens = rows.gather(2, following[..., None]).clamp_min(torch.finfo(torch.float32).tiny)
     nll = -float(of_tokens.log().mean())
-    labels = _drawn(probabilities, generator).view(*following.shape, 1)
+    drawn = following if generator is None else _drawn(probabilities, generator)
+    labels = drawn.view(*following.shape, 1)
     rows.neg_().scatter_add_(2, labels, torch.ones_like(labels, dtype=slope.dtype))
     return slope.to(logits.dtype), nll
 
