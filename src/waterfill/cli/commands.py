@@ -18,6 +18,8 @@ _SECTIONS = {
     "Our plans": ("sizes", "rates"),
     "Methods": ("methods", "no_match"),
     "Budget (exactly one; --speed also beside bytes)": ("size", "bits", "max_kl", "lossless", "speed"),
+    "Target (exactly one)": ("keep_share",),
+    "Parts": ("what", "importance", "multiple", "kv_heads"),
     "Choices": ("gain", "keep", "tie", "uniform", "purpose", "disk", "codecs"),
     "Sensitivities": (
         *("probe", "text", "calibration", "precision", "quick", "sequences", "length", "seed", "method"),

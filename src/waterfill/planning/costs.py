@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import Protocol
 
 import torch
 
@@ -26,24 +25,6 @@ from waterfill.files.blockwise import CHUNK_WEIGHTS
 LEAST_ROWS = 256  # of a product that are looked at; all where there are no more
 ROWS_SHARE = 4  # one row of so many
 FLOOR = 0.05  # of the mean cost, that every row is taken to have: no row is out of reach
-
-
-class Receiver(Protocol):
-    """Who is told of gradients as they come."""
-
-    def add(self, name: str, weight: torch.Tensor, gradient: torch.Tensor, sign: int) -> None:
-        """A parameter's, by its state-dict name; `sign` -1 takes back what was added."""
-
-    def add_product(
-        self, name: str, weight: torch.Tensor, x: torch.Tensor, slope: torch.Tensor, back: torch.Tensor
-    ) -> None:
-        """A parameter's that is one matrix `[rows, in]`, or some of its rows.
-
-        Args:
-            x: what was multiplied with it, `[tokens, in]`, one sequence after the other.
-            slope: the gradient of the product, `[tokens, rows]`.
-            back: the gradient of `x` that comes through it, `slope @ weight`.
-        """
 
 
 class Costs:

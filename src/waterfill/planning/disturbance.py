@@ -9,7 +9,7 @@ back it is white, too, and has as much less power as feedback leaves of the loss
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,6 @@ from torch import Tensor
 from waterfill.codecs import get_codec
 from waterfill.codecs.hadamard import groups
 from waterfill.files.architecture import Matrix, parameters_of
-from waterfill.files.blockwise import Change
 from waterfill.files.model_calls import read
 from waterfill.planning.costs import matrix_view
 from waterfill.planning.estimators import check_probabilities, group_power
@@ -121,7 +120,7 @@ def losses(
 
 
 def divergence(reference: Tensor, other: Tensor) -> float:
-    """KL, the mean of logits `[tokens, vocabulary]`, nats per token.
+    """KL, the mean over logits `[tokens, vocabulary]`, nats per token.
 
     Raises:
         WaterfillError: they are not finite.
@@ -168,19 +167,12 @@ def disturbed(model: Any, matrices: Sequence[Matrix], disturbance: Disturbance, 
         drawn = numbers.of(matrix.name, torch.arange(len(weight)) if rows is None else rows, weight.shape[1])
         return _with_noise(weight.to(torch.float32), disturbance.noise[matrix.name], drawn).to(weight.dtype)
 
-    with exchanged(model, by_parameter.keys(), change):
-        yield
-
-
-@contextmanager
-def exchanged(model: Any, names: Set[str], change: Change) -> Iterator[None]:
-    """Have the model, of `load_blockwise`, compute with other weights of these names inside of the block."""
     if model.blockwise is not None:
         with model.blockwise.changed(change):
             yield
         return
     parameters = parameters_of(model)  # by all their names
-    before = {name: parameters[name].data for name in names}
+    before = {name: parameters[name].data for name in by_parameter}
     try:
         for name, weight in before.items():
             parameters[name].data = change(name, weight, None)

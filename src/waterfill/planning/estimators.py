@@ -17,7 +17,7 @@ from waterfill.codecs.groups import group_sizes, group_sums, per_weight
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.files.blockwise import CHUNK_WEIGHTS
 from waterfill.files.model_calls import read
-from waterfill.planning.costs import Costs, Receiver, matrix_view
+from waterfill.planning.costs import Costs, matrix_view
 from waterfill.planning.products import Products, gradients, watched
 
 PERTURB_LEVELS = (0.005, 0.01, 0.02, 0.04)  # relative noise power; the published fits stay below 0.09
@@ -41,37 +41,22 @@ def fisher_pass(
     """Gradients of one sampled labelling of `part`, int64 `[sequences, length]`, behind its first `lead` tokens."""
     positions = part.shape[0] * (part.shape[1] - 1 - lead)
     costs = Costs(matrices, int(torch.randint(1 << 62, (1,), generator=generator)))
-    products, nll = gradient_pass(model, matrices, costs, part, generator, lead=lead)
+    products = Products(matrices, costs)
+    wanted = {matrix.parameter for matrix in matrices}
+    with gradients(model, wanted, costs, kept_bytes=KEPT_BYTES), watched(model, products):
+        with products:
+            logits = read(model, part)
+        slope, nll = sampled_score(logits.detach(), part, generator, lead)
+        with products.returning():
+            logits.backward(slope)
+        del logits, slope
     # No gradient comes to what no token came by.
     alpha = {name: 0.5 * across / positions for name, across in costs.across.items()}
     beta = {name: 0.5 * along**2 / positions for name, along in costs.along.items()}
     return ProbePass(alpha, beta, products.tokens(beta, positions), nll)
 
 
-def gradient_pass(
-    model: Any,
-    matrices: Sequence[Matrix],
-    receiver: Receiver,
-    part: torch.Tensor,
-    generator: torch.Generator | None,
-    *,
-    lead: int = 0,
-) -> tuple[Products, float]:
-    """Tell somebody of the gradients of a summed log-probability, of labels as `_sampled_score` has them, of `part`,
-    int64 `[sequences, length]`. Returns who counted products, and the mean negative log-probability of the tokens."""
-    products = Products(matrices, receiver)
-    wanted = {matrix.parameter for matrix in matrices}
-    with gradients(model, wanted, receiver, kept_bytes=KEPT_BYTES), watched(model, products):
-        with products:
-            logits = read(model, part)
-        slope, nll = _sampled_score(logits.detach(), part, generator, lead)
-        with products.returning():
-            logits.backward(slope)
-        del logits, slope
-    return products, nll
-
-
-def _sampled_score(
+def sampled_score(
     logits: torch.Tensor, part: torch.Tensor, generator: torch.Generator | None, lead: int = 0
 ) -> tuple[torch.Tensor, float]:
     """Gradient, by the logits `[sequences, tokens, vocabulary]`, of the summed log-probability of labels drawn from

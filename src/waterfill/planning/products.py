@@ -1,7 +1,7 @@
 """Who multiplies with which matrix in a pass: tokens are counted, and gradients taken where products are.
 
     forward     x W^T, whatever module's code asks for it ──► tokens of W; x is kept, W is not
-    backward    W, read again ──► gradient of x; with x, what is wanted of the gradient of W (`Receiver`)
+    backward    W, read again ──► gradient of x; with x, what is wanted of the gradient of W (`Costs`)
 
 A matrix that other functions use as well, or that is one of several in a parameter, has its whole gradient taken by
 automatic differentiation.
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from waterfill.files.architecture import Matrix, parameters_of
 from waterfill.files.blockwise import Watcher, itself
-from waterfill.planning.costs import Receiver, stored_part
+from waterfill.planning.costs import Costs, stored_part
 
 # Functions that multiply with a weight, or look its rows up, and where their two operands are.
 _PRODUCTS = {"linear": (0, 1), "embedding": (0, 1), "matmul": (0, 1), "mm": (0, 1), "addmm": (1, 2)}
@@ -45,7 +45,7 @@ class _Arrival(NamedTuple):
 class Products(TorchFunctionMode, Watcher):
     """Watches the products inside of the block; with `costs`, takes the gradients of those that are linear."""
 
-    def __init__(self, matrices: Sequence[Matrix], costs: Receiver | None = None) -> None:
+    def __init__(self, matrices: Sequence[Matrix], costs: Costs | None = None) -> None:
         super().__init__()
         self._costs, self._returning = costs, False
         self._by_parameter: dict[str, list[Matrix]] = {}
@@ -177,7 +177,7 @@ class _Product(torch.autograd.Function):
 
 
 @contextmanager
-def gradients(model: Any, wanted: Set[str], costs: Receiver, *, kept_bytes: int = 0) -> Iterator[None]:
+def gradients(model: Any, wanted: Set[str], costs: Costs, *, kept_bytes: int = 0) -> Iterator[None]:
     """Tell costs of gradients that come by no product, inside of the block; of a model in memory, whose parameters must
     require them, or of one that is read block by block."""
     if (blockwise := getattr(model, "blockwise", None)) is not None:

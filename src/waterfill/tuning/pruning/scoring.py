@@ -12,18 +12,20 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
 
+from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Progress, step_of
 from waterfill.files.architecture import read_kept
+from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.files.model_calls import read
 from waterfill.files.skeleton import ModelTensor
-from waterfill.planning.disturbance import divergence, exchanged
-from waterfill.planning.estimators import gradient_pass
-from waterfill.planning.measuring import PASS_TOKENS, TRIAL_TOKENS
+from waterfill.planning.disturbance import divergence
+from waterfill.planning.estimators import KEPT_BYTES, sampled_score
+from waterfill.planning.measuring import TRIAL_TOKENS
 from waterfill.planning.probe import lead_of
-from waterfill.planning.sensitivity import trainable
 from waterfill.tuning.pruning.selection import Scores, Selection, full, select
 from waterfill.tuning.pruning.structure import Structure
 from waterfill.tuning.pruning.terms import First, Fisher, Mix, Second, Terms, Vector, magnitudes, random_scores
@@ -34,6 +36,21 @@ TERMS: Mapping[Importance, type[Terms]] = MappingProxyType(
 )
 IMPORTANCES: tuple[Importance, ...] = (*TERMS, "l1", "l2", "random")
 SCORING, TRYING = "scoring what may go", "trying to do without"
+
+
+def open_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model, read block by block.
+
+    Raises:
+        WaterfillError: its class, in the transformers that is installed, does not run so.
+    """
+    model = load_blockwise(checkpoint, dtype)
+    if model.blockwise is None:
+        raise WaterfillError(
+            f"{type(model).__name__} of transformers {transformers.__version__} does not run block by block, which "
+            "pruning asks for; use another version of transformers"
+        )
+    return model
 
 
 def score(
@@ -48,7 +65,7 @@ def score(
     """Scores of all parts.
 
     Args:
-        model: from `load_blockwise`.
+        model: from `open_model`.
         tokens: int64 `[sequences, length]`; a quarter of each only gives context.
         seed: of labels that are drawn, or of random scores.
     """
@@ -61,19 +78,25 @@ def score(
     if importance in ("l1", "l2"):
         return magnitudes(structure, weights, int(importance[1:]))
     terms = TERMS[importance](structure, weights)
-    matrices = [member.matrix for member in terms.members]
     lead, step = lead_of(tokens.shape[1]), step_of(progress, SCORING)
-    parts = tokens.split(max(1, PASS_TOKENS // tokens.shape[1]))
-    with trainable(model, matrices, "fisher"):
-        for number, part in enumerate(parts):
-            if step:
-                step(number, len(parts))
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64) if terms.sampled else None
-            terms.begin(len(part), len(part) * (tokens.shape[1] - 1 - lead))
-            gradient_pass(model, matrices, terms, part, generator, lead=lead)
+    for number, sequence in enumerate(tokens):
+        if step:
+            step(number, len(tokens))
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64) if terms.sampled else None
+        terms.begin(len(sequence) - 1 - lead)
+        _pass(model, terms, sequence[None], generator, lead)
     if step:
-        step(len(parts), len(parts))
+        step(len(tokens), len(tokens))
     return terms.scores()
+
+
+def _pass(model: Any, terms: Terms, part: Tensor, generator: torch.Generator | None, lead: int) -> None:
+    """Tell of the gradients of the log-probability of labels: drawn ones, or the tokens without a generator."""
+    wanted = {member.tensor.name for member in terms.members}
+    with model.blockwise.gradients(wanted, terms.add, kept_bytes=KEPT_BYTES):
+        logits = read(model, part)
+        slope, _ = sampled_score(logits.detach(), part, generator, lead)
+        logits.backward(slope)
 
 
 def score_layers(
@@ -103,7 +126,7 @@ def losses(
     """KL(model || pruned model) of each sequence, nats per token, by selection.
 
     Args:
-        model: from `load_blockwise`.
+        model: from `open_model`.
         tokens: int64 `[sequences, length]`; a quarter of each only gives context.
 
     Raises:
@@ -132,21 +155,18 @@ def without(structure: Structure, model: Any, selection: Selection) -> Iterator[
     """Have the model compute as if what a selection leaves out were not there: columns of o and down are zero, and of
     layers that go their biases, too."""
     places = {layer: place for place, layer in enumerate(selection.layers)}
-    outputs = {member.tensor.name: member for member in structure.weights if member.last}
-    biases = {bias.name: member for member in outputs.values() if (bias := structure.bias(member)) is not None}
 
     def change(name: str, weight: Tensor, rows: Tensor | None) -> Tensor:
-        member = outputs.get(name) or biases.get(name)
-        if member is None:
+        if name not in structure.outputs:
             return weight
-        place = places.get(member.layer)
+        place, member = places.get(structure.outputs[name]), structure.members.get(name)
         if place is None:
             return torch.zeros_like(weight)
-        if name in biases:
+        if member is None:  # a bias of the hidden state
             return weight
         kept = torch.zeros(weight.shape[1], dtype=weight.dtype)
         kept[member.places(selection.parts(place, member.kind))] = 1
         return weight * kept
 
-    with exchanged(model, outputs.keys() | biases.keys(), change):
+    with model.blockwise.changed(change):
         yield

@@ -21,7 +21,6 @@ from typing import Literal
 import torch
 
 from waterfill.base.errors import CheckpointError
-from waterfill.files.architecture import Matrix, RowRun
 from waterfill.files.checkpoint import CONFIG, Checkpoint
 from waterfill.files.llama_names import PROJECTIONS
 from waterfill.files.skeleton import ModelTensor, build_skeleton, locate
@@ -75,14 +74,6 @@ class Member:
         """Numbers of the rows or columns of some parts, int64."""
         return (torch.tensor(parts, dtype=torch.int64)[:, None] * self.width + torch.arange(self.width)).flatten()
 
-    @cached_property
-    def matrix(self) -> Matrix:
-        """The same for whoever takes gradients; of a weight."""
-        rows, width = self.tensor.shape
-        run = RowRun(self.tensor.sources[0][0].source, None, False, rows)
-        name = self.tensor.name.removesuffix(".weight")
-        return Matrix(name, self.tensor.name, None, False, (rows, width), self.tensor.dtype, "linear", (run,))
-
 
 @dataclass(frozen=True)
 class Structure:
@@ -94,13 +85,14 @@ class Structure:
     layer_types: tuple[str, ...] | None  # kinds of attention by layer, where the family has kinds
 
     @cached_property
-    def weights(self) -> tuple[Member, ...]:
-        """The members that are matrices."""
-        return tuple(member for member in self.members.values() if len(member.tensor.shape) == 2)
-
-    def bias(self, member: Member) -> ModelTensor | None:
-        """What is added to the products of a matrix."""
-        return self._by_name.get(member.tensor.name.removesuffix("weight") + "bias")
+    def outputs(self) -> dict[str, int]:
+        """Weights and biases that make what a layer adds to the hidden state, o's and down's, and their layers."""
+        found = {}
+        for tensor in self.tensors:
+            parsed = _LAYER.fullmatch(tensor.name)
+            if parsed and parsed[2] in (PROJECTIONS["o"], PROJECTIONS["down"]):
+                found[tensor.name] = int(parsed[1])
+        return found
 
     def layer_weights(self, kv_heads: int, channels: int) -> int:
         """Weights of one decoder layer with so many parts: projections, biases and norms."""
@@ -111,10 +103,6 @@ class Structure:
                 member, count = self.members.get(tensor.name), math.prod(tensor.shape)
                 total += count if member is None else count // member.parts * kept[member.kind]
         return total
-
-    @cached_property
-    def _by_name(self) -> dict[str, ModelTensor]:
-        return {tensor.name: tensor for tensor in self.tensors}
 
 
 def layer_of(name: str) -> int | None:

@@ -1,8 +1,8 @@
 """Importance of parts from what passes say: each class hears of gradients, and adds up what its formula wants.
 
-With w the weights of a part and g the gradient of the loss, by a sequence's mean negative log-probability:
+With w the weights of a part and g the gradient of a sequence's mean negative log-probability (E is the mean over them):
 
-    Fisher   1/2 E (sum w g)^2 over the columns of o or down, labels drawn from the model's own predictions
+    Fisher   n/2 E (sum w g)^2 over the columns of o or down, of n labels drawn from the model's own predictions
     First    sum |w g|, by the mean gradient                                       LLM-Pruner's Element, first order
     Second   sum w^2 E g^2                                                         its second-order term
     Mix      sum |w g - 1/2 w^2 E g^2|                                             Element, first and second order
@@ -33,114 +33,84 @@ Read = Callable[[ModelTensor], Tensor]
 
 
 class Terms(ABC):
-    """Hears of passes, one after the other, and scores parts in the end.
+    """Hears of passes of one sequence each, one after the other, and scores parts in the end.
 
     Args:
         read: weights, for whoever needs them once more.
     """
 
     sampled: ClassVar[bool] = False  # labels are drawn from the model's own predictions; else the text has them
-    outputs: ClassVar[bool] = False  # only products with o and down are of interest
+    outputs: ClassVar[bool] = False  # only the columns of o and down are of interest
 
     def __init__(self, structure: Structure, read: Read) -> None:
         self._structure, self._read = structure, read
-        self._positions, self._sequences, self._of_pass = 0, 0, 1
+        self._sequences, self._positions = 0, 0  # a sequence's
         sizes = structure.sizes
         self._sums = {kind: torch.zeros(sizes.layers, sizes.parts(kind), dtype=torch.float64) for kind in KINDS}
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """Whose products are to be told of."""
-        return tuple(each for each in self._structure.weights if each.last or not self.outputs)
+        """Whose gradients are to be told of."""
+        return tuple(each for each in self._structure.members.values() if each.last or not self.outputs)
 
-    def begin(self, sequences: int, positions: int) -> None:
-        """What follows is of a pass of so many sequences, which predict so many positions in all."""
-        self._of_pass = sequences
-        self._positions += positions
-        self._sequences += sequences
+    def begin(self, positions: int) -> None:
+        """What follows is of the next sequence, which predicts so many positions, as all do."""
+        self._sequences += 1
+        self._positions = positions
 
     def add(self, name: str, weight: Tensor, gradient: Tensor, sign: int) -> None:
-        """A gradient that comes by no product: these families have none of their projections."""
-        raise NotImplementedError(name)
-
-    def add_product(self, name: str, weight: Tensor, x: Tensor, slope: Tensor, back: Tensor) -> None:
-        """As `planning.costs.Receiver` has it."""
-        member = self._structure.members[name]
-        self._add(member, *(each.to(torch.float32) for each in (weight, x, slope, back)))
+        """A member's gradient of the sum of log-probabilities; no part of it is taken back, as those of tables are."""
+        w, g = weight.to(torch.float32), gradient.to(torch.float32)
+        self._add(self._structure.members[name], w, g / -self._positions)
 
     @abstractmethod
-    def _add(self, member: Member, weight: Tensor, x: Tensor, slope: Tensor, back: Tensor) -> None:
-        """Of one matrix `[rows, in]` and one pass, float32."""
+    def _add(self, member: Member, w: Tensor, g: Tensor) -> None:
+        """Of one weight or bias, float32: its gradient of the sequence's mean negative log-probability."""
 
     @abstractmethod
     def scores(self) -> Scores:
-        """Of all passes."""
+        """Of all sequences."""
+
+    def _made(self, factor: float = 1.0, *, nats: bool = False) -> Scores:
+        return Scores(self._sums["heads"] * factor, self._sums["channels"] * factor, nats)
 
     def _count(self, member: Member, of_lines: Tensor) -> None:
-        """Add figures of each row or column `[lines]` to those of the parts that they belong to."""
-        self._sums[member.kind][member.layer] += of_lines.double().view(-1, member.width).sum(1)
-
-    def _gradients(self, x: Tensor, slope: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Those of the loss of every sequence, by weights `[rows, in]` and by biases `[rows]`."""
-        factor = -self._positions_each
-        parts = zip(slope.chunk(self._of_pass), x.chunk(self._of_pass), strict=True)
-        return [(s.T @ each / factor, s.sum(0) / factor) for s, each in parts]
-
-    @property
-    def _positions_each(self) -> float:
-        return self._positions / self._sequences
-
-    def _made(self, *, nats: bool = False) -> Scores:
-        return Scores(self._sums["heads"], self._sums["channels"], nats)
+        """Add figures of each row or column to those of the parts that they belong to."""
+        self._sums[member.kind][member.layer] += of_parts(member, of_lines)
 
 
 class Fisher(Terms):
     sampled = True
     outputs = True
 
-    def _add(self, member: Member, weight: Tensor, x: Tensor, slope: Tensor, back: Tensor) -> None:
-        along = (x * back).view(self._of_pass, -1, member.parts, member.width).sum((1, 3), dtype=torch.float64)
-        self._sums[member.kind][member.layer] += along.square().sum(0)
+    def _add(self, member: Member, w: Tensor, g: Tensor) -> None:
+        self._sums[member.kind][member.layer] += of_parts(member, by_lines(member, w * g)).square()
 
     def scores(self) -> Scores:
-        for sums in self._sums.values():
-            sums /= 2 * self._positions
-        return self._made(nats=True)
+        # The slope of a sum of log-probabilities, squared, is the sum of all positions' Fisher information.
+        return self._made(self._positions / (2 * self._sequences), nats=True)
 
 
 class Second(Terms):
-    def _add(self, member: Member, weight: Tensor, x: Tensor, slope: Tensor, back: Tensor) -> None:
-        bias = self._structure.bias(member)
-        b = None if bias is None or member.last else self._read(bias).to(torch.float32)
-        for g, of_bias in self._gradients(x, slope):
-            self._count(member, (weight * g).square().sum(1 - member.axis))
-            if b is not None:
-                self._count(member, (b * of_bias).square())
+    def _add(self, member: Member, w: Tensor, g: Tensor) -> None:
+        self._count(member, by_lines(member, (w * g).square()))
 
     def scores(self) -> Scores:
-        for sums in self._sums.values():
-            sums /= self._sequences
-        return self._made()
+        return self._made(1 / self._sequences)
 
 
 class Vector(Terms):
     def __init__(self, structure: Structure, read: Read) -> None:
         super().__init__(structure, read)
-        self._lines: dict[str, Tensor] = {}  # sums of w g by row or column, of a weight or bias
+        self._lines: dict[str, Tensor] = {}  # sums of w g of rows or columns, by tensor
 
-    def _add(self, member: Member, weight: Tensor, x: Tensor, slope: Tensor, back: Tensor) -> None:
-        of_lines = x * back if member.last else slope * (x @ weight.T)
-        self._keep(member.tensor.name, of_lines.sum(0, dtype=torch.float64))
-        if (bias := self._structure.bias(member)) is not None and not member.last:
-            self._keep(bias.name, (slope.sum(0) * self._read(bias)).double())
-
-    def _keep(self, name: str, of_lines: Tensor) -> None:
-        self._lines[name] = self._lines.get(name, torch.zeros_like(of_lines)) + of_lines
+    def _add(self, member: Member, w: Tensor, g: Tensor) -> None:
+        _add_to(self._lines, member.tensor.name, by_lines(member, w * g))
 
     def scores(self) -> Scores:
         for name, of_lines in self._lines.items():
-            self._count(self._structure.members[name], of_lines.abs() / self._positions)
-        return self._made()
+            self._count(self._structure.members[name], of_lines.abs())
+        return self._made(1 / self._sequences)
 
 
 class First(Terms):
@@ -148,27 +118,20 @@ class First(Terms):
 
     def __init__(self, structure: Structure, read: Read) -> None:
         super().__init__(structure, read)
-        self._means: dict[str, Tensor] = {}  # sums of g, by tensor
+        self._gradients: dict[str, Tensor] = {}  # sums of g, by tensor
 
-    def _add(self, member: Member, weight: Tensor, x: Tensor, slope: Tensor, back: Tensor) -> None:
-        bias = self._structure.bias(member)
-        for g, of_bias in self._gradients(x, slope):
-            self._keep(member.tensor.name, g)
-            if bias is not None and not member.last:
-                self._keep(bias.name, of_bias)
-
-    def _keep(self, name: str, gradient: Tensor) -> None:
-        _add_to(self._means, name, gradient)
+    def _add(self, member: Member, w: Tensor, g: Tensor) -> None:
+        _add_to(self._gradients, member.tensor.name, g)
 
     def scores(self) -> Scores:
-        for name, total in self._means.items():
+        for name, total in self._gradients.items():
             member = self._structure.members[name]
-            terms = self._of(name, self._read(member.tensor).to(torch.float32), total / self._sequences).abs()
-            self._count(member, terms if terms.ndim == 1 else terms.sum(1 - member.axis))
+            terms = self._term(name, self._read(member.tensor).to(torch.float32), total / self._sequences)
+            self._count(member, by_lines(member, terms.abs()))
         return self._made()
 
-    def _of(self, name: str, weight: Tensor, mean: Tensor) -> Tensor:
-        return weight * mean
+    def _term(self, name: str, w: Tensor, g: Tensor) -> Tensor:
+        return w * g
 
 
 class Mix(First):
@@ -176,14 +139,24 @@ class Mix(First):
 
     def __init__(self, structure: Structure, read: Read) -> None:
         super().__init__(structure, read)
-        self._squares: dict[str, Tensor] = {}  # sums of g^2
+        self._squares: dict[str, Tensor] = {}  # sums of g^2, by tensor
 
-    def _keep(self, name: str, gradient: Tensor) -> None:
-        super()._keep(name, gradient)
-        _add_to(self._squares, name, gradient.square())
+    def _add(self, member: Member, w: Tensor, g: Tensor) -> None:
+        super()._add(member, w, g)
+        _add_to(self._squares, member.tensor.name, g.square())
 
-    def _of(self, name: str, weight: Tensor, mean: Tensor) -> Tensor:
-        return weight * mean - 0.5 * weight.square() * self._squares[name] / self._sequences
+    def _term(self, name: str, w: Tensor, g: Tensor) -> Tensor:
+        return w * g - 0.5 * w.square() * self._squares[name] / self._sequences
+
+
+def by_lines(member: Member, values: Tensor) -> Tensor:
+    """Sums over each row or column that parts consist of, `[lines]`; a bias has one value each."""
+    return values if values.ndim == 1 else values.sum(1 - member.axis)
+
+
+def of_parts(member: Member, of_lines: Tensor) -> Tensor:
+    """Sums over the rows or columns of each part, float64 `[parts]`."""
+    return of_lines.double().view(-1, member.width).sum(1)
 
 
 def _add_to(sums: dict[str, Tensor], name: str, more: Tensor) -> None:
@@ -199,8 +172,7 @@ def magnitudes(structure: Structure, read: Read, power: int) -> Scores:
     sums = {kind: torch.zeros(sizes.layers, sizes.parts(kind), dtype=torch.float64) for kind in KINDS}
     for member in structure.members.values():
         terms = read(member.tensor).to(torch.float32).abs().pow(power)
-        of_lines = terms if terms.ndim == 1 else terms.sum(1 - member.axis)
-        sums[member.kind][member.layer] += of_lines.double().view(-1, member.width).sum(1)
+        sums[member.kind][member.layer] += of_parts(member, by_lines(member, terms))
     return Scores(sums["heads"], sums["channels"], nats=False)
 
 
