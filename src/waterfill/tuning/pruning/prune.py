@@ -161,16 +161,14 @@ def prune_checkpoint(
 
 
 def _shapes(structure: Structure, options: PruneOptions, size_bytes: int | None) -> list[Shape]:
-    sizes, kv_heads, what = structure.sizes, options.get("kv_heads"), options.get("what", "parts")
-    if kv_heads is not None and kv_heads > sizes.kv_heads:
-        raise BudgetError(f"--kv-heads {kv_heads} is more than the model has ({sizes.kv_heads}); give fewer")
     fits = limit_of(
         structure,
         options.get("keep_share"),
         size_bytes,
         lambda shape: lay_out(structure, tuple(range(shape.layers)), shape).size_bytes,
     )
-    return shapes(sizes, what, fits, options.get("multiple", MULTIPLE), kv_heads)
+    what, multiple = options.get("what", "parts"), options.get("multiple", MULTIPLE)
+    return shapes(structure, what, fits, multiple, options.get("kv_heads"))
 
 
 def _tokens(

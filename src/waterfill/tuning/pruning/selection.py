@@ -71,34 +71,36 @@ def full(sizes: Sizes) -> Shape:
     return Shape(sizes.layers, sizes.kv_heads, sizes.channels)
 
 
-def shapes(sizes: Sizes, what: What, fits: Fits, multiple: int, kv_heads: int | None) -> list[Shape]:
+def shapes(structure: Structure, what: What, fits: Fits, multiple: int, kv_heads: int | None) -> list[Shape]:
     """The largest shape within the target for every number of KV groups; or the one with fewer layers.
 
     Raises:
-        BudgetError: nothing that small can be made.
+        BudgetError: nothing that small can be made, or with so many KV heads.
     """
-    found = list(_shapes(sizes, what, fits, multiple, kv_heads))
+    sizes, counts = structure.sizes, structure.group_counts
+    if kv_heads is not None and kv_heads not in counts:
+        raise BudgetError(
+            f"--kv-heads {kv_heads} is not what a {structure.config.model_type} of this width may have; choose of "
+            f"{', '.join(map(str, counts))}"
+        )
+    found = list(_shapes(sizes, what, fits, multiple, counts if kv_heads is None else [kv_heads]))
     if not found:
         least = {
-            "parts": f"one KV head and {min(multiple, sizes.channels)} channels a layer",
-            "heads": "one KV head a layer",
-            "channels": f"{min(multiple, sizes.channels)} channels a layer",
+            "parts": f"{kv_heads or counts[0]} KV heads and {min(multiple, sizes.channels)} channels in every layer",
+            "heads": f"{kv_heads or counts[0]} KV heads in every layer",
+            "channels": f"{min(multiple, sizes.channels)} channels in every layer",
             "layers": "one layer",
         }[what]
-        raise BudgetError(
-            f"the model is too large for that even with {least if kv_heads is None else f'{kv_heads} KV heads a layer'}"
-            "; ask for more, or leave out other parts (--what)"
-        )
+        raise BudgetError(f"the model is too large for that even with {least}; ask for more, or for another --what")
     return found
 
 
-def _shapes(sizes: Sizes, what: What, fits: Fits, multiple: int, kv_heads: int | None) -> Iterator[Shape]:
+def _shapes(sizes: Sizes, what: What, fits: Fits, multiple: int, counts: Sequence[int]) -> Iterator[Shape]:
     if what == "layers":
-        counts = (Shape(count, sizes.kv_heads, sizes.channels) for count in range(sizes.layers, 0, -1))
-        yield from [shape for shape in counts if fits(shape)][:1]
+        fewer = (Shape(count, sizes.kv_heads, sizes.channels) for count in range(sizes.layers, 0, -1))
+        yield from [shape for shape in fewer if fits(shape)][:1]
         return
-    groups = range(sizes.kv_heads, 0, -1) if what in ("parts", "heads") else [sizes.kv_heads]
-    for count in groups if kv_heads is None else [kv_heads]:
+    for count in reversed(counts) if what in ("parts", "heads") else [sizes.kv_heads]:
         widths = [sizes.channels]
         if what != "heads":
             widths += range((sizes.channels - 1) // multiple * multiple, 0, -multiple)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -82,7 +82,20 @@ class Structure:
     sizes: Sizes
     tensors: tuple[ModelTensor, ...]
     members: dict[str, Member]  # by the tensor's name
-    layer_types: tuple[str, ...] | None  # kinds of attention by layer, where the family has kinds
+    config: Any  # transformers'
+
+    @cached_property
+    def group_counts(self) -> tuple[int, ...]:
+        """How many KV groups a layer may keep: of some families, numbers of heads have to divide the hidden size."""
+        return tuple(count for count in range(1, self.sizes.kv_heads + 1) if self._is_config(count))
+
+    def _is_config(self, kv_heads: int) -> bool:
+        heads = {"num_attention_heads": kv_heads * self.sizes.repeats, "num_key_value_heads": kv_heads}
+        try:
+            type(self.config)(**{**self.config.to_dict(), **heads, "head_dim": self.sizes.head_dim})
+        except Exception:  # each config class validates in its own way
+            return False
+        return True
 
     @cached_property
     def outputs(self) -> dict[str, int]:
@@ -142,8 +155,7 @@ def structure_of(checkpoint: Checkpoint) -> Structure:
             )
         if (member := _member(tensor, sizes)) is not None:
             members[tensor.name] = member
-    types = getattr(config, "layer_types", None)
-    return Structure(sizes, tensors, members, None if types is None else tuple(types))
+    return Structure(sizes, tensors, members, config)
 
 
 def _member(tensor: ModelTensor, sizes: Sizes) -> Member | None:

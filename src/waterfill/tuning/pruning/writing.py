@@ -135,8 +135,8 @@ def config_of(checkpoint: Checkpoint, structure: Structure, selection: Selection
         "num_hidden_layers": shape.layers,
     }
     if shape.layers < sizes.layers:
-        if structure.layer_types is not None:  # which may follow from a pattern, counted from the first layer
-            config["layer_types"] = list(structure.layer_types)
+        if types := getattr(structure.config, "layer_types", None):  # of a pattern, counted from the first layer
+            config["layer_types"] = list(types)
         for key, value in config.items():
             if isinstance(value, list) and len(value) == sizes.layers:
                 config[key] = [value[layer] for layer in selection.layers]
