@@ -18,7 +18,7 @@ _SECTIONS = {
     "Our plans": ("sizes", "rates"),
     "Methods": ("methods", "no_match"),
     "Budget (exactly one; --speed also beside bytes)": ("size", "bits", "max_kl", "lossless", "speed"),
-    "Target (exactly one)": ("keep_share",),
+    "Target (exactly one)": ("keep_share", "out_size"),
     "Parts": ("what", "importance", "multiple", "kv_heads"),
     "Choices": ("gain", "keep", "tie", "uniform", "purpose", "disk", "codecs"),
     "Sensitivities": (

@@ -21,7 +21,7 @@ _IMPORTANCES = ["fisher", "taylor-first", "taylor-second", "taylor-mix", "taylor
 @click.argument("model")
 @click.argument("out", type=PATH)
 @click.option("--keep-share", type=float, metavar="X", help="Share of the decoder layers' weights that stays, e.g. .8.")
-@click.option("--size", help="Or bytes of all weight files of OUT, e.g. 2.5GB or 800MiB.")
+@click.option("--size", "out_size", metavar="SIZE", help="Or bytes of all weight files of OUT, e.g. 2.5GB or 800MiB.")
 @click.option(
     "--what",
     type=click.Choice(["parts", "heads", "channels", "layers"]),
@@ -30,8 +30,9 @@ _IMPORTANCES = ["fisher", "taylor-first", "taylor-second", "taylor-mix", "taylor
 @click.option(
     "--importance",
     type=click.Choice(_IMPORTANCES),
-    help="What tells how much a part matters: the loss without it by the Fisher matrix (default), LLM-Pruner's terms, "
-    "magnitudes, chance.",
+    metavar="NAME",
+    help="What tells how much a part matters: fisher (default), the loss without it; taylor-first, taylor-second, "
+    "taylor-mix and taylor-vector, as LLM-Pruner has them; l1, l2; random.",
 )
 @click.option("--multiple", type=int, metavar="N", help="Channels stay in multiples of this (32).")
 @click.option("--kv-heads", type=int, metavar="N", help="KV heads to keep in every layer, instead of trying.")
@@ -42,7 +43,7 @@ _IMPORTANCES = ["fisher", "taylor-first", "taylor-second", "taylor-mix", "taylor
 @click.option("--no-cache", is_flag=True, help="Keep nothing of the text on disk, and use nothing kept.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def prune(model: str, out: Path, as_json: bool, **options: Any) -> None:
+def prune(model: str, out: Path, out_size: str | None, as_json: bool, **options: Any) -> None:
     """Leave the least important parts out of MODEL: OUT is a smaller checkpoint of the same class.
 
     MODEL is a local Hugging Face directory or a hub id, of the Llama kind.
@@ -51,7 +52,7 @@ def prune(model: str, out: Path, as_json: bool, **options: Any) -> None:
 
     start_s = time.perf_counter()
     with shown() as progress:
-        made = api.prune(model, out, progress=progress, **console.given(options))
+        made = api.prune(model, out, progress=progress, **console.given({**options, "size": out_size}))
     if as_json:
         console.print_json(made.to_dict())
     else:
