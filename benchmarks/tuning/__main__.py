@@ -1,9 +1,11 @@
 """What changing a checkpoint before it is packed loses or gains.
 
-    prune    a fifth of the decoder layers' weights left out of each of --models, by every importance: KL to the
-             original and perplexity on held-out text; and at equal bytes bits alone, pruning alone, and both
+    prune        a fifth of the decoder layers' weights left out of each of --models, by every importance: KL to the
+                 original and perplexity on held-out text
+    prune-bits   at equal bytes bits alone, pruning alone, and both
 
-Minutes for each model of a hundred million weights and each importance. With --quick, few sequences and windows.
+A minute or two for each importance, and each packed model, of a hundred million weights. With --quick, few sequences
+and windows.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.shared.report import EXAMPLE_MODEL, BenchmarkReport, held_out_text, parse_arguments
-from benchmarks.tuning.pruning import measure_pruning
+from benchmarks.tuning.pruning import SEQUENCES, WINDOWS, compare_importances, compare_with_bits, opened
 
-PARTS = ("prune",)
+PARTS = ("prune", "prune-bits")
 
 
 def main() -> None:
@@ -21,12 +23,17 @@ def main() -> None:
         __doc__,
         part={"choices": PARTS, "nargs": "+", "default": list(PARTS), "help": f"of {', '.join(PARTS)}"},
         models={"type": Path, "nargs": "+", "default": [EXAMPLE_MODEL], "help": "checkpoints to change"},
+        sequences={"type": int, "default": SEQUENCES, "help": "of own text, to score and fit on"},
+        windows={"type": int, "default": WINDOWS, "help": "of the held-out text"},
     )
     report = BenchmarkReport("changed before packing")
     text = held_out_text(report)
-    if "prune" in arguments.part:
-        for model in arguments.models:
-            measure_pruning(report, model, text, arguments.quick)
+    for model in arguments.models:
+        subject = opened(report, model, text, arguments.sequences, arguments.windows, quick=arguments.quick)
+        if "prune" in arguments.part:
+            compare_importances(report, subject)
+        if "prune-bits" in arguments.part:
+            compare_with_bits(report, subject)
     report.save(arguments.json)
 
 

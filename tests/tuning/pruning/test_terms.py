@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests.tuning.pruning.conftest import CHANNELS, HEAD_DIM, KV_HEADS, LAYERS, Family, loaded
 from waterfill.files.checkpoint import open_checkpoint
+from waterfill.planning.estimators import sampled_score
+from waterfill.tuning.pruning import scoring
 from waterfill.tuning.pruning.scoring import Importance, losses, open_model, score, score_layers
 from waterfill.tuning.pruning.selection import Scores, full, select
 from waterfill.tuning.pruning.structure import structure_of
@@ -96,41 +98,74 @@ def test_magnitudes(power: int, family: Family) -> None:
 
 
 def test_the_fisher_score_is_the_expected_loss_to_second_order(family: Family) -> None:
-    """1/2 d'Fd, with the exact Fisher matrix of all positions: by a derivative of the logits along the direction in
-    which a part's columns vanish, no labels drawn. Many sequences' drawn labels come near it."""
-    path = family("llama")
+    """Sum over tokens of 1/2 d'Fd, with the exact Fisher matrix of all positions: by forward derivatives of the logits
+    as what a part adds at one token vanishes, no labels drawn. Many drawn labels come near it."""
+    path, ids, lead = family("llama"), TOKENS[:1, :8], 2
     checkpoint, model = open_checkpoint(path), loaded(path)
     model.set_attn_implementation("eager")  # which has forward derivatives
-    ids = TOKENS[:1]
 
-    def logits(name: str, weight: Tensor) -> Tensor:
-        return torch.func.functional_call(model, {name: weight}, (ids,), {"use_cache": False}).logits[0, LEAD:-1]
+    def exact(module: Any, place: slice) -> float:
+        seen: list[Tensor] = []
 
-    def expected(name: str, place: slice) -> float:
-        weight = model.get_parameter(name).detach()
-        direction = torch.zeros_like(weight)
-        direction[:, place] = -weight[:, place]
-        values, slope = torch.func.jvp(lambda w: logits(name, w), (weight,), (direction,))
-        p = values.softmax(-1)
-        variance = (p * slope.square()).sum(-1) - (p * slope).sum(-1).square()
-        return float(variance.mean()) / 2
+        def shifted(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen.append(inputs[0])
+            return output + offset
 
-    runs = 400
-    found = score(
-        checkpoint,
-        structure_of(checkpoint),
-        open_model(checkpoint, torch.float32),
-        ids.repeat(runs, 1),
-        "fisher",
-        seed=1,
-    )
+        def logits(shift: Tensor) -> Tensor:
+            nonlocal offset
+            offset = shift
+            return model(input_ids=ids, use_cache=False).logits[0, lead:-1]
+
+        offset, total = torch.zeros(1, 8, 48), 0.0
+        handle = module.register_forward_hook(shifted)
+        with torch.no_grad():
+            p = logits(offset).softmax(-1)
+            added = seen[0][..., place] @ module.weight[:, place].T
+            for token in range(8):
+                direction = torch.zeros_like(added)
+                direction[0, token] = -added[0, token]
+                slope = torch.func.jvp(logits, (torch.zeros(1, 8, 48),), (direction,))[1]
+                variance = (p * slope.square()).sum(-1) - (p * slope).sum(-1).square()
+                total += float(variance.sum()) / 2
+        handle.remove()
+        return total / (8 - 1 - lead)
+
+    runs, model_blockwise = 60, open_model(checkpoint, torch.float32)
+    found = score(checkpoint, structure_of(checkpoint), model_blockwise, ids.repeat(runs, 1), "fisher", seed=1)
     assert found.nats
-    for layer in range(LAYERS):
-        for part in range(KV_HEADS):
-            exact = expected(f"model.layers.{layer}.self_attn.o_proj.weight", slice(part * 32, (part + 1) * 32))
-            assert float(found.heads[layer, part]) == pytest.approx(exact, rel=4 * (2 / runs) ** 0.5)
-    exact = [expected("model.layers.1.mlp.down_proj.weight", slice(c, c + 1)) for c in range(0, CHANNELS, 8)]
-    torch.testing.assert_close(found.channels[1, ::8].float(), torch.tensor(exact), rtol=6 * (2 / runs) ** 0.5, atol=0)
+    layers = model.model.layers
+    heads = [[exact(layer.self_attn.o_proj, slice(32 * h, 32 * h + 32)) for h in range(KV_HEADS)] for layer in layers]
+    torch.testing.assert_close(found.heads, torch.tensor(heads, dtype=torch.float64), rtol=0.4, atol=0)
+    assert float(found.heads.sum()) == pytest.approx(sum(map(sum, heads)), rel=0.15)
+    channels = [exact(layers[1].mlp.down_proj, slice(c, c + 1)) for c in range(0, CHANNELS, 12)]
+    torch.testing.assert_close(found.channels[1, ::12], torch.tensor(channels, dtype=torch.float64), rtol=0.5, atol=0)
+    assert float(found.channels[1, ::12].sum()) == pytest.approx(sum(channels), rel=0.15)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
+def test_effects_are_what_automatic_differentiation_says(
+    kept_bytes: int, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same labels; whether blocks are computed again on the way back, or not."""
+    monkeypatch.setattr(scoring, "KEPT_BYTES", kept_bytes)
+    path = family("qwen2")
+    checkpoint, model = open_checkpoint(path), loaded(path)
+    found = score(checkpoint, structure_of(checkpoint), open_model(checkpoint, torch.float32), TOKENS, "fisher", seed=5)
+    expected = torch.zeros(LAYERS, CHANNELS, dtype=torch.float64)
+    for number, sequence in enumerate(TOKENS):
+        inputs: list[Tensor] = []
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, to=inputs: to.append(args[0]))
+            for layer in model.model.layers
+        ]
+        logits = model(input_ids=sequence[None], use_cache=False).logits
+        for handle in handles:
+            handle.remove()
+        generator = torch.Generator().manual_seed(5 * 1_000_003 + number)
+        slope, _ = sampled_score(logits.detach(), sequence[None], generator, LEAD)
+        for layer, (x, g) in enumerate(zip(inputs, torch.autograd.grad(logits, inputs, slope), strict=True)):
+            expected[layer] += (x.detach() * g)[0].double().square().sum(0)
+    torch.testing.assert_close(found.channels, expected / 2 / (3 * POSITIONS), rtol=1e-3, atol=1e-12)
 
 
 def test_chance_depends_on_the_seed_alone(family: Family) -> None:

@@ -14,17 +14,18 @@ from typing import Any, TypedDict, cast
 
 import torch
 
-from waterfill.base.arguments import Check, choice, is_real, optional, whole
+from waterfill.base.arguments import FLAG, Check, choice, is_real, optional, whole
 from waterfill.base.errors import BudgetError
 from waterfill.base.progress import LOADING, Progress, stage
 from waterfill.files.architecture import Architecture
-from waterfill.files.checkpoint import Checkpoint
+from waterfill.files.checkpoint import Checkpoint, open_checkpoint
 from waterfill.planning.ancestral import Writer
 from waterfill.planning.budget import parse_size
 from waterfill.planning.measuring import measured_tokens
 from waterfill.planning.options import ProbeOptions
 from waterfill.planning.pace import fast_dtype
-from waterfill.tuning.pruning.scoring import IMPORTANCES, Importance, losses, open_model, score, score_layers
+from waterfill.tuning.pruning.refitting import Refitted
+from waterfill.tuning.pruning.scoring import IMPORTANCES, Importance, loss_of, losses, open_model, score, score_layers
 from waterfill.tuning.pruning.selection import (
     WHATS,
     Scores,
@@ -43,7 +44,8 @@ from waterfill.tuning.pruning.writing import check_out, lay_out, write
 
 MULTIPLE = 32  # of the number of channels: what kernels take at a time
 SEQUENCES = 48  # of own text, as many as a plan would have at most
-TRIED_SEQUENCES = 8
+TRIED_SEQUENCES = 8  # that nothing is scored or fitted on
+LEAST_SEQUENCES = 4
 TRIED_SHAPES = 3  # of those that are predicted to lose least
 
 
@@ -56,6 +58,7 @@ class PruneOptions(TypedDict, total=False):
     importance: Importance
     multiple: int  # of the number of channels
     kv_heads: int | None  # in every layer, where it is not to be chosen
+    refit: bool  # whether what stays is fitted to do what went did
     text: str | Path | None  # to measure on, instead of the model's own
     sequences: int
     length: int
@@ -70,6 +73,8 @@ PRUNE_CHECKS = {
     "importance": choice(*IMPORTANCES),
     "multiple": whole(1),
     "kv_heads": optional(whole(1)),
+    "refit": FLAG,
+    "sequences": whole(LEAST_SEQUENCES),
 }
 
 
@@ -92,7 +97,8 @@ class Pruned:
     model: str
     what: What
     importance: Importance
-    kl: float  # nats per token, of the whole selection, tried on the text that parts were scored on
+    refit: bool
+    kl: float  # nats per token, of what was written, on sequences that nothing was scored or fitted on
     kl_stderr: float
     estimated: float | None  # the sum of what single parts lose, where scores are losses
     before: Shape
@@ -147,15 +153,26 @@ def prune_checkpoint(
     structure = structure_of(checkpoint)
     found = _shapes(structure, given, size_bytes)
     tokens = _tokens(checkpoint, architecture, progress, given, write_text)
+    tried, tokens = _divided(tokens)
+    dtype = fast_dtype(architecture.matrices)
     with stage(progress, LOADING):
-        model = open_model(checkpoint, fast_dtype(architecture.matrices))
+        model = open_model(checkpoint, dtype)
     importance = given.get("importance", IMPORTANCES[0])
     scores = score(checkpoint, structure, model, tokens, importance, given.get("seed", 0), progress)
-    tried = tokens[:TRIED_SEQUENCES]
     selections = _selections(structure, scores, found, given, model, tried, progress)
-    selection, of_sequences = _best(selections, losses(structure, model, tried, selections, progress))
-    del model
-    size_after = write(checkpoint, structure, selection, out, progress)
+    selection = (
+        _best(selections, losses(structure, model, tried, selections, progress))
+        if len(selections) > 1
+        else selections[0]
+    )
+    refit = given.get("refit", True)
+    if refit:
+        weights = Refitted(checkpoint, architecture, structure, selection, tokens, dtype, progress)
+        size_after = write(checkpoint, structure, selection, out, progress, weights=weights)
+        del weights
+    else:
+        size_after = write(checkpoint, structure, selection, out, progress)
+    of_sequences = loss_of(model, open_model(open_checkpoint(out), dtype), tried, progress)
     estimated = lost(scores, selection) if scores.nats and given.get("what") != "layers" else None
     return _record(checkpoint, structure, selection, out, given, of_sequences, estimated, size_after)
 
@@ -206,11 +223,14 @@ def _selections(
     return sorted(selections, key=lambda selection: lost(scores, selection))[:TRIED_SHAPES]
 
 
-def _best(
-    selections: Sequence[Selection], of_sequences: Sequence[tuple[float, ...]]
-) -> tuple[Selection, tuple[float, ...]]:
-    place = min(range(len(selections)), key=lambda number: fsum(of_sequences[number]))
-    return selections[place], of_sequences[place]
+def _best(selections: Sequence[Selection], of_sequences: Sequence[tuple[float, ...]]) -> Selection:
+    return selections[min(range(len(selections)), key=lambda place: fsum(of_sequences[place]))]
+
+
+def _divided(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences that what is made is tried on, and others that it is made by."""
+    tried = min(TRIED_SEQUENCES, len(tokens) // 2)
+    return tokens[-tried:], tokens[:-tried]
 
 
 def _record(
@@ -230,6 +250,7 @@ def _record(
         model=checkpoint.path.name,
         what=options.get("what", "parts"),
         importance=options.get("importance", IMPORTANCES[0]),
+        refit=options.get("refit", True),
         kl=float(lost_kl.mean()),
         kl_stderr=float(lost_kl.std() / len(lost_kl) ** 0.5),
         estimated=estimated,

@@ -6,8 +6,9 @@ tokens ──► passes ──► terms ──► Scores
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -26,15 +27,16 @@ from waterfill.planning.disturbance import divergence
 from waterfill.planning.estimators import KEPT_BYTES, sampled_score
 from waterfill.planning.measuring import TRIAL_TOKENS
 from waterfill.planning.probe import lead_of
+from waterfill.tuning.pruning.effects import Effects
 from waterfill.tuning.pruning.selection import Scores, Selection, full, select
 from waterfill.tuning.pruning.structure import Structure
-from waterfill.tuning.pruning.terms import First, Fisher, Mix, Second, Terms, Vector, magnitudes, random_scores
+from waterfill.tuning.pruning.terms import First, Mix, Second, Terms, Vector, magnitudes, random_scores
 
 Importance = Literal["fisher", "taylor-first", "taylor-second", "taylor-mix", "taylor-vector", "l1", "l2", "random"]
 TERMS: Mapping[Importance, type[Terms]] = MappingProxyType(
-    {"fisher": Fisher, "taylor-first": First, "taylor-second": Second, "taylor-mix": Mix, "taylor-vector": Vector}
+    {"taylor-first": First, "taylor-second": Second, "taylor-mix": Mix, "taylor-vector": Vector}
 )
-IMPORTANCES: tuple[Importance, ...] = (*TERMS, "l1", "l2", "random")
+IMPORTANCES: tuple[Importance, ...] = ("fisher", *TERMS, "l1", "l2", "random")
 SCORING, TRYING = "scoring what may go", "trying to do without"
 
 
@@ -77,26 +79,38 @@ def score(
         return random_scores(structure, seed)
     if importance in ("l1", "l2"):
         return magnitudes(structure, weights, int(importance[1:]))
-    terms = TERMS[importance](structure, weights)
     lead, step = lead_of(tokens.shape[1]), step_of(progress, SCORING)
+    positions = tokens.shape[1] - 1 - lead
+    effects, terms = Effects(structure), None if importance == "fisher" else TERMS[importance](structure, weights)
     for number, sequence in enumerate(tokens):
         if step:
             step(number, len(tokens))
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64) if terms.sampled else None
-        terms.begin(len(sequence) - 1 - lead)
-        _pass(model, terms, sequence[None], generator, lead)
+        if terms is None:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64)
+            with effects.watched(model):
+                _pass(model, sequence[None], lead, generator)
+        else:
+            terms.begin(positions)
+            _pass(model, sequence[None], lead, terms=terms)
     if step:
         step(len(tokens), len(tokens))
-    return terms.scores()
+    return effects.scores(positions * len(tokens)) if terms is None else terms.scores()
 
 
-def _pass(model: Any, terms: Terms, part: Tensor, generator: torch.Generator | None, lead: int) -> None:
-    """Tell of the gradients of the log-probability of labels: drawn ones, or the tokens without a generator."""
-    wanted = {member.tensor.name for member in terms.members}
-    with model.blockwise.gradients(wanted, terms.add, kept_bytes=KEPT_BYTES):
+def _pass(
+    model: Any, part: Tensor, lead: int, generator: torch.Generator | None = None, terms: Terms | None = None
+) -> None:
+    """One pass and its way back, from the log-probability of labels: drawn ones, or the tokens without a generator."""
+    wanted = set() if terms is None else {member.tensor.name for member in terms.members}
+    consume = _unasked if terms is None else terms.add
+    with model.blockwise.gradients(wanted, consume, kept_bytes=KEPT_BYTES):
         logits = read(model, part)
         slope, _ = sampled_score(logits.detach(), part, generator, lead)
         logits.backward(slope)
+
+
+def _unasked(name: str, weight: Tensor, gradient: Tensor, sign: int) -> None:
+    raise AssertionError(f"nobody asked for the gradient of {name}")
 
 
 def score_layers(
@@ -123,7 +137,7 @@ def losses(
     selections: Sequence[Selection],
     progress: Progress | None = None,
 ) -> list[tuple[float, ...]]:
-    """KL(model || pruned model) of each sequence, nats per token, by selection.
+    """KL(model || model without what goes) of each sequence, nats per token, by selection.
 
     Args:
         model: from `open_model`.
@@ -132,22 +146,39 @@ def losses(
     Raises:
         WaterfillError: logits are not finite.
     """
+    others = [partial(_read_without, structure, model, selection) for selection in selections]
+    return _losses(model, tokens, others, progress)
+
+
+@torch.no_grad()
+def loss_of(model: Any, pruned: Any, tokens: Tensor, progress: Progress | None = None) -> tuple[float, ...]:
+    """KL(model || pruned model) of each sequence, nats per token; as `losses`, of a model that has been written."""
+    return _losses(model, tokens, [partial(read, pruned)], progress)[0]
+
+
+def _losses(
+    model: Any, tokens: Tensor, others: Sequence[Callable[[Tensor], Tensor]], progress: Progress | None
+) -> list[tuple[float, ...]]:
     lead, step = lead_of(tokens.shape[1]), step_of(progress, TRYING)
     parts = tokens.split(max(1, TRIAL_TOKENS // tokens.shape[1]))
-    lost: list[tuple[float, ...]] = [() for _ in selections]
-    done, total = 0, len(parts) * len(selections)
+    lost: list[tuple[float, ...]] = [() for _ in others]
+    done, total = 0, len(parts) * len(others)
     for part in parts:
         reference = read(model, part)[:, lead:-1]
-        for number, selection in enumerate(selections):
+        for number, other in enumerate(others):
             if step:
                 step(done, total)
-            with without(structure, model, selection):
-                other = read(model, part)[:, lead:-1]
-            lost[number] += tuple(divergence(a, b) for a, b in zip(reference, other, strict=True))
+            logits = other(part)[:, lead:-1]
+            lost[number] += tuple(divergence(a, b) for a, b in zip(reference, logits, strict=True))
             done += 1
     if step:
         step(total, total)
     return lost
+
+
+def _read_without(structure: Structure, model: Any, selection: Selection, part: Tensor) -> Tensor:
+    with without(structure, model, selection):
+        return read(model, part)
 
 
 @contextmanager

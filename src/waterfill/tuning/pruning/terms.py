@@ -1,25 +1,20 @@
-"""Importance of parts from what passes say: each class hears of gradients, and adds up what its formula wants.
+"""LLM-Pruner's importances (arXiv 2305.11627, §3.2), and simpler ones: classes that hear of gradients, and sum up what
+their formulas want.
 
 With w the weights of a part and g the gradient of a sequence's mean negative log-probability (E is the mean over them):
 
-    Fisher   n/2 E (sum w g)^2 over the columns of o or down, of n labels drawn from the model's own predictions
-    First    sum |w g|, by the mean gradient                                       LLM-Pruner's Element, first order
-    Second   sum w^2 E g^2                                                         its second-order term
-    Mix      sum |w g - 1/2 w^2 E g^2|                                             Element, first and second order
-    Vector   |sum w g| of each row (of q, k, v, gate, up) or column (of o, down)   LLM-Pruner's Vector
+    First    sum |w E g|                           Element, first order
+    Second   sum w^2 E g^2                         its second-order term
+    Mix      sum |w E g - 1/2 w^2 E g^2|           Element, first and second order
+    Vector   |sum w E g| of each row or column     Vector
 
-of which a part has the sum over all its rows, columns and biases (arXiv 2305.11627, §3.2).
-
-Without a part's columns of o or down its rows have no effect. What a layer adds to the hidden state is linear in these
-columns, so that their w g alone is the slope of the loss in the direction in which the whole part vanishes; that of its
-rows would count the same effect again. KL is half the expected square of that slope to second order.
+of which a part has the sum over all its rows (of q, k, v, gate, up), columns (of o, down) and biases.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,9 +34,6 @@ class Terms(ABC):
         read: weights, for whoever needs them once more.
     """
 
-    sampled: ClassVar[bool] = False  # labels are drawn from the model's own predictions; else the text has them
-    outputs: ClassVar[bool] = False  # only the columns of o and down are of interest
-
     def __init__(self, structure: Structure, read: Read) -> None:
         self._structure, self._read = structure, read
         self._sequences, self._positions = 0, 0  # a sequence's
@@ -51,7 +43,7 @@ class Terms(ABC):
     @property
     def members(self) -> tuple[Member, ...]:
         """Whose gradients are to be told of."""
-        return tuple(each for each in self._structure.members.values() if each.last or not self.outputs)
+        return tuple(self._structure.members.values())
 
     def begin(self, positions: int) -> None:
         """What follows is of the next sequence, which predicts so many positions, as all do."""
@@ -71,24 +63,12 @@ class Terms(ABC):
     def scores(self) -> Scores:
         """Of all sequences."""
 
-    def _made(self, factor: float = 1.0, *, nats: bool = False) -> Scores:
-        return Scores(self._sums["heads"] * factor, self._sums["channels"] * factor, nats)
+    def _made(self, factor: float = 1.0) -> Scores:
+        return Scores(self._sums["heads"] * factor, self._sums["channels"] * factor, nats=False)
 
     def _count(self, member: Member, of_lines: Tensor) -> None:
         """Add figures of each row or column to those of the parts that they belong to."""
         self._sums[member.kind][member.layer] += of_parts(member, of_lines)
-
-
-class Fisher(Terms):
-    sampled = True
-    outputs = True
-
-    def _add(self, member: Member, w: Tensor, g: Tensor) -> None:
-        self._sums[member.kind][member.layer] += of_parts(member, by_lines(member, w * g)).square()
-
-    def scores(self) -> Scores:
-        # The slope of a sum of log-probabilities, squared, is the sum of all positions' Fisher information.
-        return self._made(self._positions / (2 * self._sequences), nats=True)
 
 
 class Second(Terms):
