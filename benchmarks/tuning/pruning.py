@@ -26,7 +26,15 @@ from waterfill.planning.measuring import measured_tokens
 from waterfill.studies.own_text import OwnText
 from waterfill.tuning.pruning.prune import MULTIPLE, TRIED_SEQUENCES
 from waterfill.tuning.pruning.refitting import Refitted
-from waterfill.tuning.pruning.scoring import IMPORTANCES, Importance, losses, open_model, score, score_layers
+from waterfill.tuning.pruning.scoring import (
+    IMPORTANCES,
+    Importance,
+    losses,
+    open_model,
+    score,
+    score_by_terms,
+    score_layers,
+)
 from waterfill.tuning.pruning.selection import Scores, Selection, Shape, limit_of, nearest, select, shapes
 from waterfill.tuning.pruning.structure import Structure, structure_of
 from waterfill.tuning.pruning.writing import write
@@ -35,6 +43,7 @@ KEEP_SHARE = 0.8
 SEQUENCES, LENGTH, QUICK_SEQUENCES = 24, 160, 4
 CONTEXT, WINDOWS, QUICK_WINDOWS = 512, 8, 2
 TAYLOR: tuple[Importance, ...] = ("taylor-first", "taylor-second", "taylor-mix", "taylor-vector")
+LAYER_SEQUENCES = 2  # that layers are scored on, by doing without each
 SHOWN = ("fisher", "taylor-first", "random")  # refitted as well, and with other numbers of parts
 EQUAL_BITS, QUICK_EQUAL_BITS = (2.0, 3.0), (3.0,)  # of the whole model, for as many bytes
 SHARES, QUICK_SHARES = (0.9, 0.8), (0.8,)  # that stay of the layers, before packing
@@ -115,8 +124,9 @@ def compare_importances(report: BenchmarkReport, subject: Subject) -> None:
     proportional = nearest(structure.sizes, subject.shapes("parts", KEEP_SHARE))
     rows: list[list[Any]] = []
     kl: dict[str, float] = {}
+    by_terms = score_by_terms(subject.checkpoint, structure, subject.model, subject.tokens, TAYLOR)
     for importance in IMPORTANCES:
-        scores = subject.fisher if importance == "fisher" else subject.scores(importance)
+        scores = by_terms.get(importance) or (subject.fisher if importance == "fisher" else subject.scores(importance))
         rows.append(_row(subject, importance, select(scores, chosen)))
         kl[importance] = rows[-1][6]
         if importance in SHOWN and proportional != chosen:
@@ -124,7 +134,7 @@ def compare_importances(report: BenchmarkReport, subject: Subject) -> None:
         if importance in SHOWN:
             rows.append(_row(subject, importance, select(scores, chosen), refit=True))
             kl[f"{importance}, refitted"] = rows[-1][6]
-    by_loss = score_layers(structure, subject.fisher, subject.model, subject.tried)
+    by_loss = score_layers(structure, subject.fisher, subject.model, subject.tried[:LAYER_SEQUENCES])
     rows += [
         _row(subject, "layers", select(subject.fisher, shape, by_loss))
         for shape in subject.shapes("layers", KEEP_SHARE)

@@ -6,7 +6,7 @@ tokens ──► passes ──► terms ──► Scores
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from torch import Tensor
 from waterfill.base.errors import WaterfillError
 from waterfill.base.progress import Progress, step_of
 from waterfill.files.architecture import read_kept
-from waterfill.files.blockwise import load_blockwise
+from waterfill.files.blockwise import Consume, load_blockwise
 from waterfill.files.checkpoint import Checkpoint
 from waterfill.files.model_calls import read
 from waterfill.files.skeleton import ModelTensor
@@ -79,31 +79,65 @@ def score(
         return random_scores(structure, seed)
     if importance in ("l1", "l2"):
         return magnitudes(structure, weights, int(importance[1:]))
-    lead, step = lead_of(tokens.shape[1]), step_of(progress, SCORING)
-    positions = tokens.shape[1] - 1 - lead
-    effects, terms = Effects(structure), None if importance == "fisher" else TERMS[importance](structure, weights)
+    if importance == "fisher":
+        return _effects(structure, model, tokens, seed, progress)
+    return score_by_terms(checkpoint, structure, model, tokens, [importance], progress)[importance]
+
+
+def _effects(structure: Structure, model: Any, tokens: Tensor, seed: int, progress: Progress | None) -> Scores:
+    effects, lead = Effects(structure), lead_of(tokens.shape[1])
+    with effects.watched(model):
+        for number, sequence in enumerate(_told(tokens, progress)):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64)
+            _pass(model, sequence[None], lead, generator)
+    return effects.scores(len(tokens) * (tokens.shape[1] - 1 - lead))
+
+
+def score_by_terms(
+    checkpoint: Checkpoint,
+    structure: Structure,
+    model: Any,
+    tokens: Tensor,
+    importances: Sequence[Importance],
+    progress: Progress | None = None,
+) -> dict[Importance, Scores]:
+    """The same by some of `TERMS`, from the same passes."""
+    terms = {each: TERMS[each](structure, lambda tensor: read_kept(checkpoint, tensor)) for each in importances}
+    lead = lead_of(tokens.shape[1])
+
+    def add(name: str, weight: Tensor, gradient: Tensor, sign: int) -> None:
+        for each in terms.values():
+            each.add(name, weight, gradient, sign)
+
+    for sequence in _told(tokens, progress):
+        for each in terms.values():
+            each.begin(tokens.shape[1] - 1 - lead)
+        _pass(model, sequence[None], lead, wanted=structure.members.keys(), consume=add)
+    return {importance: each.scores() for importance, each in terms.items()}
+
+
+def _told(tokens: Tensor, progress: Progress | None) -> Iterator[Tensor]:
+    """Each sequence, and how far that is."""
+    step = step_of(progress, SCORING)
     for number, sequence in enumerate(tokens):
         if step:
             step(number, len(tokens))
-        if terms is None:
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64)
-            with effects.watched(model):
-                _pass(model, sequence[None], lead, generator)
-        else:
-            terms.begin(positions)
-            _pass(model, sequence[None], lead, terms=terms)
+        yield sequence
     if step:
         step(len(tokens), len(tokens))
-    return effects.scores(positions * len(tokens)) if terms is None else terms.scores()
 
 
 def _pass(
-    model: Any, part: Tensor, lead: int, generator: torch.Generator | None = None, terms: Terms | None = None
+    model: Any,
+    part: Tensor,
+    lead: int,
+    generator: torch.Generator | None = None,
+    *,
+    wanted: Set[str] = frozenset(),
+    consume: Consume | None = None,
 ) -> None:
     """One pass and its way back, from the log-probability of labels: drawn ones, or the tokens without a generator."""
-    wanted = set() if terms is None else {member.tensor.name for member in terms.members}
-    consume = _unasked if terms is None else terms.add
-    with model.blockwise.gradients(wanted, consume, kept_bytes=KEPT_BYTES):
+    with model.blockwise.gradients(wanted, consume or _unasked, kept_bytes=KEPT_BYTES):
         logits = read(model, part)
         slope, _ = sampled_score(logits.detach(), part, generator, lead)
         logits.backward(slope)

@@ -40,11 +40,6 @@ class Terms(ABC):
         sizes = structure.sizes
         self._sums = {kind: torch.zeros(sizes.layers, sizes.parts(kind), dtype=torch.float64) for kind in KINDS}
 
-    @property
-    def members(self) -> tuple[Member, ...]:
-        """Whose gradients are to be told of."""
-        return tuple(self._structure.members.values())
-
     def begin(self, positions: int) -> None:
         """What follows is of the next sequence, which predicts so many positions, as all do."""
         self._sequences += 1
