@@ -21,7 +21,7 @@ PROBE = ["--sequences", "4", "--length", "64"]
 
 def test_prune_plan_pack_generate(command: Command, ref_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "smaller"
-    result = command("prune", ref_llama, out, "--keep-share", "0.7", *PROBE, "--json")
+    result = command("prune", ref_llama, out, "--keep-share", "0.7", "--kv-heads", "1", *PROBE, "--json")
     assert result.code == 0
     record = result.record
     assert shape(record) == shape(documented("prune"))
@@ -32,11 +32,11 @@ def test_prune_plan_pack_generate(command: Command, ref_llama: Path, tmp_path: P
     assert record["after"]["channels"] == model.config.intermediate_size
     assert record["after"]["channels"] % 32 == 0
     assert len(record["dropped"]) == 6
-    gone = 2 - record["after"]["kv_heads"]
+    assert record["after"]["kv_heads"] == 1
     for layer in record["dropped"]:
         assert layer["channels"] == 768 - record["after"]["channels"]
         assert layer["heads"] == [2 * group + i for group in layer["kv_heads"] for i in range(2)]
-        assert len(layer["kv_heads"]) == gone
+        assert len(layer["kv_heads"]) == 1
     assert (out / "tokenizer.json").read_bytes() == (ref_llama / "tokenizer.json").read_bytes()
     planned = command("plan", out, "--bits", "4", *SCALAR, *PROBE, "--json")
     assert planned.code == 0
@@ -105,6 +105,15 @@ def _pruned(path: Path, out: Path, tokens: torch.Tensor, **options: Any) -> Any:
 
     checkpoint = open_checkpoint(path)
     return prune_checkpoint(checkpoint, describe(checkpoint), out, None, options, write_text=written)  # type: ignore[arg-type]
+
+
+def test_a_short_text(command: Command, ref_llama: Path, work: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text((work / "text.py").read_text()[:900])
+    arguments = ["--keep-share", "0.8", "--text", tmp_path / "short", "--length", "64"]
+    result = command("prune", ref_llama, tmp_path / "out", *arguments)
+    assert result.code == 2
+    assert "short holds 3 sequences of 64 tokens, of which pruning needs 4; give a longer text" in result.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.support.models import tiny_llama
 from tests.tuning.pruning.conftest import CHANNELS, HEAD_DIM, KV_HEADS, LAYERS, Family, loaded
 from waterfill.base.errors import BudgetError
 from waterfill.files.checkpoint import open_checkpoint
-from waterfill.tuning.pruning.selection import Scores, Shape, limit_of, lost, nearest, select, shapes
+from waterfill.tuning.pruning.selection import Scores, Shape, check_target, limit_of, lost, nearest, select, shapes
 from waterfill.tuning.pruning.structure import Structure, structure_of
 from waterfill.tuning.pruning.writing import lay_out
 
@@ -137,14 +137,19 @@ def test_the_same_share_of_both_kinds(structure: Structure) -> None:
         (None, None, "exactly one of --keep-share and --size"),
         (0.5, 1000, "exactly one of --keep-share and --size"),
         (1.0, None, "--keep-share 1.0 is not a share to keep"),
+        (0.0, None, "--keep-share 0.0 is not a share to keep"),
         (-0.1, None, "--keep-share -0.1 is not a share to keep"),
-        (None, 10_000, "--size 10000 .*: the model takes 10000 bytes"),
-        (None, 0, "--size 0 "),
     ],
 )
-def test_what_is_no_target(share: float | None, size: int | None, sentence: str, structure: Structure) -> None:
+def test_what_is_no_target(share: float | None, size: int | None, sentence: str) -> None:
     with pytest.raises(BudgetError, match=sentence):
-        limit_of(structure, share, size, lambda shape: 10_000)
+        check_target(share, size)
+
+
+@pytest.mark.parametrize("size", [10_000, 10_001, 0])
+def test_a_size_that_asks_for_nothing(size: int, structure: Structure) -> None:
+    with pytest.raises(BudgetError, match=f"--size {size} .*: the model takes 10000 bytes; ask for fewer"):
+        limit_of(structure, None, size, lambda shape: 10_000)
 
 
 @pytest.mark.parametrize(

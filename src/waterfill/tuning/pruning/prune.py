@@ -15,7 +15,7 @@ from typing import Any, TypedDict, cast
 import torch
 
 from waterfill.base.arguments import FLAG, Check, choice, is_real, optional, whole
-from waterfill.base.errors import BudgetError
+from waterfill.base.errors import BudgetError, WaterfillError
 from waterfill.base.progress import LOADING, Progress, stage
 from waterfill.files.architecture import Architecture
 from waterfill.files.checkpoint import Checkpoint, open_checkpoint
@@ -32,6 +32,7 @@ from waterfill.tuning.pruning.selection import (
     Selection,
     Shape,
     What,
+    check_target,
     full,
     limit_of,
     lost,
@@ -40,7 +41,7 @@ from waterfill.tuning.pruning.selection import (
     shapes,
 )
 from waterfill.tuning.pruning.structure import Structure, structure_of
-from waterfill.tuning.pruning.writing import check_out, lay_out, write
+from waterfill.tuning.pruning.writing import Weights, check_out, lay_out, unchanged, write
 
 MULTIPLE = 32  # of the number of channels: what kernels take at a time
 SEQUENCES = 48  # of own text, as many as a plan would have at most
@@ -120,10 +121,7 @@ def check(out: Path, options: PruneOptions) -> int | None:
         WaterfillError: not one target, or one that is none; `out` exists already.
     """
     share, size = options.get("keep_share"), options.get("size")
-    if (share is None) == (size is None):
-        raise BudgetError("pruning needs exactly one of --keep-share and --size; give one of them")
-    if share is not None and not 0 < share < 1:
-        raise BudgetError(f"--keep-share {share} is not a share to keep; give a number above 0 and below 1")
+    check_target(share, size)
     if options.get("kv_heads") is not None and options.get("what", "parts") in ("channels", "layers"):
         raise BudgetError(f"--kv-heads and --what {options['what']} do not go together; leave one of them out")
     size_bytes = None if size is None else parse_size(size)
@@ -160,18 +158,15 @@ def prune_checkpoint(
     importance = given.get("importance", IMPORTANCES[0])
     scores = score(checkpoint, structure, model, tokens, importance, given.get("seed", 0), progress)
     selections = _selections(structure, scores, found, given, model, tried, progress)
-    selection = (
-        _best(selections, losses(structure, model, tried, selections, progress))
-        if len(selections) > 1
-        else selections[0]
-    )
-    refit = given.get("refit", True)
-    if refit:
+    selection = selections[0]
+    if len(selections) > 1:
+        of_selections = losses(structure, model, tried, selections, progress)
+        selection = selections[min(range(len(selections)), key=lambda place: fsum(of_selections[place]))]
+    weights: Weights = unchanged
+    if given.get("refit", True):
         weights = Refitted(checkpoint, architecture, structure, selection, tokens, dtype, progress)
-        size_after = write(checkpoint, structure, selection, out, progress, weights=weights)
-        del weights
-    else:
-        size_after = write(checkpoint, structure, selection, out, progress)
+    size_after = write(checkpoint, structure, selection, out, progress, weights=weights)
+    del weights  # and the moments that it holds
     of_sequences = loss_of(model, open_model(open_checkpoint(out), dtype), tried, progress)
     estimated = lost(scores, selection) if scores.nats and given.get("what") != "layers" else None
     return _record(checkpoint, structure, selection, out, given, of_sequences, estimated, size_after)
@@ -200,7 +195,13 @@ def _tokens(
     probing = {key: value for key, value in options.items() if key in names and value is not None}
     if "text" not in probing:
         probing.setdefault("sequences", SEQUENCES)
-    return measured_tokens(checkpoint, architecture, progress, cast(ProbeOptions, probing), write=write_text)
+    tokens = measured_tokens(checkpoint, architecture, progress, cast(ProbeOptions, probing), write=write_text)
+    if len(tokens) < LEAST_SEQUENCES:
+        raise WaterfillError(
+            f"{options.get('text')} holds {len(tokens)} sequences of {tokens.shape[1]} tokens, of which pruning needs "
+            f"{LEAST_SEQUENCES}; give a longer text, or shorter sequences (--length)"
+        )
+    return tokens
 
 
 def _selections(
@@ -221,10 +222,6 @@ def _selections(
         return [select(scores, nearest(structure.sizes, found))]
     selections = [select(scores, shape) for shape in found]
     return sorted(selections, key=lambda selection: lost(scores, selection))[:TRIED_SHAPES]
-
-
-def _best(selections: Sequence[Selection], of_sequences: Sequence[tuple[float, ...]]) -> Selection:
-    return selections[min(range(len(selections)), key=lambda place: fsum(of_sequences[place]))]
 
 
 def _divided(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -141,10 +141,22 @@ def _best(scores: Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(order.tolist()))
 
 
+def check_target(keep_share: float | None, size: str | float | None) -> None:
+    """Refuse what is no target.
+
+    Raises:
+        BudgetError: not one of both, or a share that is none.
+    """
+    if (keep_share is None) == (size is None):
+        raise BudgetError("pruning needs exactly one of --keep-share and --size; give one of them")
+    if keep_share is not None and not 0 < keep_share < 1:
+        raise BudgetError(f"--keep-share {keep_share} is not a share to keep; give a number above 0 and below 1")
+
+
 def limit_of(
     structure: Structure, keep_share: float | None, size_bytes: int | None, bytes_of: Callable[[Shape], int]
 ) -> Fits:
-    """The target as a question to a shape.
+    """A target that `check_target` has passed, as a question to a shape.
 
     Args:
         keep_share: of the weights of all decoder layers, what may stay; or
@@ -152,10 +164,8 @@ def limit_of(
         bytes_of: what these take, by shape.
 
     Raises:
-        BudgetError: not one of both, a share that is none, or a size that the model is within as it is.
+        BudgetError: a size that the model is within as it is.
     """
-    if (keep_share is None) == (size_bytes is None):
-        raise BudgetError("pruning needs exactly one of --keep-share and --size; give one of them")
     whole = full(structure.sizes)
     if size_bytes is not None:
         most = bytes_of(whole)
@@ -165,7 +175,5 @@ def limit_of(
             )
         return lambda shape: bytes_of(shape) <= size_bytes
     assert keep_share is not None
-    if not 0 < keep_share < 1:
-        raise BudgetError(f"--keep-share {keep_share} is not a share to keep; give a number above 0 and below 1")
     weights = keep_share * whole.layers * structure.layer_weights(whole.kv_heads, whole.channels)
     return lambda shape: shape.layers * structure.layer_weights(shape.kv_heads, shape.channels) <= weights

@@ -37,6 +37,10 @@ Weights = Callable[[ModelTensor], torch.Tensor | None]
 """Gives weights that are to be written in place of a tensor's own, cut already; None for its own."""
 
 
+def unchanged(tensor: ModelTensor) -> None:
+    """Every tensor's own."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor of the new checkpoint: its name, its shape, and what it is cut from."""
@@ -149,13 +153,12 @@ def check_out(out: Path) -> None:
     """Refuse a place where something is already.
 
     Raises:
-        WaterfillError: it is no empty directory, or its folder cannot be used.
+        WaterfillError: it is no empty directory.
     """
     try:
         real = resolved(out)
         if real.exists() and (not real.is_dir() or any(real.iterdir()) or real == Path.cwd()):
             raise WaterfillError(f"{out} exists already; give another output")
-        real.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WaterfillError(f"cannot write {out} ({error.strerror or error}); give another output") from error
 
@@ -167,7 +170,7 @@ def write(
     out: Path,
     progress: Progress | None = None,
     *,
-    weights: Weights = lambda _: None,
+    weights: Weights = unchanged,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Write what stays of a checkpoint into the directory `out`: all of it, or, if it is interrupted, nothing. Returns
@@ -180,6 +183,7 @@ def write(
     check_out(out)
     real, layout = resolved(out), lay_out(structure, selection.layers, selection.shape, shard_bytes=shard_bytes)
     try:
+        real.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".waterfill-", dir=real.parent) as folder:
             work = Path(folder) / "checkpoint"
             work.mkdir()
