@@ -11,10 +11,12 @@ import torch
 import waterfill
 from tests.support.commands import SCALAR, Command
 from tests.support.documented import documented, shape
+from tests.support.models import tiny_qwen2
 from tests.tuning.pruning.conftest import Family, loaded, logits
 from waterfill.base.errors import BudgetError, WaterfillError
 from waterfill.files.checkpoint import open_checkpoint
 from waterfill.files.model_calls import read
+from waterfill.tuning.pruning.selection import Shape
 
 PROBE = ["--sequences", "4", "--length", "64"]
 
@@ -44,6 +46,20 @@ def test_prune_plan_pack_generate(command: Command, ref_llama: Path, tmp_path: P
     assert command("pack", out, tmp_path / "packed", "--bits", "4", *SCALAR, *PROBE).code == 0
     text = command("generate", tmp_path / "packed", "-p", "def read(path):", "--max-new-tokens", "4", "--json")
     assert text.record["tokens"] == 4
+
+
+def test_the_engine_runs_heads_that_do_not_fill_the_width(command: Command, tmp_path: Path) -> None:
+    path = tiny_qwen2(tmp_path / "model", heads=8, kv_heads=4, tokenizer=True)
+    made = waterfill.prune(path, tmp_path / "out", keep_share=0.8, kv_heads=3, sequences=4, length=32)
+    assert made.after == Shape(layers=2, kv_heads=3, channels=128)
+    waterfill.pack(tmp_path / "out", tmp_path / "packed", bits=5, codecs=SCALAR[1::2], sequences=4, length=32)
+    arguments = ["-p", "def", "--max-new-tokens", "3", "--temperature", "0", "--json"]
+    native, other = (
+        command("generate", tmp_path / "packed", *arguments, "--engine", engine).record
+        for engine in ("native", "transformers")
+    )
+    assert native["tokens"] == other["tokens"] == 3
+    assert native["text"] == other["text"]
 
 
 def test_a_size_is_kept_and_the_table_says_what_went(command: Command, ref_llama: Path, tmp_path: Path) -> None:
