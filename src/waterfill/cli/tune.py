@@ -36,7 +36,7 @@ _IMPORTANCES = ["fisher", "taylor-first", "taylor-second", "taylor-mix", "taylor
 )
 @click.option("--multiple", type=int, metavar="N", help="Channels stay in multiples of this (32).")
 @click.option("--kv-heads", type=int, metavar="N", help="KV heads to keep in every layer, instead of trying.")
-@click.option("--no-refit", is_flag=True, help="Keep the weights that stay as they are.")
+@click.option("--refit", is_flag=True, help="Fit what stays to do what went did; wants many sequences.")
 @click.option("--text", type=FILE, help="Measure on this text instead of the model's own.")
 @click.option("--sequences", type=int, metavar="N", help="Sequences to measure on (48).")
 @click.option("--length", type=int, metavar="N", help="Tokens per sequence (160).")
@@ -44,7 +44,7 @@ _IMPORTANCES = ["fisher", "taylor-first", "taylor-second", "taylor-mix", "taylor
 @click.option("--no-cache", is_flag=True, help="Keep nothing of the text on disk, and use nothing kept.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def prune(model: str, out: Path, out_size: str | None, no_refit: bool, as_json: bool, **options: Any) -> None:
+def prune(model: str, out: Path, out_size: str | None, as_json: bool, **options: Any) -> None:
     """Leave the least important parts out of MODEL: OUT is a smaller checkpoint of the same class.
 
     MODEL is a local Hugging Face directory or a hub id, of the Llama kind.
@@ -52,7 +52,7 @@ def prune(model: str, out: Path, out_size: str | None, no_refit: bool, as_json: 
     from waterfill import api
 
     start_s = time.perf_counter()
-    chosen = console.given({**options, "size": out_size}) | ({"refit": False} if no_refit else {})
+    chosen = console.given({**options, "size": out_size})
     with shown() as progress:
         made = api.prune(model, out, progress=progress, **chosen)
     if as_json:

@@ -163,7 +163,7 @@ def prune_checkpoint(
         of_selections = losses(structure, model, tried, selections, progress)
         selection = selections[min(range(len(selections)), key=lambda place: fsum(of_selections[place]))]
     weights: Weights = unchanged
-    if given.get("refit", True):
+    if given.get("refit", False):
         weights = Refitted(checkpoint, architecture, structure, selection, tokens, dtype, progress)
     size_after = write(checkpoint, structure, selection, out, progress, weights=weights)
     del weights  # and the moments that it holds
@@ -247,7 +247,7 @@ def _record(
         model=checkpoint.path.name,
         what=options.get("what", "parts"),
         importance=options.get("importance", IMPORTANCES[0]),
-        refit=options.get("refit", True),
+        refit=options.get("refit", False),
         kl=float(lost_kl.mean()),
         kl_stderr=float(lost_kl.std() / len(lost_kl) ** 0.5),
         estimated=estimated,
