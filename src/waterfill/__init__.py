@@ -9,6 +9,7 @@ The main path, in call order:
     waterfill.evaluate("out", "org/model", "text.txt")    # evaluation/: prediction, measured
     waterfill.report("out", original="org/model")         # studies/report/: one page of all
     waterfill.compare("org/model", "text.txt")            # studies/comparison/: equal bytes
+    waterfill.prune("org/model", "smaller", keep_share=.8)  # tuning/pruning/: parts left out
 
 Importing waterfill also teaches transformers to load artifacts with `AutoModelForCausalLM.from_pretrained("out")`. It
 imports neither torch nor transformers: the verbs do when they are used, and the plug-in joins transformers when that is
@@ -23,7 +24,7 @@ from waterfill.base.lazy import after_import
 from waterfill.base.version import __version__
 
 if TYPE_CHECKING:
-    from waterfill.api import Evaluation, Inspection, evaluate, inspect, load, pack, plan, sensitivity
+    from waterfill.api import Evaluation, Inspection, evaluate, inspect, load, pack, plan, prune, sensitivity
     from waterfill.packing.seal import Sealed, seal
     from waterfill.planning.plan import Plan
     from waterfill.running.engine.engine import Engine
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from waterfill.studies.diagnosis.doctor import diagnose
     from waterfill.studies.report import Report
     from waterfill.studies.report.write import report
+    from waterfill.tuning.pruning.prune import Pruned
 
 __all__ = [
     "ArtifactError",
@@ -44,6 +46,7 @@ __all__ = [
     "Evaluation",
     "Inspection",
     "Plan",
+    "Pruned",
     "Report",
     "Runner",
     "Sealed",
@@ -58,6 +61,7 @@ __all__ = [
     "open_runner",
     "pack",
     "plan",
+    "prune",
     "report",
     "seal",
     "sensitivity",
@@ -65,13 +69,14 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(
-        ("Evaluation", "Inspection", "evaluate", "inspect", "load", "pack", "plan", "seal", "sensitivity"),
+        ("Evaluation", "Inspection", "evaluate", "inspect", "load", "pack", "plan", "prune", "seal", "sensitivity"),
         "waterfill.api",
     ),
     "diagnose": "waterfill.studies.diagnosis.doctor",
     "Comparison": "waterfill.studies.comparison",
     "Engine": "waterfill.running.engine.engine",
     "Plan": "waterfill.planning.plan",
+    "Pruned": "waterfill.tuning.pruning.prune",
     "Report": "waterfill.studies.report",
     "Runner": "waterfill.running.runner",
     "Sealed": "waterfill.packing.seal",

@@ -1,6 +1,6 @@
 """The verbs: what the command line calls, and what `import waterfill` offers.
 
-plan ──► pack ──► load ──► generate
+plan ──► pack ──► load ──► generate          prune: a smaller checkpoint, to be planned
                       └──► evaluate          inspect: what is in an artifact
 """
 
@@ -44,6 +44,8 @@ from waterfill.planning.sensitivity import SENSITIVITY_FILE, Sensitivity
 from waterfill.running.loading import load
 from waterfill.running.timing import check_speed, timing_of
 from waterfill.studies.own_text import OwnText
+from waterfill.tuning.pruning.prune import PRUNE_CHECKS, Pruned, PruneOptions, prune_checkpoint
+from waterfill.tuning.pruning.prune import check as check_pruning
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ __all__ = [
     "load_tokenizer",
     "pack",
     "plan",
+    "prune",
     "read_plan",
     "seal",
     "sensitivity",
@@ -145,6 +148,24 @@ def pack(
         progress=None if progress is None else lambda name, done, total: progress("packing", done, total),
     )
     return made
+
+
+@own_torch_modes()
+@checked(PruneOptions, **PRUNE_CHECKS)
+def prune(
+    model: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Unpack[PruneOptions]
+) -> Pruned:
+    """Leave heads, channels or layers out of `model`, and write what stays into the directory `out`: a checkpoint of
+    the same class, that everything takes as it takes the original.
+
+    Raises:
+        WaterfillError: an unknown family, an impossible target, an `out` that exists already.
+    """
+    check_pruning(Path(out), options)  # before minutes of downloading and measuring
+    checkpoint = _open(model, options.get("revision"), progress)
+    architecture = _describe(checkpoint, (), progress)
+    with OwnText(checkpoint, architecture, progress) as text:
+        return prune_checkpoint(checkpoint, architecture, Path(out), progress, options, write_text=text.sample)
 
 
 @dataclass(frozen=True)

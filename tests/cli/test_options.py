@@ -48,6 +48,7 @@ USUAL: dict[str, list[str]] = {
     "inspect": ["WORK/packed"],
     "seal": ["WORK/packed"],
     "eval": ["WORK/packed", *TEXT, "--no-cache"],
+    "prune": ["WORK/model", "out", "--keep-share", "0.8", "--sequences", "4", "--length", "8"],
     "compare": ["WORK/model", *TEXT, "--no-match", *MEASURED],
     "report": ["WORK/packed", "--original", "WORK/model"],
     "generate": ["WORK/packed", "-p", "Once", "--max-new-tokens", "2"],

@@ -9,7 +9,7 @@ from waterfill.codecs.groups import group_sums
 from waterfill.files.architecture import Architecture
 from waterfill.planning import costs
 from waterfill.planning.costs import Costs, row_costs
-from waterfill.planning.estimators import _drawn, _sampled_score, group_power, orthogonal
+from waterfill.planning.estimators import _drawn, group_power, orthogonal, sampled_score
 
 WIDTHS = [1, 3, 64, 172, 1600, 2600]  # one group, and several
 
@@ -49,7 +49,7 @@ def test_gradients_along_the_weights_cost_nothing() -> None:
 def test_the_score_of_sampled_labels_is_what_automatic_differentiation_gives(dtype: torch.dtype) -> None:
     part = torch.randint(40, (3, 7), generator=torch.Generator().manual_seed(2))
     logits = (3 * torch.randn(3, 7, 40)).to(dtype).requires_grad_()
-    slope, nll = _sampled_score(logits.detach(), part, torch.Generator().manual_seed(5))
+    slope, nll = sampled_score(logits.detach(), part, torch.Generator().manual_seed(5))
     log_p = logits.float().log_softmax(-1)[:, :-1]
     labels = _drawn(log_p.detach().exp().flatten(0, 1), torch.Generator().manual_seed(5))
     (expected,) = torch.autograd.grad(log_p.flatten(0, 1).gather(1, labels).sum(), logits)
@@ -62,7 +62,7 @@ def test_the_score_of_sampled_labels_is_what_automatic_differentiation_gives(dty
 def test_labels_are_drawn_from_the_predictions() -> None:
     """So that the score has the mean zero, and the covariance of one draw."""
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0]).expand(1, 40_001, 4)
-    slope, _ = _sampled_score(logits, torch.zeros(1, 40_001, dtype=torch.int64), torch.Generator().manual_seed(0))
+    slope, _ = sampled_score(logits, torch.zeros(1, 40_001, dtype=torch.int64), torch.Generator().manual_seed(0))
     p, score = logits[0, 0].softmax(-1), slope[0, :-1]
     torch.testing.assert_close(score.mean(0), torch.zeros(4), atol=0.01, rtol=0)
     torch.testing.assert_close(score.T @ score / 40_000, p.diag() - p.outer(p), atol=0.01, rtol=0)

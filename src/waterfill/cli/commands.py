@@ -18,6 +18,8 @@ _SECTIONS = {
     "Our plans": ("sizes", "bits_per_weight"),
     "Methods": ("methods", "no_match"),
     "Budget (exactly one; --speed also beside bytes)": ("size", "bits", "rates", "max_kl", "lossless", "speed"),
+    "Target (exactly one)": ("keep_share", "out_size"),
+    "Parts": ("what", "importance", "multiple", "kv_heads", "refit"),
     "Choices": ("gain", "keep", "tie", "uniform", "purpose", "disk", "codecs"),
     "Sensitivities": (
         *("probe", "text", "calibration", "precision", "quick", "sequences", "length", "seed", "method"),

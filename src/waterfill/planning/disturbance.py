@@ -115,12 +115,16 @@ def losses(
     for disturbance in disturbances:
         with disturbed(model, matrices, disturbance, numbers):
             other = read(model, part)[:, lead:-1]
-        lost.append(tuple(_kl(a, b) for a, b in zip(reference, other, strict=True)))
+        lost.append(tuple(divergence(a, b) for a, b in zip(reference, other, strict=True)))
     return tuple(lost)
 
 
-def _kl(reference: Tensor, other: Tensor) -> float:
-    """Of logits `[tokens, vocabulary]`."""
+def divergence(reference: Tensor, other: Tensor) -> float:
+    """KL, the mean over logits `[tokens, vocabulary]`, nats per token.
+
+    Raises:
+        WaterfillError: they are not finite.
+    """
     p, q = (logits.to(torch.float32).log_softmax(-1) for logits in (reference, other))
     difference = (p - q).masked_fill_(p == -math.inf, 0)  # tokens that a model never writes
     check_probabilities(difference)

@@ -46,7 +46,7 @@ def fisher_pass(
     with gradients(model, wanted, costs, kept_bytes=KEPT_BYTES), watched(model, products):
         with products:
             logits = read(model, part)
-        slope, nll = _sampled_score(logits.detach(), part, generator, lead)
+        slope, nll = sampled_score(logits.detach(), part, generator, lead)
         with products.returning():
             logits.backward(slope)
         del logits, slope
@@ -56,12 +56,13 @@ def fisher_pass(
     return ProbePass(alpha, beta, products.tokens(beta, positions), nll)
 
 
-def _sampled_score(
-    logits: torch.Tensor, part: torch.Tensor, generator: torch.Generator, lead: int = 0
+def sampled_score(
+    logits: torch.Tensor, part: torch.Tensor, generator: torch.Generator | None, lead: int = 0
 ) -> tuple[torch.Tensor, float]:
     """Gradient, by the logits `[sequences, tokens, vocabulary]`, of the summed log-probability of labels drawn from
-    their own predictions: one-hot less probability, 0 at the first `lead` tokens, which are context, and at the last
-    one, which predicts nothing here. And the mean negative log-probability of the tokens themselves."""
+    their own predictions, or of the tokens themselves without a generator: one-hot less probability, 0 at the first
+    `lead` tokens, which are context, and at the last one, which predicts nothing here. And the mean negative
+    log-probability of the tokens themselves."""
     predicting, following = logits[:, lead:-1], part[:, lead + 1 :]
     slope = torch.zeros(logits.shape)
     rows = slope[:, lead:-1]
@@ -70,7 +71,8 @@ def _sampled_score(
     check_probabilities(probabilities)
     of_tokens = rows.gather(2, following[..., None]).clamp_min(torch.finfo(torch.float32).tiny)
     nll = -float(of_tokens.log().mean())
-    labels = _drawn(probabilities, generator).view(*following.shape, 1)
+    drawn = following if generator is None else _drawn(probabilities, generator)
+    labels = drawn.view(*following.shape, 1)
     rows.neg_().scatter_add_(2, labels, torch.ones_like(labels, dtype=slope.dtype))
     return slope.to(logits.dtype), nll
 

@@ -1,0 +1,1 @@
+"""Models changed before they are packed: what that loses or gains, one part after the other."""
