@@ -27,7 +27,7 @@ from waterfill.running.hf import fused, install
 from waterfill.studies.diagnosis import doctor, trial
 
 WAYS = ("transformers", "native layers", "engine")
-EXTRAS = {"bench", "compare", "eval", "gguf", "grids", "plot"}
+EXTRAS = {"bench", "compare", "eval", "gguf", "grids", "plot", "tune"}
 
 
 @pytest.fixture(autouse=True)

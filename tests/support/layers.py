@@ -21,7 +21,7 @@ FLOORS: Sequence[Sequence[str]] = (
     ("kernels", "planning"),
     ("packing", "running"),
     ("evaluation",),
-    ("studies",),
+    ("studies", "tuning"),
     ("api",),
     ("cli", "waterfill"),  # `waterfill` is the package's own __init__: names only
 )
