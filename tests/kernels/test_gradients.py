@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import pytest
 import torch
 
-from tests.support.kernel_samples import ISAS, activations, one_thread
+from tests.support.kernel_samples import ISAS, activations, in_memory, one_thread
 from waterfill import kernels
-from waterfill.codecs import MENUS, Encoded, get_codec, scale_exponent
-from waterfill.kernels import cpu
-from waterfill.kernels.reference import STORED, Packed
+from waterfill.codecs import MENUS
+from waterfill.kernels.reference import STORED
 
 # Of every kind: grids of one to four weights, in bit fields and in radix words; bitshift rates of one to three
 # registers; entropy-coded ones that are decoded into bytes and into 16 bits; levels.
@@ -25,28 +22,10 @@ LAYOUTS = [STORED, *ISAS]
 ROWS, WIDTH = 7, 1100  # one group of more than a power of two
 
 
-@lru_cache(maxsize=len(CODECS))
-def encoded(name: str) -> tuple[Encoded, torch.Tensor]:
-    """A random matrix, encoded; and decoded by the codec."""
-    weight = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
-    codec = get_codec(name)
-    made = codec.encode(weight, exponent=scale_exponent(float(weight.abs().max())))
-    return made, codec.decode(made)
-
-
-def in_memory(name: str, layout: str) -> tuple[Packed, torch.Tensor]:
-    """The matrix as it is multiplied, and its decoded weights."""
-    matrix, weight = encoded(name)
-    codec = get_codec(name)
-    buffers = codec.to_memory(matrix.buffers, matrix.shape, matrix.exponent)
-    packed = Packed(codec.memory, buffers["scales"], buffers["codes"], matrix.exponent, matrix.shape)
-    return packed if layout == STORED else cpu.arrange(packed, layout), weight
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_gradient_of_the_activations_is_that_of_the_decoded_weights(codec: str, layout: str) -> None:
-    packed, weight = in_memory(codec, layout)
+    packed, weight = in_memory(codec, layout, ROWS, WIDTH)
     upstream = activations(5, ROWS, seed=2)
     with one_thread():
         x = activations(5, WIDTH).requires_grad_()
@@ -60,7 +39,7 @@ def test_the_gradient_of_the_activations_is_that_of_the_decoded_weights(codec: s
 def test_gradients_of_shared_products_are_those_of_each(layout: str) -> None:
     """Matrices of several codecs that are multiplied together."""
     names = ("higgs-p2-n64", "bitshift-2", "levels-8")
-    matrices, weights = zip(*(in_memory(name, layout) for name in names), strict=True)
+    matrices, weights = zip(*(in_memory(name, layout, ROWS, WIDTH) for name in names), strict=True)
     x = activations(3, WIDTH).requires_grad_()
     with one_thread():
         torch.cat(kernels.matmul_many(x, list(matrices)), 1).square().sum().backward()

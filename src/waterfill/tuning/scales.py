@@ -25,8 +25,10 @@ GAINS = "gains"  # the parameter's name in its module
 
 
 class TrainedScales:
-    """A packed matrix whose scales follow a parameter, float32 `[out, groups]` of ones at first. Stands between a module
-    and its buffers, which are changed in place as the parameter changes."""
+    """A packed matrix whose scales follow a parameter, float32 `[out, groups]` of ones at first.
+
+    Stands between a module and its buffers, which are changed in place as the parameter changes.
+    """
 
     def __init__(self, packed: kernels.Packed, gains: nn.Parameter) -> None:
         self.packed, self.gains = packed, gains
@@ -70,18 +72,24 @@ class TrainedScales:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gains: Tensor, packed: kernels.Packed) -> Tensor:
-        ctx.save_for_backward(x, gains)
+        y = kernels.matmul(x.detach(), packed)
+        ctx.save_for_backward(y if gains.shape[1] == 1 else x, gains)
         ctx.packed = packed
-        return kernels.matmul(x.detach(), packed)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, gains = ctx.saved_tensors
+        known, gains = ctx.saved_tensors
         of_x = of_gains = None
         if ctx.needs_input_grad[0]:
             of_x = kernels.matmul_backward(gradient, ctx.packed)
         if ctx.needs_input_grad[1]:
-            of_gains = _by_gain(kernels.scale_gradient(x, gradient, ctx.packed), gains)
+            if gains.shape[1] == 1:  # the only group's part is all of y
+                products = known.to(torch.float32) * gradient.to(torch.float32)
+                of_logarithms = products.reshape(-1, len(gains)).sum(0)[:, None]
+            else:
+                of_logarithms = kernels.scale_gradient(known, gradient, ctx.packed)
+            of_gains = _by_gain(of_logarithms, gains)
         return of_x, of_gains, None
 
 
