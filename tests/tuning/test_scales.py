@@ -99,7 +99,9 @@ def test_parts_are_computed_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def close(got: Any, expected: Tensor, share: float) -> None:
-    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=share * float(expected.detach().abs().max()))
+    torch.testing.assert_close(
+        got.double(), expected.double(), rtol=0, atol=share * float(expected.detach().abs().max())
+    )
 
 
 # --------------------------------------------------------------------------------------------------- scales and layouts

@@ -22,7 +22,7 @@ import click
 from waterfill.base import interrupts
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.version import __version__
-from waterfill.cli import console, events, run, study
+from waterfill.cli import console, events, run, study, tuning
 from waterfill.cli.commands import FILE, PATH, OrderedGroup, combined, memory_form, plan_purpose_option
 from waterfill.cli.progress import shown
 from waterfill.cli.show import doctor as show_doctor
@@ -275,6 +275,7 @@ def evaluate(
 
 commands.add_command(study.compare)
 commands.add_command(study.report)
+commands.add_command(tuning.tune)
 
 
 commands.add_command(run.generate)
