@@ -26,7 +26,7 @@ from waterfill.cli.stages import duration
 )
 @click.option("--teacher", metavar="MODEL", help="Learn this model's predictions, the original's best; none (default).")
 @click.option("--steps", type=int, metavar="N", help="Steps at most (200).")
-@click.option("--lr", type=float, metavar="X", help="Rate of AdamW (0.003; lora 0.001).")
+@click.option("--lr", type=float, metavar="X", help="Rate of AdamW (scales 0.01, norms 0.003, lora 0.001).")
 @click.option("--batch", type=int, metavar="N", help="Windows per step (4).")
 @click.option("--context", type=int, metavar="N", help="Tokens per window (256, or the model's limit).")
 @click.option("--hold-out", type=float, metavar="SHARE", help="Of the text, only looked at: when to stop (0.1).")

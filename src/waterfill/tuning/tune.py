@@ -39,7 +39,7 @@ from waterfill.tuning.training import Outcome, train
 SCALES, NORMS, LORA = WHAT = ("scales", "norms", "lora")
 DEFAULT, LOFTQ, APIQ = INITS = ("default", "loftq", "apiq")
 NO_TEACHER = "none"
-RATES = {SCALES: 3e-3, NORMS: 3e-3, LORA: 1e-3}  # of AdamW, where none is given
+RATES = {SCALES: 1e-2, NORMS: 3e-3, LORA: 1e-3}  # of AdamW, where none is given
 CONTEXT = 256  # tokens per window
 KEPT = 64  # likeliest tokens of every position that are known of the teacher
 APIQ_TOKENS = 16384  # that activations are compared on, at most

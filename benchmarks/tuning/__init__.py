@@ -1,0 +1,1 @@
+"""What training gives back of what packing took."""
