@@ -1,6 +1,6 @@
 """What comes back of a packed model's loss by training scales, and by adapters from several starts.
 
-    recovery   --models packed at about 2, 2.5 and 3 bits (the bitshift trellis, with error feedback): KL to the original
+    recovery   --models packed at 2, 2.5 and 3 bits (the bitshift trellis, with error feedback): KL to the original
                on text that was neither trained nor looked at; as packed, with trained scales, with LoftQ's and ApiQ's
                starts of an adapter, and trained from each start. Bytes are of all weight files, adapters included
     memory     peak of a step of an adapter beside packed weights and beside the original ones in float32, activations
