@@ -25,7 +25,7 @@ _SECTIONS = {
     ),
     "Error feedback": ("feedback", "calibrate", "calibration_tokens"),
     "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
-    "Running": ("memory", "memory_form", "draft", "lookup", "engine", "kv"),
+    "Running": ("memory", "memory_form", "draft", "lookup", "engine", "kv", "adapter"),
 }
 
 Decorator = Callable[[Any], Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 import waterfill
 from tests.support import models, streams
+from tests.support.commands import Command
 from waterfill.base.native import FLOAT_ACTIVATIONS
 from waterfill.running.hf.packed import PackedConv1D, PackedEmbedding, PackedLinear, PackedMatrix
 
@@ -217,3 +219,40 @@ def test_the_trainer_of_transformers_trains_an_adapter(packed: Path, tmp_path: P
     torch.testing.assert_close(loss_of(saved), loss_of(made))
     assert stored
     assert all(torch.equal(buffer, stored[name]) for name, buffer in made.named_buffers() if name in stored)
+
+
+# ----------------------------------------------------------------------------------------------------------- generating
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an artifact that has a tokenizer, `packed`, and an adapter beside it, `adapter`."""
+    root = tmp_path_factory.mktemp("spoken")
+    path = pack(models.tiny_llama(root / "model", tokenizer=True), root / "packed")
+    adapted(load(path), "all-linear").save_pretrained(root / "adapter")
+    return root
+
+
+def test_text_is_generated_with_an_adapter(spoken: Path, command: Command) -> None:
+    asked = ("generate", spoken / "packed", "-p", "Once upon", "--temperature", "0", "--max-new-tokens", "8", "--json")
+    plain, ours = (json.loads(command(*asked, *more).out) for more in ((), ("--adapter", spoken / "adapter")))
+    model = PeftModel.from_pretrained(waterfill.load(spoken / "packed"), spoken / "adapter")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spoken / "packed")
+    ids = tokenizer("Once upon", return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert ours["text"] == tokenizer.decode(expected)
+    assert ours["text"] != plain["text"]
+
+
+def test_what_is_no_adapter_of_this_model_is_refused(spoken: Path, packed: Path, tmp_path: Path) -> None:
+    adapted(load(packed), ["q_proj"], layers_to_transform=[0]).save_pretrained(tmp_path / "other")
+    config = tmp_path / "other" / "adapter_config.json"
+    with pytest.raises(waterfill.WaterfillError, match="takes transformers"):
+        waterfill.open_runner(spoken / "packed", adapter=spoken / "adapter", kv=4)
+    for content in ("[]", "{", None):
+        config.unlink() if content is None else config.write_text(content)
+        with pytest.raises(waterfill.WaterfillError, match="is no adapter that PEFT has saved"):
+            waterfill.open_runner(spoken / "packed", adapter=tmp_path / "other")
+    gpt2 = pack(models.tiny_gpt2(tmp_path / "gpt2", tokenizer=True), tmp_path / "packed")
+    with pytest.raises(waterfill.WaterfillError, match="does not fit this model"):
+        waterfill.open_runner(gpt2, adapter=spoken / "adapter")
