@@ -118,12 +118,11 @@ def measure_recovery(
             loss_of(waterfill.load(out / "scales", dtype=torch.float32), store, cut, how),
             tuned.size_bytes,
         )
-        for init in ("default", "loftq", "apiq"):
-            for count in (0, steps) if init != "default" else (steps,):
-                folder = out / f"{init}-{count}"
-                made = waterfill.tune(artifact, folder, what="lora", init=init, rank=RANK, steps=count, **options)
-                title = f"adapter, {init}" + (f", {count} steps" if count else "")
-                add(title, loss_of(with_adapter(artifact, folder), store, cut, how), own + made.size_bytes)
+        for init, count in (("loftq", 0), ("apiq", 0), ("default", steps), ("loftq", steps), ("apiq", steps)):
+            folder = out / f"{init}-{count}"
+            made = waterfill.tune(artifact, folder, what="lora", init=init, rank=RANK, steps=count, **options)
+            title = f"adapter, {init}" + (f", {count} steps" if count else "")
+            add(title, loss_of(with_adapter(artifact, folder), store, cut, how), own + made.size_bytes)
         if rate == min(arguments.rates):
             judge(report, checkpoint.name, losses, steps)
     columns = ["bits", "what", "bytes", "bits of all bytes", "KL, nats", "less"]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from waterfill.base.process import peak_bytes, resident_bytes
+from waterfill.base.process import peak_bytes, release, resident_bytes
 
 STEPS = 2  # the second has the optimizer's moments
 
@@ -42,6 +42,7 @@ def main(model: Path, tokens: int, rank: int) -> None:
     adapted.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(1000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    release()  # what loading has left to the allocator
     forget_peak()
     for _ in range(STEPS):
         adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
