@@ -1,1 +1,1 @@
-"""Models changed before they are packed: what that loses or gains, one part after the other."""
+"""Parts of models left out, and what training gives back of what packing took."""

@@ -10,6 +10,7 @@ The main path, in call order:
     waterfill.report("out", original="org/model")         # studies/report/: one page of all
     waterfill.compare("org/model", "text.txt")            # studies/comparison/: equal bytes
     waterfill.prune("org/model", "smaller", keep_share=.8)  # tuning/pruning/: parts left out
+    waterfill.tune("out", "tuned", text="text.txt")       # tuning/: scales, norms, adapters
 
 Importing waterfill also teaches transformers to load artifacts with `AutoModelForCausalLM.from_pretrained("out")`. It
 imports neither torch nor transformers: the verbs do when they are used, and the plug-in joins transformers when that is
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from waterfill.studies.report import Report
     from waterfill.studies.report.write import report
     from waterfill.tuning.pruning.prune import Pruned
+    from waterfill.tuning.tune import Tuned, tune
 
 __all__ = [
     "ArtifactError",
@@ -50,6 +52,7 @@ __all__ = [
     "Report",
     "Runner",
     "Sealed",
+    "Tuned",
     "WaterfillError",
     "__version__",
     "compare",
@@ -65,6 +68,7 @@ __all__ = [
     "report",
     "seal",
     "sensitivity",
+    "tune",
 ]
 
 _HOMES = {
@@ -80,10 +84,12 @@ _HOMES = {
     "Report": "waterfill.studies.report",
     "Runner": "waterfill.running.runner",
     "Sealed": "waterfill.packing.seal",
+    "Tuned": "waterfill.tuning.tune",
     "compare": "waterfill.studies.comparison.study",
     "generate": "waterfill.running.hf.generate",
     "open_runner": "waterfill.running.runner",
     "report": "waterfill.studies.report.write",
+    "tune": "waterfill.tuning.tune",
 }
 
 

@@ -26,7 +26,20 @@ from tests.support.documented import documented, sections, shape
 from waterfill import api, kernels
 from waterfill.cli import console
 
-COMMANDS = ["plan", "pack", "inspect", "seal", "eval", "prune", "compare", "report", "generate", "chat", "doctor"]
+COMMANDS = [
+    "plan",
+    "pack",
+    "inspect",
+    "seal",
+    "eval",
+    "prune",
+    "compare",
+    "report",
+    "tune",
+    "generate",
+    "chat",
+    "doctor",
+]
 PROBE = ["--sequences", "4", "--length", "64"]
 
 
@@ -48,7 +61,7 @@ def test_help_of_every_command_names_what_the_documentation_does(command: Comman
         assert (found.code, found.err) == (0, "")
         assert max(map(len, found.out.splitlines())) <= 80
         options[name] = set(re.findall(r"--[a-z][a-z0-9-]+", found.out)) - {"--save", "--help", "--json"}
-        if name in ("plan", "inspect", "seal", "eval", "prune", "compare", "report", "generate"):
+        if name in ("plan", "inspect", "seal", "eval", "prune", "compare", "report", "tune", "generate"):
             assert options[name] == set(re.findall(r"--[a-z][a-z0-9-]+", sections()[name])) - {"--save", "--json"}
     assert options["pack"] - options["plan"] == {"--plan", "--overwrite"}
     assert options["chat"] ^ options["generate"] == {"--system", "--prompt"}

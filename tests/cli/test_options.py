@@ -31,12 +31,12 @@ TEXTS = ["", "-1", "nan", HUGE, "pipe", "x" * 300, "a\nb"]
 NEW = {"missing", "noise", "a\nb"}
 # What is a value all the same.
 SENSIBLE: dict[str, set[str]] = {
-    **{key: {"0"} for key in ("seed", "temperature", "top_k", "shots")},
+    **{key: {"0"} for key in ("seed", "temperature", "top_k", "shots", "steps")},
     **{key: {HUGE} for key in ("size", "memory", "bits", "sizes", "bits_per_weight")},
     **dict.fromkeys(("save", "save_reference", "output"), NEW),
     **{key: set(TEXTS) for key in ("system", "prompt", "prompts")},
     "max_kl": {"0", HUGE, "1e-320"},
-    "top_p": {"1e-320"},
+    **{key: {"1e-320"} for key in ("top_p", "hold_out")},
     "out": {*NEW, "folder"},
 }
 
@@ -51,6 +51,7 @@ USUAL: dict[str, list[str]] = {
     "prune": ["WORK/model", "out", "--keep-share", "0.8", "--sequences", "4", "--length", "8"],
     "compare": ["WORK/model", *TEXT, "--no-match", *MEASURED],
     "report": ["WORK/packed", "--original", "WORK/model"],
+    "tune": ["WORK/packed", "out", "--text", "WORK/text", "--steps", "1", "--context", "8"],
     "generate": ["WORK/packed", "-p", "Once", "--max-new-tokens", "2"],
     "chat": ["WORK/packed", "--max-new-tokens", "2"],
 }

@@ -27,7 +27,7 @@ from waterfill.running.hf import fused, install
 from waterfill.studies.diagnosis import doctor, trial
 
 WAYS = ("transformers", "native layers", "engine")
-EXTRAS = {"bench", "compare", "eval", "gguf", "grids", "plot"}
+EXTRAS = {"bench", "compare", "eval", "gguf", "grids", "plot", "tune"}
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +180,7 @@ def test_optional_extras(command: Command, monkeypatch: pytest.MonkeyPatch) -> N
     assert record["transformers"] is None
     text = command("doctor").out
     assert "compare lacks hqq, " in line(text, "extras")
-    assert line(text, "extras").endswith("grids is installed, plot is installed")
+    assert line(text, "extras").endswith("grids is installed, plot is installed, tune is installed")
     assert "transformers is not installed" in text
 
 

@@ -11,9 +11,9 @@ import torch
 
 from waterfill import kernels
 from waterfill.base import native
-from waterfill.codecs import TableCodec, get_codec
+from waterfill.codecs import Encoded, TableCodec, get_codec, scale_exponent
 from waterfill.codecs.hadamard import groups, rotate
-from waterfill.kernels import reference
+from waterfill.kernels import cpu, reference
 from waterfill.kernels.reference import Packed
 
 LIBRARY = native.library()
@@ -44,6 +44,22 @@ def stored(codec: str, out_features: int, width: int, seed: int = 0) -> Packed:
     rare = torch.randint(40, scales.shape, generator=generator).sub_(36).relu_()
     scales *= torch.tensor([1.0, 100.0, 1e-6, 0.0])[rare]
     return Packed(found, scales.half(), codes, EXPONENT, (out_features, width))
+
+
+@lru_cache(maxsize=64)
+def encoded(codec: str, out_features: int, width: int) -> tuple[Encoded, torch.Tensor]:
+    """A random matrix, encoded by a codec of any kind; and decoded by it."""
+    weight = torch.randn(out_features, width, generator=seeded(1))
+    matrix = get_codec(codec).encode(weight, exponent=scale_exponent(float(weight.abs().max())))
+    return matrix, get_codec(codec).decode(matrix)
+
+
+def in_memory(codec: str, layout: str, out_features: int, width: int) -> tuple[Packed, torch.Tensor]:
+    """The same matrix as it is multiplied, in memory of its own; and its decoded weights."""
+    (matrix, weight), found = encoded(codec, out_features, width), get_codec(codec)
+    buffers = found.to_memory(matrix.buffers, matrix.shape, matrix.exponent)
+    packed = Packed(found.memory, buffers["scales"].clone(), buffers["codes"].clone(), matrix.exponent, matrix.shape)
+    return packed if layout == reference.STORED else cpu.arrange(packed, layout), weight
 
 
 def activations(tokens: int, width: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:

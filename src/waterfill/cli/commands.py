@@ -27,7 +27,7 @@ _SECTIONS = {
     ),
     "Error feedback": ("feedback", "calibrate", "calibration_tokens"),
     "Text": ("prompt", "prompts", "system", "max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"),
-    "Running": ("memory", "memory_form", "rate", "draft", "draft_rate", "lookup", "engine", "kv"),
+    "Running": ("memory", "memory_form", "rate", "draft", "draft_rate", "lookup", "engine", "kv", "adapter"),
 }
 
 Decorator = Callable[[Any], Any]

@@ -22,7 +22,7 @@ import click
 from waterfill.base import interrupts
 from waterfill.base.errors import WaterfillError, first_line
 from waterfill.base.version import __version__
-from waterfill.cli import console, events, run, study, tune
+from waterfill.cli import console, events, prune, run, study, tune
 from waterfill.cli.commands import FILE, PATH, OrderedGroup, combined, memory_form, plan_purpose_option, rate_option
 from waterfill.cli.progress import shown
 from waterfill.cli.show import doctor as show_doctor
@@ -279,9 +279,10 @@ def evaluate(
         console.out().print(show_evaluation.view(result, statistics=statistics))
 
 
-commands.add_command(tune.prune)
+commands.add_command(prune.prune)
 commands.add_command(study.compare)
 commands.add_command(study.report)
+commands.add_command(tune.tune)
 
 
 commands.add_command(run.generate)

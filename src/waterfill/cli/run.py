@@ -62,6 +62,7 @@ _running_options = combined(
         help="Keys and values of the text by codes of 8, 5, 4 or 3 bits, or of each, as 5,4; 16 (default) is as they "
         "are. By the native engine.",
     ),
+    click.option("--adapter", type=PATH, help="Run with this adapter, as `tune` or PEFT saves it; by transformers."),
 )
 
 LIVE_S = 0.5  # between two lines about the stream
@@ -116,7 +117,7 @@ class _Running:
         from waterfill.running.text.sampling import Sampling
 
         chosen = console.given(options)
-        names = ("memory", "memory_form", "draft", "lookup", "engine", "kv", "rate", "draft_rate")
+        names = ("memory", "memory_form", "draft", "lookup", "engine", "kv", "rate", "draft_rate", "adapter")
         running = {name: chosen.pop(name) for name in names if name in chosen}
         self._sampling = Sampling(**chosen)
         with shown("loading the model"):

@@ -1,4 +1,4 @@
-"""The commands that change a checkpoint before it is packed: `prune`. `cli` puts it among the others."""
+"""The command that trains: `tune`. `cli` has the others, and puts it among them."""
 
 from __future__ import annotations
 
@@ -11,52 +11,47 @@ import click
 from waterfill.cli import console
 from waterfill.cli.commands import FILE, PATH, SectionedCommand
 from waterfill.cli.progress import shown
-from waterfill.cli.show import tune as show_tune
+from waterfill.cli.show import study as show_study
 from waterfill.cli.stages import duration
-
-_IMPORTANCES = ["fisher", "taylor-first", "taylor-second", "taylor-mix", "taylor-vector", "l1", "l2", "random"]
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("model")
+@click.argument("artifact", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--keep-share", type=float, metavar="X", help="Share of the decoder layers' weights that stays, e.g. .8.")
-@click.option("--size", "out_size", metavar="SIZE", help="Or bytes of all weight files of OUT, e.g. 2.5GB or 800MiB.")
+@click.option("--text", "text_file", type=FILE, required=True, help="Text to train on.")
 @click.option(
     "--what",
-    type=click.Choice(["parts", "heads", "channels", "layers"]),
-    help="What may go: attention heads and MLP channels (parts, default), one of these, or whole layers.",
+    type=click.Choice(["scales", "norms", "lora"]),
+    help="scales (default) or norms: OUT is an artifact with the same codes; lora: OUT is an adapter as PEFT has them.",
 )
+@click.option("--teacher", metavar="MODEL", help="Learn this model's predictions, the original's best; none (default).")
+@click.option("--steps", type=int, metavar="N", help="Steps at most (200).")
+@click.option("--lr", type=float, metavar="X", help="Rate of AdamW (scales 0.01, norms 0.003, lora 0.001).")
+@click.option("--batch", type=int, metavar="N", help="Windows per step (4).")
+@click.option("--context", type=int, metavar="N", help="Tokens per window (256, or the model's limit).")
+@click.option("--hold-out", type=float, metavar="SHARE", help="Of the text, only looked at: when to stop (0.1).")
+@click.option("--rank", type=int, metavar="N", help="Of an adapter (16).")
+@click.option("--alpha", type=int, metavar="N", help="Of an adapter; its rank when not given.")
 @click.option(
-    "--importance",
-    type=click.Choice(_IMPORTANCES),
-    metavar="NAME",
-    help="What tells how much a part matters: fisher (default), the loss without it; taylor-first, taylor-second, "
-    "taylor-mix and taylor-vector, as LLM-Pruner has them; l1, l2; random.",
+    "--init",
+    type=click.Choice(["default", "loftq", "apiq"]),
+    help="An adapter's start: nothing; nearest to what weights lost; or nearest in activations. With --teacher.",
 )
-@click.option("--multiple", type=int, metavar="N", help="Channels stay in multiples of this (32).")
-@click.option("--kv-heads", type=int, metavar="N", help="KV heads to keep in every layer, instead of trying.")
-@click.option("--refit", is_flag=True, help="Fit what stays to do what went did; wants many sequences.")
-@click.option("--text", type=FILE, help="Measure on this text instead of the model's own.")
-@click.option("--sequences", type=int, metavar="N", help="Sequences to measure on (48).")
-@click.option("--length", type=int, metavar="N", help="Tokens per sequence (160).")
-@click.option("--seed", type=int, metavar="N", help="Of the text and what is drawn (0).")
-@click.option("--no-cache", is_flag=True, help="Keep nothing of the text on disk, and use nothing kept.")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--seed", type=int, metavar="N", help="The same seed gives the same bytes (0).")
+@click.option("--overwrite", is_flag=True, help="Replace the artifact OUT once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def prune(model: str, out: Path, out_size: str | None, as_json: bool, **options: Any) -> None:
-    """Leave the least important parts out of MODEL: OUT is a smaller checkpoint of the same class.
+def tune(artifact: Path, out: Path, text_file: Path, as_json: bool, **options: Any) -> None:
+    """Train what ARTIFACT leaves to be trained, and write it to OUT.
 
-    MODEL is a local Hugging Face directory or a hub id, of the Llama kind.
+    Codes stay as they are, to the bit; scales, norms, or an adapter beside them learn from a text.
     """
-    from waterfill import api
+    from waterfill.tuning.tune import tune as train
 
     start_s = time.perf_counter()
-    chosen = console.given({**options, "size": out_size})
     with shown() as progress:
-        made = api.prune(model, out, progress=progress, **chosen)
+        tuned = train(artifact, out, text=text_file, progress=progress, **console.given(options))
     if as_json:
-        console.print_json(made.to_dict())
+        console.print_json(tuned.to_dict())
     else:
-        console.out().print(show_tune.pruned_view(made))
-    console.note(f"pruned into {out} in {duration(time.perf_counter() - start_s)}")
+        console.out().print(show_study.tuned_view(tuned))
+    console.note(f"tuned in {duration(time.perf_counter() - start_s)}")

@@ -61,9 +61,9 @@ class EvaluationCache:
         limit = os.environ.get(LIMIT_VARIABLE)
         return cls(cache_folder(), parse_size(limit) if limit else LIMIT_BYTES)
 
-    def reference(self, key: str) -> ReferenceStore:
-        """What is stored under a key: all, some or nothing of it."""
-        return ReferenceStore(self.folder / "references" / key, self.limit_bytes)
+    def reference(self, key: str, most: int | None = None) -> ReferenceStore:
+        """What is stored under a key: all, some or nothing of it; of `most` tokens of every position, where given."""
+        return ReferenceStore(self.folder / "references" / key, self.limit_bytes, most)
 
     def journal_path(self, key: str) -> Path:
         """File for the scores of an evaluation under way. What nobody came back to for a month is removed."""
@@ -84,8 +84,9 @@ def evaluation_key(ids: Tensor, how: Convention, *whose: str) -> str:
 class ReferenceStore:
     """The predictions of one reference on one text, in one folder."""
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self.folder, self._limit_bytes = folder, limit_bytes
+    def __init__(self, folder: Path, limit_bytes: int, most: int | None = None) -> None:
+        """`most`: tokens to keep of every position, where fewer than all are wanted."""
+        self.folder, self._limit_bytes, self._most = folder, limit_bytes, most
         self._meta: dict[str, Any] = {}
         try:
             self._meta = json.loads((folder / META).read_text("utf-8"))
@@ -163,9 +164,10 @@ class ReferenceStore:
         references.mkdir(parents=True, exist_ok=True)
         limit = min(self._limit_bytes, FREE_SHARE * (shutil.disk_usage(references).free + _size_bytes(references)))
         form, kept, needed = EXACT, vocabulary, targets * vocabulary * entry_bytes
-        if needed > limit:
+        if needed > limit or (self._most is not None and self._most < vocabulary):
             fixed = 8 * 3 + 4 + entry_bytes + SAMPLED * (4 + entry_bytes)
-            kept = min(LARGEST_KEPT, int(limit / targets - fixed) // (4 + entry_bytes), vocabulary - SAMPLED)
+            room = int(limit / targets - fixed) // (4 + entry_bytes)
+            kept = min(self._most or LARGEST_KEPT, room, vocabulary - SAMPLED)
             form, needed = (
                 (TOP_K, targets * (fixed + kept * (4 + entry_bytes))) if kept >= SMALLEST_KEPT else ("none", 0)
             )

@@ -19,7 +19,7 @@ from waterfill.codecs import MemoryForm
 from waterfill.codecs.hadamard import unrotate
 from waterfill.kernels import cpu
 from waterfill.kernels.cpu import DTYPES
-from waterfill.kernels.ops import matmul, matmul_many, rotated_tiles, rows
+from waterfill.kernels.ops import matmul, matmul_backward, matmul_many, rotated_tiles, rows, scale_gradient
 from waterfill.kernels.reference import STORED, Packed
 
 __all__ = [
@@ -31,8 +31,12 @@ __all__ = [
     "implementation",
     "log_slow",
     "matmul",
+    "matmul_backward",
     "matmul_many",
     "rows",
+    "scale_gradient",
+    "scales_of",
+    "set_scales",
     "set_up",
     "usable",
 ]
@@ -71,6 +75,19 @@ def arrange(packed: Packed) -> Packed:
     if layout == STORED or packed.layout != STORED or packed.codes.device.type != "cpu":
         return packed
     return cpu.arrange(packed, layout)
+
+
+def scales_of(packed: Packed) -> torch.Tensor:
+    """Scales as they are stored, float16 `[out, groups]`, whatever the layout."""
+    return packed.scales.clone() if packed.layout == STORED else cpu.scales_of(packed)
+
+
+def set_scales(packed: Packed, scales: torch.Tensor) -> None:
+    """Give a matrix other scales, float16 `[out, groups]`, in place: who shares its memory multiplies with them too."""
+    if packed.layout == STORED:
+        packed.scales.copy_(scales)
+    else:
+        cpu.set_scales(packed, scales)
 
 
 def log_slow(codecs: Iterable[MemoryForm]) -> None:

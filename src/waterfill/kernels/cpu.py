@@ -17,6 +17,7 @@ from waterfill.base.native import DTYPES as LAZY_DTYPES
 from waterfill.base.native import MatrixView, Native, addresses_of, library, matrices_of
 from waterfill.base.native import float_activations as float_activations
 from waterfill.codecs import MemoryForm
+from waterfill.codecs.hadamard import groups
 from waterfill.codecs.integers import native_table
 from waterfill.kernels.reference import Packed
 
@@ -41,6 +42,26 @@ def arrange(packed: Packed, isa: str) -> Packed:
         scales=scales.data_ptr(),
     )
     return Packed(codec, scales, codes, packed.exponent, packed.shape, isa)
+
+
+def scales_of(packed: Packed) -> torch.Tensor:
+    """Scales of an arranged matrix as they are stored, float16 `[out, groups]`."""
+    return _by_tiles(packed).transpose(1, 2).reshape(-1, len(groups(packed.shape[1])))[: packed.shape[0]].clone()
+
+
+def set_scales(packed: Packed, scales: torch.Tensor) -> None:
+    """Give an arranged matrix other scales, float16 `[out, groups]`, in place."""
+    tiles = _by_tiles(packed)
+    missing = tiles.shape[0] * tiles.shape[2] - len(scales)
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, missing))
+    tiles.copy_(padded.view(tiles.shape[0], tiles.shape[2], -1).transpose(1, 2))
+
+
+def _by_tiles(packed: Packed) -> torch.Tensor:
+    """A view `[tiles, groups, rows of a tile]` of arranged scales: `arrange` keeps this order on every machine."""
+    count = len(groups(packed.shape[1]))
+    rows = _native().scales_count(rows=1, width=packed.shape[1]) // count
+    return packed.scales.view(-1, count, rows)
 
 
 def matmul_many(x: torch.Tensor, matrices: Sequence[Packed]) -> list[torch.Tensor]:

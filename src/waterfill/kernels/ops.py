@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from waterfill.codecs import get_codec
-from waterfill.codecs.hadamard import unrotate
+from waterfill.codecs.hadamard import groups, rotate, unrotate
 from waterfill.kernels import cpu, reference
 from waterfill.kernels.reference import STORED, Packed
 
@@ -49,6 +49,34 @@ def rows(packed: Packed, ids: torch.Tensor) -> torch.Tensor:
     """Rows of W by index: int64 `[...]` -> float32 `[..., in]`."""
     weights: torch.Tensor = torch.ops.waterfill.rows.default(ids, *_constants(packed), packed.shape[1], packed.layout)
     return weights
+
+
+def matmul_backward(gradient: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """gradient W: `[..., out]` of any float dtype -> `[..., in]` of the same dtype, what `matmul` gives back to x."""
+    of_x: torch.Tensor = torch.ops.waterfill.matmul_backward.default(
+        gradient, *_constants(packed), packed.shape[1], packed.layout
+    )
+    return of_x
+
+
+def scale_gradient(x: torch.Tensor, gradient: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """Of a loss by the logarithm of every scale, float32 `[out, groups]`.
+
+    A product is a sum over groups, y_r = sum_g y_rg, and a scale multiplies its group's part alone: the gradient is
+    sum_t dy_tr y_trg. Parts are computed by tiles of decoded rows; the gradient of the weights is never made.
+
+    Args:
+        x: what was multiplied, `[..., in]`.
+        gradient: of the loss by the product, `[..., out]`.
+    """
+    rotated = rotate(_flat(x).detach().to(torch.float32))
+    flat = _flat(gradient).detach().to(torch.float32)
+    result = torch.empty(packed.shape[0], len(groups(packed.shape[1])))
+    for start, stop, tile in rotated_tiles(packed):
+        for at, group in enumerate(groups(packed.shape[1])):
+            part = rotated[:, group.start : group.stop] @ tile[:, group.start : group.stop].T
+            result[start:stop, at] = part.mul_(flat[:, start:stop]).sum(0)
+    return result
 
 
 def _check_width(x: torch.Tensor, packed: Packed) -> None:

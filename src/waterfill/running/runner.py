@@ -44,7 +44,9 @@ class Pieces(Iterator[str], Protocol):
 
 
 @checked(
-    draft=optional(PATH), engine=Check("one of auto, native, transformers", lambda value: value in get_args(Choice))
+    draft=optional(PATH),
+    adapter=optional(PATH),
+    engine=Check("one of auto, native, transformers", lambda value: value in get_args(Choice)),
 )
 def open_runner(
     artifact: str | Path,
@@ -57,6 +59,7 @@ def open_runner(
     kv: CacheBits = None,
     rate: float | None = None,
     draft_rate: float | None = None,
+    adapter: str | Path | None = None,
 ) -> Runner:
     """Open a packed model to generate with, by the native engine if it can be.
 
@@ -74,6 +77,7 @@ def open_runner(
         kv: bits of keys and values, as of `Engine`, which has to run the model then; a draft's are as they are.
         rate: bits per weight to read at most, of an artifact that was packed at several; a draft's is its highest.
         draft_rate: in place of a draft, the artifact itself at this rate.
+        adapter: a folder that PEFT, or `waterfill.tune`, has saved, to run with; transformers runs the model then.
 
     Raises:
         WaterfillError: as `waterfill.load` does, and with "native" or `kv` for a model that the engine does not run.
@@ -89,6 +93,16 @@ def open_runner(
         raise WaterfillError(
             f"kv is {kv!r} and engine is 'transformers', which keeps keys and values as they are; leave one of them out"
         )
+    if adapter is not None:
+        if coded or engine == "native":
+            raise WaterfillError(
+                f"the adapter {adapter} takes transformers, which runs neither with engine='native' nor with codes of "
+                "keys and values (kv); leave those out"
+            )
+        from waterfill.running.hf.adapters import check_adapter
+
+        check_adapter(Path(adapter))
+        engine = "transformers"
     arguments = (
         Path(artifact),
         memory,
@@ -113,7 +127,7 @@ def open_runner(
                     f"the native engine does not run {artifact}: {reason}; leave it to transformers"
                 ) from reason
             _log.info("%s is run by transformers, slower and in more memory: %s", artifact, reason)
-    return _Transformers(*arguments)
+    return _Transformers(*arguments, adapter=None if adapter is None else Path(adapter))
 
 
 class Runner(ABC):
@@ -226,16 +240,21 @@ class _Native(Runner):
 
 
 class _Transformers(Runner):
-    def __init__(self, artifact: Path, *arguments: Any) -> None:
+    def __init__(self, artifact: Path, *arguments: Any, adapter: Path | None) -> None:
         from waterfill.files.original import load_tokenizer
 
+        self._adapter = adapter
         super().__init__(artifact, *arguments)
         self._tokenizer = load_tokenizer(artifact)
 
     def _open(self, artifact: Path, *, form: Form = "auto", kv: CacheBits = None, **options: Any) -> Any:
+        from waterfill.running.hf.adapters import put_adapter
         from waterfill.running.loading import load
 
-        return load(artifact, memory=self._memory, memory_form=form, **options)
+        model = load(artifact, memory=self._memory, memory_form=form, **options)
+        if self._adapter is not None and artifact == self._artifact:  # another model that drafts has none
+            put_adapter(model, self._adapter)
+        return model
 
     def _ask(self, prompt: Prompt, sampling: Sampling) -> Any:
         from waterfill.running.hf.generate import generate

@@ -19,9 +19,9 @@ from tests.support import models
 from waterfill import kernels
 from waterfill.codecs import Encoded, Higgs, get_codec
 from waterfill.kernels import reference
+from waterfill.running.hf.experts import PackedExperts
 from waterfill.running.hf.packed import (
     PackedEmbedding,
-    PackedExperts,
     PackedLinear,
     PackedMatrix,
     TiedLinear,

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from tests.support.codec_samples import higgs
 from waterfill.base.errors import WaterfillError
 from waterfill.codecs import Encoded
-from waterfill.running.hf.packed import PackedExperts, PackedLinear, PackedMatrix, pack_linear
+from waterfill.running.hf.experts import PackedExperts
+from waterfill.running.hf.packed import PackedLinear, PackedMatrix, pack_linear
 from waterfill.running.hf.stand_in import StandIn
 
 OUT, IN = 8, 172

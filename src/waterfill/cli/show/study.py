@@ -1,4 +1,4 @@
-"""What `waterfill compare` and `waterfill report` print."""
+"""What `waterfill compare`, `report` and `tune` print."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from waterfill.planning.budget import format_size
 if TYPE_CHECKING:  # they import torch, which the command line does without until a command runs
     from waterfill.studies.comparison import Comparison, Row
     from waterfill.studies.report import Report
+    from waterfill.tuning.tune import Tuned
 
 
 def comparison_view(comparison: Comparison) -> RenderableType:
@@ -73,6 +74,16 @@ def report_view(report: Report) -> RenderableType:
     if divergence is not None:
         line += f", measured {divergence.kl:.4g} ± {divergence.kl_stderr:.2g}"
     return Group(Text(str(report.path)), Text(line, "dim"))
+
+
+def tuned_view(tuned: Tuned) -> RenderableType:
+    """Where the result is, and what the held-out text says of it."""
+    what = "an adapter" if tuned.what == "lora" else f"an artifact with other {tuned.what}"
+    unit = "KL from the teacher" if tuned.loss == "kl" else "loss"
+    losses = f"{tuned.before:.4g} → {tuned.after:.4g} nats per token"
+    steps = f"best after step {tuned.best_step} of {tuned.steps}"
+    line = f"{what} of {format_size(tuned.size_bytes)}; {unit} on held-out text {losses}, {steps}"
+    return Group(Text(str(tuned.path)), Text(line, "dim"))
 
 
 def report_record(report: Report) -> dict[str, Any]:

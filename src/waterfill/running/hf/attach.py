@@ -14,7 +14,8 @@ from waterfill import kernels
 from waterfill.base import native
 from waterfill.files.artifact import Artifact, StoredTensor
 from waterfill.files.context import context_length
-from waterfill.running.hf.packed import PackedEmbedding, PackedExperts, PackedLinear, PackedMatrix, TiedLinear
+from waterfill.running.hf.experts import PackedExperts
+from waterfill.running.hf.packed import PackedConv1D, PackedEmbedding, PackedLinear, PackedMatrix, TiedLinear
 from waterfill.running.hf.source import StreamedSource
 from waterfill.running.hf.trial import Blank, Trial, try_passes
 from waterfill.running.streaming.chunks import StreamedMatrix
@@ -156,7 +157,7 @@ def _order(
         if isinstance(module, PackedExperts)
         for index in range(len(module))
     }
-    every = [matrices[p] for p, m in modules.items() if isinstance(m, PackedLinear) and p not in experts]
+    every = [matrices[p] for p, m in modules.items() if isinstance(m, PackedLinear | PackedConv1D) and p not in experts]
     tied = {id(m.matrix) for m in model.modules() if isinstance(m, TiedLinear)}
     every += [matrices[p] for p, m in modules.items() if isinstance(m, PackedEmbedding) and id(m) in tied]
     chosen = set(every)

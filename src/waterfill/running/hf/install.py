@@ -20,8 +20,9 @@ from waterfill.codecs import LOSSLESS, get_codec
 from waterfill.files.artifact import StoredTensor
 from waterfill.files.experts import fused_experts
 from waterfill.running.hf.coded import decode_coded, hold
+from waterfill.running.hf.experts import PackedExperts
 from waterfill.running.hf.fused import fuse
-from waterfill.running.hf.packed import PackedExperts, PackedMatrix, pack_embedding, pack_linear, tie
+from waterfill.running.hf.packed import PackedMatrix, pack_embedding, pack_linear, tie
 from waterfill.running.streaming.fit import levels_line
 
 _log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def _buffer_bytes(modules: Iterable[PackedMatrix]) -> int:
     return sum(buffer.nbytes for module in modules for buffer in module.buffers(recurse=False))
 
 
-def _convert(module: nn.Module) -> PackedMatrix:
+def _convert(module: nn.Module) -> Any:
     return pack_embedding(module) if isinstance(module, nn.Embedding) else pack_linear(module)
 
 

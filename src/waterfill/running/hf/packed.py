@@ -3,12 +3,15 @@
 A packed module owns the buffers of its tensor under the names that the artifact gives them (`<module>.scales`), so that
 any safetensors loader fills them; then it exchanges them for those of the codec's form in memory (`arrange`). A
 streamed module has no buffers: its `source` multiplies. A tied module multiplies with another one's matrix.
+
+Each is an instance of the class that it replaces, so that whoever looks for linear layers or embeddings finds it, as
+PEFT does to put adapters beside them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Protocol, cast
 
@@ -22,7 +25,6 @@ from waterfill.base.errors import WaterfillError
 from waterfill.codecs import Codec, MemoryForm
 from waterfill.running.hf.made import make
 from waterfill.running.hf.stand_in import StandIn, Traced
-from waterfill.running.hf.tensor_module import TensorModule
 
 _BITS = {2: torch.int16, 4: torch.int32}  # what holds the bits of a floating-point number
 _EXPONENTS = range(-96, 97)  # of a matrix that is scaled: beyond these, float32 might not hold its weights
@@ -64,9 +66,12 @@ class PackedMatrix(_HasWeight):
     layout = kernels.STORED  # of the two buffers
     transposed = False  # whether the model's own parameter is [in, out]
     streamed = False
-    source: Source | None = None  # of a streamed matrix, once the model is loaded
+    source: Source | None = None  # who multiplies in place of the buffers: a streamer, or whoever changes the scales
     loading = False  # between `install` and `end_loading`
     _weight: weakref.ref[StandIn] | None = None
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)  # of the class that it replaces nothing but the name is wanted
 
     def attach(
         self,
@@ -243,7 +248,7 @@ class Tied(_HasWeight):
 class _Linear(nn.Module):
     """What `nn.Linear` (or Conv1D) does, with a packed matrix."""
 
-    bias: nn.Parameter | None
+    bias: Any  # a parameter, or None
 
     @property
     def in_features(self: Any) -> int:
@@ -273,93 +278,30 @@ class _Embedding(nn.Module):
         return self.rows(ids).to(self.dtype)  # type: ignore[no-any-return]
 
 
-class PackedLinear(PackedMatrix, _Linear):
-    """`nn.Linear` (or Conv1D) from codes."""
+class PackedLinear(PackedMatrix, _Linear, nn.Linear):  # type: ignore[override]  # sizes are properties
+    """`nn.Linear` from codes."""
 
 
-class PackedEmbedding(PackedMatrix, _Embedding):
+class PackedConv1D(PackedMatrix, _Linear, Conv1D):  # type: ignore[misc]  # transformers is untyped
+    """Conv1D from codes."""
+
+
+class PackedEmbedding(PackedMatrix, _Embedding, nn.Embedding):  # type: ignore[override]
     """`nn.Embedding` from codes."""
 
 
-class TiedLinear(Tied, _Linear):
+class TiedLinear(Tied, _Linear, nn.Linear):  # type: ignore[override]
     """`nn.Linear` whose weight is another module's: an output head, mostly."""
 
 
-class TiedEmbedding(Tied, _Embedding):
+class TiedEmbedding(Tied, _Embedding, nn.Embedding):  # type: ignore[override]
     """`nn.Embedding` whose weight is another module's."""
 
 
-class PackedExperts(TensorModule):
-    """The experts of one fused 3-D parameter, which the model's code indexes one by one."""
-
-    def __init__(self, count: int, transposed: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        for expert in range(count):
-            matrix = self._modules[str(expert)] = PackedMatrix()
-            matrix.transposed, matrix.dtype = transposed, dtype
-        self.transposed = transposed
-        self._weights: dict[
-            int, StandIn
-        ] = {}  # of the experts used, which keeps them from being made for every product
-
-    def expert(self, index: int) -> PackedMatrix:
-        return cast(PackedMatrix, self._modules[str(index)])
-
-    @property
-    def experts(self) -> list[PackedMatrix]:
-        return [self.expert(index) for index in range(len(self))]
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def __getitem__(self, index: Any) -> Any:
-        """One expert's weight, `[out, in]`, or `[in, out]` where the model keeps it so; else what the tensor has."""
-        if not isinstance(index, int) and not (isinstance(index, torch.Tensor) and index.ndim == 0):
-            return self.stand_in()[index]
-        number = range(len(self))[int(index)]
-        weight = self.expert(number).weight
-        if isinstance(weight, StandIn):
-            self._weights[number] = weight
-        return weight
-
-    def __iter__(self) -> Iterator[StandIn]:
-        return (expert.weight for expert in self.experts)
-
-    def stand_in(self) -> StandIn:
-        """For all of them, `[expert, out, in]` or `[expert, in, out]`."""
-        first = self.expert(0)
-        shape = (len(self), *first.stored_shape)
-        return StandIn(self, shape, self.dtype, first.device, transposed=self.transposed)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.expert(0).dtype
-
-    @property
-    def loading(self) -> bool:
-        return self.expert(0).loading
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_weights": {}}
-
-    def dense(self) -> torch.Tensor:
-        """float32 `[expert, out, in]`."""
-        return torch.stack([expert.dense() for expert in self.experts])
-
-    def multiply_each(self, x: torch.Tensor) -> torch.Tensor:
-        """One product per expert: `[expert, tokens, in]` -> `[expert, tokens, out]`, of the dtype of x."""
-        return torch.stack([expert.multiply(part) for expert, part in zip(self.experts, x, strict=True)])
-
-    def scale_by_power(self, power: int) -> None:
-        """Multiply every expert by 2^power from now on."""
-        for expert in self.experts:
-            expert.scale_by_power(power)
-
-
-def pack_linear(module: nn.Module) -> PackedLinear:
+def pack_linear(module: nn.Module) -> Any:
     """Turn an `nn.Linear` or Conv1D (or a subclass) into a packed one; its bias stays. Call `attach` next."""
     transposed = isinstance(module, Conv1D)
-    packed: PackedLinear = _replace_weight(module, PackedLinear)
+    packed = _replace_weight(module, PackedConv1D if transposed else PackedLinear)
     packed.transposed = transposed
     return packed
 

@@ -111,7 +111,8 @@ class WaterfillQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters beside packed weights are, which transformers' Trainer asks for; the weights themselves are not."""
+        return True
 
 
 def _compute_as_dense(model: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from waterfill.kernels import DTYPES
+from waterfill.kernels.reference import TILE_WEIGHTS
 from waterfill.running.streaming.chunks import StreamedMatrix
 from waterfill.running.streaming.streamer import Streamer
 from waterfill.running.streaming.view import View
@@ -21,11 +23,18 @@ class StreamedSource:
     power: int = 0
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T: `[..., in]` -> `[..., out]`, as `kernels.matmul`.
+        """x W^T: `[..., in]` -> `[..., out]`, as `kernels.matmul`, gradients of the activations included.
 
         Raises:
             ArtifactError: a chunk is damaged.
         """
+        if torch.is_grad_enabled() and x.requires_grad:
+            product: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+            return product
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """`multiply` where nobody asks for gradients."""
         rows, width = self.matrix.shape
         flat = x.reshape(-1, width)
         known = flat.dtype in DTYPES and not self.power  # a power may be what keeps y within its dtype
@@ -49,3 +58,23 @@ class StreamedSource:
 
     def _times(self, y: torch.Tensor) -> torch.Tensor:
         return y.mul_(2.0**self.power) if self.power else y
+
+
+class _Product(torch.autograd.Function):
+    """The product with its gradient, for which rows are read and decoded once more, a tile at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, source: StreamedSource) -> torch.Tensor:
+        ctx.source = source
+        return source.product(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        count, width = ctx.source.matrix.shape
+        flat = gradient.reshape(-1, count).to(torch.float32)
+        total = flat.new_zeros(len(flat), width)
+        step = max(1, TILE_WEIGHTS // width)
+        for start in range(0, count, step):
+            tile = ctx.source.rows(torch.arange(start, min(start + step, count)))
+            total += flat[:, start : start + step] @ tile
+        return total.to(gradient.dtype).reshape(*gradient.shape[:-1], width), None

@@ -26,6 +26,7 @@ _aten = torch.ops.aten
 _MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 _BY_ELEMENT = (torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_)  # these go to the memory at once
 _BATCHED = (torch.bmm, torch.Tensor.bmm)
+_OF_MERGES = ("changed in place by aten.add_.Tensor", "given another 'data'")  # what PEFT does to a weight
 _SCALINGS = {_aten.mul_.Tensor: 1, _aten.mul_.Scalar: 1, _aten.div_.Tensor: -1, _aten.div_.Scalar: -1}
 
 
@@ -301,6 +302,12 @@ def _memory(tensor: torch.Tensor) -> int | None:
 
 
 def _refuse(weight: StandIn, what: str) -> NoReturn:
+    if what in _OF_MERGES:
+        raise WaterfillError(
+            f"a packed weight {list(weight.shape)} cannot be added to in place, as merging an adapter does, since sums "
+            "have no codes: leave the adapter beside the packed model, merge it into the original and pack that, or "
+            "take a copy, weight.clone()"
+        )
     raise WaterfillError(
         f"a packed weight {list(weight.shape)} cannot be {what}: in place it can be multiplied or divided by powers of "
         "two; for anything else take a copy, weight.clone(), or change the original model and pack it again"
