@@ -43,7 +43,7 @@ _plan_options = combined(
     click.option(
         "--rates",
         metavar="X,Y,…",
-        help="Stored bits per weight, several: one artifact that can be read at any of them (--rate), e.g. 2.2,3,4.5.",
+        help="Stored bits per weight, several: one artifact that can be read at any of them, e.g. 2.2,3,4.5.",
     ),
     click.option(
         "--max-kl",
