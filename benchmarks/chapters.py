@@ -158,6 +158,16 @@ CHAPTERS = {
         "this machine's instruction sets; the peers decode indices alone, without a trellis and without scales. What "
         "quantised weights can be compressed to: [compressibility.md](../compressibility.md).",
     ),
+    "nested": Chapter(
+        "Several rates in one artifact",
+        "Read at its highest rate, one artifact of three rates would take {least bytes_over_alone_*:.3f} to "
+        "{most bytes_over_alone_*:.3f} times the bytes of one packed for that rate alone to lose the same; at equal "
+        "bytes it loses {least kl_over_alone_*:.2f} to {most kl_over_alone_*:.2f} times as much at the worst of its "
+        "rates.",
+        "The more error feedback gains, the more its refinement costs: noise that is shaped for what products lose has "
+        "more power, and what codes it next does not know its shape (design.md §4). An artifact for each rate is "
+        "planned within the bytes that the one for all reads at it, headers and kept tensors included.",
+    ),
     "memory_codec": Chapter(
         "A fixed rate near the bound",
         "The bitshift trellis is {gaussian_bits_over_bound_2:.3f}, {gaussian_bits_over_bound_3:.3f} and "
