@@ -42,11 +42,13 @@ WRONG: dict[str, list[Any]] = {
     "disk": [None, True, 3, 5e8, b"1GB/s", ["1GB/s"]],
     "function": [3, "print"],
     "tuning": [None, 3, {"slots": 4}],
+    "rates": [True, 3, 3.0, "", "3", "3,x", [True, 3], ["2", "3"], [float("nan"), 3], [2], b"2,3", {"x": 2}],
     "cache bits": [True, 4.0, 0, 6, 32, "", "x", "4,", "4,4,4", "4.0", [], [4, 4, 4], [4, 6], (True, 4), {"k": 4}],
 }
 KIND = {
     **dict.fromkeys(("size", "memory"), "size"),
-    **dict.fromkeys(("bits", "max_kl", "speed"), "number"),
+    **dict.fromkeys(("bits", "max_kl", "speed", "rate"), "number"),
+    "rates": "rates",
     **dict.fromkeys(("sequences", "length", "context", "stride", "max_windows", "batch", "limit", "shots"), "count"),
     **dict.fromkeys(("prompt_tokens", "new_tokens", "max_new_tokens", "logits", "calibration_tokens"), "count"),
     **dict.fromkeys(
@@ -73,13 +75,13 @@ FUNCTIONS: list[tuple[Callable[..., Any], dict[str, Any], Any, str]] = [
     (waterfill.pack, {"model": "MODEL", "out": "out"}, PlanOptions, "plan overwrite progress"),
     (waterfill.sensitivity, {"model": "MODEL"}, ProbeOptions, "keep progress"),
     (waterfill.inspect, {"artifact": "MODEL"}, None, "verify"),
-    (waterfill.load, {"artifact": "MODEL"}, None, "verify memory memory_form streamed logits tuning"),
-    (waterfill.Engine, {"artifact": "MODEL"}, None, "verify memory memory_form streamed tuning kv"),
+    (waterfill.load, {"artifact": "MODEL"}, None, "verify memory memory_form rate streamed logits tuning"),
+    (waterfill.Engine, {"artifact": "MODEL"}, None, "verify memory memory_form rate streamed tuning kv"),
     (
         waterfill.evaluate,
         {"model": "MODEL"},
         None,
-        "against text context convention stride max_windows batch memory memory_form cache limit chat_template "
+        "against text context convention stride max_windows batch memory memory_form rate cache limit chat_template "
         "efficiency prompt_tokens new_tokens revision progress",
     ),
     (

@@ -104,7 +104,7 @@ def test_a_third_party_can_register_a_codec() -> None:
     assert relative_noise(codec.decode(encoded), weight) == pytest.approx(point.t2, rel=0.05)
     with pytest.raises(ValueError, match="codec family 'signs' is registered already"):
         register_codec("signs", SignsOnly)
-    with pytest.raises(WaterfillError, match="known families are bitshift, higgs, levels, signs, trellis"):
+    with pytest.raises(WaterfillError, match="known families are bitshift, higgs, levels, nested, signs, trellis"):
         get_codec("sign")
 
 

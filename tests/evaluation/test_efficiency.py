@@ -57,7 +57,7 @@ def test_default_lengths_fit_the_model(ref_llama: Path) -> None:
 def test_what_a_process_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task = {"model": str(tmp_path / "absent"), "revision": None, "form": "auto", "threads": 1}
+    task = {"model": str(tmp_path / "absent"), "revision": None, "form": "auto", "rate": None, "threads": 1}
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(task)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     module.main()

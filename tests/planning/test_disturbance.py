@@ -23,7 +23,7 @@ from waterfill.files.checkpoint import open_checkpoint
 from waterfill.files.original import load_original
 from waterfill.planning.budget import Budget
 from waterfill.planning.costs import matrix_view
-from waterfill.planning.disturbance import Disturbance, Noise, _kl, _Numbers, _with_noise, disturbed, losses
+from waterfill.planning.disturbance import Disturbance, Noise, _Numbers, _with_noise, disturbed, divergence, losses
 from waterfill.planning.loss import Coefficients, predicted_kl
 from waterfill.planning.plan import Plan
 from waterfill.planning.planner import Request, make_plan
@@ -200,6 +200,6 @@ def test_logits_that_are_no_numbers_are_refused(llama: Opened) -> None:
 
 def test_tokens_that_are_never_written_lose_nothing() -> None:
     logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
-    plain = [_kl(*logits[..., :8])]
+    plain = [divergence(*logits[..., :8])]
     logits[..., 8] = -math.inf
-    assert [_kl(*logits)] == pytest.approx(plain)
+    assert [divergence(*logits)] == pytest.approx(plain)

@@ -21,7 +21,7 @@ from waterfill.base.dtypes import WEIGHT_DTYPES
 from waterfill.base.errors import WaterfillError
 from waterfill.base.reading import read_small, read_text
 from waterfill.evaluation.llamacpp import SUFFIX, GgufModel, GgufTokenizer
-from waterfill.files.artifact import at_level, level_at, levels_of, open_artifact, read_bytes_of
+from waterfill.files.artifact import at_level, bits_of, level_at, levels_of, open_artifact, read_bytes_of
 from waterfill.files.artifact.manifest import MANIFEST
 from waterfill.files.checkpoint import CONFIG, QUANT_METHOD, open_checkpoint
 from waterfill.files.context import context_length
@@ -83,10 +83,11 @@ class PackedSubject(Subject):
         self, path: Path, memory: str | float | None = None, form: Form = "auto", rate: float | None = None
     ) -> None:
         super().__init__(memory)
-        self._form, self._rate = form, rate
+        self._form = form
         whole = open_artifact(path, verify=True)
         self.level = level_at(whole, rate)
         stored = at_level(whole, self.level)
+        self._rate = bits_of(stored.tensors) if levels_of(whole) > 1 else None  # whatever would fit
         self.path, self.size_bytes = path, read_bytes_of(whole, stored)
         self.weights = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
         self._dtype = measuring_dtype(stored.tensors.values())

@@ -18,12 +18,12 @@ from waterfill.base.arguments import Check, checked
 from waterfill.base.dtypes import ITEM_BYTES, TORCH_DTYPES, WEIGHT_DTYPES
 from waterfill.base.errors import ArtifactError, MemoryLimitError, WaterfillError, first_line
 from waterfill.base.reading import check_settings
-from waterfill.files.artifact import Artifact, at_level, level_at, open_artifact
+from waterfill.files.artifact import Artifact, at_level, open_artifact
 from waterfill.files.blockwise import load_blockwise
 from waterfill.files.checkpoint import Checkpoint, warn_of_adapter
 from waterfill.files.original import check_generation, fits, from_pretrained, load_original
 from waterfill.running.hf.plugin import Caller, called_by
-from waterfill.running.streaming.fit import Fit, Form, fit, kept_size, memory_bytes, packed_names
+from waterfill.running.streaming.fit import Fit, Form, fit, fitting_level, kept_size, memory_bytes, packed_names
 from waterfill.running.streaming.tuning import GIVEN, USUAL, Tuning
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def load(
         memory: what the process may take in all, in bytes or as "1GB"; as much as is free when None.
         memory_form: "levels" decodes once, which is the quickest; "codes" keeps in memory what is stored, and decodes
             for every token; "auto" takes the first that fits, and else streams from storage.
-        rate: bits per weight to read at most, of an artifact that was packed at several rates; the highest when None.
+        rate: bits per weight to read at most, of an artifact that was packed at several rates; when None the highest,
+            or the highest that fits into `memory`.
         streamed: whether to stream from storage; None streams what does not fit.
         logits: positions that logits are wanted of at a time, to reckon with where memory is short.
         tuning: sizes and times of streaming; other ones are for tests and benchmarks.
@@ -72,7 +73,7 @@ def load(
     """
     path = Path(artifact)
     whole = open_artifact(path, verify=False)
-    level = level_at(whole, rate)
+    level = fitting_level(whole, rate, memory, streamed, memory_form, loading_bytes=whole.size_bytes)
     opened = at_level(whole, level)
     chosen = fit(opened, memory, streamed, memory_form, loading_bytes=opened.size_bytes)  # files are mapped meanwhile
     if chosen.binding:

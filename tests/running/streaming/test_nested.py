@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +17,7 @@ from tests.codecs.test_nested import SHAPES, encoded, gaussian
 from tests.support import models, streams
 from tests.support.kernel_samples import needs_engine
 from tests.support.plans import sensitivity_of
-from waterfill.base import native
+from waterfill.base import native, process
 from waterfill.base.errors import ArtifactError, WaterfillError
 from waterfill.codecs import Encoded
 from waterfill.codecs.nested.codec import nested
@@ -30,6 +32,7 @@ from waterfill.planning.plan import read_plan
 from waterfill.planning.planner import Request, make_plan
 from waterfill.running.engine.opening import open_model
 from waterfill.running.streaming.chunks import StreamedMatrix
+from waterfill.running.streaming.fit import fitting_level, resident_size
 from waterfill.running.streaming.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("no_reader_left")
@@ -126,6 +129,24 @@ def test_rates_that_there_are_not_are_refused(packed: Path, tmp_path: Path) -> N
     waterfill.pack(packed.parent / "model", tmp_path / "one", lossless=True)
     with pytest.raises(WaterfillError, match=r"rate is 3, and .* has one only"):
         waterfill.load(tmp_path / "one", rate=3)
+
+
+def test_within_a_limit_the_highest_rate_that_fits_is_read(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact, taken = open_artifact(packed), 50_000_000
+    monkeypatch.setattr(process, "resident_bytes", lambda: taken)
+    sizes = [resident_size(at_level(artifact, level)) for level in (1, 2, 3)]
+    assert sizes[1] < sizes[2], "levels of 8 bits, and of 16"
+    none: dict[str, Any] = {"working_bytes": 0, "loading_bytes": 0}
+    for room, level in ((sizes[2], 3), (sizes[2] - 1, 2), (sizes[0] - 1, 3)):
+        assert fitting_level(artifact, None, taken + room, None, "auto", **none) == level
+    with caplog.at_level(logging.INFO, logger="waterfill"):
+        fitting_level(artifact, None, taken + sizes[2] - 1, None, "auto", **none)
+    assert re.search(r"is read at [0-9.]+ of [0-9.]+ bits per weight, the most that fits", caplog.text)
+    assert fitting_level(artifact, 2.2, taken + sizes[2], None, "auto", **none) == 1
+    assert fitting_level(artifact, None, taken + 1, True, "auto", **none) == 3, "somebody said where weights are"
+    assert fitting_level(artifact, None, None, None, "auto", **none) == 3
 
 
 def matrix_of(file: Path, whole: Encoded, codec: str) -> StreamedMatrix:

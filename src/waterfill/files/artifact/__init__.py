@@ -18,7 +18,7 @@ from __future__ import annotations
 from waterfill.files.artifact.format import FORMAT_VERSION, RAW, Buffer, TensorSpec, digest, is_file_name
 from waterfill.files.artifact.header import ShardMetadata, StoredBuffer, StoredTensor, read_shard_metadata
 from waterfill.files.artifact.layout import SHARD_BYTES, Layout, ShardLayout, lay_out
-from waterfill.files.artifact.levels import at_level, at_rate, bits_of, level_at, levels_of, lowered, read_bytes_of
+from waterfill.files.artifact.levels import at_level, bits_of, level_at, levels_of, lowered, read_bytes_of
 from waterfill.files.artifact.reader import Artifact, open_artifact, read_buffer, read_bytes
 from waterfill.files.artifact.writer import ArtifactWriter, check_target
 
@@ -36,7 +36,6 @@ __all__ = [
     "StoredTensor",
     "TensorSpec",
     "at_level",
-    "at_rate",
     "bits_of",
     "check_target",
     "digest",

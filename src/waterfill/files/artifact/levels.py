@@ -71,8 +71,3 @@ def level_at(artifact: Artifact, rate: float | None) -> int:
     if not fitting:
         raise WaterfillError(f"rate is {rate:g} bits per weight, and {artifact.path} has {rates}; ask for one of these")
     return fitting[-1]
-
-
-def at_rate(artifact: Artifact, rate: float | None) -> Artifact:
-    """The artifact as it is read at a rate (`level_at`)."""
-    return at_level(artifact, level_at(artifact, rate))

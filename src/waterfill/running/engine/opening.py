@@ -14,11 +14,11 @@ from waterfill.base import native
 from waterfill.base.arguments import CacheBits, cache_bits
 from waterfill.base.errors import UnsupportedError
 from waterfill.codecs import lossless
-from waterfill.files.artifact import RAW, Artifact, at_rate, open_artifact, read_bytes
+from waterfill.files.artifact import RAW, Artifact, at_level, open_artifact, read_bytes
 from waterfill.running.engine.families.llama import LlamaModel, working
 from waterfill.running.engine.families.llama_spec import EMBEDDING, PROJECTIONS, Spec, read_spec
 from waterfill.running.engine.weights import Floats, Resident, Streamed
-from waterfill.running.streaming.fit import Fit, Form, fit, packed_names
+from waterfill.running.streaming.fit import Fit, Form, fit, fitting_level, packed_names
 from waterfill.running.streaming.limit import LEAST_CONTEXT, LEAST_PASS, Limit
 from waterfill.running.streaming.storage import Storage
 from waterfill.running.streaming.tuning import USUAL, Tuning
@@ -53,15 +53,15 @@ def open_model(
         artifact = open_artifact(Path(artifact), verify=False)
         if verify:
             artifact.verify_files()
-    artifact = at_rate(artifact, rate)
     check_library()
     spec = read_spec(artifact)
     bits = cache_bits(kv)
     texts = working(spec, bits)
     context = min(LEAST_CONTEXT, spec.positions)
     least = OVERHEAD_BYTES + texts.text_bytes(context) + texts.pass_bytes(LEAST_PASS, context, logits)
-    largest = max(tensor.size_bytes for tensor in artifact.tensors.values())
-    chosen = fit(artifact, memory, streamed, memory_form, working_bytes=least, loading_bytes=largest)
+    sizes = {"working_bytes": least, "loading_bytes": max(t.size_bytes for t in artifact.tensors.values())}
+    artifact = at_level(artifact, fitting_level(artifact, rate, memory, streamed, memory_form, **sizes))
+    chosen = fit(artifact, memory, streamed, memory_form, **sizes)
     packed = packed_names(artifact)
     vectors = {name: _floats(artifact, name, verify) for name in artifact.tensors if name not in packed}
     if spec.norm_offset:  # of a family without biases

@@ -16,7 +16,7 @@ from waterfill.base import process
 from waterfill.base.dtypes import ITEM_BYTES
 from waterfill.base.errors import MemoryLimitError, WaterfillError
 from waterfill.codecs import get_codec
-from waterfill.files.artifact import Artifact, StoredTensor
+from waterfill.files.artifact import Artifact, StoredTensor, at_level, bits_of, level_at
 from waterfill.planning.budget import parse_size
 
 _log = logging.getLogger(__name__)
@@ -92,6 +92,38 @@ def fit(
     if limit is None:
         limit = int(process.resident_bytes() + FREE_SHARE * min(free, MOST_FREE_BYTES))
     return Fit(chosen, limit, max(0, int(min(free, MOST_FREE_BYTES)) - needed), memory is not None, codes)
+
+
+def fitting_level(
+    artifact: Artifact,
+    rate: float | None,
+    memory: str | float | None,
+    streamed: bool | None,
+    form: Form,
+    *,
+    working_bytes: int = WORKING_BYTES,
+    loading_bytes: int = 0,
+) -> int:
+    """The level that an artifact is read at: that of a rate; without one the highest, or where a limit was given the
+    highest whose levels fit, if any do. The other arguments are those of `fit`.
+
+    Raises:
+        WaterfillError: the artifact has no such rate.
+    """
+    top = level_at(artifact, rate)
+    if rate is not None or memory is None or streamed is not None or form != "auto":
+        return top
+    limit = memory_bytes(memory)
+    assert limit is not None
+    free = limit - process.resident_bytes() - working_bytes - loading_bytes
+    for level in range(top, 0, -1):
+        lower = at_level(artifact, level)
+        if resident_size(lower) <= free:
+            if level < top:
+                bits = f"{bits_of(lower.tensors):.3g} of {bits_of(artifact.tensors):.3g} bits per weight"
+                _log.info("%s is read at %s, the most that fits; --rate asks for another rate", artifact.path, bits)
+            return level
+    return top
 
 
 def _asked(artifact: Artifact, streamed: bool | None, form: Form) -> bool:
