@@ -11,12 +11,13 @@ import torch
 
 from tests.support.codec_samples import relative_noise
 from waterfill.base.errors import ArtifactError, WaterfillError
-from waterfill.codecs import Encoded, Nested, buffer_bytes, get_codec
+from waterfill.codecs import Encoded, Nested, get_codec
 from waterfill.codecs.contract import layout_bytes
 from waterfill.codecs.feedback import Feedback
 from waterfill.codecs.hadamard import rotate
 from waterfill.codecs.nested.codec import EARLY_NOISE, nested
 from waterfill.codecs.trellis.curves import curve
+from waterfill.codecs.whole import encode_whole
 
 LADDER = "nested-s8-r2.0000-3.0000-4.5000"
 SHAPES = [(5, 72), (12, 256), (1100, 240), (3, 1600)]  # of one stream and of several, of one group and of two
@@ -27,19 +28,7 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def encoded(codec: Nested, weight: torch.Tensor, feedback: Feedback | None = None, rho: float = 1.0) -> Encoded:
-    """As whoever packs has it: rows in blocks, buffers filled from pieces."""
-    shape = (weight.shape[0], weight.shape[1])
-    encoder, layout = codec.encoder(shape, rho=rho, feedback=feedback), codec.layout(shape)
-    data = {key: np.zeros(buffer_bytes(part), np.uint8) for key, part in layout.items()}
-    blocks = weight.split(encoder.block_rows)
-    for piece in [*(piece for block in blocks for piece in encoder.add(block)), *encoder.finish()]:
-        assert isinstance(piece.data, bytes)
-        data[piece.key][piece.offset_bytes : piece.offset_bytes + len(piece.data)] = np.frombuffer(piece.data, np.uint8)
-    buffers = {
-        key: torch.from_numpy(some).view(torch.float16 if layout[key].dtype == "F16" else torch.uint8)
-        for key, some in data.items()
-    }
-    return Encoded(shape, buffers, 0, encoder.noise_power, encoder.power)
+    return encode_whole(codec, weight, rho=rho, feedback=feedback)
 
 
 def at(level: int, whole: Encoded, codec: Nested) -> Encoded:

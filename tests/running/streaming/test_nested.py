@@ -15,7 +15,7 @@ import torch
 import waterfill
 from tests.codecs.test_nested import SHAPES, encoded, gaussian
 from tests.support import models, streams
-from tests.support.kernel_samples import needs_engine
+from tests.support.kernel_samples import every_isa, needs_engine
 from tests.support.plans import sensitivity_of
 from waterfill.base import native, process
 from waterfill.base.errors import ArtifactError, WaterfillError
@@ -31,6 +31,7 @@ from waterfill.planning.ladder import MENU, nested_plan
 from waterfill.planning.plan import read_plan
 from waterfill.planning.planner import Request, make_plan
 from waterfill.running.engine.opening import open_model
+from waterfill.running.runner import open_runner
 from waterfill.running.streaming.chunks import StreamedMatrix
 from waterfill.running.streaming.fit import fitting_level, resident_size
 from waterfill.running.streaming.storage import Storage
@@ -39,7 +40,6 @@ pytestmark = pytest.mark.usefixtures("no_reader_left")
 
 RATES = (2.2, 3.0, 4.5)
 IDS = torch.arange(3, 15)[None]
-every_isa = pytest.mark.parametrize("isa", list(library.isas) if (library := native.library()) else [])
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,23 @@ def test_a_lower_rate_reads_less(packed: Path) -> None:
     taken = [sum(tensor.size_bytes for tensor in tensors if tensor.packed) for tensors in stored]
     assert read == pytest.approx(taken, rel=0.03), "but for indices and what fills the end"
     assert read[0] < 0.6 * read[2]
+
+
+@needs_engine
+def test_an_artifact_drafts_for_itself_and_writes_the_same(packed: Path) -> None:
+    runners = [open_runner(packed, memory_form="codes", draft_rate=rate) for rate in (None, 2.2, 4.5)]
+    texts, passes = [], []
+    for runner in runners:
+        assert runner.streaming is not None
+        runner.streaming.reset()
+        texts.append("".join(runner.generate("def f(", max_new_tokens=12, temperature=0)))
+        passes.append(runner.streaming.summary().passes)
+    assert texts[0] == texts[1] == texts[2]
+    assert passes[2] < passes[0], "what it drafts at its own rate is right"
+    with pytest.raises(WaterfillError, match="leave out one of them"):
+        open_runner(packed, draft=packed, draft_rate=2.2)
+    with pytest.raises(WaterfillError, match="give either draft or lookup"):
+        open_runner(packed, draft_rate=2.2, lookup=4)
 
 
 def test_rates_that_there_are_not_are_refused(packed: Path, tmp_path: Path) -> None:

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from waterfill.base.dtypes import TORCH_DTYPES
 from waterfill.base.errors import ArtifactError, WaterfillError
 from waterfill.base.lazy import torch
 from waterfill.codecs.contract import (
@@ -30,10 +29,8 @@ from waterfill.codecs.contract import (
     Encoded,
     Encoder,
     MemoryForm,
-    Piece,
     Shape,
     Stages,
-    buffer_bytes,
     get_codec,
 )
 from waterfill.codecs.decoded import rounded
@@ -49,6 +46,7 @@ from waterfill.codecs.trellis.codec import LEAST_RATE, RATE_DIGITS, Trellis, tre
 from waterfill.codecs.trellis.curves import curve
 from waterfill.codecs.trellis.encoding import MOST_RATE, Coding, StreamEncoder
 from waterfill.codecs.trellis.sizes import least_bytes, side_bits_of, stream_bytes, streams
+from waterfill.codecs.whole import encode_whole
 
 STATES = 256  # every stage adds to the distance from the bound: as little as there is
 MOST_LEVELS = 8
@@ -138,14 +136,7 @@ class Nested(Codec):
         return NestedEncoder(stages, bitstream.stream_rows(shape[1]), exponent, rho, errors)
 
     def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
-        shape = (weight.shape[0], weight.shape[1])
-        encoder, layout = self.encoder(shape, exponent=exponent, rho=rho), self.layout(shape)
-        data = {key: np.zeros(buffer_bytes(part), np.uint8) for key, part in layout.items()}
-        for block in weight.split(encoder.block_rows):
-            _put(data, encoder.add(block))
-        _put(data, encoder.finish())
-        buffers = {key: torch.from_numpy(some).view(TORCH_DTYPES[layout[key].dtype]) for key, some in data.items()}
-        return Encoded(shape, buffers, exponent, encoder.noise_power, encoder.power)
+        return encode_whole(self, weight, exponent=exponent, rho=rho)
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         return unrotate(self.restored(encoded.buffers, encoded.shape) * 2.0**encoded.exponent)
@@ -205,13 +196,6 @@ class Nested(Codec):
                 ends = (bounds[start + 1 : stop + 1] - bounds[start]).astype(np.uint32)
                 some[key] = parts.alone(ends, data[bounds[start] : bounds[stop]])
         return some
-
-
-def _put(buffers: Mapping[str, npt.NDArray[np.uint8]], pieces: Iterator[Piece]) -> None:
-    for piece in pieces:
-        assert isinstance(piece.data, bytes)
-        place = slice(piece.offset_bytes, piece.offset_bytes + len(piece.data))
-        buffers[piece.key][place] = np.frombuffer(piece.data, np.uint8)
 
 
 def nested_name(ladder: Sequence[float], states: int = STATES) -> str:

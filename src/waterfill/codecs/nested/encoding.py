@@ -47,14 +47,14 @@ class NestedEncoder(Encoder):
 
     def add(self, rows: torch.Tensor) -> Iterator[Piece]:
         rotated = rotate(rows.to(torch.float32) * 2.0**-self._exponent)
-        total, level = torch.zeros_like(rotated), torch.zeros_like(rotated)
+        total, gains = torch.zeros_like(rotated), list[float]()
         for number, stage in self._stages.items():
             pieces, restored = stage.restored(rotated - total)
             yield from (piece._replace(key=streams_key(number)) for piece in pieces)
             total += restored
             gains = self._level_gains(rotated, total)
             self._gains[number] += gains
-            level = _by_stream(total, gains, self._rows)
+        level = _by_stream(total, gains, self._rows)
         unit_power = 4.0**self._exponent
         self.noise_power += float((rotated - level).double().square().sum()) * unit_power
         self.power += float(rotated.double().square().sum()) * unit_power

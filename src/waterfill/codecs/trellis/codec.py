@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +34,7 @@ from waterfill.codecs.trellis.code import CODES
 from waterfill.codecs.trellis.curves import curve
 from waterfill.codecs.trellis.encoding import MOST_RATE, Coding, StreamEncoder
 from waterfill.codecs.trellis.sizes import side_bits_of, stream_bytes, streams
+from waterfill.codecs.whole import encode_whole
 
 STATES = 64  # unless a name says how many
 RATE_DIGITS = 4
@@ -81,13 +81,7 @@ class Trellis(Codec):
         return StreamEncoder(shape, stream_bytes(shape, self.rate), coding, exponent, rho, errors)
 
     def encode(self, weight: torch.Tensor, *, exponent: int = 0, rho: float = 1.0) -> Encoded:
-        shape = (weight.shape[0], weight.shape[1])
-        encoder = self.encoder(shape, exponent=exponent, rho=rho)
-        data = np.zeros(stream_bytes(shape, self.rate), np.uint8)
-        for piece in chain(*map(encoder.add, weight.split(encoder.block_rows)), encoder.finish()):
-            assert isinstance(piece.data, bytes)
-            data[piece.offset_bytes : piece.offset_bytes + len(piece.data)] = np.frombuffer(piece.data, np.uint8)
-        return Encoded(shape, {"streams": torch.from_numpy(data)}, exponent, encoder.noise_power, encoder.power)
+        return encode_whole(self, weight, exponent=exponent, rho=rho)
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         codes, scales = self.to_levels(encoded.buffers["streams"], encoded.shape)

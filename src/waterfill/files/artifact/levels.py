@@ -21,10 +21,10 @@ def levels_of(artifact: Artifact) -> int:
     )
 
 
-def lowered(tensor: StoredTensor, level: int) -> StoredTensor:
-    """A tensor as it is read at a level, from 1 up."""
-    codec = get_codec(tensor.codec) if tensor.packed else None
-    if codec is None or level >= codec.level_count:
+def lowered(tensor: StoredTensor, level: int | None) -> StoredTensor:
+    """A tensor as it is read at a level, from 1 up; at the highest when None."""
+    codec = get_codec(tensor.codec) if tensor.packed and level is not None else None
+    if codec is None or level is None or level >= codec.level_count:
         return tensor
     rows, width = tensor.shape
     lower = codec.at(level)

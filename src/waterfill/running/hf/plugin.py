@@ -24,7 +24,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from waterfill.base.errors import ArtifactError
-from waterfill.codecs.nested.codec import MOST_LEVELS
 from waterfill.files.artifact import FORMAT_VERSION, lowered, read_buffer, read_shard_metadata
 from waterfill.files.checkpoint import QUANT_METHOD
 
@@ -37,7 +36,7 @@ class Caller:
 
     verified: bool = False  # the files have been checked already
     streamed: bool = False  # the caller will say where packed matrices come from
-    level: int = MOST_LEVELS  # of an artifact that was packed at several rates, where it has so many
+    level: int | None = None  # of an artifact that was packed at several rates; the highest when None
 
 
 _ANYBODY = Caller()
